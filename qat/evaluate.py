@@ -1,0 +1,174 @@
+"""Score a finished run: benchmarks through lm-eval, held-out loss, and KL divergence to the matched baseline.
+
+Four things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, and the run both ways:
+its weights in BF16 without quantizers (`bf16`, what the paper reports), and W8A8 with frozen scales (`w8a8`). Every
+model is scored as it would be exported, with its parameters in BF16. Nothing is written into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qat import benchmarks, checkpoint, data, models, runtime
+from qat.compare import compare, table
+from qat.config import Config, UserError
+from qat.convert import convert
+from qat.runs import Run, baseline_of, untouched_of
+from qat.scaling import Phase
+from qat.tracking import mirror
+
+_HELDOUT_BATCH = 4  # sequences a forward call
+
+
+@dataclass
+class Subject:
+    """One model to score: the configuration and folder of its run, and how its linears run."""
+
+    cfg: Config
+    run: Run
+    mode: str  # bf16 or w8a8
+
+    @property
+    def trained(self) -> bool:
+        return self.cfg.budget.steps > 0
+
+    def build(self) -> tuple[nn.Module, object]:
+        """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
+        model, tokenizer = models.load(self.cfg.model, self.cfg.seed)
+        saved = self._checkpoint() if self.trained else None
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                source = parameter if saved is None else saved["model"][name].to(parameter.device)
+                parameter.copy_(source.bfloat16())
+        if self.mode == "w8a8":
+            bank, _ = convert(model, self.cfg)
+            bank.load_state_dict(saved["scales"])
+            bank.phase = Phase.FROZEN
+        if runtime.arithmetic(self.cfg.budget.arithmetic) == "bf16":
+            model.bfloat16()
+        return model.eval(), tokenizer
+
+    def _checkpoint(self) -> dict[str, dict[str, torch.Tensor]]:
+        if not self.run.finished:
+            state = self.run.status()
+            progress = f"at step {state['step']} of {state['steps']}" if state else "not started"
+            raise UserError(f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words")
+        found = checkpoint.latest(self.run.checkpoints)
+        if found is None:
+            raise UserError(f"{self.run.path}: its checkpoint is gone; delete the folder and train it again")
+        return found[0]
+
+
+def evaluate(cfg: Config) -> dict | None:
+    """Score what `cfg` describes and what it is compared with, skipping what is scored already.
+
+    Returns the comparison with the baseline, which is also written to the run folder (None for a BF16 run).
+    """
+    runtime.keep_freed_memory()
+    run = Run.of(cfg)
+    untouched, baseline = Subject(untouched_of(cfg), Run.of(untouched_of(cfg)), "bf16"), baseline_of(cfg)
+    reference = Subject(baseline, Run.of(baseline), "bf16")
+    subjects = [untouched, reference]
+    if cfg.quantized:
+        subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
+    scorer = _Scorer(cfg, reference)
+    for subject in subjects:
+        scorer.score(subject)
+    if not cfg.quantized:
+        return None
+    comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
+    run.write_json("comparison.json", comparison)
+    with mirror(run, cfg, "eval") as log:
+        log.summary(summary(comparison))
+    print(f"\n{table(comparison)}", flush=True)
+    return comparison
+
+
+def summary(comparison: dict) -> dict[str, float]:
+    """A comparison as flat numbers, for dashboards that sort and filter: points, relative drops and p-values by task
+    and mode, loss APE, held-out differences and KL."""
+    flat = {"loss_ape_percent": comparison["loss"]["ape"]}
+    for row in comparison["tasks"]:
+        prefix = f"{row['mode']}/{row['task']}"
+        flat |= {f"{prefix}/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
+    for row in comparison["heldout"]:
+        flat |= {f"{row['mode']}/heldout/{key}": row[key] for key in ("loss", "difference", "kl")}
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+class _Scorer:
+    """Scores subjects with one benchmark and one held-out text, and writes the results to their folders."""
+
+    def __init__(self, cfg: Config, reference: Subject):
+        self.cfg, self.reference = cfg, reference
+        # A result counts only for what was asked: other questions or another text are scored anew.
+        self.asked = {
+            "benchmark": dataclasses.asdict(cfg.benchmark),
+            "heldout": {"path": cfg.data.path, "subset": cfg.data.subset, "tokens": cfg.budget.heldout_tokens},
+        }
+
+    def score(self, subject: Subject) -> None:
+        name, mode = self.cfg.benchmark.name, subject.mode
+        done = subject.run.evaluations().get(name, {}).get(mode, {})
+        if done.get("asked") == self.asked:
+            print(f"{subject.run.id} ({mode}): scored already", flush=True)
+            return
+        print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
+        started = time.perf_counter()
+        model, tokenizer = subject.build()
+        limit = getattr(model.config, "max_position_embeddings", 2048)
+        scores = benchmarks.score(
+            model, tokenizer, self.cfg.benchmark, runtime.cache_dir(), min(limit, 4096), progress=True
+        )
+        heldout = self._heldout(subject, model, tokenizer)
+        record = {
+            "tasks": scores.tasks,
+            "heldout": {self.cfg.data.name: heldout},
+            "lm_eval": scores.lm_eval,
+            "asked": self.asked,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        with subject.run.lock():
+            if not subject.trained:
+                subject.run.create(subject.cfg)
+            for task, rows in scores.samples.items():
+                subject.run.write_samples(name, mode, task, rows)
+            results = subject.run.evaluations()
+            results.setdefault(name, {})[mode] = record
+            subject.run.write_json("eval.json", results)
+
+    def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict:
+        """Loss on held-out text, and for a quantized run its KL divergence from the baseline's predictions."""
+        tokens, text_hash = data.heldout(self.cfg.data, tokenizer, self.cfg.budget.heldout_tokens)
+        batches = tokens.to(runtime.device()).split(_HELDOUT_BATCH)
+        baseline = None
+        if subject.cfg.quantized:
+            baseline = self.reference.build()[0]
+        losses, divergence = [], []
+        for batch in batches:
+            logits = _log_probabilities(model, batch)
+            labels = batch[:, 1:].unsqueeze(-1)
+            losses += (-logits.gather(-1, labels).squeeze(-1).mean(1)).tolist()
+            if baseline is not None:
+                wanted = _log_probabilities(baseline, batch)
+                kl = F.kl_div(logits, wanted, reduction="none", log_target=True).sum(-1)
+                divergence += kl.mean(1).tolist()
+        return {
+            "loss": sum(losses) / len(losses),
+            "sequence_losses": losses,
+            "kl": sum(divergence) / len(divergence) if divergence else None,
+            "tokens": tokens.shape[0] * (tokens.shape[1] - 1),
+            "text_hash": text_hash,
+        }
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [sequences, length + 1] -> FP32 log-probabilities [sequences, length, vocabulary] of the next tokens."""
+    return model(input_ids=tokens[:, :-1], use_cache=False).logits.float().log_softmax(-1)

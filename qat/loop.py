@@ -1,0 +1,172 @@
+"""Train one run from its configuration to a finished folder, from wherever it stands."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from qat import checkpoint, data, models, runtime, tracking
+from qat.config import Config, UserError
+from qat.convert import convert
+from qat.runs import Run, baseline_of
+from qat.step import StepResult, Trainer
+from qat.telemetry import Probe, UpdateProbe
+
+
+def train_with_baseline(cfg: Config) -> list[Run]:
+    """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
+    plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
+    return [train(each) for each in plan]
+
+
+def train(cfg: Config) -> Run:
+    """Train, resume or skip the run that belongs to `cfg`. Errors: UserError; the folder's status says why it failed."""
+    run = Run.of(cfg)
+    if run.finished:
+        print(f"{run.id}: finished already", flush=True)
+        return run
+    with run.lock():
+        run.create(cfg)
+        session = _Session(cfg, run)
+        try:
+            with tracking.mirror(run, cfg, "train") as log:
+                session.run_steps(log)
+        except BaseException as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.set_status(state, session.done, cfg.steps, reason=reason)
+            raise
+        session.finish()
+    return run
+
+
+class _Session:
+    """One process's work on a run: state that lives between steps."""
+
+    def __init__(self, cfg: Config, run: Run):
+        self.cfg, self.run, self.done = cfg, run, 0
+        runtime.keep_freed_memory()
+        torch.manual_seed(cfg.seed)
+        self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
+        self.bank, self.coverage = convert(self.model, cfg)
+        self.trainer = Trainer(self.model, self.bank, cfg)
+        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.corpus = data.corpus(cfg.data, cfg.seed)
+        self.stream = self._restore()
+
+    def _restore(self) -> data.TokenStream:
+        """Continue from the newest sound checkpoint, or start."""
+        found = checkpoint.latest(self.run.checkpoints)
+        cursor = None
+        if found is not None:
+            tensors, facts = found
+            with torch.no_grad():
+                for parameter, name in self.names.items():
+                    parameter.copy_(tensors["model"][name])
+            checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors["optimizer"])
+            if self.bank is not None:
+                self.bank.load_state_dict(tensors["scales"])
+            torch.set_rng_state(tensors["rng"]["cpu"])
+            self.done, cursor = facts["step"], facts["data"]
+        for name in ("metrics.jsonl", "telemetry.jsonl"):
+            self.run.keep_rows(name, self.done)
+        return data.TokenStream(self.corpus, self.tokenizer, cursor)
+
+    def run_steps(self, log) -> None:
+        cfg, run = self.cfg, self.run
+        self._introduce()
+        run.set_status("running", self.done, cfg.steps)
+        micro, accumulation = cfg.batch
+        with (run.path / "metrics.jsonl").open("a") as metrics, (run.path / "telemetry.jsonl").open("a") as telemetry:
+            with _progress(cfg, self.done) as bar:
+                for step in range(self.done + 1, cfg.steps + 1):
+                    self._announce(step, bar)
+                    started = time.perf_counter()
+                    batches = [self.stream.micro_batch(micro, cfg.budget.seq_len) for _ in range(accumulation)]
+                    result, probed = self._step(step, batches)
+                    row = self._row(step, result, time.perf_counter() - started)
+                    for file, rows in ((metrics, [row]), (telemetry, probed)):
+                        file.writelines(json.dumps(each) + "\n" for each in rows)
+                        file.flush()
+                    log(row, step)
+                    self.done = step
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
+                    bar.update()
+                    if step % cfg.budget.checkpoint_every == 0 and step < cfg.steps:
+                        self._save()
+
+    def _introduce(self) -> None:
+        cfg, arithmetic = self.cfg, self.trainer.autocast_dtype
+        print(f"\n{self.run.id}")
+        print(f"  {self.coverage}")
+        if arithmetic == "fp32":
+            print("  arithmetic: FP32, because this processor has no BF16 instructions (budget.arithmetic=bf16 forces them)")
+        if self.done:
+            print(f"  resuming after step {self.done} of {cfg.steps}", flush=True)
+
+    def _announce(self, step: int, bar: tqdm) -> None:
+        if self.bank is not None and step == self.trainer.first_quantized_step:
+            bar.write(f"  step {step}: quantization starts ({self.cfg.quant.format}, {self.cfg.scaling.algo})")
+
+    def _step(self, step: int, batches: list[torch.Tensor]) -> tuple[StepResult, list[dict]]:
+        """One step, and the telemetry rows where they are due: at the first, every k-th and the last quantized step."""
+        first = self.trainer.first_quantized_step if self.bank is not None else 1
+        due = step == self.cfg.steps or step >= first and (step - first) % self.cfg.budget.telemetry_every == 0
+        if not due:
+            return self.trainer.step(step, batches), []
+        updates = UpdateProbe(self.model, self.bank, self.cfg)
+        if self.bank is None:
+            return self.trainer.step(step, batches), [updates.row(step)]
+        probe = Probe(self.model, self.bank, self.cfg)
+        with probe.attached():
+            result = self.trainer.step(step, batches)
+        return result, [*probe.rows(step), updates.row(step)]
+
+    def _row(self, step: int, result: StepResult, seconds: float) -> dict:
+        loss = float(result.loss)
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss}; lower optim.lr={self.cfg.optim.lr:g}")
+        quantized = self.bank is not None and step >= self.trainer.first_quantized_step
+        overshoot = result.overshoot if quantized else None
+        return {
+            "step": step,
+            "loss": loss,
+            "lr": result.lr,
+            "grad_norm": float(result.grad_norm),
+            "tokens": result.tokens * step,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(result.tokens / seconds, 1),
+            "epoch": self.stream.epoch,
+            "quantized": quantized,
+            "overshoot_max": None if overshoot is None else float(overshoot.max()),
+            "overshoot_share": None if overshoot is None else float((overshoot > 1).float().mean()),
+        }
+
+    def _save(self) -> None:
+        tensors = {
+            "model": {name: parameter for parameter, name in self.names.items()},
+            "optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names),
+            "rng": {"cpu": torch.get_rng_state()},
+        }
+        if self.bank is not None:
+            tensors["scales"] = self.bank.state_dict()
+        checkpoint.save(self.run.checkpoints, self.done, tensors, {"data": self.stream.state()})
+        self.run.set_status("running", self.done, self.cfg.steps)
+
+    def finish(self) -> None:
+        """Leave the trained weights and scales; what only a resume needs goes."""
+        tensors = {"model": {name: parameter for parameter, name in self.names.items()}}
+        if self.bank is not None:
+            tensors["scales"] = self.bank.state_dict()
+        checkpoint.save(self.run.checkpoints, self.done, tensors, {"final": True}, keep=1)
+        self.run.set_status("finished", self.done, self.cfg.steps)
+
+
+def _progress(cfg: Config, done: int) -> tqdm:
+    return tqdm(total=cfg.steps, initial=done, desc="  training", unit="step", dynamic_ncols=True, mininterval=1.0)
+
+

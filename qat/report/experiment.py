@@ -1,0 +1,179 @@
+"""One experiment as the report sees it: its runs, their baselines, and what the paper published."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from qat.compare import TASKS, compare, mismatches
+from qat.config import UserError
+from qat.runs import Run
+
+PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
+SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
+_TOLD_APART_BY = (("scaling", "algo"), ("scaling", "window"), ("optim", "lr"), ("", "seed"))
+
+
+def published() -> dict:
+    """The paper's results and where its text and code disagree (experiments/paper.yaml)."""
+    return yaml.safe_load(PAPER.read_text(encoding="utf-8"))
+
+
+@dataclass
+class Experiment:
+    """Runs of one experiment. `comparisons` are results of `qat.compare.compare`; missing ones are made on the way."""
+
+    name: str
+    runs: list[Run]
+    baselines: list[Run]
+    comparisons: list[dict]
+
+    @cached_property
+    def configs(self) -> dict[str, dict]:
+        """The configuration of each of its runs whose folder exists, read once; {run id: config}."""
+        return {run.id: config for run in (*self.runs, *self.baselines) if (config := run.config())}
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """Ids of its runs whose folder does not exist yet."""
+        return [run.id for run in (*self.runs, *self.baselines) if run.id not in self.configs]
+
+    @cached_property
+    def bf16(self) -> list[Run]:
+        """Its unquantized runs, wherever they are listed, each once."""
+        return list({run.id: run for run in (*self.runs, *self.baselines) if self._quantized(run) is False}.values())
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Its quantized runs, each with its baseline and its comparison or the reason why there is none."""
+        runs = [run for run in self.runs if self._quantized(run)]
+        suffixes = _suffixes([self.configs[run.id] for run in runs]) or [run.id for run in runs]
+        return [self._pair(run, f"{self.name} {suffix}".strip()) for run, suffix in zip(runs, suffixes, strict=True)]
+
+    def _quantized(self, run: Run) -> bool | None:
+        """None for a run that does not exist yet."""
+        return self.configs[run.id]["quant"]["format"] != "none" if run.id in self.configs else None
+
+    def _pair(self, run: Run, label: str) -> Pair:
+        pair = Pair(label, run, self.configs[run.id])
+        pair.comparison = next((c for c in self.comparisons if c["run"] == run.id), None)
+        if pair.comparison:
+            pair.baseline = next((b for b in self.bf16 if b.id == pair.comparison["baseline"]), None)
+        elif not self.bf16:
+            pair.missing = f"{run.id} has no BF16 baseline yet; make it: make {self.name}"
+        else:
+            own = run.typed_config()
+            fitting = [b for b in self.bf16 if not mismatches(own, b.typed_config())]
+            pair.baseline = fitting[0] if fitting else None
+            try:
+                reference = (fitting or self.bf16)[0].path
+                pair.comparison = compare(run.path, reference, pair.config["benchmark"]["name"])
+            except UserError as reason:
+                pair.missing = str(reason)
+        return pair
+
+
+@dataclass
+class Pair:
+    """A quantized run and its baseline. `missing` says what stands in the way of a comparison."""
+
+    label: str
+    run: Run
+    config: dict
+    baseline: Run | None = None
+    comparison: dict | None = None
+    missing: str | None = None
+
+    @cached_property
+    def curve(self) -> Curve:
+        return Curve.of(self.run)
+
+    @cached_property
+    def telemetry(self) -> Telemetry:
+        return Telemetry(self.run.telemetry())
+
+
+@dataclass
+class Curve:
+    """Training loss of one run, in nats a token, and the step at which quantization starts (None: never)."""
+
+    steps: np.ndarray
+    loss: np.ndarray
+    start: int | None
+
+    @classmethod
+    def of(cls, run: Run) -> Curve:
+        rows = run.metrics()
+        start = next((row["step"] for row in rows if row["quantized"]), None)
+        return cls(np.array([r["step"] for r in rows], int), np.array([r["loss"] for r in rows], float), start)
+
+    def relative_to(self, other: Curve) -> tuple[np.ndarray, np.ndarray]:
+        """(steps both have, difference in percent of the other's loss)."""
+        steps, mine, theirs = np.intersect1d(self.steps, other.steps, return_indices=True)
+        return steps, 100 * (self.loss[mine] / other.loss[theirs] - 1)
+
+
+class Telemetry:
+    """Rows of `telemetry.jsonl`, arranged for drawing."""
+
+    def __init__(self, rows: list[dict]):
+        self.updates = [(row["step"], row["updated"]) for row in rows if "updated" in row]
+        self.tensors = defaultdict(list)  # role -> rows
+        for row in rows:
+            if "role" in row:
+                self.tensors[row["role"]].append(row)
+
+    def overshoot(self, role: str) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """(steps, blocks, the largest overshoot of a block's linears at a step; NaN where none was recorded)."""
+        rows = [row for row in self.tensors[role] if row["overshoot"] is not None]
+        steps, blocks = sorted({row["step"] for row in rows}), sorted({_block(row["layer"]) for row in rows})
+        column, line = {s: i for i, s in enumerate(steps)}, {b: i for i, b in enumerate(blocks)}
+        grid = np.full((len(blocks), len(steps)), np.nan)
+        for row in rows:
+            at = line[_block(row["layer"])], column[row["step"]]
+            grid[at] = np.fmax(grid[at], row["overshoot"])
+        return np.array(steps, int), [name for _, name in blocks], grid
+
+    def means(self, role: str) -> dict[str, float]:
+        """Means over a role's tensors and logged steps: the `SHARES`, `beyond`, and `sqnr_db` in dB."""
+        rows = self.tensors[role]
+        means = {key: float(np.mean([row[key] for row in rows])) for key in (*SHARES, "beyond")}
+        decibel = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
+        return means | {"sqnr_db": float(np.mean(decibel)) if decibel else float("nan")}
+
+
+def tasks_of(records) -> list[str]:
+    """Every task named in `records`, the four of the paper first."""
+    found = dict.fromkeys(task for record in records for task in record)
+    return [*(task for task in TASKS if task in found), *(task for task in found if task not in TASKS)]
+
+
+def scientific(number: float) -> str:
+    """A learning rate as it is written: 1e-4."""
+    mantissa, exponent = f"{number:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _suffixes(configs: list[Mapping]) -> list[str]:
+    """What tells sibling runs apart: the first settings that suffice; nothing where none do."""
+    names = [""] * len(configs)
+    for group, key in _TOLD_APART_BY:
+        if len(set(names)) == len(names):
+            return names
+        values = [config[group][key] if group else config[key] for config in configs]
+        if len(set(values)) > 1:
+            names = [f"{name} {value}".strip() for name, value in zip(names, values, strict=True)]
+    return names if len(set(names)) == len(names) else []
+
+
+def _block(layer: str) -> tuple[int, str]:
+    """Sort key and name of the transformer block of a layer; a layer outside the blocks stands for itself."""
+    number = re.search(r"\.(\d+)\.", layer)
+    return (int(number[1]), number[1]) if number else (-1, layer)

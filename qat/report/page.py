@@ -1,0 +1,182 @@
+"""Puts tables, figures and sentences together, once for the page and once for Markdown."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from qat.compare import APE_MARK, TASKS, loss_text, verdict
+from qat.report import pictures, tables
+from qat.report.experiment import Experiment, Pair, scientific
+from qat.report.panels import score_legend
+from qat.report.plots import PALETTE, svg
+from qat.runs import Run
+
+TITLE = "HiF8 W8A8 training against matched BF16 baselines"
+
+
+def render(experiments: Sequence[Experiment], paper: Mapping, context: Mapping, images: Mapping) -> tuple[str, str]:
+    """The report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}."""
+    folder = Path(__file__).parent
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
+    page = environment.overlay(autoescape=True)
+    page.filters["minus"] = _minus
+    page.filters["command"] = _command
+    numbers = itertools.count(1)
+    page.filters["svg"] = lambda panel: svg(panel, next(numbers))
+    view = _view(experiments, paper, context) | {"images": images, "palette": PALETTE}
+    return page.get_template("template.html").render(view), environment.get_template("template.md").render(view)
+
+
+def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -> dict:
+    return {
+        "title": TITLE,
+        "lead": _lead(experiments),
+        "provenance": _provenance(experiments) | {label: _plain(value) for label, value in context.items()},
+        "paper": paper["paper"],
+        "summary": tables.summary(experiments, paper),
+        "scores": pictures.of_scores(experiments, paper),
+        "score_legend": score_legend(),
+        "resolution": tables.resolution(experiments),
+        "cautions": _cautions(experiments),
+        "baselines": tables.baselines(experiments, paper),
+        "experiments": _experiments(experiments, paper["experiments"]),
+        "disagreements": tables.disagreements(paper),
+    }
+
+
+def _lead(experiments: Sequence[Experiment]) -> list[str]:
+    """The verdict: loss, benchmarks, and what is not known."""
+    compared = _compared(experiments)
+    if not compared:
+        return ["No quantized run has been compared with its BF16 baseline yet."]
+    apes = [c["loss"]["ape"] for c in compared.values()]
+    below = sum(c["loss"]["passes"] for c in compared.values())
+    span = f"{min(apes):.2f} to {max(apes):.2f} %" if len(apes) > 1 else f"{apes[0]:.2f} %"
+    loss = f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} compared runs ({span})."
+    absent = [pair.label for e in experiments for pair in e.pairs if not pair.comparison]
+    absent += [e.name for e in experiments if not e.configs]
+    return [loss, verdict(compared), *([f"Not compared: {', '.join(absent)}."] if absent else [])]
+
+
+def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
+    """{label: comparison}, a run that several experiments share once, under all their names."""
+    labels, found = {}, {}
+    for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
+        labels[pair.run.id] = f"{labels[pair.run.id]}/{pair.label}" if pair.run.id in labels else pair.label
+        found[pair.run.id] = pair.comparison
+    return {labels[run_id]: comparison for run_id, comparison in found.items()}
+
+
+def _cautions(experiments: Sequence[Experiment]) -> list[str]:
+    """What a reader must know before believing a number."""
+    rows = [row for comparison in _compared(experiments).values() for row in comparison["tasks"]]
+    near = {row["task"]: row for row in rows if row["near_chance"]}
+    found = [
+        f"{TASKS.get(task, task)} is near chance in BF16 ({row['baseline']:.1f} %, chance {row['chance']:.0f} %). "
+        "What is at chance cannot fall further, so a small drop there is no evidence of health."
+        for task, row in near.items()
+    ]
+    if rows and all(len({p.config["seed"] for p in e.pairs}) <= 1 for e in experiments):
+        found.append("One seed a cell: intervals cover the choice of questions, not the noise between training runs.")
+    if rows and all(row["untouched"] is None for row in rows):
+        found.append("The untouched checkpoint was not evaluated, so what BF16 training itself changed is unknown.")
+    return found
+
+
+def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
+    """What the runs' own configs say; several values where they differ."""
+    configs = [config for e in experiments for config in e.configs.values()]
+    lines = {
+        "Model": [c["model"]["name"] for c in configs],
+        "Data": [c["data"]["name"] for c in configs],
+        "Budget": [_budget(c["budget"]) for c in configs],
+        "Protocol": [c["protocol"] for c in configs],
+        "Seed": [str(c["seed"]) for c in configs],
+        "Benchmark": [c["benchmark"]["name"] for c in configs],
+    }
+    return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
+
+
+def _budget(budget: Mapping) -> str:
+    batch = budget["micro_batch"] * budget["accumulation"]
+    return f"{budget['name']}, {budget['steps']:,} steps of {batch} × {budget['seq_len']} tokens"
+
+
+def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[dict]:
+    shown: dict[str, str] = {}  # run id -> the experiment that has shown it: some recipes come to the same run
+    return [_experiment(experiment, entries.get(experiment.name, {}), shown) for experiment in experiments]
+
+
+def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -> dict:
+    missing = [pair.missing for pair in experiment.pairs if pair.missing]
+    absent = experiment.absent or ([] if experiment.configs else [experiment.name])
+    missing += [f"{name} has not been run yet; make it: make {experiment.name}" for name in absent]
+    runs = {run.id: run for run in (*experiment.runs, *experiment.baselines) if run.id in experiment.configs}
+    pairs = [_pair(pair, experiment, shown) for pair in experiment.pairs]
+    return {
+        "name": experiment.name,
+        "title": entry.get("title", ""),
+        "question": entry.get("question", ""),
+        "recipe": entry.get("recipe", ""),
+        "notes": entry.get("notes", []),
+        "missing": missing,
+        "curves": pictures.of_learning_rates(experiment),
+        "pairs": pairs,
+        "runs": {name: _details(run, experiment.configs[name]) for name, run in runs.items()},
+    }
+
+
+def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
+    compared, first = pair.comparison, shown.setdefault(pair.run.id, experiment.name)
+    again = first != experiment.name
+    return {
+        "label": pair.label,
+        "recipe": _recipe(pair),
+        "same_as": first if again else "",
+        "sentences": [loss_text(compared), verdict({"": compared})] if compared else [],
+        "tasks": tables.tasks(compared) if compared and not again else None,
+        "heldout": tables.heldout(compared) if compared and compared["heldout"] and not again else None,
+        "loss": [] if again else pictures.of_loss(pair),
+        "overshoot": [] if again else pictures.of_overshoot(pair),
+        "precision": [] if again else pictures.of_precision(pair),
+        "settings": tables.settings(pair.config, experiment.configs[pair.baseline.id]) if pair.baseline else None,
+    }
+
+
+def _recipe(pair: Pair) -> str:
+    quant, scaling, start = pair.config["quant"], pair.config["scaling"], pair.curve.start
+    detail = {"max": f" of the last {scaling['window']}", "exp_smooth": f", alpha {scaling['alpha']:g}"}
+    warmup = f"first {start - 1} steps in BF16" if start and start > 1 else "quantized from the first step"
+    parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), warmup]
+    parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks']} BF16 blocks"]
+    return " · ".join([*parts, ", ".join(quant["scope"])])
+
+
+def _details(run: Run, config: Mapping) -> str:
+    parts = {"config": config, "environment": run.environment(), "status": run.status()}
+    return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _command(line: str) -> Markup:
+    """A line whose closing command, if it has one, is set as code."""
+    text, command = re.fullmatch(r"(.*?)((?:(?:python|make) .*)?)", line, flags=re.DOTALL).groups()
+    return escape(text) + (Markup("<code>{}</code>").format(command) if command else "")
+
+
+def _minus(text) -> str:
+    """A hyphen that stands for a minus becomes one; exponents and names keep theirs."""
+    return re.sub(r"(?<![\w.)])-(?=\d)", "−", str(text))

@@ -1,0 +1,211 @@
+"""What the panels show: losses, overshoot, mantissa bits, lost updates, and score differences with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
+from qat.report.experiment import SHARES, Curve, Telemetry
+from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
+
+_POINTS = 500  # a curve of more steps is drawn as means of blocks of steps
+_COLUMNS = 200  # a heat map of more steps shows the largest value of each block of steps
+_REACH = 1.0  # overshoot colours end at a factor of 2 either way
+_FACTORS = {-1: "½×", 0: "1×", 1: "2×"}
+_SHARE_NAMES = ("3 bits", "2 bits", "1 bit", "subnormal", "rounded to 0")
+_UPDATES = {"stored": ("as stored", BASE), "bf16": ("seen in BF16", ACCENT), "format": ("seen in the format", WARM)}
+
+
+def losses(curves: Mapping[str, Curve], title: str) -> Panel:
+    """Training loss of several runs over the steps; the last is drawn in the accent colour, on top."""
+
+    def draw(axes: Axes) -> None:
+        for (label, curve), (colour, width) in zip(curves.items(), _line_styles(len(curves)), strict=True):
+            axes.plot(*_thin(curve.steps, curve.loss), color=colour, linewidth=width, label=label)
+            _mark_start(axes, curve)
+        _step_axis(axes, "Training loss (nats a token)")
+        axes.legend()
+
+    return Panel(title, draw)
+
+
+def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) -> Panel:
+    """Loss of a run relative to its baseline's, in percent, beside the mark on the mean of its absolute value."""
+
+    def draw(axes: Axes) -> None:
+        steps, percent = run.relative_to(baseline)
+        for mark in (-APE_MARK, APE_MARK):
+            axes.axhline(mark, color=MUTED, linewidth=0.9, dashes=(2, 3))
+        axes.axhline(0, color=BASE, linewidth=2.2)
+        axes.plot(*_thin(steps, percent), color=ACCENT)
+        _mark_start(axes, run)
+        reach = max(1.4 * APE_MARK, 1.15 * float(np.max(np.abs(percent[np.isfinite(percent)]), initial=0)))
+        axes.set_ylim(-reach, reach)
+        _step_axis(axes, "Difference (% of BF16 loss)")
+        if ape is not None:
+            axes.text(0.99, 0.98, f"APE {ape:.3f} %", transform=axes.transAxes, ha="right", va="top", color=ACCENT)
+        axes.text(0.99, 0.02, f"dotted: ±{APE_MARK} %", transform=axes.transAxes, ha="right", color=MUTED, fontsize=9)
+
+    return Panel(title, draw)
+
+
+def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: bool) -> Panel:
+    """Heat map of the largest amax / predicted amax in each block; no colour where the prediction was exact.
+
+    `bar` adds the colour bar; panels side by side share one.
+    """
+    steps, blocks, grid = telemetry.overshoot(role)
+
+    def draw(axes: Axes) -> None:
+        colours = _diverging()
+        gap = np.min(np.diff(steps), initial=last_step) / 2 if len(steps) > 1 else 0.5
+        with np.errstate(divide="ignore"):  # an amax of 0 is -inf here, and takes the colour of the lower end
+            shade = np.log2(np.fmax.reduceat(grid, range(0, len(steps), -(-len(steps) // _COLUMNS)), axis=1))
+        image = axes.imshow(
+            shade, cmap=colours, vmin=-_REACH, vmax=_REACH, aspect="auto", interpolation="none", origin="lower",
+            extent=(steps[0] - gap, steps[-1] + gap, -0.5, len(blocks) - 0.5),
+        )
+        axes.set_xlim(0.5, last_step + 0.5)
+        shown = range(0, len(blocks), -(-len(blocks) // 6))
+        axes.set_yticks(shown, [blocks[i] for i in shown])
+        _step_axis(axes, "Block", grid=False)
+        if bar:
+            place = axes.inset_axes((1.03, 0, 0.035, 1))
+            scale = axes.figure.colorbar(image, cax=place, ticks=[-1, 0, 1], format=_FACTORS.get, extend="both")
+            scale.outline.set_edgecolor(RULE)
+
+    return Panel(title, draw, width=340, height=230, margins=(44, 52, 32, 40))
+
+
+def mantissa_bits(telemetry: Telemetry) -> Panel:
+    """Stacked bars, one a role: share of nonzero elements by the mantissa bits that are left to them."""
+    roles = list(telemetry.tensors)
+    means = [telemetry.means(role) for role in roles]
+
+    def draw(axes: Axes) -> None:
+        left, rows = np.zeros(len(roles)), np.arange(len(roles))[::-1]
+        for key, name in zip(SHARES, _SHARE_NAMES, strict=True):
+            width = np.array([100 * mean[key] for mean in means])
+            colour = PALETTE[key if key in PALETTE else "base"][0]
+            axes.barh(rows, width, left=left, height=0.52, color=colour, label=name)
+            for y, x, w in zip(rows, left, width, strict=True):
+                if w >= 9:
+                    axes.text(x + w / 2, y, f"{w:.0f} %", ha="center", va="center", color=_on(key), fontsize=9.5)
+            left += width
+        axes.set_yticks(rows, [f"{r.capitalize()}\n{m['sqnr_db']:.1f} dB" for r, m in zip(roles, means, strict=True)])
+        axes.tick_params(length=0)
+        axes.set(xlim=(0, 100), ylim=(-0.55, len(roles) - 0.1), xlabel="Share of nonzero elements (%), SQNR in dB")
+        axes.spines["left"].set_visible(False)
+        _legend_above(axes, handlelength=0.8)
+
+    return Panel("Mantissa bits left", draw, margins=(78, 16, 54, 40))
+
+
+def updates(telemetry: Telemetry) -> Panel:
+    """Share of the weights that an optimizer step changed, before and after rounding to BF16 and to the format."""
+
+    def draw(axes: Axes) -> None:
+        steps = [step for step, _ in telemetry.updates]
+        for key, (label, colour) in _UPDATES.items():
+            percent = [100 * share[key] for _, share in telemetry.updates]
+            axes.plot(steps, percent, color=colour, label=label, marker="o" if len(steps) < 3 else None)
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(0, 200)
+        axes.set_yticks([0, 1e-3, 1e-2, 0.1, 1, 10, 100])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(MaxNLocator(1))
+        axes.minorticks_off()
+        _step_axis(axes, "Weights changed (%)")
+        _legend_above(axes, handlelength=1.2)
+
+    return Panel("Weights that an update changes", draw, margins=(56, 16, 54, 40))
+
+
+def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], float | None]], reach: float) -> Panel:
+    """Forest plot of one task; a row is (label, comparison row by mode, the paper's difference in points or None).
+
+    `reach` is the end of the axis, in points, so that panels can share it.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=BASE, linewidth=1.4)
+        for y, (_, modes, paper) in zip(range(len(rows))[::-1], rows, strict=True):
+            for mode, shift, fill in (("w8a8", 0.16, ACCENT), ("bf16", -0.16, PAPER)):
+                if mode in modes:
+                    _interval(axes, modes[mode], y + shift, fill)
+            if paper is not None:
+                axes.plot(paper, y, marker="x", color=WARM, markersize=6, markeredgewidth=1.8)
+        axes.set_yticks(range(len(rows))[::-1], [label for label, _, _ in rows])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set(xlim=(-reach, reach), ylim=(-0.6, len(rows) - 0.4))
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.set_xlabel("Run − BF16 (percentage points)")
+
+    name = TASKS.get(task, task)
+    longest = max(len(label) for label, _, _ in rows)
+    return Panel(name, draw, height=76 + 27 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
+
+
+def score_legend() -> dict[str, str]:
+    """What the marks of `score_differences` mean."""
+    return {"●": f"{MODES['w8a8']}, 95 % interval", "○": f"{MODES['bf16']}, 95 % interval", "✕": "paper",
+            "|": f"{DROP_MARK:g} % mark: the drop that just fails"}
+
+
+def _interval(axes: Axes, row: dict, y: float, fill: str) -> None:
+    axes.plot(row["ci"], (y, y), color=ACCENT, linewidth=1.3, solid_capstyle="butt")
+    axes.plot(row["points"], y, marker="o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
+    axes.plot(-row["baseline"] * DROP_MARK / 100, y, marker="|", color=MUTED, markersize=7)
+
+
+def _line_styles(count: int) -> list[tuple[str, float]]:
+    """Colour and width of `count` lines, the emphasized one last."""
+    return [(BASE, 3.2), (WARM, 1.6), (MUTED, 1.6)][: count - 1] + [(ACCENT, 1.6)]
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    block = -(-len(steps) // _POINTS)
+    if block <= 1:
+        return steps, values
+    whole = len(steps) // block * block
+    return steps[:whole].reshape(-1, block).mean(1), values[:whole].reshape(-1, block).mean(1)
+
+
+def _mark_start(axes: Axes, curve: Curve) -> None:
+    if curve.start is None or curve.start == curve.steps[0]:
+        return
+    axes.axvline(curve.start - 0.5, color=WARM, linewidth=1.1, dashes=(4, 3))
+    axes.annotate("quantized from here", (curve.start - 0.5, 0.02), xycoords=("data", "axes fraction"), color=WARM,
+                  xytext=(5, 2), textcoords="offset points", fontsize=9)
+
+
+def _legend_above(axes: Axes, handlelength: float) -> None:
+    """One line between the title and the axes."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=5, handlelength=handlelength, handletextpad=0.5,
+                columnspacing=1.1)
+
+
+def _step_axis(axes: Axes, label: str, grid: bool = True) -> None:
+    axes.set_xlabel("Optimizer step")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if grid:
+        axes.grid(axis="y")
+
+
+def _diverging() -> ListedColormap:
+    """Blue below, orange above, and transparent between, so that it suits a light page and a dark one."""
+    strength = np.linspace(-1, 1, 129)
+    colour = [(*to_rgb(WARM if s > 0 else ACCENT), min(1.0, abs(s) ** 0.8)) for s in strength]
+    return ListedColormap(colour).with_extremes(bad=(0, 0, 0, 0))
+
+
+def _on(share: str) -> str:
+    """Colour of text on a bar of `share`."""
+    return PAPER if share in ("tier3", "tier2") else INK

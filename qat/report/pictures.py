@@ -1,0 +1,82 @@
+"""Which panels belong to what: to a run, to an experiment, and to the pictures for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qat.config import ROLES
+from qat.report import panels
+from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
+from qat.report.plots import Panel, png
+
+
+def of_loss(pair: Pair, prefix: str = "") -> list[Panel]:
+    """Training loss of a run over its baseline's, and the difference of the two."""
+    if not len(pair.curve.steps):
+        return []
+    curves = {pair.config["quant"]["format"]: pair.curve}
+    base = Curve.of(pair.baseline) if pair.baseline else None
+    if base is None or not len(base.steps):
+        return [panels.losses(curves, f"{prefix}Training loss")]
+    ape = pair.comparison["loss"]["ape"] if pair.comparison else None
+    difference = panels.loss_difference(pair.curve, base, ape, f"{prefix}Difference from BF16")
+    return [panels.losses({"BF16": base} | curves, f"{prefix}Training loss"), difference]
+
+
+def of_overshoot(pair: Pair, prefix: str = "") -> list[Panel]:
+    """Overshoot of every role over blocks and steps; nothing for current scaling, where it is 1 by construction."""
+    if pair.config["scaling"]["algo"] == "current" or not len(pair.curve.steps):
+        return []
+    last = int(pair.curve.steps[-1])
+    found = [role for role in ROLES if any(r["overshoot"] is not None for r in pair.telemetry.tensors.get(role, ()))]
+    title = {role: f"{prefix}{role.capitalize()}" for role in found}
+    return [panels.overshoot(pair.telemetry, role, title[role], last, role == found[-1]) for role in found]
+
+
+def of_precision(pair: Pair) -> list[Panel]:
+    """Mantissa bits left by role, and the share of weights that an update changes."""
+    found = [panels.mantissa_bits(pair.telemetry)] if pair.telemetry.tensors else []
+    return found + ([panels.updates(pair.telemetry)] if pair.telemetry.updates else [])
+
+
+def of_learning_rates(experiment: Experiment) -> list[Panel]:
+    """Training loss of the BF16 runs of an experiment that has no other, one line a learning rate."""
+    rates = {} if experiment.pairs else {run: experiment.configs[run.id]["optim"]["lr"] for run in experiment.bf16}
+    curves = {f"lr {scientific(rate)}": Curve.of(run) for run, rate in sorted(rates.items(), key=lambda item: -item[1])}
+    curves = {label: curve for label, curve in curves.items() if len(curve.steps)}
+    return [panels.losses(curves, "Training loss in BF16")] if curves else []
+
+
+def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
+    """A forest plot a task: every compared run in both modes, beside the paper's difference."""
+    compared = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
+    limits = [abs(limit) for _, pair in compared for row in pair.comparison["tasks"] for limit in row["ci"]]
+    found = []
+    for task in tasks_of([row["task"] for row in pair.comparison["tasks"]] for _, pair in compared):
+        rows = []
+        for name, pair in compared:
+            modes = {row["mode"]: row for row in pair.comparison["tasks"] if row["task"] == task}
+            score = paper["experiments"].get(name, {}).get("scores", {}).get(task, {})
+            rows.append((pair.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
+        found.append(panels.score_differences(task, rows, 1.04 * max(limits)))
+    return found
+
+
+def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:
+    """Draw the README's pictures into `out`; returns {file name: what it shows} of those that have content."""
+    pairs = [pair for e in experiments for pair in e.pairs]
+    legend = "    ".join(f"{mark} {meaning}" for mark, meaning in panels.score_legend().items())
+    loss = [replace(p, width=340) for pair in pairs for p in of_loss(pair, f"{pair.label} · ")[1:]]
+    overshoot = [panel for pair in pairs for panel in of_overshoot(pair, f"{pair.label} · ")]
+    colour = "colour: largest amax / predicted amax among a block's linears"
+    pictures = {
+        "deltas.png": (of_scores(experiments, paper), 2, legend, "Score differences from BF16 with 95 % intervals"),
+        "loss.png": (loss, 3, "", "Training loss relative to BF16"),
+        "overshoot.png": (overshoot, 3, colour, "Overshoot of the predicted amax by block and step"),
+    }
+    for name, (drawn, columns, note, _) in pictures.items():
+        if drawn:
+            png(drawn, columns, out / name, note)
+    return {name: shows for name, (drawn, _, _, shows) in pictures.items() if drawn}

@@ -1,0 +1,207 @@
+"""The report's tables, as cells of text that a page and a Markdown file both render."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qat.compare import (
+    APE_MARK,
+    DROP_MARK,
+    MODES,
+    TASK_HEADER,
+    TASKS,
+    differences,
+    interval,
+    markdown,
+    p_text,
+    resolved,
+    signed,
+    task_cells,
+)
+from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
+from qat.runs import Run
+
+PASS, FAIL = "✓", "✗"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text, an aside set smaller below it, and the mark it earns."""
+
+    text: str
+    aside: str = ""
+    mark: str = ""
+
+    def __str__(self) -> str:
+        aside = f"({self.aside})" if self.aside else ""
+        return " ".join(part for part in (self.text, self.mark, aside) if part)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a header. A row whose first cell is empty continues the one above."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        return markdown(self.header, [[str(cell).replace("|", "\\|") for cell in row] for row in self.rows])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return Table(header, [[Cell(text) for text in row] for row in rows])
+
+
+def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
+    """Relative drops and APE of every quantized run in both modes, beneath the paper's."""
+    compared = [pair.comparison for e in experiments for pair in e.pairs if pair.comparison]
+    entries = {e.name: paper["experiments"].get(e.name, {}) for e in experiments}
+    tasks = tasks_of([[row["task"] for row in c["tasks"]] for c in compared])
+    tasks = tasks or tasks_of([TASKS])
+    rows = []
+    for experiment in experiments:
+        if experiment.bf16 and not experiment.pairs and not experiment.absent:
+            continue  # BF16 only: shown with the baselines
+        rows.append([Cell(experiment.name), Cell("paper"), *_paper_cells(entries[experiment.name], tasks)])
+        for pair in experiment.pairs:
+            rows += _pair_rows(experiment, pair, tasks)
+        if not experiment.pairs:
+            rows.append([Cell(""), Cell("no run yet"), *[Cell("–")] * (len(tasks) + 1)])
+    return Table(["", "Source", "Loss APE %", *(f"{TASKS.get(t, t)}, drop %" for t in tasks)], rows)
+
+
+def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
+    ape, log = entry.get("ape"), entry.get("ape_log", "–")
+    cells = [Cell(str(log), "from its log" if "ape_log" in entry else "")]
+    if ape is not None:
+        cells = [Cell(f"{ape:.2f}", f"log: {log}", _mark(ape < APE_MARK))]
+    for task in tasks:
+        scores = entry.get("scores", {}).get(task, {})
+        drop, moved = scores.get("drop"), "quantized" in scores
+        aside = f"{scores['bf16']:.2f} → {scores['quantized']:.2f}" if moved else ""
+        cells.append(Cell("–") if drop is None else Cell(f"{drop:.2f}", aside, _mark(drop < DROP_MARK)))
+    return cells
+
+
+def _pair_rows(experiment: Experiment, pair: Pair, tasks: Sequence[str]) -> list[list[Cell]]:
+    which = pair.label.removeprefix(experiment.name).strip()
+    if pair.comparison is None:
+        return [[Cell(""), Cell("not compared", which), *[Cell("–")] * (len(tasks) + 1)]]
+    loss, found = pair.comparison["loss"], {(r["task"], r["mode"]): r for r in pair.comparison["tasks"]}
+    rows = []
+    for mode, name in MODES.items():
+        ape = Cell(f"{loss['ape']:.3f}", "", _mark(loss["passes"])) if mode == "w8a8" else Cell("")
+        cells = [_drop(found[task, mode]) if (task, mode) in found else Cell("–") for task in tasks]
+        rows.append([Cell(""), Cell(f"ours, {name}", which), ape, *cells])
+    return rows
+
+
+def _drop(row: Mapping) -> Cell:
+    text = "–" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
+    aside = f"{signed(row['points'], 1)} {interval(row['ci'], 1)} points, -{row['lost']}/+{row['gained']}, "
+    aside += f"p {p_text(row['p_value'])}{', near chance' if row['near_chance'] else ''}"
+    return Cell(text, aside, "" if row["passes"] is None else _mark(row["passes"], resolved(row)))
+
+
+def _mark(passes: bool, sure: bool = True) -> str:
+    mark = PASS if passes else FAIL
+    return mark if sure else f"({mark})"
+
+
+def tasks(comparison: Mapping) -> Table:
+    """Every task of a comparison in both modes."""
+    return _table(TASK_HEADER, [task_cells(row) for row in comparison["tasks"]])
+
+
+def heldout(comparison: Mapping) -> Table:
+    """Loss on text never trained on, and the divergence from the baseline's predictions."""
+    header = ["Held-out text", "Mode", "BF16, nats", "Run, nats", "Difference [95 % CI]", "KL, nats", "Sequences"]
+    rows = [
+        [row["text"], MODES[row["mode"]], f"{row['baseline']:.4f}", f"{row['loss']:.4f}",
+         f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}", "–" if row["kl"] is None else f"{row['kl']:.4f}",
+         str(row["sequences"])]
+        for row in comparison["heldout"]
+    ]
+    return _table(header, rows)
+
+
+def settings(run: Mapping, baseline: Mapping) -> Table:
+    """The settings in which the configs of a run and its baseline differ."""
+    found = differences(run, baseline)
+    return _table(["Setting", "Run", "Baseline"], [[key, *map(_value, values)] for key, values in found.items()])
+
+
+def _value(value) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
+
+
+def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
+    """Scores (percent, with standard errors) and final losses of the BF16 runs and the untouched checkpoint."""
+    runs = {run.id: run for e in experiments for run in e.bf16}
+    configs = {name: config for e in experiments for name, config in e.configs.items()}
+    records = {name: _record(run, configs[name]["benchmark"]["name"]) for name, run in runs.items()}
+    compared = [row for e in experiments for pair in e.pairs if pair.comparison for row in pair.comparison["tasks"]]
+    start = {row["task"]: f"{row['untouched']:.2f}" for row in compared if row["untouched"] is not None}
+    names = tasks_of([start, *records.values()]) or tasks_of([TASKS])
+    rows = [["untouched checkpoint", "–", "–", *(start.get(task, "–") for task in names)]] if start else []
+    for name, run in runs.items():
+        loss = Curve.of(run).loss
+        scores = {task: f"{100 * r['score']:.2f} ± {100 * r['stderr']:.2f}" for task, r in records[name].items()}
+        cells = [scientific(configs[name]["optim"]["lr"]), f"{loss[-1]:.4f}" if len(loss) else "–"]
+        rows.append([name, *cells, *(scores.get(task, "–") for task in names)])
+    for name in ("exp1", "exp8"):
+        entry = paper["experiments"][name]
+        scores = {task: "/".join(f"{v:.2f}" for v in _listed(r["bf16"])) for task, r in entry["scores"].items()}
+        cells = [scientific(entry["lr"][-1]), f"{entry['loss']['bf16']:.4f}"]
+        rows.append([f"paper, {name} BF16", *cells, *(scores.get(task, "–") for task in names)])
+    return _table(["Weights", "Learning rate", "Final loss, nats", *(f"{TASKS.get(t, t)} %" for t in names)], rows)
+
+
+def _record(run: Run, benchmark: str) -> Mapping:
+    """A BF16 run's tasks in a benchmark, or in whichever it has."""
+    found = run.evaluations()
+    chosen = found.get(benchmark) or next(iter(found.values()), {})
+    return chosen.get("bf16", {}).get("tasks", {})
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def resolution(experiments: Sequence[Experiment]) -> Table:
+    """What the benchmark can tell: for each task the W8A8 row with the widest interval, beside the 1 % mark in points.
+
+    The last column is the n at which half of the interval would equal the mark at this flip rate: z^2 * flips / mark^2.
+    """
+    widest = {}
+    for row in (r for e in experiments for p in e.pairs if p.comparison for r in p.comparison["tasks"]):
+        if row["mode"] == "w8a8" and _width(row) > _width(widest.get(row["task"], {"ci": (0, 0)})):
+            widest[row["task"]] = row
+    rows = []
+    for task in tasks_of([widest]):
+        row = widest[task]
+        flips, mark = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_MARK / 100
+        need = f"{_round_up(1.96**2 * flips / (mark / 100) ** 2):,}" if flips and mark else "–"
+        cells = [TASKS.get(task, task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
+        rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{mark:.2f}", need])
+    header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % mark, points"]
+    return _table([*header, "Questions to resolve the mark"], rows)
+
+
+def _width(row: Mapping) -> float:
+    return row["ci"][1] - row["ci"][0]
+
+
+def _round_up(number: float) -> int:
+    """To two leading digits: more would be false precision."""
+    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
+
+
+def disagreements(paper: Mapping) -> Table:
+    """Where the paper's text and its released code or logs part."""
+    rows = [[str(i), row["says"], row["did"], row["switch"]] for i, row in enumerate(paper["disagreements"], start=1)]
+    return _table(["", "The text", "The released code and logs", "Our switch"], rows)

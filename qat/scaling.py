@@ -1,0 +1,177 @@
+"""Tensor scaling: amax history -> predicted amax -> scale, for all quantized tensors of a model at once.
+
+    scale = target / predicted_amax                                   (paper, section 3: s = max_val / amax_hat)
+
+with the predicted amax of step t, from the history a(t-1), a(t-2), ...:
+
+    current       the tensor's own amax, a(t)                         (CTS)
+    most_recent   a(t-1)                                              (DTS)
+    exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
+    max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
+
+To add a rule: write a function of (history, alpha) below and put it in `PREDICTORS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from enum import Enum
+
+import torch
+import torch.distributed as dist
+
+from qat.config import Config
+from qat.kernels import amax as amax_of
+
+FP32_MAX = torch.finfo(torch.float32).max
+
+
+def _most_recent(history: torch.Tensor, alpha: float) -> torch.Tensor:
+    return history[0]
+
+
+def _exp_smooth(history: torch.Tensor, alpha: float) -> torch.Tensor:
+    if len(history) == 1:
+        return history[0]
+    return alpha * history[0] + (1 - alpha) * history[1]
+
+
+def _max(history: torch.Tensor, alpha: float) -> torch.Tensor:
+    return history.amax(0)
+
+
+# Each takes the filled part of the history, [entries >= 1, tensors] with the newest entry first, and alpha, and
+# returns the predicted amax, [tensors]. `current` has none: it looks at the tensor itself.
+PREDICTORS = {"most_recent": _most_recent, "exp_smooth": _exp_smooth, "max": _max}
+
+
+def to_scale(amax: torch.Tensor, target: torch.Tensor | float, previous: torch.Tensor) -> torch.Tensor:
+    """Scales for amaxes, element-wise in FP32, by four cases as in Transformer Engine: a normal amax gives
+    target / amax; an amax so small that this overflows gives the largest FP32 number; 0, Inf and NaN say nothing
+    about the tensor and keep the previous scale."""
+    usable = (amax > 0) & amax.isfinite()
+    scale = (target / amax).clamp(max=FP32_MAX)
+    return torch.where(usable, scale, previous)
+
+
+class Phase(Enum):
+    """What the quantizers do now; set by the training step, never by a forward pass."""
+
+    OFF = "off"  # BF16: no rounding; amax observed if the configuration says so
+    FIRST = "first"  # quantizing before there is a history: each tensor scales by its own amax
+    ON = "on"
+    FROZEN = "frozen"  # evaluation: rounding with the scales as they are, nothing observed
+
+
+class ScaleBank:
+    """The scale state of every quantized tensor, packed into a few FP32 tensors on the device.
+
+    names: one `<linear>/<role>` a tensor; targets: what each predicted amax is mapped to.
+    history: [window, tensors], a ring; observed: [tensors], the largest amax since the last commit; scale: [tensors].
+    Only `commit` advances the history, and only the training step calls it.
+    """
+
+    def __init__(self, names: list[str], targets: list[float], cfg: Config, device: torch.device | str = "cpu"):
+        self.names, self.cfg = names, cfg.scaling
+        self.settle_steps = round(cfg.scaling.settle * cfg.steps)
+        self.observe_when_off = cfg.scaling.observe_in_warmup
+        self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
+        self.history = torch.zeros(cfg.scaling.window, len(names), device=device)
+        self.observed = torch.zeros(len(names), device=device)
+        self.scale = torch.ones(len(names), device=device)
+        self.filled = 0  # entries of the ring in use
+        self.position = 0  # the ring's next entry
+        self.ticks = 0  # commits since quantization began; also tells cached weights that scales may have moved
+        self.phase = Phase.OFF
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    # In the forward and backward pass -------------------------------------------------------------------------
+
+    def scale_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The scale to quantize tensor `index` with now, 0-dim FP32 on the device."""
+        if self.phase is Phase.FIRST or self.cfg.algo == "current":
+            return to_scale(amax_of(x), self.targets[index], self.scale[index])
+        return self.scale[index]
+
+    def observe(self, index: int, amax: torch.Tensor) -> None:
+        """Take in the amax (0-dim FP32) of tensor `index`: the largest of all micro-batches counts, and a NaN stays."""
+        if self.phase is not Phase.FROZEN:
+            torch.maximum(self.observed[index], amax, out=self.observed[index])
+
+    @property
+    def observing(self) -> bool:
+        """Whether an unquantized forward or backward pass should report amaxes."""
+        return self.phase is Phase.OFF and self.observe_when_off
+
+    # In the training step -------------------------------------------------------------------------------------
+
+    def begin_step(self, step: int, first_quantized_step: int) -> None:
+        """Set the phase for a step (1-based), and drop the warmup's history when quantization starts, if so told."""
+        if step < first_quantized_step:
+            self.phase = Phase.OFF
+            return
+        if step == first_quantized_step and self.cfg.discard_after_warmup:
+            self.filled = self.position = 0
+        self.phase = Phase.ON if self.filled else Phase.FIRST
+
+    def overshoot(self) -> torch.Tensor:
+        """amax_now / amax_predicted of every tensor observed since the last commit, [tensors] FP32: 0 where nothing
+        was seen, 1 where the tensor scaled by its own amax."""
+        if self.phase is Phase.FIRST or self.cfg.algo == "current":
+            return (self.observed > 0).float()
+        return self.observed * self.scale / self.targets
+
+    def commit(self, step: int) -> None:
+        """Write what was observed into the ring and derive the next scales. One call a tick, for all tensors."""
+        if self.cfg.sync == "max" and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.observed, op=dist.ReduceOp.MAX)
+        quantizing = self.phase in (Phase.FIRST, Phase.ON)
+        if quantizing or self.observing:
+            # An Inf or NaN would sit in a window of 64 for 64 steps: the previous entry stands in for it.
+            previous = self.history[self.position - 1] if self.filled else torch.zeros_like(self.observed)
+            self.history[self.position] = torch.where(self.observed.isfinite(), self.observed, previous)
+            self.position = (self.position + 1) % len(self.history)
+            self.filled = min(self.filled + 1, len(self.history))
+            self._update_scale(step)
+            self.ticks += quantizing
+        if self.phase is Phase.FIRST and self.cfg.tick == "call":
+            self.phase = Phase.ON
+        self.observed.zero_()
+
+    def _update_scale(self, step: int) -> None:
+        settling = step <= self.settle_steps
+        if not settling and self.filled > 1 and self.ticks % self.cfg.update_every:
+            return
+        # `current` keeps its last amax's scale too: it serves evaluation of what has no amax, and the telemetry.
+        algo = "most_recent" if settling or self.cfg.algo == "current" else self.cfg.algo
+        newest_first = (self.position - 1 - torch.arange(self.filled, device=self.history.device)) % len(self.history)
+        predicted = PREDICTORS[algo](self.history[newest_first], self.cfg.alpha)
+        self.scale = to_scale(predicted, self.targets, self.scale)
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Within this context, quantizers use the scales as they are and leave the bank untouched."""
+        phase, self.phase = self.phase, Phase.FROZEN
+        try:
+            yield
+        finally:
+            self.phase = phase
+
+    # In a checkpoint ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        counters = torch.tensor([self.filled, self.position, self.ticks], dtype=torch.int64)
+        return {"history": self.history, "scale": self.scale, "counters": counters}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore a saved bank exactly. Errors: ValueError when it belongs to other tensors or another window."""
+        if state["history"].shape != self.history.shape:
+            raise ValueError(
+                f"the saved amax history is {tuple(state['history'].shape)} (window, tensors), this run's "
+                f"{tuple(self.history.shape)}: resume with the configuration the checkpoint was made with"
+            )
+        self.history.copy_(state["history"])
+        self.scale = state["scale"].to(self.scale)
+        self.filled, self.position, self.ticks = (int(v) for v in state["counters"])

@@ -1,0 +1,34 @@
+"""The experiments as configurations: what `experiment=expN` stands for, its own sweep expanded."""
+
+from __future__ import annotations
+
+import itertools
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+from qat.cli import typed
+from qat.config import Config
+
+_OWN = ("experiment=", "report.", "run=")
+
+
+def cells(experiment: str, overrides: list[str]) -> list[Config]:
+    """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry."""
+    words = [word for word in overrides if not word.startswith(_OWN)]
+    base = compose("train", [f"experiment={experiment}", *words], return_hydra_config=True)
+    sweep = base.hydra.sweeper.params or {}
+    axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in sweep.items()]
+    return [_compose([f"experiment={experiment}", *words, *cell]) for cell in itertools.product(*axes)]
+
+
+def _compose(words: list[str]) -> Config:
+    return typed(compose("train", words))
+
+
+def differences(one: DictConfig | Config, other: DictConfig | Config) -> list[str]:
+    """What differs between two configurations, as `key: ours -> theirs` lines."""
+    from qat.compare import differences as of
+
+    plain = [OmegaConf.to_container(OmegaConf.structured(each)) for each in (one, other)]
+    return [f"{key}: {a} -> {b}" for key, (a, b) in of(*plain).items()]

@@ -1,0 +1,97 @@
+"""What training loss does not show: precision tiers, clipping, underflow, SQNR, and updates that change nothing."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from qat import kernels
+from qat.config import Config
+from qat.convert import quantized_linears
+
+TIERS = (3, 2, 1, 0)  # mantissa bits
+
+
+class Probe:
+    """Collects statistics of every tensor that is quantized while it is attached."""
+
+    def __init__(self, model: torch.nn.Module, bank, cfg: Config):
+        self.model, self.bank, self.cfg = model, bank, cfg
+        self.seen: dict[int, torch.Tensor] = {}  # index -> statistics summed over micro-batches, FP64
+        self.scales: dict[int, tuple[torch.Tensor, ...]] = {}  # index -> (last scale, largest amax, largest overshoot)
+
+    @contextlib.contextmanager
+    def attached(self):
+        """Within this context every quantizer reports. It costs several passes over each tensor: use it every k steps."""
+        quantizers = [q for linear in quantized_linears(self.model).values() for q in linear.quantizers.values()]
+        for quantizer in quantizers:
+            quantizer.probe = self._observe
+        try:
+            yield
+        finally:
+            for quantizer in quantizers:
+                quantizer.probe = None
+
+    def _observe(self, index: int, x: torch.Tensor, scale: torch.Tensor) -> None:
+        target, q = self.bank.targets[index].item(), self.cfg.quant
+        amax = kernels.amax(x)
+        self.seen[index] = self.seen.get(index, 0) + kernels.statistics(x, scale, q.format, q.overflow, target)
+        overshoot = amax * scale / target
+        _, largest, worst = self.scales.get(index, (scale, amax, overshoot))
+        self.scales[index] = scale, torch.maximum(largest, amax), torch.maximum(worst, overshoot)
+
+    def rows(self, step: int) -> list[dict]:
+        """One row a tensor: layer, role, amax, scale, overshoot, share of elements in each tier (of those not zero),
+        beyond the target, underflowed (nonzero made zero), and the signal-to-quantization-noise ratio in dB."""
+        rows = []
+        for index, sums in sorted(self.seen.items()):
+            layer, _, role = self.bank.names[index].rpartition("/")
+            scale, amax, overshoot = (t.item() for t in self.scales[index])
+            count, *tiers, beyond, underflow, signal, noise = sums.tolist()
+            share = {f"tier{bits}": n / max(count, 1) for bits, n in zip(TIERS, tiers, strict=True)}
+            rows.append(
+                {"step": step, "layer": layer, "role": role, "amax": amax, "scale": scale, "overshoot": overshoot}
+                | share
+                | {"beyond": beyond / max(count, 1), "underflow": underflow / max(count, 1)}
+                | {"sqnr_db": _decibel(signal, noise)}
+            )
+        return rows
+
+
+def _decibel(signal: float, noise: float) -> float | None:
+    """None when nothing was lost or there was no signal: JSON has no infinity."""
+    if signal <= 0 or noise <= 0:
+        return None
+    return 10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)).item()
+
+
+class UpdateProbe:
+    """Share of weights that one optimizer step changed: as stored, in BF16, and on the quantization grid.
+
+    Looks at the weights of the quantized linears, or of all linears in a BF16 run. Made before the step; `row` after.
+    """
+
+    def __init__(self, model: torch.nn.Module, bank, cfg: Config):
+        self.format = cfg.quant.format if bank is not None else None
+        linears = quantized_linears(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        self.weights = {name: linear.weight for name, linear in linears.items()}
+        self.before = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        if self.format is not None:
+            index = {name: i for i, name in enumerate(bank.names)}
+            scales = bank.scale.clone()
+            self.scales = {name: scales[index[f"{name}/weight"]] if cfg.quant.weights else torch.tensor(1.0) for name in self.weights}
+
+    def row(self, step: int) -> dict:
+        """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
+        changed, total = torch.zeros(3, dtype=torch.float64), 0
+        for name, weight in self.weights.items():
+            now, before = weight.detach(), self.before[name]
+            views = [(now, before), (now.bfloat16(), before.bfloat16())]
+            if self.format is not None:
+                scale = self.scales[name]
+                views.append(tuple(kernels.quantize(t, scale, self.format, "saturate", 0.0)[0] for t in (now, before)))
+            changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
+            total += weight.numel()
+        stored, bf16, rounded = (changed / max(total, 1)).tolist()
+        return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded if self.format else None}}

@@ -1,0 +1,27 @@
+"""Score a trained run, its baseline and the untouched checkpoint, and compare them.
+
+python scripts/eval.py experiment=exp8 [the words that trained it] [benchmark=paper]
+python scripts/eval.py run=runs/<id> [benchmark=paper]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat import cli  # noqa: E402
+
+
+def main(config, _) -> None:
+    from qat.evaluate import evaluate
+    from qat.runs import Run
+
+    if config.run:
+        benchmark, folder = config.benchmark, Path(config.run)
+        config = Run(folder).typed_config()
+        config.benchmark, config.runs = benchmark, str(folder.parent)
+    evaluate(config)
+
+
+if __name__ == "__main__":
+    cli.entry("train", main)

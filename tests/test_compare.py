@@ -1,0 +1,245 @@
+"""The comparison: its statistics against independent ones, its arithmetic by hand, and everything it must refuse."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, t
+from synthetic_runs import config, edit, write_run
+
+from qat.compare import compare, loss_ape, table, verdict
+from qat.config import UserError
+from qat.paired import half_width, holm, mcnemar, tango
+
+HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64, "warmup.bf16": 0.05}
+RIGHT = [True] * 60 + [False] * 40
+TEXT = {"bf16": {"wikipedia": [3.0, 3.2, 3.4]}}
+
+
+def flipped(lost: int, gained: int) -> list[bool]:
+    return [False] * lost + [True] * (60 - lost + gained) + [False] * (40 - gained)
+
+
+@pytest.fixture
+def runs(tmp_path) -> tuple[Path, Path]:
+    """A run that lost 9 and gained 1 of 100 answers in W8A8, and its baseline."""
+    baseline = write_run(tmp_path / "base", config(), [2.5, 2.0], {"bf16": {"arc_easy": RIGHT}}, TEXT)
+    answers = {"bf16": {"arc_easy": RIGHT}, "w8a8": {"arc_easy": flipped(9, 1)}}
+    texts = {"bf16": TEXT["bf16"], "w8a8": {"wikipedia": [3.1, 3.4, 3.4]}}
+    return write_run(tmp_path / "run", config(**HIF8), [2.0, 3.0], answers, texts), baseline
+
+
+def test_loss_ape_by_hand():
+    assert loss_ape([2.0, 3.0], [2.5, 2.0]) == pytest.approx((20 + 50) / 2)
+    assert loss_ape(np.array([4.0]), np.array([4.0])) == 0
+
+
+@pytest.mark.parametrize(
+    ("quantized", "baseline", "says"),
+    [
+        ([1.0], [1.0, 2.0], "the run has 1, the baseline 2"),
+        ([], [], "at least one step"),
+        ([1.0, math.nan], [1.0, 1.0], "entry 2 is nan"),
+        ([1.0], [math.inf], "entry 1"),
+        ([1.0], [0.0], "entry 1"),
+    ],
+)
+def test_loss_ape_refuses(quantized, baseline, says):
+    with pytest.raises(UserError, match=says):
+        loss_ape(quantized, baseline)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_flips():
+    assert mcnemar(0, 0) == 1
+    for lost in (0, 1, 4, 11):
+        for gained in (1, 4, 5, 20, 39):
+            assert mcnemar(lost, gained) == pytest.approx(binomtest(lost, lost + gained).pvalue)
+    assert mcnemar(3000, 3200) == pytest.approx(binomtest(3000, 6200).pvalue)
+
+
+@pytest.mark.parametrize(("lost", "gained", "n"), [(9, 1, 100), (1, 0, 44), (30, 41, 1172), (0, 5, 200), (7, 7, 50)])
+def test_tango_inverts_the_score_test(lost, gained, n):
+    """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force."""
+    share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions lost, under a given change
+    for limit in tango(lost, gained, n):
+        rates = share + limit, share, 1 - 2 * share - limit
+        valid = np.all([rate > 0 for rate in rates], axis=0)
+        likelihood = sum(k * np.log(rate[valid]) for k, rate in zip((gained, lost, n - lost - gained), rates, strict=True))
+        best = share[valid][np.argmax(likelihood)]
+        statistic = (gained - lost - n * limit) / math.sqrt(n * (2 * best + limit - limit**2))
+        assert abs(statistic) == pytest.approx(1.96, abs=2e-3)
+
+
+def test_tango_at_the_edges():
+    assert tango(0, 0, 100) == pytest.approx((-0.03699, 0.03699), abs=1e-5)  # z^2 / (n + z^2)
+    assert tango(3, 8, 90) == pytest.approx([-limit for limit in tango(8, 3, 90)[::-1]])
+    assert tango(10, 0, 10)[0] == -1 and tango(0, 10, 10)[1] == 1
+    for lost, gained in ((1, 7), (2, 7), (3, 14), (5, 15)):  # zero is inside exactly where the score test keeps it
+        low, high = tango(lost, gained, 500)
+        assert (low < 0 < high) == ((gained - lost) ** 2 / (gained + lost) < 1.96**2)
+
+
+def test_half_width_is_student_t():
+    values = [0.1, 0.4, -0.2, 0.3]
+    low, high = t.interval(0.95, 3, np.mean(values), np.std(values, ddof=1) / 2)
+    assert half_width(values) == pytest.approx((high - low) / 2)
+    assert half_width([1.0]) is None
+
+
+def test_holm_counts_from_the_smallest():
+    assert holm([0.001, 0.02, 0.04]) == 3
+    assert holm([0.001, 0.03, 0.04]) == 1
+    assert holm([0.03, 0.04]) == 0
+
+
+def test_compare_by_hand(runs):
+    result = compare(*runs, "quick")
+    assert json.loads(json.dumps(result)) == result
+    assert (result["run"], result["baseline"], result["untouched"], result["benchmark"]) == ("run", "base", None, "quick")
+    assert result["loss"] == {"steps": 2, "ape": pytest.approx(35), "ape_last_tenth": pytest.approx(50), "final": 3.0,
+                              "final_baseline": 2.0, "passes": False}
+    w8a8, bf16 = result["tasks"]
+    assert (w8a8["task"], w8a8["mode"], bf16["mode"]) == ("arc_easy", "w8a8", "bf16")
+    assert (w8a8["lost"], w8a8["gained"], w8a8["n"], w8a8["passes"], w8a8["near_chance"]) == (9, 1, 100, False, False)
+    assert (w8a8["baseline"], w8a8["score"], w8a8["points"]) == pytest.approx((60, 52, -8))
+    assert w8a8["relative_drop"] == pytest.approx(100 * 8 / 60)
+    assert w8a8["p_value"] == pytest.approx(binomtest(1, 10).pvalue)
+    assert w8a8["ci"][0] < -8 < w8a8["ci"][1]
+    assert (bf16["points"], bf16["p_value"], bf16["passes"]) == (0, 1, True)
+    heldout = result["heldout"][0]
+    assert (heldout["loss"], heldout["baseline"], heldout["difference"]) == pytest.approx((3.3, 3.2, 0.1))
+    assert heldout["kl"] == 0.0021
+    assert heldout["ci"] == pytest.approx([0.1 - half_width([0.1, 0.2, 0.0]), 0.1 + half_width([0.1, 0.2, 0.0])])
+
+
+def test_untouched_scores_stand_beside(runs, tmp_path):
+    answers = {"bf16": {"arc_easy": [True] * 70 + [False] * 30}}
+    untouched = write_run(tmp_path / "start", config(**{"budget.steps": 0}), [], answers, TEXT)
+    assert [row["untouched"] for row in compare(*runs, "quick", untouched)["tasks"]] == [70, 70]
+    edit(untouched / "eval.json", lambda record: record["quick"]["bf16"].update(lm_eval="0.3"))
+    with pytest.raises(UserError, match="lm-eval version differs: 0.3 in start"):
+        compare(*runs, "quick", untouched)
+
+
+def test_near_chance_and_a_baseline_of_zero(tmp_path):
+    for right, near, passes in ((33, True, True), (35, False, True), (0, True, None)):
+        answers = [True] * right + [False] * (100 - right)
+        baseline = write_run(tmp_path / f"base{right}", config(), [2.0], {"bf16": {"mmlu": answers}})
+        both = {"bf16": {"mmlu": answers}, "w8a8": {"mmlu": answers}}
+        row = compare(write_run(tmp_path / f"run{right}", config(**HIF8), [2.0], both), baseline, "quick")["tasks"][0]
+        assert (row["near_chance"], row["passes"]) == (near, passes)
+
+
+def test_what_changes_no_number_may_differ(runs):
+    changes = {"budget.checkpoint_every": 7, "logger.name": "wandb", "benchmark.name": "paper"}
+    (runs[1] / "config.yaml").write_text(json.dumps(config(experiment="exp1", **changes)))
+    assert compare(*runs, "quick")["baseline"] == "base"
+
+
+def in_eval(**changes):
+    return lambda record: record["quick"]["w8a8"].update(changes)
+
+
+def in_task(**changes):
+    return lambda record: record["quick"]["w8a8"]["tasks"]["arc_easy"].update(changes)
+
+
+def in_text(**changes):
+    return lambda record: record["quick"]["w8a8"]["heldout"]["wikipedia"].update(changes)
+
+
+SAMPLES = "samples/quick/w8a8/arc_easy.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("eval.json", in_eval(lm_eval="0.5"), "lm-eval version differs: 0.5 in run, 0.4.13 in base"),
+        ("eval.json", in_eval(tasks={}), r"tasks differs: \[\] in run"),
+        ("eval.json", in_eval(heldout={}), "held-out texts differs"),
+        ("eval.json", in_task(task_hash="x"), "arc_easy task_hash differs: x in run, h-arc_easy in base"),
+        ("eval.json", in_task(shots=25), "arc_easy shots differs"),
+        ("eval.json", in_task(version=2), "arc_easy version differs"),
+        ("eval.json", in_task(n=99), "arc_easy n differs"),
+        ("eval.json", in_task(score=0.9), "52 of 100 right, eval.json says 0.9000 of 100; redo: python scripts/eval.py"),
+        ("eval.json", in_text(text_hash="x"), "held-out wikipedia text_hash differs"),
+        ("eval.json", in_text(sequence_losses=[3.0]), "held-out wikipedia sequences differs: 1 in run, 3 in base"),
+        ("eval.json", lambda r: r["quick"].pop("w8a8"), r"no quick evaluation in mode w8a8; make it: .*eval.py run=.*/run "),
+        ("eval.json", lambda r: r.pop("quick"), "no quick evaluation in mode w8a8"),
+        (SAMPLES, lambda r: r.update(doc_hash=r["doc_hash"].replace("d7", "x")), "arc_easy question 8 doc_hash differs: x"),
+        (SAMPLES, lambda r: r.update(prompt_hash="x"), "arc_easy question 1 prompt_hash differs"),
+        ("status.json", lambda r: r.update(state="running"), "run is running at step 2 of 36; finish it: python scripts/train"),
+        ("status.json", lambda r: r.update(state="failed", reason="no disk"), r"failed at step 2 of 36 \(no disk\)"),
+        ("metrics.jsonl", lambda r: r.update(step=r["step"] + 1), "record different steps"),
+        ("metrics.jsonl", lambda r: r.update(loss=math.nan), "loss APE is undefined"),
+    ],
+)
+def test_unlike_runs_are_refused(runs, file, change, says):
+    edit(runs[0] / file, change)
+    with pytest.raises(UserError, match=says) as error:
+        compare(*runs, "quick")
+    assert "\n" not in str(error.value)
+
+
+def test_another_order_of_questions_is_refused(runs):
+    samples = runs[0] / SAMPLES
+    samples.write_text("".join(reversed(samples.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="question 1 doc_hash differs: d99 in run, d0 in base"):
+        compare(*runs, "quick")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optim.lr": 1e-4}, "no matched baseline of run: optim.lr=0.0001 there, optim.lr=1e-05 here"),
+        ({"seed": 3}, "seed=3 there, seed=0 here"),
+        ({"data.label_shift": "twice"}, "data.label_shift=twice there, data.label_shift=once here"),
+        ({"budget.steps_factor": 0.5}, "budget.steps=18 there, budget.steps=36 here"),
+        (HIF8, "base is not a BF16 baseline: quant.format=hif8"),
+    ],
+)
+def test_an_unmatched_baseline_is_refused(runs, changes, says):
+    (runs[1] / "config.yaml").write_text(json.dumps(config(**changes)))
+    with pytest.raises(UserError, match=says):
+        compare(*runs, "quick")
+
+
+def test_only_quantized_runs_that_exist_are_compared(runs, tmp_path):
+    with pytest.raises(UserError, match="base is not a quantized run"):
+        compare(runs[1], runs[1], "quick")
+    with pytest.raises(UserError, match="nowhere"):
+        compare(tmp_path / "nowhere", runs[1], "quick")
+    edit(runs[1] / "eval.json", lambda record: record.clear())
+    with pytest.raises(UserError, match="base has no quick evaluation in mode bf16"):
+        compare(*runs, "quick")
+
+
+def test_table(runs):
+    lines = table(compare(*runs, "quick")).splitlines()
+    assert lines[0] == "run against base on benchmark quick"
+    assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [
+        "ARC-Easy", "W8A8", "60.00", "52.00", "-8.00 [-15.41, -2.26]", "13.33", "-9/+1 of 100", "0.021", "over 1 %"
+    ]
+    assert [cell.strip() for cell in lines[5].split("|")[4:-1]] == [
+        "60.00", "+0.00 [-3.70, +3.70]", "0.00", "-0/+0 of 100", "1.00", "pass, unresolved"
+    ]
+    assert len({len(line) for line in lines[2:6]}) == 1
+    assert lines[7] == (
+        "Loss APE 35.000 % (over the 0.5 % mark), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
+    )
+    assert lines[8].startswith("Held-out wikipedia, W8A8: 3.3000 nats a token, +0.1000 [-0.1484, +0.3484] from BF16, KL 0.0021")
+
+
+def test_verdict_neither_hides_nor_overclaims(runs):
+    result = compare(*runs, "quick")
+    assert verdict({"": result}).startswith(
+        "1 of 2 paired tests differ from BF16 beyond noise: ARC-Easy in W8A8 (-8.00 points, p = 0.021); elsewhere"
+    )
+    quiet = dict(result, tasks=[dict(row, p_value=0.4) for row in result["tasks"]])
+    assert verdict({"exp8": quiet}) == (
+        "None of 2 paired tests differs from BF16 beyond noise (smallest p = 0.40, exp8: ARC-Easy in W8A8), but with this "
+        "many questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
+    )
+    assert verdict({"": dict(result, tasks=[])}) == "No benchmark task was compared."

@@ -1,0 +1,189 @@
+"""The report: complete, self-contained, the same in both formats, and never stopped by what is missing."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
+
+from qat.compare import compare
+from qat.report import Experiment, write
+from qat.report.experiment import Curve, Telemetry, published
+from qat.runs import Run
+
+HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
+CONTEXT = {"Hardware": "2 cores <of> one CPU", "Versions": {"torch": "2.13.0"}, "Command": "make suite"}
+
+
+class Page(HTMLParser):
+    """What matters of a page: text, ids, references, and whether every element is closed."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source, self.ids, self.links, self.open, self.words = path.read_text(), [], [], [], []
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        if tag != "meta":
+            self.open.append(tag)
+        self.handle_startendtag(tag, attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found[key] for key in ("href", "src", "xlink:href") if key in found]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> tuple[Page, str, Path]:
+    """The whole suite, exp8 compared beforehand beside the untouched checkpoint."""
+    root = tmp_path_factory.mktemp("suite")
+    experiments = suite(root)
+    last = experiments[-1]
+    last.comparisons.append(compare(last.runs[0].path, last.baselines[0].path, "quick", root / "untouched"))
+    html, markdown = write(experiments, root / "out", CONTEXT)
+    return Page(html), markdown.read_text(), html.parent
+
+
+def test_page_stands_alone(report):
+    page, _, folder = report
+    assert page.open == []
+    assert all(link.startswith(("#", "data:image/png")) for link in page.links)
+    assert not re.search(r"https?:|@import|<script|<link|url\((?!#)", page.source)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert len(page.source) < 3_000_000
+    assert not re.search(r"#[0-9a-f]{6}", page.source.split("</style>")[1])  # every colour follows the theme
+    assert all((folder / name).stat().st_size > 10_000 for name in ("loss.png", "overshoot.png", "deltas.png"))
+
+
+def test_both_formats_hold_everything(report):
+    page, markdown, _ = report
+    text = page.text.replace("−", "-")
+    for k in range(1, 9):
+        assert f"exp{k}" in page.ids and f"## exp{k}: " in markdown
+    shared = [
+        "0.5 % mark in 7 of 7 compared runs", "None of 56 paired tests", "Not compared: exp7.", "42.51 → 41.25",
+        "exp8-max", "One seed a cell", "MMLU is near chance", "untouched checkpoint", "data.label_shift", "torch 2.13.0",
+        "Loss APE 0.", "first 2 steps in BF16", "Questions to resolve the mark", "paper, exp8 BF16", "KL, nats",
+    ]
+    for words in shared:
+        assert words in text, words
+        assert words in markdown, words
+    assert CONTEXT["Hardware"] in page.text and "&lt;of&gt;" in page.source
+    for name in ("loss.png", "overshoot.png", "deltas.png"):
+        assert f"]({name})" in markdown
+    cells = {cell.strip() for line in markdown.splitlines() if line.startswith("| ARC-Easy") for cell in line.split("|")}
+    assert len(cells) > 30 and all(cell in text for cell in cells)
+
+
+def test_what_is_missing_names_its_command(report):
+    page, markdown, _ = report
+    for text in (page.text, markdown):
+        assert re.search(r"exp7-max has no quick evaluation in mode w8a8; make it: python scripts/eval.py run=\S*/exp7-max", text)
+
+
+def test_nothing_at_all(tmp_path):
+    html, markdown = write([], tmp_path, {})
+    assert "No quantized run has been compared" in Page(html).text
+    assert "No quantized run has been compared" in markdown.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.md"}
+
+
+def test_every_stage_of_incompleteness(tmp_path):
+    base = write_run(tmp_path / "base", config(), losses(1, 4, 1e-5))
+    begun = write_run(tmp_path / "begun", config(**HIF8), [], state="running")
+    lone = write_run(tmp_path / "lone", config(**HIF8), [3.0, math.nan, math.inf])
+    other = write_run(tmp_path / "other", config(**HIF8, **{"optim.lr": 1e-4}), losses(1, 4, 1e-5) + 0.01)
+    write_telemetry(other, blocks=[3], every=4)
+    experiments = [
+        Experiment("exp1", [], [], []),
+        Experiment("exp3", [Run(tmp_path / "nowhere")], [Run(base)], []),
+        Experiment("exp4", [Run(begun)], [Run(base)], []),
+        Experiment("exp5", [Run(lone)], [], []),
+        Experiment("exp8", [Run(other)], [Run(base)], []),
+        Experiment("my sweep", [Run(lone)], [Run(base)], []),
+    ]
+    html, markdown = write(experiments, tmp_path / "out", {})
+    page = Page(html)
+    for line in (
+        "exp1 has not been run yet; make it: make exp1",
+        "nowhere has not been run yet; make it: make exp3",
+        "begun is running at step 0 of 36; finish it: python scripts/train.py experiment=exp8",
+        "lone has no BF16 baseline yet; make it: make exp5",
+        "base is no matched baseline of other: optim.lr=1e-05 there, optim.lr=0.0001 here",
+    ):
+        assert line in page.text, line
+        assert line in markdown.read_text(), line
+    assert "Not compared: exp4, exp5, exp8, my sweep, exp1." in page.text
+
+
+def test_a_run_that_two_experiments_share_counts_once(tmp_path):
+    answers = {"arc_easy": [True] * 30 + [False] * 20}
+    base = write_run(tmp_path / "base", config(), [3.0, 2.9], {"bf16": answers})
+    run = write_run(tmp_path / "run", config(**HIF8), [3.0, 2.8], {"bf16": answers, "w8a8": answers})
+    html, markdown = write([Experiment(name, [Run(run)], [Run(base)], []) for name in ("exp4", "exp6")], tmp_path, {})
+    for text in (Page(html).text, markdown.read_text()):
+        assert "in 1 of 1 compared runs" in text
+        assert "None of 2 paired tests" in text
+        assert "exp4/exp6: ARC-Easy" in text
+        assert "comes to the same run as exp4" in text
+
+
+def test_siblings_are_told_apart_by_what_differs(tmp_path):
+    def labels(*changes):
+        runs = [Run(write_run(tmp_path / f"{i}", config(**HIF8 | change))) for i, change in enumerate(changes)]
+        return [pair.label for pair in Experiment("exp2", runs, [], []).pairs]
+
+    assert labels({"scaling.algo": "current"}, {"scaling.window": 30}) == ["exp2 current", "exp2 max"]
+    assert labels({"scaling.window": 16}, {"scaling.window": 30}) == ["exp2 16", "exp2 30"]
+    assert labels({"quant.ste": "masked"}, {}) == ["exp2 0", "exp2 1"]  # the ids
+    assert labels({}) == ["exp2"]
+
+
+def test_overshoot_is_the_largest_of_a_block(tmp_path):
+    run = write_run(tmp_path / "run", config(**HIF8), [3.0] * 4)
+    write_telemetry(run, blocks=[3, 12], every=2)
+    edit(run / "telemetry.jsonl", lambda r: r.update(overshoot=None) if r["step"] == 2 and ".3." in r.get("layer", "") else r)
+    telemetry = Telemetry(Run(run).telemetry())
+    assert set(telemetry.tensors) == set(ROLES) and [step for step, _ in telemetry.updates] == [2, 4]
+    steps, blocks, grid = telemetry.overshoot("gradient")
+    assert (list(steps), blocks, grid.shape) == ([2, 4], ["3", "12"], (2, 2))
+    assert np.isnan(grid[0, 0])
+    seen = [r["overshoot"] for r in telemetry.tensors["gradient"] if r["step"] == 4 and ".12." in r["layer"]]
+    assert len(seen) == 3 and grid[1, 1] == max(seen)
+    assert telemetry.means("weight")["tier3"] == pytest.approx(0.93)
+
+
+def test_curves_are_compared_where_both_have_steps(tmp_path):
+    run = Curve.of(Run(write_run(tmp_path / "run", config(**HIF8 | {"warmup.bf16": 0.5}), [2.0, 2.2, 2.0, 2.0])))
+    base = Curve.of(Run(write_run(tmp_path / "base", config(), [2.0, 2.0])))
+    steps, percent = run.relative_to(base)
+    assert run.start == 3 and base.start is None
+    assert list(steps) == [1, 2] and percent == pytest.approx([0, 10])
+
+
+def test_published_numbers_agree_with_each_other():
+    paper = published()
+    assert list(paper["experiments"]) == [f"exp{k}" for k in range(1, 9)]
+    assert len(paper["disagreements"]) == 12
+    drops = 0
+    for entry in paper["experiments"].values():
+        assert {"title", "question", "recipe", "lr", "notes"} <= set(entry)
+        for score in entry.get("scores", {}).values():
+            if {"drop", "quantized"} <= set(score):
+                drops += 1
+                assert 100 * (1 - score["quantized"] / score["bf16"]) == pytest.approx(score["drop"], abs=0.02)
+    assert drops == 19
+    assert json.dumps(paper)
