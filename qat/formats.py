@@ -6,7 +6,6 @@ To add a format: write its `round`, name its largest finite value and its mantis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,6 +66,6 @@ FORMATS = {
     "hif8": Format(hif8.LARGEST, hif8.fake_quantize, _hif8_bits),
     # E4M3 has no infinity: what is past its largest value is NaN. 464 is a tie that goes to the even 448.
     "fp8_e4m3": _fp8(torch.float8_e4m3fn, 3, -6, 464.0, float("nan")),
-    # 61440 is a tie that goes to the even neighbour, which is the infinity.
-    "fp8_e5m2": _fp8(torch.float8_e5m2, 2, -14, math.nextafter(61440.0, 0.0), float("inf")),
+    # 61440 is a tie that goes to the even neighbour, the infinity; the FP32 number below it rounds down.
+    "fp8_e5m2": _fp8(torch.float8_e5m2, 2, -14, 61440.0 - 2**-8, float("inf")),
 }

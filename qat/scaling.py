@@ -45,7 +45,7 @@ def _max(history: torch.Tensor, alpha: float) -> torch.Tensor:
 PREDICTORS = {"most_recent": _most_recent, "exp_smooth": _exp_smooth, "max": _max}
 
 
-def to_scale(amax: torch.Tensor, target: torch.Tensor | float, previous: torch.Tensor) -> torch.Tensor:
+def to_scale(amax: torch.Tensor, target: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """Scales for amaxes, element-wise in FP32, by four cases as in Transformer Engine: a normal amax gives
     target / amax; an amax so small that this overflows gives the largest FP32 number; 0, Inf and NaN say nothing
     about the tensor and keep the previous scale."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 from hydra import compose
-from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import typed
 from qat.config import Config
@@ -24,11 +23,3 @@ def cells(experiment: str, overrides: list[str]) -> list[Config]:
 
 def _compose(words: list[str]) -> Config:
     return typed(compose("train", words))
-
-
-def differences(one: DictConfig | Config, other: DictConfig | Config) -> list[str]:
-    """What differs between two configurations, as `key: ours -> theirs` lines."""
-    from qat.compare import differences as of
-
-    plain = [OmegaConf.to_container(OmegaConf.structured(each)) for each in (one, other)]
-    return [f"{key}: {a} -> {b}" for key, (a, b) in of(*plain).items()]

@@ -52,8 +52,17 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
     _json(folder / "status.json", {"state": state, "step": len(losses), "steps": settings["budget"]["steps"]})
     _json(folder / "environment.json", {"cpu": "synthetic", "versions": {"torch": "0.0"}})
     quantized, start = settings["quant"]["format"] != "none", round(settings["warmup"]["bf16"] * len(losses))
-    rows = [{"step": t, "loss": float(loss), "lr": settings["optim"]["lr"], "tokens": 4096 * t, "seconds": 2.0,
-             "quantized": quantized and t > start} for t, loss in enumerate(losses, start=1)]
+    rows = [
+        {
+            "step": t,
+            "loss": float(loss),
+            "lr": settings["optim"]["lr"],
+            "tokens": 4096 * t,
+            "seconds": 2.0,
+            "quantized": quantized and t > start,
+        }
+        for t, loss in enumerate(losses, start=1)
+    ]
     _lines(folder / "metrics.jsonl", rows)
     if answers is not None:
         texts = heldout or {}
@@ -77,8 +86,18 @@ def _evaluation(folder: Path, mode: str, answers: dict, heldout: dict) -> dict:
         tasks[task] = {"metric": "acc" if task == "mmlu" else "acc_norm", "score": share, "n": n, "chance": 0.25}
         tasks[task] |= {"stderr": math.sqrt(share * (1 - share) / n), "shots": 5, "version": 1}
         tasks[task]["task_hash"] = f"h-{task}"
-        rows = [{"subject": task, "doc_hash": f"d{i}", "prompt_hash": f"p{i}", "target": 0, "choice": 0 if ok else 1,
-                 "correct": bool(ok), "logprobs": [-1.0, -2.0]} for i, ok in enumerate(right)]
+        rows = [
+            {
+                "subject": task,
+                "doc_hash": f"d{i}",
+                "prompt_hash": f"p{i}",
+                "target": 0,
+                "choice": 0 if ok else 1,
+                "correct": bool(ok),
+                "logprobs": [-1.0, -2.0],
+            }
+            for i, ok in enumerate(right)
+        ]
         _lines(folder / "samples" / "quick" / mode / f"{task}.jsonl", rows)
     for text, losses in heldout.items():
         texts[text] = {"loss": float(np.mean(losses)), "tokens": 256 * len(losses), "text_hash": f"h-{text}"}
@@ -134,12 +153,18 @@ def answers(seed: int, flips: float = 0.05) -> dict:
     return right
 
 
-def suite(root: Path, every: int = 12) -> list[Experiment]:
+def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
     """The eight experiments on twelve run folders and an untouched checkpoint; exp7 is not evaluated."""
     short = {"budget.steps_factor": 0.5, "budget.batch_factor": 0.25}
     fast = _Baseline(root / "exp1-lr2e-3", 2e-3, seed=1)
-    main, probe, slow = (_Baseline(root / name, lr, seed, **extra) for name, lr, seed, extra in (
-        ("exp1-lr1e-4", 1e-4, 2, {}), ("exp2-bf16", 1e-4, 3, short), ("exp8-bf16", 1e-5, 4, {})))
+    main, probe, slow = (
+        _Baseline(root / name, lr, seed, **extra)
+        for name, lr, seed, extra in (
+            ("exp1-lr1e-4", 1e-4, 2, {}),
+            ("exp2-bf16", 1e-4, 3, short),
+            ("exp8-bf16", 1e-5, 4, {}),
+        )
+    )
     write_run(root / "untouched", config(), [], {"bf16": answers(5)}, slow.heldout)
     recipes = {
         "exp2": [(probe, "current", 1, 0), (probe, "most_recent", 30, 0)],
@@ -152,8 +177,14 @@ def suite(root: Path, every: int = 12) -> list[Experiment]:
     }
     experiments = [Experiment("exp1", [Run(fast.folder), Run(main.folder)], [], [])]
     for k, (name, cells) in enumerate(recipes.items()):
-        runs = [Run(base.quantize(root / f"{name}-{recipe[0]}", name, recipe, 10 * k + i, every))
-                for i, (base, *recipe) in enumerate(cells)]
+        runs = [
+            Run(base.quantize(root / f"{name}-{recipe[0]}", name, recipe, 10 * k + i))
+            for i, (base, *recipe) in enumerate(cells)
+        ]
+        for run, (_, algo, _, warmup) in zip(runs, cells, strict=True):
+            if name in telemetry:
+                spread = {"current": 0.0, "max": 0.05}.get(algo, 0.12)
+                write_telemetry(run.path, every=every, spread=spread, start=2 if warmup else 0)
         experiments.append(Experiment(name, runs, [Run(cells[0][0].folder)], []))
     return experiments
 
@@ -171,7 +202,7 @@ class _Baseline:
         settings = config(experiment=folder.name[:4], **self.changes)
         write_run(folder, settings, self.losses, {"bf16": self.answers}, self.heldout)
 
-    def quantize(self, folder: Path, experiment: str, recipe: tuple, seed: int, every: int) -> Path:
+    def quantize(self, folder: Path, experiment: str, recipe: tuple, seed: int) -> Path:
         algo, window, warmup = recipe
         rng, start = np.random.default_rng(seed), round(warmup * len(self.losses))
         settings = {"experiment": experiment, "quant.format": "hif8", "scaling.algo": algo, "scaling.window": window}
@@ -179,10 +210,14 @@ class _Baseline:
         shares = {"bf16": 0.01, "w8a8": 0.03}
         same = self.heldout["bf16"]["wikipedia"]
         texts = {mode: {"wikipedia": same + rng.normal(0.004, 0.004, 16)} for mode in shares}
-        flipped = {mode: {task: [right ^ (rng.random() < share) for right in given]
-                          for task, given in self.answers.items()} for mode, share in shares.items()}
-        write_run(folder, config(**self.changes, **settings, **{"warmup.bf16": warmup}), self.losses * (1 + noise),
-                  None if experiment == "exp7" else flipped, texts)
-        spread = {"current": 0.0, "max": 0.05}.get(algo, 0.12)
-        write_telemetry(folder, every=every, spread=spread, start=start)
-        return folder
+        flipped = {
+            mode: {task: [right ^ (rng.random() < share) for right in given] for task, given in self.answers.items()}
+            for mode, share in shares.items()
+        }
+        return write_run(
+            folder,
+            config(**self.changes, **settings, **{"warmup.bf16": warmup}),
+            self.losses * (1 + noise),
+            None if experiment == "exp7" else flipped,
+            texts,
+        )

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import binomtest, t
-from synthetic_runs import config, edit, write_run
 
 from qat.compare import compare, loss_ape, table, verdict
 from qat.config import UserError
 from qat.paired import half_width, holm, mcnemar, tango
+from tests.synthetic_runs import config, edit, write_run
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64, "warmup.bf16": 0.05}
 RIGHT = [True] * 60 + [False] * 40
@@ -66,7 +66,8 @@ def test_tango_inverts_the_score_test(lost, gained, n):
     for limit in tango(lost, gained, n):
         rates = share + limit, share, 1 - 2 * share - limit
         valid = np.all([rate > 0 for rate in rates], axis=0)
-        likelihood = sum(k * np.log(rate[valid]) for k, rate in zip((gained, lost, n - lost - gained), rates, strict=True))
+        counts = gained, lost, n - lost - gained
+        likelihood = sum(k * np.log(rate[valid]) for k, rate in zip(counts, rates, strict=True))
         best = share[valid][np.argmax(likelihood)]
         statistic = (gained - lost - n * limit) / math.sqrt(n * (2 * best + limit - limit**2))
         assert abs(statistic) == pytest.approx(1.96, abs=2e-3)
@@ -97,9 +98,15 @@ def test_holm_counts_from_the_smallest():
 def test_compare_by_hand(runs):
     result = compare(*runs, "quick")
     assert json.loads(json.dumps(result)) == result
-    assert (result["run"], result["baseline"], result["untouched"], result["benchmark"]) == ("run", "base", None, "quick")
-    assert result["loss"] == {"steps": 2, "ape": pytest.approx(35), "ape_last_tenth": pytest.approx(50), "final": 3.0,
-                              "final_baseline": 2.0, "passes": False}
+    assert [result[key] for key in ("run", "baseline", "untouched", "benchmark")] == ["run", "base", None, "quick"]
+    assert result["loss"] == {
+        "steps": 2,
+        "ape": pytest.approx(35),
+        "ape_last_tenth": pytest.approx(50),
+        "final": 3.0,
+        "final_baseline": 2.0,
+        "passes": False,
+    }
     w8a8, bf16 = result["tasks"]
     assert (w8a8["task"], w8a8["mode"], bf16["mode"]) == ("arc_easy", "w8a8", "bf16")
     assert (w8a8["lost"], w8a8["gained"], w8a8["n"], w8a8["passes"], w8a8["near_chance"]) == (9, 1, 100, False, False)
@@ -118,8 +125,8 @@ def test_untouched_scores_stand_beside(runs, tmp_path):
     answers = {"bf16": {"arc_easy": [True] * 70 + [False] * 30}}
     untouched = write_run(tmp_path / "start", config(**{"budget.steps": 0}), [], answers, TEXT)
     assert [row["untouched"] for row in compare(*runs, "quick", untouched)["tasks"]] == [70, 70]
-    edit(untouched / "eval.json", lambda record: record["quick"]["bf16"].update(lm_eval="0.3"))
-    with pytest.raises(UserError, match="lm-eval version differs: 0.3 in start"):
+    edit(untouched / "eval.json", lambda record: record["quick"]["bf16"].update(lm_eval="old"))
+    with pytest.raises(UserError, match="lm-eval version differs: old in start"):
         compare(*runs, "quick", untouched)
 
 
@@ -163,14 +170,14 @@ SAMPLES = "samples/quick/w8a8/arc_easy.jsonl"
         ("eval.json", in_task(shots=25), "arc_easy shots differs"),
         ("eval.json", in_task(version=2), "arc_easy version differs"),
         ("eval.json", in_task(n=99), "arc_easy n differs"),
-        ("eval.json", in_task(score=0.9), "52 of 100 right, eval.json says 0.9000 of 100; redo: python scripts/eval.py"),
+        ("eval.json", in_task(score=0.9), "52 of 100 right, eval.json says 0.9000 of 100; redo: python scripts/eval"),
         ("eval.json", in_text(text_hash="x"), "held-out wikipedia text_hash differs"),
         ("eval.json", in_text(sequence_losses=[3.0]), "held-out wikipedia sequences differs: 1 in run, 3 in base"),
-        ("eval.json", lambda r: r["quick"].pop("w8a8"), r"no quick evaluation in mode w8a8; make it: .*eval.py run=.*/run "),
+        ("eval.json", lambda r: r["quick"].pop("w8a8"), "no quick evaluation in mode w8a8; make it: python .*/run "),
         ("eval.json", lambda r: r.pop("quick"), "no quick evaluation in mode w8a8"),
-        (SAMPLES, lambda r: r.update(doc_hash=r["doc_hash"].replace("d7", "x")), "arc_easy question 8 doc_hash differs: x"),
+        (SAMPLES, lambda r: r.update(doc_hash=r["doc_hash"].replace("d7", "x")), "question 8 doc_hash differs: x"),
         (SAMPLES, lambda r: r.update(prompt_hash="x"), "arc_easy question 1 prompt_hash differs"),
-        ("status.json", lambda r: r.update(state="running"), "run is running at step 2 of 36; finish it: python scripts/train"),
+        ("status.json", lambda r: r.update(state="running"), "run is running at step 2 of 36; finish it: python scr"),
         ("status.json", lambda r: r.update(state="failed", reason="no disk"), r"failed at step 2 of 36 \(no disk\)"),
         ("metrics.jsonl", lambda r: r.update(step=r["step"] + 1), "record different steps"),
         ("metrics.jsonl", lambda r: r.update(loss=math.nan), "loss APE is undefined"),
@@ -220,16 +227,31 @@ def test_table(runs):
     lines = table(compare(*runs, "quick")).splitlines()
     assert lines[0] == "run against base on benchmark quick"
     assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [
-        "ARC-Easy", "W8A8", "60.00", "52.00", "-8.00 [-15.41, -2.26]", "13.33", "-9/+1 of 100", "0.021", "over 1 %"
+        "ARC-Easy",
+        "W8A8",
+        "60.00",
+        "52.00",
+        "-8.00 [-15.41, -2.26]",
+        "13.33",
+        "-9/+1 of 100",
+        "0.021",
+        "over 1 %",
     ]
     assert [cell.strip() for cell in lines[5].split("|")[4:-1]] == [
-        "60.00", "+0.00 [-3.70, +3.70]", "0.00", "-0/+0 of 100", "1.00", "pass, unresolved"
+        "60.00",
+        "+0.00 [-3.70, +3.70]",
+        "0.00",
+        "-0/+0 of 100",
+        "1.00",
+        "pass, unresolved",
     ]
     assert len({len(line) for line in lines[2:6]}) == 1
     assert lines[7] == (
         "Loss APE 35.000 % (over the 0.5 % mark), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
     )
-    assert lines[8].startswith("Held-out wikipedia, W8A8: 3.3000 nats a token, +0.1000 [-0.1484, +0.3484] from BF16, KL 0.0021")
+    assert lines[8] == (
+        "Held-out wikipedia, W8A8: 3.3000 nats a token, +0.1000 [-0.1484, +0.3484] from BF16, KL 0.0021 nats."
+    )
 
 
 def test_verdict_neither_hides_nor_overclaims(runs):
@@ -239,7 +261,7 @@ def test_verdict_neither_hides_nor_overclaims(runs):
     )
     quiet = dict(result, tasks=[dict(row, p_value=0.4) for row in result["tasks"]])
     assert verdict({"exp8": quiet}) == (
-        "None of 2 paired tests differs from BF16 beyond noise (smallest p = 0.40, exp8: ARC-Easy in W8A8), but with this "
-        "many questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
+        "None of 2 paired tests differs from BF16 beyond noise (smallest p = 0.40, exp8: ARC-Easy in W8A8), but with "
+        "this many questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
     )
     assert verdict({"": dict(result, tasks=[])}) == "No benchmark task was compared."

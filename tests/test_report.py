@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
 
 from qat.compare import compare
 from qat.report import Experiment, write
 from qat.report.experiment import Curve, Telemetry, published
 from qat.runs import Run
+from tests.synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
 CONTEXT = {"Hardware": "2 cores <of> one CPU", "Versions": {"torch": "2.13.0"}, "Command": "make suite"}
@@ -74,9 +74,21 @@ def test_both_formats_hold_everything(report):
     for k in range(1, 9):
         assert f"exp{k}" in page.ids and f"## exp{k}: " in markdown
     shared = [
-        "0.5 % mark in 7 of 7 compared runs", "None of 56 paired tests", "Not compared: exp7.", "42.51 → 41.25",
-        "exp8-max", "One seed a cell", "MMLU is near chance", "untouched checkpoint", "data.label_shift", "torch 2.13.0",
-        "Loss APE 0.", "first 2 steps in BF16", "Questions to resolve the mark", "paper, exp8 BF16", "KL, nats",
+        "0.5 % mark in 7 of 7 compared runs",
+        "None of 56 paired tests",
+        "Not compared: exp7.",
+        "42.51 → 41.25",
+        "exp8-max against exp8-bf16",
+        "One seed a cell",
+        "MMLU is near chance",
+        "untouched checkpoint",
+        "torch 2.13.0",
+        "Loss APE 0.",
+        "first 2 steps in BF16",
+        "Questions to resolve the mark",
+        "paper, exp8 BF16",
+        "KL, nats",
+        "data.label_shift",
     ]
     for words in shared:
         assert words in text, words
@@ -84,14 +96,16 @@ def test_both_formats_hold_everything(report):
     assert CONTEXT["Hardware"] in page.text and "&lt;of&gt;" in page.source
     for name in ("loss.png", "overshoot.png", "deltas.png"):
         assert f"]({name})" in markdown
-    cells = {cell.strip() for line in markdown.splitlines() if line.startswith("| ARC-Easy") for cell in line.split("|")}
+    rows = [line for line in markdown.splitlines() if line.startswith("| ARC-Easy")]
+    cells = {cell.strip() for line in rows for cell in line.split("|")}
     assert len(cells) > 30 and all(cell in text for cell in cells)
 
 
 def test_what_is_missing_names_its_command(report):
     page, markdown, _ = report
-    for text in (page.text, markdown):
-        assert re.search(r"exp7-max has no quick evaluation in mode w8a8; make it: python scripts/eval.py run=\S*/exp7-max", text)
+    says = r"exp7-max has no quick evaluation in mode w8a8; make it: python scripts/eval.py run=\S*/exp7-max"
+    assert re.search(says, page.text)
+    assert re.search(says, markdown)
 
 
 def test_nothing_at_all(tmp_path):
@@ -126,16 +140,17 @@ def test_every_stage_of_incompleteness(tmp_path):
     ):
         assert line in page.text, line
         assert line in markdown.read_text(), line
-    assert "Not compared: exp4, exp5, exp8, my sweep, exp1." in page.text
 
 
 def test_a_run_that_two_experiments_share_counts_once(tmp_path):
     answers = {"arc_easy": [True] * 30 + [False] * 20}
     base = write_run(tmp_path / "base", config(), [3.0, 2.9], {"bf16": answers})
     run = write_run(tmp_path / "run", config(**HIF8), [3.0, 2.8], {"bf16": answers, "w8a8": answers})
-    html, markdown = write([Experiment(name, [Run(run)], [Run(base)], []) for name in ("exp4", "exp6")], tmp_path, {})
+    experiments = [Experiment(name, [Run(run)], [Run(base)], []) for name in ("exp4", "exp6")]
+    html, markdown = write([*experiments, Experiment("exp7", [], [], [])], tmp_path, {})
     for text in (Page(html).text, markdown.read_text()):
-        assert "in 1 of 1 compared runs" in text
+        assert "Not compared: exp7." in text
+        assert "in 0 of 1 compared runs" in text
         assert "None of 2 paired tests" in text
         assert "exp4/exp6: ARC-Easy" in text
         assert "comes to the same run as exp4" in text
@@ -155,7 +170,7 @@ def test_siblings_are_told_apart_by_what_differs(tmp_path):
 def test_overshoot_is_the_largest_of_a_block(tmp_path):
     run = write_run(tmp_path / "run", config(**HIF8), [3.0] * 4)
     write_telemetry(run, blocks=[3, 12], every=2)
-    edit(run / "telemetry.jsonl", lambda r: r.update(overshoot=None) if r["step"] == 2 and ".3." in r.get("layer", "") else r)
+    edit(run / "telemetry.jsonl", lambda r: r["step"] == 2 and ".3." in r.get("layer", "") and r.update(overshoot=None))
     telemetry = Telemetry(Run(run).telemetry())
     assert set(telemetry.tensors) == set(ROLES) and [step for step, _ in telemetry.updates] == [2, 4]
     steps, blocks, grid = telemetry.overshoot("gradient")

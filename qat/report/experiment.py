@@ -63,21 +63,24 @@ class Experiment:
 
     def _pair(self, run: Run, label: str) -> Pair:
         pair = Pair(label, run, self.configs[run.id])
-        pair.comparison = next((c for c in self.comparisons if c["run"] == run.id), None)
-        if pair.comparison:
-            pair.baseline = next((b for b in self.bf16 if b.id == pair.comparison["baseline"]), None)
-        elif not self.bf16:
-            pair.missing = f"{run.id} has no BF16 baseline yet; make it: make {self.name}"
+        known = next((c for c in self.comparisons if c["run"] == run.id), None)
+        if known:
+            pair.baseline, pair.comparison = next((b for b in self.bf16 if b.id == known["baseline"]), None), known
+        elif self.bf16:
+            self._compare(pair)
         else:
-            own = run.typed_config()
-            fitting = [b for b in self.bf16 if not mismatches(own, b.typed_config())]
-            pair.baseline = fitting[0] if fitting else None
-            try:
-                reference = (fitting or self.bf16)[0].path
-                pair.comparison = compare(run.path, reference, pair.config["benchmark"]["name"])
-            except UserError as reason:
-                pair.missing = str(reason)
+            pair.missing = f"{run.id} has no BF16 baseline yet; make it: make {self.name}"
         return pair
+
+    def _compare(self, pair: Pair) -> None:
+        """Fill in the comparison with the baseline that fits, or why there is none."""
+        config = pair.run.typed_config()
+        pair.baseline = next((b for b in self.bf16 if not mismatches(config, b.typed_config())), None)
+        candidate = pair.baseline or self.bf16[0]
+        try:
+            pair.comparison = compare(pair.run.path, candidate.path, pair.config["benchmark"]["name"])
+        except UserError as reason:
+            pair.missing = str(reason)
 
 
 @dataclass

@@ -61,8 +61,10 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     below = sum(c["loss"]["passes"] for c in compared.values())
     span = f"{min(apes):.2f} to {max(apes):.2f} %" if len(apes) > 1 else f"{apes[0]:.2f} %"
     loss = f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} compared runs ({span})."
-    absent = [pair.label for e in experiments for pair in e.pairs if not pair.comparison]
-    absent += [e.name for e in experiments if not e.configs]
+    absent = []
+    for e in experiments:
+        absent += [pair.label for pair in e.pairs if not pair.comparison]
+        absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
     return [loss, verdict(compared), *([f"Not compared: {', '.join(absent)}."] if absent else [])]
 
 
@@ -140,6 +142,7 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     return {
         "label": pair.label,
         "recipe": _recipe(pair),
+        "runs": f"{pair.run.id} against {pair.baseline.id}" if pair.baseline else pair.run.id,
         "same_as": first if again else "",
         "sentences": [loss_text(compared), verdict({"": compared})] if compared else [],
         "tasks": tables.tasks(compared) if compared and not again else None,

@@ -67,7 +67,13 @@ def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: 
         with np.errstate(divide="ignore"):  # an amax of 0 is -inf here, and takes the colour of the lower end
             shade = np.log2(np.fmax.reduceat(grid, range(0, len(steps), -(-len(steps) // _COLUMNS)), axis=1))
         image = axes.imshow(
-            shade, cmap=colours, vmin=-_REACH, vmax=_REACH, aspect="auto", interpolation="none", origin="lower",
+            shade,
+            cmap=colours,
+            vmin=-_REACH,
+            vmax=_REACH,
+            aspect="auto",
+            interpolation="none",
+            origin="lower",
             extent=(steps[0] - gap, steps[-1] + gap, -0.5, len(blocks) - 0.5),
         )
         axes.set_xlim(0.5, last_step + 0.5)
@@ -134,13 +140,13 @@ def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], f
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=BASE, linewidth=1.4)
-        for y, (_, modes, paper) in zip(range(len(rows))[::-1], rows, strict=True):
-            for mode, shift, fill in (("w8a8", 0.16, ACCENT), ("bf16", -0.16, PAPER)):
-                if mode in modes:
-                    _interval(axes, modes[mode], y + shift, fill)
-            if paper is not None:
-                axes.plot(paper, y, marker="x", color=WARM, markersize=6, markeredgewidth=1.8)
-        axes.set_yticks(range(len(rows))[::-1], [label for label, _, _ in rows])
+        places = range(len(rows))[::-1]
+        for mode, shift, fill in (("w8a8", 0.16, ACCENT), ("bf16", -0.16, PAPER)):
+            found = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
+            _intervals(axes, found, fill)
+        paper = [(points, y) for y, (_, _, points) in zip(places, rows, strict=True) if points is not None]
+        axes.plot(*np.array(paper).reshape(-1, 2).T, "x", color=WARM, markersize=6, markeredgewidth=1.8)
+        axes.set_yticks(places, [label for label, _, _ in rows])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlim=(-reach, reach), ylim=(-0.6, len(rows) - 0.4))
         axes.spines["left"].set_visible(False)
@@ -154,19 +160,24 @@ def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], f
 
 def score_legend() -> dict[str, str]:
     """What the marks of `score_differences` mean."""
-    return {"●": f"{MODES['w8a8']}, 95 % interval", "○": f"{MODES['bf16']}, 95 % interval", "✕": "paper",
-            "|": f"{DROP_MARK:g} % mark: the drop that just fails"}
+    return {
+        "●": f"{MODES['w8a8']}, 95 % interval",
+        "○": f"{MODES['bf16']}, 95 % interval",
+        "✕": "paper",
+        "|": f"{DROP_MARK:g} % mark: the drop that just fails",
+    }
 
 
-def _interval(axes: Axes, row: dict, y: float, fill: str) -> None:
-    axes.plot(row["ci"], (y, y), color=ACCENT, linewidth=1.3, solid_capstyle="butt")
-    axes.plot(row["points"], y, marker="o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
-    axes.plot(-row["baseline"] * DROP_MARK / 100, y, marker="|", color=MUTED, markersize=7)
+def _intervals(axes: Axes, rows: Sequence[tuple[dict, float]], fill: str) -> None:
+    heights = [y for _, y in rows]
+    axes.hlines(heights, *zip(*(row["ci"] for row, _ in rows), strict=True), color=ACCENT, linewidth=1.3)
+    axes.plot([row["points"] for row, _ in rows], heights, "o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
+    axes.plot([-row["baseline"] * DROP_MARK / 100 for row, _ in rows], heights, "|", color=MUTED, markersize=7)
 
 
 def _line_styles(count: int) -> list[tuple[str, float]]:
     """Colour and width of `count` lines, the emphasized one last."""
-    return [(BASE, 3.2), (WARM, 1.6), (MUTED, 1.6)][: count - 1] + [(ACCENT, 1.6)]
+    return [*[(BASE, 3.2), (WARM, 1.6), (MUTED, 1.6)][: count - 1], (ACCENT, 1.6)]
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,14 +192,27 @@ def _mark_start(axes: Axes, curve: Curve) -> None:
     if curve.start is None or curve.start == curve.steps[0]:
         return
     axes.axvline(curve.start - 0.5, color=WARM, linewidth=1.1, dashes=(4, 3))
-    axes.annotate("quantized from here", (curve.start - 0.5, 0.02), xycoords=("data", "axes fraction"), color=WARM,
-                  xytext=(5, 2), textcoords="offset points", fontsize=9)
+    axes.annotate(
+        "quantized from here",
+        (curve.start - 0.5, 0.02),
+        xycoords=("data", "axes fraction"),
+        color=WARM,
+        xytext=(5, 2),
+        textcoords="offset points",
+        fontsize=9,
+    )
 
 
 def _legend_above(axes: Axes, handlelength: float) -> None:
     """One line between the title and the axes."""
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=5, handlelength=handlelength, handletextpad=0.5,
-                columnspacing=1.1)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.99),
+        ncols=5,
+        handlelength=handlelength,
+        handletextpad=0.5,
+        columnspacing=1.1,
+    )
 
 
 def _step_axis(axes: Axes, label: str, grid: bool = True) -> None:

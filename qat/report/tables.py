@@ -120,9 +120,15 @@ def heldout(comparison: Mapping) -> Table:
     """Loss on text never trained on, and the divergence from the baseline's predictions."""
     header = ["Held-out text", "Mode", "BF16, nats", "Run, nats", "Difference [95 % CI]", "KL, nats", "Sequences"]
     rows = [
-        [row["text"], MODES[row["mode"]], f"{row['baseline']:.4f}", f"{row['loss']:.4f}",
-         f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}", "–" if row["kl"] is None else f"{row['kl']:.4f}",
-         str(row["sequences"])]
+        [
+            row["text"],
+            MODES[row["mode"]],
+            f"{row['baseline']:.4f}",
+            f"{row['loss']:.4f}",
+            f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
+            "–" if row["kl"] is None else f"{row['kl']:.4f}",
+            str(row["sequences"]),
+        ]
         for row in comparison["heldout"]
     ]
     return _table(header, rows)

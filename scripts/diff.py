@@ -1,0 +1,34 @@
+"""Print what differs between two experiments, key by key.
+
+python scripts/diff.py report.experiments=[exp7,exp8] [protocol=released any.key=value]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat import cli  # noqa: E402
+
+
+def main(config, _) -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from qat import suite
+    from qat.compare import differences
+
+    names = config.report.experiments
+    if len(names) != 2:
+        raise cli.ConfigError(f"report.experiments={names}: name two, as in report.experiments=[exp7,exp8]")
+    cells = [suite.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
+    for one in cells[0]:
+        for other in cells[1]:
+            plain = [OmegaConf.to_container(OmegaConf.structured(cell)) for cell in (one, other)]
+            print("  ".join(names))
+            for key, (ours, theirs) in differences(*plain).items():
+                print(f"  {key}: {ours} -> {theirs}")
+
+
+if __name__ == "__main__":
+    cli.entry("train", main)

@@ -1,0 +1,107 @@
+"""The formats' common interface, and the fused kernels against the readable reference, bit for bit."""
+
+import math
+
+import pytest
+import torch
+
+from qat import kernels
+from qat.formats import FORMATS
+from qat.kernels import cpu
+from tests.test_hif8 import ALL_BF16, hard_values
+
+
+def nearest_even(x: float, fraction_bits: int, smallest_exponent: int) -> float:
+    """Round one number to a binary floating-point grid, ties to even, without an upper bound."""
+    if x == 0 or not math.isfinite(x):
+        return x
+    exponent = max(math.frexp(abs(x))[1] - 1, smallest_exponent)
+    unit = 2.0 ** (exponent - fraction_bits)
+    return round(x / unit) * unit  # Python rounds halves to even
+
+
+@pytest.mark.parametrize(("name", "bits", "smallest"), [("fp8_e4m3", 3, -6), ("fp8_e5m2", 2, -14)])
+def test_fp8_rounding(name, bits, smallest):
+    x = ALL_BF16[ALL_BF16.isfinite()].float()
+    largest = FORMATS[name].largest
+    expected = torch.tensor([nearest_even(v, bits, smallest) for v in x.tolist()])
+    saturated = FORMATS[name].round(x, "saturate")
+    assert torch.equal(saturated, expected.clamp(-largest, largest))
+    overflowing = FORMATS[name].round(x, "inf")
+    inside = expected.abs() <= largest
+    assert torch.equal(overflowing[inside], expected[inside])
+    past = overflowing[~inside]
+    assert past.isnan().all() if name == "fp8_e4m3" else past.isinf().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mantissa_bits_bound_the_error(name):
+    chosen = FORMATS[name]
+    x = torch.exp2(torch.linspace(-9, math.log2(chosen.largest) - 0.1, 20_000))
+    error = (chosen.round(x, "saturate") - x).abs() / x
+    bits = chosen.mantissa_bits(x)
+    for tier in bits.unique():
+        # With m stored bits the spacing is 2^-m of the power of two below, so the error is at most half of that.
+        worst = error[bits == tier].max().item()
+        assert worst <= 2.0 ** -(tier + 1)
+        assert worst > 2.0 ** -(tier + 3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_clip_stops_at_the_target(name):
+    x = torch.tensor([14.9, 15.0, 15.4, 16.0, 1e6, float("inf"), -1e6])
+    clipped = FORMATS[name].quantize(x, "clip", 15.0)
+    top = FORMATS[name].round(torch.tensor(15.0), "saturate").item()
+    assert clipped.abs().max().item() == top
+    assert clipped[-1].item() == -top
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.exp2(torch.randint(-30, 20, (100_000,), generator=generator).float())
+    return {
+        "all BF16": ALL_BF16,
+        "midpoints": hard_values(),
+        "random FP32": torch.randn(100_000, generator=generator) * spread,
+        "strided": torch.randn(300, 200, generator=generator).t(),
+        "empty": torch.empty(0),
+    }
+
+
+@pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
+@pytest.mark.parametrize("kind", inputs())
+def test_cpu_kernel_is_the_reference(kind, overflow):
+    x = inputs()[kind]
+    assert cpu.supports(x)
+    for scale in (1.0, 0.37, 1000.0):
+        values, _ = kernels.quantize(x, torch.tensor(scale), "hif8", overflow, 15.0)
+        reference = FORMATS["hif8"].quantize(x.float() * scale, overflow, 15.0).to(x.dtype)
+        assert values.dtype == x.dtype
+        assert values.shape == x.shape
+        assert torch.equal(values.isnan(), reference.isnan())
+        assert torch.equal(values.nan_to_num(0.0).view(x.shape), reference.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_amax(dtype):
+    x = torch.randn(70_001, generator=torch.Generator().manual_seed(2)).to(dtype)
+    _, fused = kernels.quantize(x, torch.tensor(1.0), "hif8", "clip", 15.0)
+    assert fused.item() == kernels.amax(x).item() == x.abs().max().item()
+    x[17] = float("nan")
+    _, fused = kernels.quantize(x, torch.tensor(1.0), "hif8", "clip", 15.0)
+    assert fused.isnan()
+    assert kernels.amax(x).isnan()
+
+
+@pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
+def test_statistics_kernel_is_the_reference(overflow, monkeypatch):
+    x = inputs()["random FP32"].clamp(-1e6, 1e6)
+    x[:7] = 0
+    scale = torch.tensor(0.01)
+    fused = kernels.statistics(x, scale, "hif8", overflow, 15.0)
+    monkeypatch.setattr(cpu, "supports", lambda x: False)
+    reference = kernels.statistics(x, scale, "hif8", overflow, 15.0)
+    assert fused[:7].tolist() == reference[:7].tolist()
+    assert fused[0] == (x != 0).sum()
+    assert fused[1:5].sum() + fused[6] == fused[0]
+    torch.testing.assert_close(fused[7:], reference[7:], rtol=1e-9, atol=0)

@@ -1,0 +1,254 @@
+"""The quantized linear: exact when it should be the original, and equal to the formulas when it quantizes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qat.config import Config, ConfigError, QuantConfig, ScalingConfig
+from qat.convert import convert, quantized_linears
+from qat.formats import FORMATS
+
+
+class Block(nn.Module):
+    def __init__(self, hidden=16, inner=24):
+        super().__init__()
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(hidden, inner, bias=False),
+                "up_proj": nn.Linear(hidden, inner, bias=False),
+                "down_proj": nn.Linear(inner, hidden, bias=True),
+            }
+        )
+        self.self_attn = nn.ModuleDict({"q_proj": nn.Linear(hidden, hidden)})
+
+    def forward(self, x):
+        x = x + self.self_attn["q_proj"](x)
+        return x + self.mlp["down_proj"](torch.relu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
+
+
+class Model(nn.Module):
+    def __init__(self, blocks=8):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def config(algo="most_recent", **quant) -> Config:
+    cfg = Config(quant=QuantConfig(**{"format": "hif8"} | quant), scaling=ScalingConfig(algo=algo, window=4))
+    cfg.budget.steps = 10
+    cfg.model.name = "toy"
+    return cfg
+
+
+def single(dtype=torch.float32, algo="current", **quant):
+    """One quantizing linear of 16 -> 24, with its bank at step 1."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(16, 24)})})])
+    model.to(dtype)
+    bank, _ = convert(model, config(algo, scope=["mlp.up_proj"], bf16_blocks=0, **quant))
+    bank.begin_step(1, 1)
+    return next(iter(quantized_linears(model).values())), bank
+
+
+def rounded(t: torch.Tensor, target=15.0, overflow="clip", format="hif8") -> tuple[torch.Tensor, float]:
+    scale = torch.tensor(target) / t.abs().max().float()
+    return FORMATS[format].quantize(t.float() * scale, overflow, target), scale
+
+
+def data(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(3, 5, 16, generator=generator).to(dtype).requires_grad_()
+    return x, torch.randn(3, 5, 24, generator=generator).to(dtype)
+
+
+def train_step(model, x):
+    model.zero_grad(set_to_none=True)
+    y = model(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["quant=bf16", "BF16 warmup"])
+def test_unquantized_is_the_original_bit_for_bit(how, dtype):
+    torch.manual_seed(0)
+    original = Model().to(dtype)
+    converted = copy.deepcopy(original)
+    bank, _ = convert(converted, config(format="none" if how == "quant=bf16" else "hif8"))
+    assert (bank is None) == (how == "quant=bf16")
+    x = torch.randn(2, 3, 16).to(dtype)
+    if bank is not None:
+        bank.begin_step(1, first_quantized_step=2)
+        assert len(quantized_linears(converted)) == 9
+    for ours, theirs in zip(train_step(converted, x), train_step(original, x), strict=True):
+        assert torch.equal(ours, theirs)
+    if bank is not None:
+        assert (bank.observed > 0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_forward_and_backward_follow_the_formulas(format):
+    linear, _ = single(format=format)
+    x, upstream = data()
+    y = linear(x)
+    y.backward(upstream)
+    (qx, sx), (qw, sw), (qg, sg) = (rounded(t.detach(), format=format) for t in (x, linear.weight, upstream))
+    torch.testing.assert_close(y, qx @ qw.t() / (sx * sw) + linear.bias, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, qg @ qw / (sg * sw), rtol=1e-6, atol=1e-6)
+    expected = qg.flatten(0, 1).t() @ qx.flatten(0, 1) / (sg * sx)
+    torch.testing.assert_close(linear.weight.grad, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(linear.bias.grad, upstream.flatten(0, 1).sum(0))
+
+
+def test_bf16_operands_are_the_rounded_values():
+    linear, _ = single(torch.bfloat16)
+    x, _ = data(torch.bfloat16)
+    y = linear(x)
+    (qx, sx), (qw, sw) = rounded(x.detach()), rounded(linear.weight.detach())
+    exact = qx.double() @ qw.double().t() / (sx * sw).double() + linear.bias.double()
+    assert y.dtype == torch.bfloat16
+    # Only the product's own rounding to BF16, its unscaling and the bias may differ from the exact result.
+    torch.testing.assert_close(y.double(), exact, rtol=3 * 2**-8, atol=2**-7)
+
+
+def test_descaled_operands():
+    linear, _ = single(operands="descaled")
+    x, _ = data()
+    y = linear(x)
+    (qx, sx), (qw, sw) = rounded(x.detach()), rounded(linear.weight.detach())
+    torch.testing.assert_close(y, (qx / sx) @ (qw / sw).t() + linear.bias, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("role", ["activations", "weights", "gradients"])
+def test_each_role_can_be_switched_off(role):
+    linear, bank = single(**{role: False})
+    assert len(bank) == 2
+    assert not any(name.endswith(role[:-1]) for name in bank.names)
+    x, upstream = data()
+    y = linear(x)
+    y.backward(upstream)
+    identity = lambda t: (t, torch.tensor(1.0))  # noqa: E731
+    tensors = {"activations": x.detach(), "weights": linear.weight.detach(), "gradients": upstream}
+    parts = {name: (identity if name == role else rounded)(t) for name, t in tensors.items()}
+    (qx, sx), (qw, sw), (qg, sg) = parts["activations"], parts["weights"], parts["gradients"]
+    torch.testing.assert_close(y, qx @ qw.t() / (sx * sw) + linear.bias, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad, qg @ qw / (sg * sw), rtol=1e-6, atol=1e-6)
+
+
+def test_target_per_role():
+    linear, bank = single(target_gradient=224.0, overflow="saturate")
+    x, upstream = data()
+    linear(x).backward(upstream)
+    bank.commit(1)
+    targets = dict(zip(bank.names, (bank.scale * bank.history[0]).tolist(), strict=True))
+    assert targets["layers.0.mlp.up_proj/gradient"] == pytest.approx(224.0)
+    assert targets["layers.0.mlp.up_proj/weight"] == pytest.approx(15.0)
+
+
+def test_masked_ste_stops_gradients_beyond_the_target():
+    x, upstream = data()
+    results = {}
+    for ste in ("pass_through", "masked"):
+        linear, bank = single(algo="most_recent", ste=ste, gradients=False)
+        for index, amax in enumerate((1.0, 100.0)):  # activations were smaller before: values beyond 1 are clipped
+            bank.observe(index, torch.tensor(amax))
+        bank.commit(1)
+        bank.begin_step(2, 1)
+        x.grad = None
+        linear(x).backward(upstream)
+        results[ste] = x.grad.clone()
+    beyond = x.detach().abs() > 1.0
+    assert beyond.any()
+    assert torch.equal(results["masked"][~beyond], results["pass_through"][~beyond])
+    assert not results["masked"][beyond].any()
+    assert results["pass_through"][beyond].all()
+
+
+def test_weight_is_rounded_once_a_step(monkeypatch):
+    from qat import kernels
+
+    linear, bank = single(algo="most_recent")
+    x, upstream = data()
+    calls = []
+    original = kernels.quantize
+    monkeypatch.setattr(kernels, "quantize", lambda t, *a: calls.append(tuple(t.shape)) or original(t, *a))
+    for _ in range(3):
+        linear(x).backward(upstream)
+    assert calls.count((24, 16)) == 1
+    bank.commit(1)
+    bank.begin_step(2, 1)
+    linear(x)
+    assert calls.count((24, 16)) == 2
+    with torch.no_grad():
+        linear.weight.mul_(0.5)
+    before = linear(x)
+    assert calls.count((24, 16)) == 3
+    assert not torch.equal(before, x)
+
+
+def test_evaluation_and_recomputation_leave_the_bank_alone():
+    linear, bank = single(algo="max")
+    x, upstream = data()
+    linear(x).backward(upstream)
+    bank.commit(1)
+    bank.begin_step(2, 1)
+    with bank.frozen(), torch.no_grad():
+        linear(1000 * x)
+    assert not bank.observed.any()
+    linear(x)
+    # Back in training the weight is observed again, though evaluation had rounded the very same weight.
+    seen = dict(zip(bank.names, bank.observed.tolist(), strict=True))
+    assert seen["layers.0.mlp.up_proj/weight"] == linear.weight.abs().max().item()
+
+
+def test_recomputed_activations_count_once():
+    from torch.utils.checkpoint import checkpoint
+
+    banks = []
+    for recompute in (False, True):
+        linear, bank = single(algo="max")
+        x, upstream = data()
+        y = checkpoint(linear, x, use_reentrant=False) if recompute else linear(x)
+        y.backward(upstream)
+        bank.commit(1)
+        banks.append(bank.state_dict())
+    assert all(torch.equal(banks[0][name], banks[1][name]) for name in banks[0])
+
+
+@pytest.mark.parametrize(("keep", "blocks"), [(0, range(8)), (5, range(3, 6)), (4, range(2, 6)), (1, range(1, 8))])
+def test_bf16_blocks_and_coverage(keep, blocks):
+    model = Model()
+    _, coverage = convert(model, config(bf16_blocks=keep))
+    assert {int(name.split(".")[1]) for name in coverage.linears} == set(blocks)
+    assert set(coverage.linears) == set(quantized_linears(model))
+    assert coverage.parameters == len(blocks) * 3 * 16 * 24
+    assert coverage.all_parameters == sum(p.numel() for p in model.parameters())
+    assert coverage.matmul_parameters == 8 * (3 * 16 * 24 + 16 * 16) + 16 * 5
+    assert f"{3 * len(blocks)} linears" in str(coverage)
+
+
+def test_parameters_keep_their_names_and_identity():
+    model = Model()
+    names = {name: id(p) for name, p in model.named_parameters()}
+    convert(model, config())
+    assert {name: id(p) for name, p in model.named_parameters()} == names
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        ({"scope": ["mlp.gate"]}, r"quant.scope=mlp.gate: matches no linear of toy; did you mean 'mlp.gate_proj'"),
+        ({"bf16_blocks": 8}, r"quant.bf16_blocks=8: toy has 8 blocks; the largest valid value is 7"),
+    ],
+)
+def test_refusals(quant, message):
+    with pytest.raises(ConfigError, match=message):
+        convert(Model(), config(**quant))
