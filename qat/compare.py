@@ -10,7 +10,7 @@ measure, in percent. The paper's marks: a relative drop below 1 % a task and a l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qat.config import Config, UserError
@@ -187,7 +187,9 @@ def _flips(run: Run, baseline: Run, benchmark: str, mode: str, task: str) -> tup
         right = sum(bool(s["correct"]) for s in samples)
         if len(samples) != record["n"] or abs(right - record["score"] * record["n"]) > 0.5:
             stale = f"{right} of {len(samples)} right, eval.json says {record['score']:.4f} of {record['n']}"
-            raise UserError(f"{owner.id} samples of {task} in {where}: {stale}; redo: {eval_command(owner, benchmark)}")
+            raise UserError(
+                f"{owner.id} samples of {task} in {where}: {stale}; redo it: {eval_command(owner, benchmark)}"
+            )
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
         for key in ("doc_hash", "prompt_hash"):
             _refuse_unequal(run, baseline, f"{task} question {number} {key}", a[key], b[key])
@@ -262,6 +264,20 @@ def heldout_text(row: dict) -> str:
     kl = "" if row["kl"] is None else f", KL {row['kl']:.4f} nats"
     change = f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}"
     return f"Held-out {row['text']}, {MODES[row['mode']]}: {row['loss']:.4f} nats a token, {change} from BF16{kl}."
+
+
+def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
+    """One sentence on the held-out losses of several comparisons in W8A8; empty where there are none."""
+    rows = [row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8"]
+    if not rows:
+        return ""
+    low, high = (signed(end(row["difference"] for row in rows), 4) for end in (min, max))
+    clear = sum(row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0 for row in rows)
+    span = f"{low} to {high}" if len(rows) > 1 else low
+    return (
+        f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token; "
+        f"{clear} of {len(rows)} intervals (95 %) exclude zero."
+    )
 
 
 def verdict(comparisons: Mapping[str, dict]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, t
 
-from qat.compare import compare, loss_ape, table, verdict
+from qat.compare import compare, heldout_verdict, loss_ape, table, verdict
 from qat.config import UserError
 from qat.paired import half_width, holm, mcnemar, tango
 from tests.synthetic_runs import config, edit, write_run
@@ -170,7 +170,7 @@ SAMPLES = "samples/quick/w8a8/arc_easy.jsonl"
         ("eval.json", in_task(shots=25), "arc_easy shots differs"),
         ("eval.json", in_task(version=2), "arc_easy version differs"),
         ("eval.json", in_task(n=99), "arc_easy n differs"),
-        ("eval.json", in_task(score=0.9), "52 of 100 right, eval.json says 0.9000 of 100; redo: python scripts/eval"),
+        ("eval.json", in_task(score=0.9), "52 of 100 right, eval.json says 0.9000 of 100; redo it: python scripts/e"),
         ("eval.json", in_text(text_hash="x"), "held-out wikipedia text_hash differs"),
         ("eval.json", in_text(sequence_losses=[3.0]), "held-out wikipedia sequences differs: 1 in run, 3 in base"),
         ("eval.json", lambda r: r["quick"].pop("w8a8"), "no quick evaluation in mode w8a8; make it: python .*/run "),
@@ -265,3 +265,13 @@ def test_verdict_neither_hides_nor_overclaims(runs):
         "this many questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
     )
     assert verdict({"": dict(result, tasks=[])}) == "No benchmark task was compared."
+
+
+def test_heldout_verdict_counts_what_excludes_zero(runs):
+    result = compare(*runs, "quick")
+    clear = dict(result, heldout=[dict(row, difference=-0.2, ci=[-0.3, -0.1]) for row in result["heldout"]])
+    assert heldout_verdict([result, clear]) == (
+        "Held-out loss in W8A8 differs from BF16 by -0.2000 to +0.1000 nats a token; "
+        "1 of 2 intervals (95 %) exclude zero."
+    )
+    assert heldout_verdict([dict(result, heldout=[])]) == ""

@@ -84,6 +84,8 @@ def test_both_formats_hold_everything(report):
         "untouched checkpoint",
         "torch 2.13.0",
         "Loss APE 0.",
+        "Held-out loss in W8A8 differs from BF16 by +0.00",
+        "of 7 intervals (95 %) exclude zero",
         "first 2 steps in BF16",
         "Questions to resolve the mark",
         "paper, exp8 BF16",
@@ -162,9 +164,14 @@ def test_siblings_are_told_apart_by_what_differs(tmp_path):
         return [pair.label for pair in Experiment("exp2", runs, [], []).pairs]
 
     assert labels({"scaling.algo": "current"}, {"scaling.window": 30}) == ["exp2 current", "exp2 max"]
-    assert labels({"scaling.window": 16}, {"scaling.window": 30}) == ["exp2 16", "exp2 30"]
+    assert labels({"scaling.window": 16}, {"scaling.window": 30}) == ["exp2 window 16", "exp2 window 30"]
     assert labels({"quant.ste": "masked"}, {}) == ["exp2 0", "exp2 1"]  # the ids
     assert labels({}) == ["exp2"]
+    assert labels({"optim.lr": 2.5e-4, "seed": 1}, {"optim.lr": 2.5e-4}, {"optim.lr": 1e-3}) == [
+        "exp2 lr 2.5e-4 seed 1",
+        "exp2 lr 2.5e-4 seed 0",
+        "exp2 lr 1e-3 seed 0",
+    ]
 
 
 def test_overshoot_is_the_largest_of_a_block(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,12 @@ from qat.runs import Run
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
-_TOLD_APART_BY = (("scaling", "algo"), ("scaling", "window"), ("optim", "lr"), ("", "seed"))
+_TOLD_APART_BY = (  # what a label says where it differs
+    lambda config: config["scaling"]["algo"],
+    lambda config: f"window {config['scaling']['window']}",
+    lambda config: f"lr {scientific(config['optim']['lr'])}",
+    lambda config: f"seed {config['seed']}",
+)
 
 
 def published() -> dict:
@@ -54,8 +59,19 @@ class Experiment:
     def pairs(self) -> list[Pair]:
         """Its quantized runs, each with its baseline and its comparison or the reason why there is none."""
         runs = [run for run in self.runs if self._quantized(run)]
-        suffixes = _suffixes([self.configs[run.id] for run in runs]) or [run.id for run in runs]
-        return [self._pair(run, f"{self.name} {suffix}".strip()) for run, suffix in zip(runs, suffixes, strict=True)]
+        labels = self.labels(runs)
+        return [self._pair(run, f"{self.name} {label}".strip()) for run, label in zip(runs, labels, strict=True)]
+
+    def labels(self, runs: Sequence[Run]) -> list[str]:
+        """What tells runs of this experiment apart: the first settings that suffice, or else their ids."""
+        names = [""] * len(runs)
+        for describe in _TOLD_APART_BY:
+            if len(set(names)) == len(names):
+                return names
+            words = [describe(self.configs[run.id]) for run in runs]
+            if len(set(words)) > 1:
+                names = [f"{name} {word}".strip() for name, word in zip(names, words, strict=True)]
+        return names if len(set(names)) == len(names) else [run.id for run in runs]
 
     def _quantized(self, run: Run) -> bool | None:
         """None for a run that does not exist yet."""
@@ -145,9 +161,9 @@ class Telemetry:
         return np.array(steps, int), [name for _, name in blocks], grid
 
     def means(self, role: str) -> dict[str, float]:
-        """Means over a role's tensors and logged steps: the `SHARES`, `beyond`, and `sqnr_db` in dB."""
+        """Means over a role's tensors and logged steps: the `SHARES`, and `sqnr_db` in dB."""
         rows = self.tensors[role]
-        means = {key: float(np.mean([row[key] for row in rows])) for key in (*SHARES, "beyond")}
+        means = {key: float(np.mean([row[key] for row in rows])) for key in SHARES}
         decibel = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
         return means | {"sqnr_db": float(np.mean(decibel)) if decibel else float("nan")}
 
@@ -162,18 +178,6 @@ def scientific(number: float) -> str:
     """A learning rate as it is written: 1e-4."""
     mantissa, exponent = f"{number:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def _suffixes(configs: list[Mapping]) -> list[str]:
-    """What tells sibling runs apart: the first settings that suffice; nothing where none do."""
-    names = [""] * len(configs)
-    for group, key in _TOLD_APART_BY:
-        if len(set(names)) == len(names):
-            return names
-        values = [config[group][key] if group else config[key] for config in configs]
-        if len(set(values)) > 1:
-            names = [f"{name} {value}".strip() for name, value in zip(names, values, strict=True)]
-    return names if len(set(names)) == len(names) else []
 
 
 def _block(layer: str) -> tuple[int, str]:

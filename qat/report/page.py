@@ -11,7 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from qat.compare import APE_MARK, TASKS, loss_text, verdict
+from qat.compare import APE_MARK, TASKS, heldout_verdict, loss_text, verdict
 from qat.report import pictures, tables
 from qat.report.experiment import Experiment, Pair, scientific
 from qat.report.panels import score_legend
@@ -65,7 +65,8 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     for e in experiments:
         absent += [pair.label for pair in e.pairs if not pair.comparison]
         absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
-    return [loss, verdict(compared), *([f"Not compared: {', '.join(absent)}."] if absent else [])]
+    gaps = f"Not compared: {', '.join(absent)}." if absent else ""
+    return [line for line in (loss, heldout_verdict(compared.values()), verdict(compared), gaps) if line]
 
 
 def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
@@ -83,7 +84,7 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
     near = {row["task"]: row for row in rows if row["near_chance"]}
     found = [
         f"{TASKS.get(task, task)} is near chance in BF16 ({row['baseline']:.1f} %, chance {row['chance']:.0f} %). "
-        "What is at chance cannot fall further, so a small drop there is no evidence of health."
+        "A score at chance has nothing left to lose, so that it did not drop is no evidence of health."
         for task, row in near.items()
     ]
     if rows and all(len({p.config["seed"] for p in e.pairs}) <= 1 for e in experiments):
@@ -175,9 +176,9 @@ def _plain(value) -> str:
 
 
 def _command(line: str) -> Markup:
-    """A line whose closing command, if it has one, is set as code."""
-    text, command = re.fullmatch(r"(.*?)((?:(?:python|make) .*)?)", line, flags=re.DOTALL).groups()
-    return escape(text) + (Markup("<code>{}</code>").format(command) if command else "")
+    """A line that ends in "make it: <command>" or the like, its command set as code."""
+    text, colon, command = line.rpartition(" it: ")
+    return escape(text + colon) + Markup("<code>{}</code>").format(command) if colon else escape(line)
 
 
 def _minus(text) -> str:

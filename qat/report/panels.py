@@ -124,7 +124,6 @@ def updates(telemetry: Telemetry) -> Panel:
         axes.set_ylim(0, 200)
         axes.set_yticks([0, 1e-3, 1e-2, 0.1, 1, 10, 100])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(MaxNLocator(1))
         axes.minorticks_off()
         _step_axis(axes, "Weights changed (%)")
         _legend_above(axes, handlelength=1.2)
@@ -177,7 +176,8 @@ def _intervals(axes: Axes, rows: Sequence[tuple[dict, float]], fill: str) -> Non
 
 def _line_styles(count: int) -> list[tuple[str, float]]:
     """Colour and width of `count` lines, the emphasized one last."""
-    return [*[(BASE, 3.2), (WARM, 1.6), (MUTED, 1.6)][: count - 1], (ACCENT, 1.6)]
+    others = [(BASE, 3.2), (WARM, 1.6)] + [(MUTED, 1.0)] * count
+    return [*others[: count - 1], (ACCENT, 1.6)]
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qat.config import ROLES
 from qat.report import panels
-from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
+from qat.report.experiment import Curve, Experiment, Pair, tasks_of
 from qat.report.plots import Panel, png
 
 
@@ -43,8 +43,9 @@ def of_precision(pair: Pair) -> list[Panel]:
 
 def of_learning_rates(experiment: Experiment) -> list[Panel]:
     """Training loss of the BF16 runs of an experiment that has no other, one line a learning rate."""
-    rates = {} if experiment.pairs else {run: experiment.configs[run.id]["optim"]["lr"] for run in experiment.bf16}
-    curves = {f"lr {scientific(rate)}": Curve.of(run) for run, rate in sorted(rates.items(), key=lambda item: -item[1])}
+    runs = [] if experiment.pairs else experiment.bf16
+    runs = sorted(runs, key=lambda run: experiment.configs[run.id]["optim"]["lr"], reverse=True)
+    curves = {label or "BF16": Curve.of(run) for label, run in zip(experiment.labels(runs), runs, strict=True)}
     curves = {label: curve for label, curve in curves.items() if len(curve.steps)}
     return [panels.losses(curves, "Training loss in BF16")] if curves else []
 
