@@ -154,7 +154,10 @@ def answers(seed: int, flips: float = 0.05) -> dict:
 
 
 def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
-    """The eight experiments on twelve run folders and an untouched checkpoint; exp7 is not evaluated."""
+    """The eight experiments on eleven run folders and an untouched checkpoint.
+
+    exp6 shares exp4's run, as it does under protocol=paper; exp7 is not evaluated.
+    """
     short = {"budget.steps_factor": 0.5, "budget.batch_factor": 0.25}
     fast = _Baseline(root / "exp1-lr2e-3", 2e-3, seed=1)
     main, probe, slow = (
@@ -171,7 +174,6 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
         "exp3": [(main, "most_recent", 30, 0)],
         "exp4": [(main, "exp_smooth", 30, 0)],
         "exp5": [(main, "current", 1, 0)],
-        "exp6": [(main, "exp_smooth", 64, 0)],
         "exp7": [(main, "max", 64, 0.05)],
         "exp8": [(slow, "max", 64, 0.05)],
     }
@@ -186,6 +188,7 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
                 spread = {"current": 0.0, "max": 0.05}.get(algo, 0.12)
                 write_telemetry(run.path, every=every, spread=spread, start=2 if warmup else 0)
         experiments.append(Experiment(name, runs, [Run(cells[0][0].folder)], []))
+    experiments.insert(5, Experiment("exp6", experiments[3].runs, experiments[3].baselines, []))
     return experiments
 
 
