@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from qat.config import UserError
 
+
 def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict, keep: int = 2) -> Path:
     """Write `folder/step-<step>/`: a safetensors file for each entry of `tensors`, and `facts` as JSON with checksums.
 

@@ -1,4 +1,4 @@
-"""Command-line entries: Hydra composes, we validate, and whatever the user can mend ends in one line and exit code 2."""
+"""Command-line entries: Hydra composes, we validate, and what the user can mend ends in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def typed(cfg: DictConfig) -> Config:
     """The composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type."""
     config = OmegaConf.to_object(cfg)
     if not isinstance(config, Config):
-        raise ConfigError("the configuration lost its schema: keep `schema` first in the defaults list of conf/train.yaml")
+        raise ConfigError(
+            "the configuration lost its schema: keep `schema` first in the defaults list of conf/train.yaml"
+        )
     validate(config)
     return config
 

@@ -158,7 +158,7 @@ class Config:
     experiment: str | None = None
     protocol: str = "paper"
     seed: int = 0
-    runs: str = "runs"
+    runs_dir: str = "runs"
     run: str | None = None  # eval.py: a run folder, instead of the words that describe it
     report: ReportConfig = field(default_factory=ReportConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -274,7 +274,7 @@ def _check_batch(cfg: Config) -> None:
     sequences = b.micro_batch * b.accumulation
     if (sequences * b.batch_factor) % 1:
         raise ConfigError(
-            f"budget.micro_batch={b.micro_batch}: {sequences} sequences a step times batch_factor={b.batch_factor:g} is "
+            f"budget.micro_batch={b.micro_batch}: {sequences} sequences times batch_factor={b.batch_factor:g} is "
             f"not whole; use budget.micro_batch={max(1, round(1 / b.batch_factor))} or a multiple of it"
         )
     micro, accumulation = cfg.batch
@@ -312,9 +312,13 @@ def _check_quant(cfg: Config) -> None:
             f"the largest valid value is {blocks - 1}"
         )
     if not q.scope:
-        raise ConfigError("quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj], or use quant=bf16")
+        raise ConfigError(
+            "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj], or use quant=bf16"
+        )
     if not (q.weights or q.activations or q.gradients):
-        raise ConfigError("quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16")
+        raise ConfigError(
+            "quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16"
+        )
     for role in ROLES:
         target = getattr(q, f"target_{role}")
         if target > _LARGEST[q.format]:
@@ -323,12 +327,16 @@ def _check_quant(cfg: Config) -> None:
                 f"{_LARGEST[q.format]}"
             )
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
-        raise ConfigError(f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2")
+        raise ConfigError(
+            f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2"
+        )
 
 
 def _check_sources(cfg: Config) -> None:
     if cfg.model.source != "random" and not cfg.model.path:
-        raise ConfigError(f"model.path=null: model.source={cfg.model.source} needs a path, as in model.path=HuggingFaceTB/SmolLM2-135M")
+        raise ConfigError(
+            f"model.path=null: model.source={cfg.model.source} needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"
+        )
     if cfg.model.source == "random" and not cfg.model.architecture:
         raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
     if not cfg.data.path:

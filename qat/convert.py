@@ -66,7 +66,9 @@ def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
     kinds = sorted({kind for _, kind, _ in inside.values()})
     for pattern in cfg.quant.scope:
         if not any(fnmatchcase(kind, pattern) for kind in kinds):
-            raise ConfigError(f"quant.scope={pattern}: matches no linear of {cfg.model.name}; {nearest(pattern, kinds)}")
+            raise ConfigError(
+                f"quant.scope={pattern}: matches no linear of {cfg.model.name}; {nearest(pattern, kinds)}"
+            )
     blocks = 1 + max(block for block, _, _ in inside.values())
     keep = cfg.quant.bf16_blocks
     first, last = -(-keep // 2), blocks - keep // 2
@@ -101,4 +103,3 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-

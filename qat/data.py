@@ -52,7 +52,7 @@ class Files(Corpus):
         files = sorted(folder.glob("*.txt"))
         if len(files) < 2:
             raise UserError(f"data.path={cfg.path}: needs a folder with at least two .txt files, found {len(files)}")
-        self.kept = files[:: HELDOUT_EVERY]
+        self.kept = files[::HELDOUT_EVERY]
         self.train = [f for f in files if f not in set(self.kept)]
 
     def documents(self, epoch: int) -> Iterator[str]:
@@ -76,7 +76,9 @@ class Stream(Corpus):
             return datasets.load_dataset(self.cfg.path, name=self.cfg.subset, split="train", streaming=True)
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise UserError(f"data.path={self.cfg.path}: cannot be streamed ({reason}); or use data=embedded") from error
+            raise UserError(
+                f"data.path={self.cfg.path}: cannot be streamed ({reason}); or use data=embedded"
+            ) from error
 
     def documents(self, epoch: int) -> Iterator[str]:
         rest = self._load().skip(HELDOUT_DOCUMENTS)
@@ -178,7 +180,7 @@ def encode(tokenizer, documents, separator: int) -> list[list[int]]:
 
 
 def heldout(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]:
-    """About `wanted` tokens of text never trained on: (int64 tokens [sequences >= 1, HELDOUT_LENGTH + 1], their hash)."""
+    """About `wanted` tokens never trained on: (int64 tokens [sequences >= 1, HELDOUT_LENGTH + 1], their hash)."""
     length = HELDOUT_LENGTH + 1
     tokens: list[int] = []
     for document in corpus(cfg, seed=0).heldout():
@@ -187,6 +189,8 @@ def heldout(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]
             break
     sequences = min(max(1, wanted // HELDOUT_LENGTH), len(tokens) // length)
     if not sequences:
-        raise UserError(f"data.path={cfg.path}: its held-out text has {len(tokens)} tokens, fewer than one sequence needs")
+        raise UserError(
+            f"data.path={cfg.path}: its held-out text has {len(tokens)} tokens, fewer than one sequence needs"
+        )
     packed = torch.tensor(tokens[: sequences * length]).view(sequences, length)
     return packed, hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:12]

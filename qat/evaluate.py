@@ -58,7 +58,9 @@ class Subject:
         if not self.run.finished:
             state = self.run.status()
             progress = f"at step {state['step']} of {state['steps']}" if state else "not started"
-            raise UserError(f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words")
+            raise UserError(
+                f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words"
+            )
         found = checkpoint.latest(self.run.checkpoints)
         if found is None:
             raise UserError(f"{self.run.path}: its checkpoint is gone; delete the folder and train it again")

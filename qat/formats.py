@@ -27,8 +27,11 @@ class Format:
     mantissa_bits: Callable[[torch.Tensor], torch.Tensor]
 
     def quantize(self, scaled: torch.Tensor, overflow: str, target: float) -> torch.Tensor:
-        """Round scaled values (any shape, BF16 or FP32). overflow "clip" clamps to +-target first (the paper's amax saturation);
-        "saturate" and "inf" act at the format's own largest value."""
+        """Round scaled values (any shape, BF16 or FP32).
+
+        overflow "clip" clamps to +-target first (the paper's amax saturation); "saturate" and "inf" act at the
+        format's own largest value.
+        """
         if overflow == "clip":
             return self.round(scaled.clamp(-target, target), "saturate")
         return self.round(scaled, overflow)

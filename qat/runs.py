@@ -1,7 +1,7 @@
 """A run is a folder. Its name is a readable slug and a hash of everything that can change a number.
 
-    runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
-                eval.json  samples/  comparison.json  checkpoints/  model/  wandb/
+runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
+            eval.json  samples/  comparison.json  checkpoints/  model/  wandb/
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _effective_scaling(cfg: Config) -> dict:
 
 
 def baseline_of(cfg: Config) -> Config:
-    """The matched BF16 baseline: the same configuration in everything but quantization (paper.md, section 2)."""
+    """The matched BF16 baseline: the same configuration in everything but quantization."""
     baseline = copy.deepcopy(cfg)
     baseline.quant = QuantConfig(format="none")
     baseline.scaling = ScalingConfig(algo="current")
@@ -114,7 +114,7 @@ class Run:
     @classmethod
     def of(cls, cfg: Config) -> Run:
         """The folder that belongs to a configuration, whether it exists or not."""
-        return cls(Path(cfg.runs) / run_id(cfg))
+        return cls(Path(cfg.runs_dir) / run_id(cfg))
 
     @property
     def id(self) -> str:
@@ -196,6 +196,17 @@ class Run:
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         self._replace(name, "".join(json.dumps(row) + "\n" for row in rows))
 
+    @contextlib.contextmanager
+    def append(self, name: str):
+        """A function that appends rows to a JSON-lines file and hands them to the system at once."""
+        with (self.path / name).open("a") as file:
+
+            def write(rows: list[dict]) -> None:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+
+            yield write
+
     def keep_rows(self, name: str, last_step: int) -> None:
         """Drop the rows of steps after `last_step`: a resumed run writes them again."""
         rows = self._lines(self.path / name)
@@ -217,4 +228,3 @@ class Run:
             except OSError as error:
                 raise UserError(f"{self.path}: another process works on this run; wait for it, or stop it") from error
             yield
-

@@ -24,7 +24,7 @@ def device() -> torch.device:
 
 
 def arithmetic(wanted: str) -> str:
-    """"bf16" or "fp32": what products are computed in. "auto" takes BF16 where the processor has instructions for it;
+    """ "bf16" or "fp32": what products are computed in. "auto" takes BF16 where the processor has instructions for it;
     emulated BF16 is several times slower than FP32."""
     if wanted != "auto":
         return wanted
@@ -54,7 +54,7 @@ def keep_freed_memory() -> None:
 
 
 def package_path(path: str) -> Path:
-    """`package/inner/file` -> its place on disk, without importing the package. Errors: UserError when not installed."""
+    """`package/inner/file` -> its place on disk; the package is not imported. Errors: UserError when not installed."""
     package, _, inner = path.partition("/")
     spec = importlib.util.find_spec(package)
     found = Path(spec.submodule_search_locations[0]) / inner if spec and spec.submodule_search_locations else None

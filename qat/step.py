@@ -27,7 +27,7 @@ class StepResult:
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Learning rate of a step (1-based): linear warmup, then cosine towards 0 (paper.md, section 3)."""
+    """Learning rate of a step (1-based): linear warmup, then cosine towards 0, as in the released code."""
     warmup = cfg.lr_warmup_steps
     if step <= warmup:
         return cfg.optim.lr * step / warmup
@@ -39,7 +39,7 @@ def token_losses(model: nn.Module, tokens: torch.Tensor, label_shift: str = "onc
     """Cross-entropy in nats of every predicted token, FP32 [sequences, length].
 
     tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
-    mistake (paper.md, section 4, row 1): position i is trained to predict token i+2, so one column is lost.
+    mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     logits = model(input_ids=inputs, use_cache=False).logits
@@ -54,10 +54,10 @@ class Trainer:
 
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
-        self.autocast_dtype = runtime.arithmetic(cfg.budget.arithmetic)
+        self.arithmetic = runtime.arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
         o = cfg.optim
-        # Weight decay on every parameter, norms too, as the authors do (paper.md, section 3).
+        # Weight decay on every parameter, norms too, as in the released code.
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
@@ -87,7 +87,7 @@ class Trainer:
         tokens = sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
         total, overshoot = 0.0, None
         for batch in micro_batches:
-            with runtime.autocast(self.autocast_dtype):
+            with runtime.autocast(self.arithmetic):
                 losses = token_losses(self.model, batch.to(runtime.device()), shift)
             loss = losses.sum() / tokens
             loss.backward()
@@ -112,7 +112,7 @@ class Trainer:
 
     @torch.no_grad()
     def _store(self) -> None:
-        """Without master weights, parameters and Adam moments keep only what BF16 can hold (paper.md, section 4, row 9)."""
+        """Without master weights, parameters and Adam moments keep only what BF16 can hold, as in the released code."""
         if self.cfg.optim.master_weights:
             return
         moments = (state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))

@@ -23,7 +23,7 @@ class Probe:
 
     @contextlib.contextmanager
     def attached(self):
-        """Within this context every quantizer reports. It costs several passes over each tensor: use it every k steps."""
+        """Within this context every quantizer reports, at the cost of another pass or two over each tensor."""
         quantizers = [q for linear in quantized_linears(self.model).values() for q in linear.quantizers.values()]
         for quantizer in quantizers:
             quantizer.probe = self._observe
@@ -80,7 +80,10 @@ class UpdateProbe:
         if self.format is not None:
             index = {name: i for i, name in enumerate(bank.names)}
             scales = bank.scale.clone()
-            self.scales = {name: scales[index[f"{name}/weight"]] if cfg.quant.weights else torch.tensor(1.0) for name in self.weights}
+            self.scales = {
+                name: scales[index[f"{name}/weight"]] if cfg.quant.weights else torch.tensor(1.0)
+                for name in self.weights
+            }
 
     def row(self, step: int) -> dict:
         """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""

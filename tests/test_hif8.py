@@ -76,7 +76,10 @@ def test_special_values():
 
 @pytest.mark.parametrize(
     ("overflow", "expected"),
-    [("inf", [32768.0, float("inf"), float("-inf"), float("inf")]), ("saturate", [32768.0, 32768.0, -32768.0, 32768.0])],
+    [
+        ("inf", [32768.0, float("inf"), float("-inf"), float("inf")]),
+        ("saturate", [32768.0, 32768.0, -32768.0, 32768.0]),
+    ],
 )
 def test_overflow(overflow, expected):
     x = torch.tensor([np.nextafter(np.float32(40960), np.float32(0)), 40960.0, -1e9, float("inf")])
