@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from qat.config import ModelConfig, UserError
 from qat.runtime import cache_dir, device, package_path
@@ -30,10 +30,13 @@ def load(cfg: ModelConfig, seed: int):
     folder, kwargs = _locate(cfg)
     try:
         config = _config(folder, kwargs)
-        known = {"config": config} if config is not None else {}
-        model_class = LlamaForCausalLM if known else AutoModelForCausalLM
-        model = model_class.from_pretrained(folder, dtype=torch.float32, **known, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+        if config is None:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
+        else:
+            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, config=config, **kwargs)
+            # AutoTokenizer insists on the remote class, which only wraps the SentencePiece model that Llama's reads.
+            tokenizer = LlamaTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -1,0 +1,127 @@
+"""One thread, no network, a cache of the session's own, and configurations composed from the real conf/."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch, Numba, transformers or wandb are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = "runs"  # the key of Config that names the folder of run folders
+TINY = ("model=tiny", "budget=smoke", "logger=local")
+_USER_CACHE = os.environ.get("HIF8_CACHE")
+
+
+@functools.cache
+def composed(*words: str):
+    """conf/train.yaml under command-line words, as the DictConfig that a script gets."""
+    from hydra import compose, initialize_config_dir
+
+    from qat import cli
+    from qat.config import register
+
+    register()
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        return compose("train", list(words))
+
+
+def typed(runs: Path, *words: str, **dotted):
+    """A validated Config of `words`, its runs in the folder `runs`; keys of `dotted` are set afterwards."""
+    from qat import cli
+    from qat.config import validate
+
+    cfg = cli.typed(composed(*words))
+    for key, value in {RUNS: str(runs), **dotted}.items():
+        *groups, name = key.split(".")
+        node = functools.reduce(getattr, groups, cfg)
+        assert hasattr(node, name), key
+        setattr(node, name, value)
+    validate(cfg)
+    return cfg
+
+
+def script(name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run scripts/<name> in a fresh interpreter, in another folder than the repository."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # shared by all workers
+    os.environ["HIF8_CACHE"] = str(cache)
+
+
+@pytest.fixture
+def user_cache(monkeypatch):
+    """The cache that the user's own runs use: SmolLM2 is converted once for all sessions."""
+    if _USER_CACHE is None:
+        monkeypatch.delenv("HIF8_CACHE")
+    else:
+        monkeypatch.setenv("HIF8_CACHE", _USER_CACHE)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A folder of 24 small text files, each file one document; two of them are held out."""
+    folder = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+    letters = "etaoinshrdlu"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 8))) for _ in range(200)]
+    for number in range(24):
+        text = "\n\n".join(" ".join(draw.choices(words, k=40)) for _ in range(4))
+        (folder / f"{number:02}.txt").write_text(f"Document {number}. {text}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def configure(texts):
+    """configure(runs folder, *words, **dotted keys): a Config of the tiny model, smoke budget and the small texts."""
+
+    def make(runs: Path, *words: str, **dotted):
+        return typed(runs, *TINY, *words, **{"data.source": "files", "data.path": str(texts), **dotted})
+
+    return make
+
+
+@pytest.fixture
+def config(configure, tmp_path):
+    """`configure` with its runs in tmp_path/runs."""
+    return functools.partial(configure, tmp_path / "runs")
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path, capfd):
+    """main(name, *words): scripts/<name> run as the main program of this interpreter, in tmp_path; (exit code, stdout,
+    stderr)."""
+
+    def run(name: str, *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / name), *words])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the script sets it: put back afterwards
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(ROOT))
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        return code, *capfd.readouterr()
+
+    return run
