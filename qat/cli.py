@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
@@ -56,8 +57,29 @@ def typed(cfg: DictConfig) -> Config:
         raise ConfigError(
             "the configuration lost its schema: keep `schema` first in the defaults list of conf/train.yaml"
         )
+    missing = sorted(OmegaConf.missing_keys(OmegaConf.structured(config)))
+    if missing:
+        raise ConfigError(
+            f"{missing[0]}=null: must have a value; leave `{missing[0].partition('.')[0]}` as conf/ has it"
+        )
+    for key in _unknown(config):
+        raise ConfigError(f"{key}: unknown key; {_close(key, _keys())}")
     validate(config)
     return config
+
+
+def _unknown(node, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that the schema does not have: `+key=value` gets them past Hydra."""
+    if isinstance(node, dict):
+        children = known = node
+    elif dataclasses.is_dataclass(node):
+        children, known = vars(node), {field.name for field in dataclasses.fields(node)}
+    else:
+        return
+    for key, value in children.items():
+        if key not in known:
+            yield f"{prefix}{key}"
+        yield from _unknown(value, f"{prefix}{key}.")
 
 
 def explain(error: Exception) -> str:
@@ -68,21 +90,38 @@ def explain(error: Exception) -> str:
         group, value = option.groups()
         return f"{group}={value}: unknown choice; {_close(value, _options(group))}"
     group = re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text)
-    key = re.search(r"Key '([^']+)' (?:is )?not in '\w+'", text)
+    key = re.search(r"Key '([^']+)' (?:is )?not in (?:'\w+'|struct)", text)
     if key:
         full = re.search(r"full_key: (\S+)", text)
         return f"{full[1] if full else key[1]}: unknown key; {_close(full[1] if full else key[1], _keys())}"
     if group:
         return f"{group[1]}: unknown key; {_close(group[1], [*_groups(), *_keys()])}"
-    if "must be a string or a list" in text:  # Hydra reads `lr=1e-4` as a number and refuses it as a group's option
-        wrong = next((word for word in sys.argv[1:] if word.partition("=")[0] in _groups()), "lr=1e-4")
+    # Hydra reads `lr=1e-4` as a number and refuses it as a group's option.
+    wrong = next((word for word in sys.argv[1:] if word.partition("=")[0] in _groups()), None)
+    if wrong and "must be a string or a list" in text:
         group_name, _, value = wrong.partition("=")
-        return f"{wrong}: a group takes a name; {_close(value, _options(group_name))} (or set the value: optim.lr=3e-5)"
-    value = re.search(r"Value '(.*?)'.* could not be converted to (\w+)", text)
-    if value:
-        full = re.search(r"full_key: (\S+)", text)
-        return f"{full[1] if full else 'value'}={value[1]}: must be of type {value[2].lower()}"
+        return f"{wrong}: a group takes a name; {_close(value, _options(group_name))} (any other: optim.lr=3e-5)"
+    for pattern, sentence in _SENTENCES:
+        found = re.search(pattern, text, re.DOTALL)
+        if found:
+            return sentence.format(**found.groupdict())
     return re.sub(r"\s+", " ", text)[:400]
+
+
+_SENTENCES = [
+    (
+        r"Value '(?P<value>.*?)'.* could not be converted to (?P<type>\w+).*full_key: (?P<key>\S+)",
+        "{key}={value}: must be of type {type}",
+    ),
+    (r"Value '(?P<value>.*?)' is not a valid bool.*full_key: (?P<key>\S+)", "{key}={value}: must be true or false"),
+    (r"field '(?P<key>\S+)' is not Optional", "{key}=null: must have a value"),
+    (
+        r"override (?P<key>\S+)=(?P<value>\S*).*is not a ListConfig",
+        "{key}={value}: must be a list, as in {key}=[{value}]",
+    ),
+    (r"override (?P<word>\S+)\s.*is not a subclass of (?P<type>\w+)Config", "{word}: is a group; set one of its keys"),
+    (r"Error parsing override '(?P<word>[^']*)'", "{word}: not of the form key=value, as in optim.lr=3e-5"),
+]
 
 
 def _close(word: str, choices: list[str]) -> str:
@@ -112,4 +151,5 @@ def _keys() -> list[str]:
             if OmegaConf.is_dict(value):
                 yield from walk(value, f"{prefix}{key}.")
 
-    return list(walk(OmegaConf.structured(Config), ""))
+    tasks = OmegaConf.load(Path(CONF) / "benchmark" / "paper.yaml").tasks
+    return [*walk(OmegaConf.structured(Config), ""), *(f"benchmark.tasks.{task}" for task in tasks)]

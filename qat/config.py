@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from fractions import Fraction
+from operator import attrgetter
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -31,6 +33,7 @@ CHOICES = {
     "budget.arithmetic": ("auto", "bf16", "fp32"),
     "logger.name": ("wandb", "local"),
     "logger.mode": ("offline", "online", "disabled"),
+    "benchmark.split": ("test", "validation"),
 }
 
 
@@ -216,15 +219,15 @@ def nearest(value: str, choices) -> str:
 def validate(cfg: Config) -> None:
     """Raise `ConfigError` for values and combinations that the types allow and a run does not."""
     for key, choices in CHOICES.items():
-        value = _get(cfg, key)
+        value = attrgetter(key)(cfg)
         if value not in choices:
             raise ConfigError(f"{key}={value}: unknown value; {nearest(value, choices)}")
     for key, low, high in _RANGES:
-        value = _get(cfg, key)
+        value = attrgetter(key)(cfg)
         if not low <= value <= high:
             bound = low if value < low else high
-            raise ConfigError(f"{key}={value}: must lie in [{low:g}, {high:g}]; the nearest valid value is {bound:g}")
-    for check in (_check_batch, _check_warmup, _check_quant, _check_sources):
+            raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
+    for check in (_check_batch, _check_warmup, _check_quant, _check_sources, _check_benchmark):
         check(cfg)
 
 
@@ -263,25 +266,18 @@ _RANGES = [
 ]
 
 
-def _get(cfg, key: str):
-    for part in key.split("."):
-        cfg = getattr(cfg, part)
-    return cfg
-
-
 def _check_batch(cfg: Config) -> None:
-    b = cfg.budget
-    sequences = b.micro_batch * b.accumulation
-    if (sequences * b.batch_factor) % 1:
+    b, factor = cfg.budget, Fraction(cfg.budget.batch_factor).limit_denominator(10**6)
+
+    def fits(accumulation: int) -> bool:
+        sequences = b.micro_batch * accumulation * factor
+        return sequences % 1 == 0 and (sequences <= b.micro_batch or sequences % b.micro_batch == 0)
+
+    if not fits(b.accumulation):
+        valid = filter(fits, range(1, b.accumulation + factor.denominator + 1))
         raise ConfigError(
-            f"budget.micro_batch={b.micro_batch}: {sequences} sequences times batch_factor={b.batch_factor:g} is "
-            f"not whole; use budget.micro_batch={max(1, round(1 / b.batch_factor))} or a multiple of it"
-        )
-    micro, accumulation = cfg.batch
-    if micro * accumulation != round(sequences * b.batch_factor):
-        raise ConfigError(
-            f"budget.accumulation={b.accumulation}: does not divide into {round(sequences * b.batch_factor)} sequences "
-            f"with micro_batch={b.micro_batch}; use budget.micro_batch={accumulation}"
+            f"budget.accumulation={b.accumulation}: times batch_factor={factor} is no whole number of calls of equal "
+            f"size; the nearest valid value is {min(valid, key=lambda each: abs(each - b.accumulation))}"
         )
 
 
@@ -341,3 +337,10 @@ def _check_sources(cfg: Config) -> None:
         raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
     if not cfg.data.path:
         raise ConfigError(f"data.path=null: data.source={cfg.data.source} needs a path, as in data=fineweb")
+
+
+def _check_benchmark(cfg: Config) -> None:
+    for name, task in cfg.benchmark.tasks.items():
+        for key, value, low in (("shots", task.shots, 0), ("limit", task.limit, 1)):
+            if value is not None and value < low:
+                raise ConfigError(f"benchmark.tasks.{name}.{key}={value}: the nearest valid value is {low}")

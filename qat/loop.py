@@ -19,6 +19,8 @@ from qat.telemetry import Probe, UpdateProbe
 def train_with_baseline(cfg: Config) -> list[Run]:
     """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
     plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
+    if cfg.quantized and not all(Run.of(each).finished for each in plan):
+        convert(models.load(cfg.model, cfg.seed)[0], cfg)  # a scope that matches nothing: said now, not after hours
     return [train(each) for each in plan]
 
 

@@ -17,8 +17,13 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
+from transformers.utils import logging as transformers_logging
+
 from qat.config import ModelConfig, UserError
 from qat.runtime import cache_dir, device, package_path
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 
 
 def load(cfg: ModelConfig, seed: int):

