@@ -44,7 +44,7 @@ $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, co
 
 suite: $(READY) ## all eight experiments and one report
 	@failed=""; for e in $(EXPERIMENTS); do \
-	  $(PY) scripts/train.py experiment=$$e $(WORDS) && $(PY) scripts/eval.py experiment=$$e $(WORDS) || failed="$$failed $$e"; \
+	  $(PY) scripts/train.py experiment=$$e $(WORDS) && $(PY) scripts/eval.py experiment=$$e $(WORDS) || { [ $$? -ne 130 ] || exit 130; failed="$$failed $$e"; }; \
 	done; $(PY) scripts/report.py report.out=report $(WORDS) || exit 2; \
 	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
 
@@ -53,6 +53,7 @@ sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup
 	  warmup=none,bf16_500 $(WORDS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
+	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }
 	@$(PY) scripts/diff.py "report.experiments=[$(A),$(B)]" $(WORDS)
 
 report: $(READY) ## rebuild the suite's report from the run folders

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON only, written to a temporary folder and renamed, so that a reader never sees half.
 
 A checkpoint holds parameters (the FP32 master weights), Adam moments, the scale bank, the RNG state, the data cursor
-and the number of metric rows: everything that the rest of the run depends on.
+and the step: everything that the rest of the run depends on. The last one of a run holds parameters and scales.
 """
 
 from __future__ import annotations
@@ -33,22 +33,28 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], f
     checksums = {f.name: _checksum(f) for f in sorted(temporary.iterdir())}
     (temporary / "facts.json").write_text(json.dumps({"step": step, "checksums": checksums, **facts}))
     for file in temporary.iterdir():
-        _flush(file)
+        flush(file)
     shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
-    _flush(folder)
+    flush(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return target
 
 
 def latest(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
-    """The newest undamaged checkpoint in `folder` as (tensors, facts), or None. Damaged ones are named and skipped."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    """The newest undamaged checkpoint in `folder` as (tensors, facts), or None when there is none yet.
+
+    Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero.
+    """
+    candidates = sorted(folder.glob("step-*"), reverse=True)
+    for candidate in candidates:
         try:
             return load(candidate)
         except UserError as error:
-            print(f"warning: {error}; trying the one before it", flush=True)
+            print(f"warning: {error}", flush=True)
+    if candidates:
+        raise UserError(f"{folder}: no checkpoint can be read; delete the run folder to train it again")
     return None
 
 
@@ -81,7 +87,8 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Hand a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config import Config, ConfigError, UserError, register, validate
-from qat.runtime import ROOT
+from qat.runtime import ROOT, arithmetic
 
 CONF = str(ROOT / "conf")
 
@@ -31,15 +31,24 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []
 
+    composed = []
+
     def job(cfg: DictConfig) -> None:
+        composed.append(True)
         try:
             work(typed(cfg), cfg)
-        except (UserError, OmegaConfBaseException) as error:
-            failures.append(str(error) if isinstance(error, UserError) else explain(error))
+        except UserError as error:
+            failures.append(str(error))
+        except OmegaConfBaseException as error:
+            failures.append(explain(error))
+        except OSError as error:  # a full disk, a folder without permission
+            failures.append(f"{error.filename or 'system'}: {error.strerror or error}")
 
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed and isinstance(error, ValueError):  # not Hydra's: a defect of ours, to be seen whole
+            raise
         failures.append(explain(error))
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
@@ -65,6 +74,8 @@ def typed(cfg: DictConfig) -> Config:
     for key in _unknown(config):
         raise ConfigError(f"{key}: unknown key; {_close(key, _keys())}")
     validate(config)
+    # What `auto` is on this machine belongs to the run, wherever its folder is read later.
+    config.budget.arithmetic = arithmetic(config.budget.arithmetic)
     return config
 
 

@@ -51,7 +51,7 @@ class ModelConfig:
     source: str = MISSING  # package: a GGUF inside a PyPI package; hub: a folder or hub id; random: untrained
     path: str | None = None
     revision: str | None = None
-    blocks: int | None = None  # transformer blocks; null: read from the model's config.json
+    blocks: int | None = None  # transformer blocks; null: known only once the model is loaded
     architecture: dict[str, Any] | None = None  # source=random: keyword arguments of LlamaConfig
     licence: str = "unknown"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,24 +19,39 @@ _BLOCK = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
 
 @dataclass
 class Coverage:
-    """What a conversion quantizes: names of the linears, and shares of the model's parameters and of the FLOPs of
-    its matrix products with weights (attention scores left out; 2 a weight and token)."""
+    """What a conversion quantizes.
 
-    linears: list[str]
+    FLOPs are those of the model's products with weights, 2 a weight and token, attention scores left out; so a share
+    of the FLOPs is a share of `matmul_parameters`.
+    """
+
+    linears: dict[str, int]  # name of each quantized linear -> its parameters
     parameters: int
     all_parameters: int
     matmul_parameters: int
 
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """{`mlp.gate_proj`: (linears, parameters)} of what is quantized."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, size in self.linears.items():
+            kind = _BLOCK.match(name)[2]
+            count, total = found.get(kind, (0, 0))
+            found[kind] = count + 1, total + size
+        return found
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
     def __str__(self) -> str:
+        if not self.linears:
+            return "  quantized: nothing"
         blocks = sorted({int(_BLOCK.match(name)[1]) for name in self.linears})
-        if not blocks:
-            return "quantized: nothing"
-        return (
-            f"quantized: {len(self.linears)} linears in blocks {blocks[0]}..{blocks[-1]} ({len(blocks)} blocks), "
-            f"{self.parameters / 1e6:.1f} M of {self.all_parameters / 1e6:.1f} M parameters "
-            f"({self.parameters / self.all_parameters:.0%}), "
-            f"{self.parameters / self.matmul_parameters:.0%} of the FLOPs in products with weights"
-        )
+        lines = [f"  {f'quantized, blocks {blocks[0]}..{blocks[-1]}':<28}linears  parameters  of all  of the FLOPs"]
+        rows = [*self.kinds().items(), ("together", (len(self.linears), self.parameters))]
+        for kind, (count, size) in rows:
+            shares = f"{size / self.all_parameters:>6.1%}  {size / self.matmul_parameters:>12.1%}"
+            lines.append(f"  {kind:<28}{count:>7}  {size / 1e6:>8.1f} M  {shares}")
+        return "\n".join(lines)
 
 
 def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
@@ -50,7 +66,7 @@ def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
         bank = _swap(model, linears, cfg)
     weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
     return bank, Coverage(
-        linears=list(linears),
+        linears={name: linear.weight.numel() for name, linear in linears.items()},
         parameters=sum(linear.weight.numel() for linear in linears.values()),
         all_parameters=sum(p.numel() for p in model.parameters()),
         matmul_parameters=sum(weights.values()),

@@ -158,7 +158,8 @@ class TokenStream:
 
     def _in_background(self, documents: Iterator[str]) -> Iterator[list[int]]:
         threads = self.corpus.cfg.tokenizer_threads
-        with ThreadPoolExecutor(threads, thread_name_prefix="tokenizer") as pool:
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+        try:
             waiting: deque = deque()
             for group in _batched(documents):  # itertools.batched is of Python 3.12
                 waiting.append(pool.submit(encode, self.tokenizer, group, self.separator))
@@ -166,6 +167,8 @@ class TokenStream:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
+        finally:  # without waiting: the garbage collector may end this generator in one of the pool's own threads
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _batched(items: Iterator[str]) -> Iterator[list[str]]:

@@ -42,25 +42,28 @@ class Subject:
         """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
         model, tokenizer = models.load(self.cfg.model, self.cfg.seed)
         saved = self._checkpoint() if self.trained else None
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                source = parameter if saved is None else saved["model"][name].to(parameter.device)
-                parameter.copy_(source.bfloat16())
+        # Parameters only: rotary frequencies must stay FP32, as they are in training.
+        stored = torch.bfloat16 if runtime.arithmetic(self.cfg.budget.arithmetic) == "bf16" else torch.float32
+        for name, parameter in model.named_parameters():
+            source = parameter.data if saved is None else saved["model"][name].to(parameter.device)
+            parameter.data = source.bfloat16().to(stored)
         if self.mode == "w8a8":
             bank, _ = convert(model, self.cfg)
             bank.load_state_dict(saved["scales"])
             bank.phase = Phase.FROZEN
-        if runtime.arithmetic(self.cfg.budget.arithmetic) == "bf16":
-            model.bfloat16()
         return model.eval(), tokenizer
 
-    def _checkpoint(self) -> dict[str, dict[str, torch.Tensor]]:
-        if not self.run.finished:
+    def check(self) -> None:
+        """Raise `UserError` when there is nothing to score yet."""
+        if self.trained and not self.run.finished:
             state = self.run.status()
             progress = f"at step {state['step']} of {state['steps']}" if state else "not started"
             raise UserError(
                 f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words"
             )
+
+    def _checkpoint(self) -> dict[str, dict[str, torch.Tensor]]:
+        self.check()
         found = checkpoint.latest(self.run.checkpoints)
         if found is None:
             raise UserError(f"{self.run.path}: its checkpoint is gone; delete the folder and train it again")
@@ -79,6 +82,8 @@ def evaluate(cfg: Config) -> dict | None:
     subjects = [untouched, reference]
     if cfg.quantized:
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
+    for subject in subjects:
+        subject.check()
     scorer = _Scorer(cfg, reference)
     for subject in subjects:
         scorer.score(subject)
@@ -86,7 +91,7 @@ def evaluate(cfg: Config) -> dict | None:
         return None
     comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
     run.write_json("comparison.json", comparison)
-    with mirror(run, cfg, "eval") as log:
+    with mirror(run, cfg) as log:
         log.summary(summary(comparison))
     print(f"\n{table(comparison)}", flush=True)
     return comparison
@@ -144,6 +149,13 @@ class _Scorer:
             results = subject.run.evaluations()
             results.setdefault(name, {})[mode] = record
             subject.run.write_json("eval.json", results)
+        for task, row in scores.tasks.items():
+            print(f"  {task}: {100 * row['score']:.1f} % of {row['n']} ({row['metric']}, {row['shots']} shots)")
+        print(f"  held-out loss: {heldout['loss']:.4f} nats a token", flush=True)
+        if subject.trained and not subject.cfg.quantized:  # a quantized run is mirrored with its comparison
+            with mirror(subject.run, subject.cfg) as log:
+                values = {f"bf16/{task}/score": 100 * row["score"] for task, row in scores.tasks.items()}
+                log.summary(values | {"bf16/heldout/loss": heldout["loss"]})
 
     def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict:
         """Loss on held-out text, and for a quantized run its KL divergence from the baseline's predictions."""
@@ -154,12 +166,12 @@ class _Scorer:
             baseline = self.reference.build()[0]
         losses, divergence = [], []
         for batch in batches:
-            logits = _log_probabilities(model, batch)
+            ours = _log_probabilities(model, batch)
             labels = batch[:, 1:].unsqueeze(-1)
-            losses += (-logits.gather(-1, labels).squeeze(-1).mean(1)).tolist()
+            losses += (-ours.gather(-1, labels).squeeze(-1).mean(1)).tolist()
             if baseline is not None:
                 wanted = _log_probabilities(baseline, batch)
-                kl = F.kl_div(logits, wanted, reduction="none", log_target=True).sum(-1)
+                kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
                 divergence += kl.mean(1).tolist()
         return {
             "loss": sum(losses) / len(losses),

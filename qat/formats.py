@@ -13,6 +13,9 @@ import torch
 
 from qat import hif8
 
+# amax * (target / amax) can exceed the target by a rounding of FP32: only what is larger by more is beyond it.
+TOLERANCE = 1 + 1e-6
+
 
 @dataclass(frozen=True)
 class Format:

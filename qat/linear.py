@@ -20,6 +20,7 @@ from torch import nn
 
 from qat import kernels
 from qat.config import QuantConfig
+from qat.formats import TOLERANCE
 from qat.scaling import Phase, ScaleBank
 
 
@@ -49,7 +50,7 @@ class Quantizer:
         self.bank.observe(self.index, amax)
         if self.probe is not None:
             self.probe(self.index, x, scale)
-        inside = (x.float() * scale).abs() <= self.target if self.cfg.ste == "masked" else None
+        inside = (x.float() * scale).abs() <= self.target * TOLERANCE if self.cfg.ste == "masked" else None
         if self.cfg.operands == "descaled":
             return Quantized((values.float() / scale).to(x.dtype), None, inside)
         return Quantized(values, scale, inside)
@@ -61,7 +62,7 @@ class Quantizer:
 
 
 def _unscale(product: torch.Tensor, *operands: Quantized) -> torch.Tensor:
-    """Divide a product of rounded values by its operands' scales, in place. Reciprocals are multiplied, because the
+    """Divide a product of rounded values by its operands' scales, in FP32. Reciprocals are multiplied, because the
     product of two scales can overflow FP32 where that of their reciprocals only underflows."""
     scales = [operand.scale for operand in operands if operand.scale is not None]
     if not scales:
@@ -69,7 +70,8 @@ def _unscale(product: torch.Tensor, *operands: Quantized) -> torch.Tensor:
     reciprocal = scales[0].reciprocal()
     for scale in scales[1:]:
         reciprocal = reciprocal * scale.reciprocal()
-    return product.mul_(reciprocal)
+    # In FP32, because CUDA would round a BF16 product's 0-dim factor to BF16 first.
+    return (product.float() * reciprocal).to(product.dtype)
 
 
 def _pass(gradient: torch.Tensor, operand: Quantized) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
@@ -11,9 +12,12 @@ from tqdm import tqdm
 from qat import checkpoint, data, models, runtime, tracking
 from qat.config import Config, UserError
 from qat.convert import convert
+from qat.formats import TOLERANCE
 from qat.runs import Run, baseline_of
 from qat.step import StepResult, Trainer
 from qat.telemetry import Probe, UpdateProbe
+
+_ROWS = ("metrics.jsonl", "telemetry.jsonl")
 
 
 def train_with_baseline(cfg: Config) -> list[Run]:
@@ -27,21 +31,25 @@ def train_with_baseline(cfg: Config) -> list[Run]:
 def train(cfg: Config) -> Run:
     """Train, resume or skip the run of `cfg`. Errors: UserError; the folder's status says why it failed."""
     run = Run.of(cfg)
-    if run.finished:
-        print(f"{run.id}: finished already", flush=True)
-        return run
     with run.lock():
+        if run.finished:
+            print(f"{run.id}: finished already", flush=True)
+            return run
         run.create(cfg)
-        session = _Session(cfg, run)
+        step = run.status().get("step", 0)
         try:
-            with tracking.mirror(run, cfg, "train") as log:
-                session.run_steps(log)
+            session = _Session(cfg, run)
+            step = session.done
+            with tracking.mirror(run, cfg) as log:
+                for step in session.steps(log):  # noqa: B007  `step` is what the status says after an error
+                    pass
+            session.finish()
         except BaseException as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            run.set_status(state, session.done, cfg.steps, reason=reason)
+            run.set_status(
+                "stopped" if isinstance(error, KeyboardInterrupt) else "failed", step, cfg.steps, reason=reason
+            )
             raise
-        session.finish()
     return run
 
 
@@ -68,16 +76,18 @@ class _Session:
             with torch.no_grad():
                 for parameter, name in self.names.items():
                     parameter.copy_(tensors["model"][name])
-            checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors["optimizer"])
             if self.bank is not None:
                 self.bank.load_state_dict(tensors["scales"])
-            torch.set_rng_state(tensors["rng"]["cpu"])
-            self.done, cursor = facts["step"], facts["data"]
-        for name in ("metrics.jsonl", "telemetry.jsonl"):
+            self.done, cursor = facts["step"], facts.get("data")
+            if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
+                checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors["optimizer"])
+                torch.set_rng_state(tensors["rng"]["cpu"])
+        for name in _ROWS:
             self.run.keep_rows(name, self.done)
         return data.TokenStream(self.corpus, self.tokenizer, cursor)
 
-    def run_steps(self, log) -> None:
+    def steps(self, log) -> Iterator[int]:
+        """Run the steps that are left; yields the number of each when it is done and written."""
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
@@ -91,13 +101,15 @@ class _Session:
                 self.done = step
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
                 bar.update()
+                yield step
                 if step % cfg.budget.checkpoint_every == 0 and step < cfg.steps:
                     self._save()
 
     def _introduce(self) -> None:
         cfg, arithmetic = self.cfg, self.trainer.arithmetic
         print(f"\n{self.run.id}")
-        print(f"  {self.coverage}")
+        print(self.coverage)
+        self.run.write_json("coverage.json", self.coverage.as_dict())
         if arithmetic == "fp32":
             print("  arithmetic: FP32; this processor has no BF16 instructions (budget.arithmetic=bf16 emulates them)")
         if self.done:
@@ -143,7 +155,7 @@ class _Session:
             "epoch": self.stream.epoch,
             "quantized": quantized,
             "overshoot_max": None if overshoot is None else float(overshoot.max()),
-            "overshoot_share": None if overshoot is None else float((overshoot > 1).float().mean()),
+            "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }
 
     def _save(self) -> None:
@@ -154,6 +166,8 @@ class _Session:
         }
         if self.bank is not None:
             tensors["scales"] = self.bank.state_dict()
+        for name in _ROWS:  # a checkpoint must not outlive the rows before it
+            checkpoint.flush(self.run.path / name)
         checkpoint.save(self.run.checkpoints, self.done, tensors, {"data": self.stream.state()})
         self.run.set_status("running", self.done, self.cfg.steps)
 

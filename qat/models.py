@@ -15,8 +15,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
-
 from transformers.utils import logging as transformers_logging
 
 from qat.config import ModelConfig, UserError
@@ -30,16 +30,22 @@ def load(cfg: ModelConfig, seed: int):
     """(model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
     if cfg.source == "random":
         torch.manual_seed(seed)
-        config = LlamaConfig(**cfg.architecture)
+        try:
+            config = LlamaConfig(**cfg.architecture)
+        except (TypeError, ValueError, StrictDataclassError) as error:
+            raise UserError(
+                f"model.architecture: not a Llama ({str(error).strip().splitlines()[-1].strip()})"
+            ) from error
         return LlamaForCausalLM(config).float().to(device()).train(), byte_tokenizer()
     folder, kwargs = _locate(cfg)
+    wanted = {"dtype": torch.float32, "output_loading_info": True}
     try:
         config = _config(folder, kwargs)
         if config is None:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **kwargs)
+            model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **wanted, **kwargs)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
         else:
-            model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, config=config, **kwargs)
+            model, info = LlamaForCausalLM.from_pretrained(folder, config=config, **wanted, **kwargs)
             # AutoTokenizer insists on the remote class, which only wraps the SentencePiece model that Llama's reads.
             tokenizer = LlamaTokenizer.from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
@@ -47,6 +53,10 @@ def load(cfg: ModelConfig, seed: int):
         raise UserError(
             f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id"
         ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would leave them random
+        count = f"{len(missing)} missing"
+        raise UserError(f"model.path={cfg.path}: has no weights for {missing[0]} ({count}); download it again")
     return model.to(device()).train(), tokenizer
 
 
@@ -82,17 +92,6 @@ def _config(folder: Path | str, kwargs: dict) -> LlamaConfig | None:
         k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")
     }
     return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False})
-
-
-def num_blocks(cfg: ModelConfig) -> int | None:
-    """Transformer blocks, without loading the model; None when that takes a download."""
-    if cfg.blocks is not None:
-        return cfg.blocks
-    if cfg.source == "random":
-        return cfg.architecture.get("num_hidden_layers")
-    if cfg.path and Path(cfg.path).is_dir():
-        return json.loads((Path(cfg.path) / "config.json").read_text()).get("num_hidden_layers")
-    return None
 
 
 def _converted(gguf: Path) -> Path:

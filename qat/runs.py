@@ -1,7 +1,7 @@
 """A run is a folder. Its name is a readable slug and a hash of everything that can change a number.
 
 runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
-            eval.json  samples/  comparison.json  checkpoints/  model/  wandb/
+            coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import json
 import os
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qat import runtime
 from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
@@ -105,6 +107,17 @@ def _slug(cfg: Config) -> list[str]:
     return [*words, f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}"]
 
 
+@contextlib.contextmanager
+def _readable(path: Path):
+    """Turn whatever a damaged file makes its parser raise into one line that names the file."""
+    try:
+        yield
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); delete the run folder to make it again"
+        ) from error
+
+
 class Run:
     """Reads and writes one run folder. Readers return what is there; a missing file reads as empty."""
 
@@ -132,17 +145,15 @@ class Run:
 
     def config(self) -> dict:
         path = self.path / "config.yaml"
-        return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+        with _readable(path):
+            return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
 
     def typed_config(self) -> Config:
         """The configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
         if not (self.path / "config.yaml").exists():
             raise UserError(f"run={self.path}: not a run folder (no config.yaml); see `ls {self.path.parent}`")
-        try:
+        with _readable(self.path / "config.yaml"):
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
-        except Exception as error:  # OmegaConf raises a dozen types for a malformed file
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"run={self.path}: its config.yaml does not fit this version ({reason})") from error
 
     def status(self) -> dict:
         return self._json("status.json")
@@ -167,7 +178,8 @@ class Run:
 
     def _json(self, name: str) -> dict:
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        with _readable(path):
+            return json.loads(path.read_text()) if path.exists() else {}
 
     @staticmethod
     def _lines(path: Path) -> list[dict]:
@@ -175,7 +187,8 @@ class Run:
             return []
         lines = path.read_text().splitlines(keepends=True)
         # A line without its end was cut off by a kill; the resume writes it again.
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        with _readable(path):
+            return [json.loads(line) for line in lines if line.endswith("\n")]
 
     # Writing --------------------------------------------------------------------------------------------------
 

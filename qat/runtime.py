@@ -56,6 +56,8 @@ def keep_freed_memory() -> None:
 def package_path(path: str) -> Path:
     """`package/inner/file` -> its place on disk; the package is not imported. Errors: UserError when not installed."""
     package, _, inner = path.partition("/")
+    if not package.isidentifier():
+        raise UserError(f"{path}: not a place in a package; for a folder of your own set data.source=files")
     spec = importlib.util.find_spec(package)
     found = Path(spec.submodule_search_locations[0]) / inner if spec and spec.submodule_search_locations else None
     if found is None or not found.exists():

@@ -20,7 +20,7 @@ from enum import Enum
 import torch
 import torch.distributed as dist
 
-from qat.config import Config
+from qat.config import Config, ScalingConfig
 from qat.kernels import amax as amax_of
 
 FP32_MAX = torch.finfo(torch.float32).max
@@ -54,6 +54,11 @@ def to_scale(amax: torch.Tensor, target: torch.Tensor, previous: torch.Tensor) -
     return torch.where(usable, scale, previous)
 
 
+def entries(scaling: ScalingConfig) -> int:
+    """How many entries of the history the algorithm reads: a longer ring would change nothing."""
+    return {"max": scaling.window, "exp_smooth": 2}.get(scaling.algo, 1)
+
+
 class Phase(Enum):
     """What the quantizers do now; set by the training step, never by a forward pass."""
 
@@ -67,7 +72,7 @@ class ScaleBank:
     """The scale state of every quantized tensor, packed into a few FP32 tensors on the device.
 
     names: one `<linear>/<role>` a tensor; targets: what each predicted amax is mapped to.
-    history: [window, tensors], a ring; observed: [tensors], the largest amax since the last commit; scale: [tensors].
+    history: [entries, tensors], a ring; observed: [tensors], the largest amax since the last commit; scale: [tensors].
     Only `commit` advances the history, and only the training step calls it.
     """
 
@@ -76,7 +81,7 @@ class ScaleBank:
         self.settle_steps = round(cfg.scaling.settle * cfg.steps)
         self.observe_when_off = cfg.scaling.observe_in_warmup
         self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
-        self.history = torch.zeros(cfg.scaling.window, len(names), device=device)
+        self.history = torch.zeros(entries(cfg.scaling), len(names), device=device)
         self.observed = torch.zeros(len(names), device=device)
         self.scale = torch.ones(len(names), device=device)
         self.filled = 0  # entries of the ring in use
@@ -142,7 +147,7 @@ class ScaleBank:
 
     def _update_scale(self, step: int) -> None:
         settling = step <= self.settle_steps
-        if not settling and self.filled > 1 and self.ticks % self.cfg.update_every:
+        if not settling and self.ticks % self.cfg.update_every:
             return
         # `current` keeps its last amax's scale too: it serves evaluation of what has no amax, and the telemetry.
         algo = "most_recent" if settling or self.cfg.algo == "current" else self.cfg.algo

@@ -17,7 +17,8 @@ def cells(experiment: str, overrides: list[str]) -> list[Config]:
     words = [word for word in overrides if not word.startswith(_OWN)]
     base = compose("train", [f"experiment={experiment}", *words], return_hydra_config=True)
     sweep = base.hydra.sweeper.params or {}
-    axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in sweep.items()]
+    given = {word.partition("=")[0] for word in words}  # what the command line sets is not swept
+    axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in sweep.items() if key not in given]
     return [_compose([f"experiment={experiment}", *words, *cell]) for cell in itertools.product(*axes)]
 
 

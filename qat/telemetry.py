@@ -9,6 +9,7 @@ import torch
 from qat import kernels
 from qat.config import Config
 from qat.convert import quantized_linears
+from qat.scaling import to_scale
 
 TIERS = (3, 2, 1, 0)  # mantissa bits
 
@@ -77,13 +78,9 @@ class UpdateProbe:
         linears = quantized_linears(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.weights = {name: linear.weight for name, linear in linears.items()}
         self.before = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        if self.format is not None:
-            index = {name: i for i, name in enumerate(bank.names)}
-            scales = bank.scale.clone()
-            self.scales = {
-                name: scales[index[f"{name}/weight"]] if cfg.quant.weights else torch.tensor(1.0)
-                for name in self.weights
-            }
+        # The grid at the weight's own amax, whatever the bank's scale is before the first quantized step.
+        target, one = torch.tensor(cfg.quant.target_weight), torch.tensor(1.0)
+        self.scales = {name: to_scale(kernels.amax(w).cpu(), target, one) for name, w in self.weights.items()}
 
     def row(self, step: int) -> dict:
         """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
@@ -92,7 +89,7 @@ class UpdateProbe:
             now, before = weight.detach(), self.before[name]
             views = [(now, before), (now.bfloat16(), before.bfloat16())]
             if self.format is not None:
-                scale = self.scales[name]
+                scale = self.scales[name].to(weight.device)
                 views.append(tuple(kernels.quantize(t, scale, self.format, "saturate", 0.0)[0] for t in (now, before)))
             changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
             total += weight.numel()

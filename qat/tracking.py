@@ -11,7 +11,7 @@ from qat.runs import Run
 
 
 @contextlib.contextmanager
-def mirror(run: Run, cfg: Config, job_type: str):
+def mirror(run: Run, cfg: Config):
     """A function log(row, step) that mirrors rows to W&B, and `log.summary` to set results; nothing with logger=local.
 
     One W&B run stands for one run folder: training and evaluation, and every resume, share its id.
@@ -22,25 +22,34 @@ def mirror(run: Run, cfg: Config, job_type: str):
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    session = wandb.init(
-        project=cfg.logger.project,
-        id=run.id.rpartition("-")[2],
-        name=run.id,
-        group=cfg.experiment or "sweep",
-        job_type=job_type,
-        tags=_tags(cfg),
-        config=run.config(),
-        dir=str(Path(run.path).resolve()),
-        mode=cfg.logger.mode,
-        resume="allow",
-        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
-    )
+    try:
+        session = _start(wandb, run, cfg, cfg.logger.mode)
+    except wandb.errors.Error as error:
+        reason = str(error).strip().split("\n")[0]
+        print(f"warning: W&B is out of reach ({reason}); mirroring offline, to be sent by `wandb sync`", flush=True)
+        session = _start(wandb, run, cfg, "offline")
     try:
         yield _Wandb(session)
     except BaseException:
         session.finish(exit_code=1)
         raise
     session.finish()
+
+
+def _start(wandb, run: Run, cfg: Config, mode: str):
+    return wandb.init(
+        project=cfg.logger.project,
+        id=run.id.rpartition("-")[2],
+        name=run.id,
+        group=cfg.experiment or "sweep",
+        job_type="quantized" if cfg.quantized else "baseline",
+        tags=_tags(cfg),
+        config=run.config(),
+        dir=str(Path(run.path).resolve()),
+        mode=mode,
+        resume="allow",
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+    )
 
 
 def _tags(cfg: Config) -> list[str]:

@@ -13,13 +13,17 @@ from qat import cli
 
 
 def main(config, _) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from qat.evaluate import evaluate
     from qat.runs import Run
 
     if config.run:
         benchmark, folder = config.benchmark, Path(config.run)
         config = Run(folder).typed_config()
-        config.benchmark, config.runs_dir = benchmark, str(folder.parent)
+        config.runs_dir = str(folder.parent)
+        if any(word.startswith("benchmark") for word in HydraConfig.get().overrides.task):
+            config.benchmark = benchmark
     evaluate(config)
 
 

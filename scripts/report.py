@@ -25,12 +25,11 @@ def main(config, _) -> None:
         cells = suite.cells(name, words)
         runs = [Run.of(cell) for cell in cells]
         baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
-        found = [[run for run in group if run.status()] for group in (runs, baselines)]
-        comparisons = [run.comparison() for run in found[0] if run.comparison()]
-        experiments.append(Experiment(name, *found, comparisons))
+        experiments.append(Experiment(name, runs, baselines, [run.comparison() for run in runs if run.comparison()]))
     environment = runtime.environment()
     context = {
         "Hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
+        "Arithmetic": config.budget.arithmetic.upper(),
         "Versions": environment["packages"],
         "Command": f"python {environment['command']}",
         "Date": str(date.today()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import runpy
@@ -11,7 +12,8 @@ import sys
 from pathlib import Path
 
 # Before torch, Numba, transformers or wandb are imported.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -19,7 +21,7 @@ os.environ["WANDB_SILENT"] = "true"
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = "runs"  # the key of Config that names the folder of run folders
+RUNS = "runs_dir"  # the key of Config that names the folder of run folders
 TINY = ("model=tiny", "budget=smoke", "logger=local")
 _USER_CACHE = os.environ.get("HIF8_CACHE")
 
@@ -56,6 +58,14 @@ def script(name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run scripts/<name> in a fresh interpreter, in another folder than the repository."""
     command = [sys.executable, str(ROOT / "scripts" / name), *words]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def wandb_records(path: Path) -> list[list[dict]]:
+    """The records of every W&B run in the run folder `path`, oldest first, by W&B's own reader."""
+    files = sorted((path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    read = [subprocess.run([*command, str(file)], capture_output=True, text=True, check=True) for file in files]
+    return [[json.loads(line) for line in each.stdout.splitlines()] for each in read]
 
 
 @pytest.fixture(scope="session", autouse=True)

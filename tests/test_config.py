@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qat import cli, suite
 from qat.config import Config, UserError, validate
 from qat.convert import convert
-from tests.conftest import ROOT, TINY, composed, script
+from tests.conftest import ROOT, RUNS, TINY, composed, script
 
 EXPERIMENTS = [f"exp{i}" for i in range(1, 9)]
 PROTOCOLS = ["paper", "released"]
@@ -171,7 +172,11 @@ def test_an_experiments_own_sweep_is_expanded():
         scalings = suite.cells("exp2", [])
     assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
     assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
-    assert [(cell.steps, cell.batch) for cell in scalings] == [(15, (1, 1))] * 2
+        chosen = suite.cells("exp2", ["scaling=max"])
+    assert [cell.scaling.algo for cell in chosen] == ["max"]
+    whole = cli.typed(composed())
+    assert [cell.steps for cell in scalings] == [whole.steps / 2] * 2
+    assert [math.prod(cell.batch) for cell in scalings] == [math.prod(whole.batch) / 4] * 2
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
@@ -226,8 +231,14 @@ VALIDATING = [
         "scaling.algo=exp_smooth scaling.window=1",
         "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",
     ),
-    ("warmup.bf16=1", "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667"),
-    ("optim.lr_warmup=1", "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest"),
+    (
+        "budget.steps=30 warmup.bf16=1",
+        "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667",
+    ),
+    (
+        "budget.steps=30 optim.lr_warmup=1",
+        "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
+    ),
     (
         "budget.batch_factor=0.25 budget.accumulation=1",
         "budget.accumulation=1: times batch_factor=1/4 is no whole number",
@@ -287,6 +298,19 @@ def test_a_scope_that_matches_nothing_is_refused_before_the_baseline_is_trained(
     code, _, stderr = main("train.py", *TINY, "quant.scope=[mlp.gate_prj]")
     line = "error: quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean 'mlp.gate_proj'?\n"
     assert (code, stderr, list(tmp_path.iterdir())) == (2, line, [])
+
+
+def test_what_the_system_refuses_is_said_in_one_line(main, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, stderr = main("train.py", *TINY, "quant=bf16", f"{RUNS}=file/runs")
+    assert code == 2 and stderr.startswith("error: file/runs") and stderr.endswith(": Not a directory\n")
+    assert stderr.count("\n") == 1
+
+
+def test_training_takes_words_and_no_run_folder(main, tmp_path):
+    code, _, stderr = main("train.py", *TINY, "run=somewhere")
+    assert (code, stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+    assert stderr.startswith("error: run=somewhere: only eval.py takes a run folder")
 
 
 def test_a_sweep_goes_on_after_a_failing_cell_and_names_it(main, monkeypatch):

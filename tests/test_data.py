@@ -91,11 +91,10 @@ def test_a_cursor_resumes_at_every_micro_batch(tmp_path, tokenizer, small_groups
         states.append(json.dumps(source.state()))
         batches += take(source, 1)
     assert source.epoch >= 2
+    batches += take(source, 2)
     for number, state in enumerate(states):
         resumed = stream(tmp_path, tokenizer, json.loads(state), duplicate_workers=workers)
-        assert take(resumed, 3) == (batches + take(stream(tmp_path, tokenizer, source.state()), 3))[
-            number : number + 3
-        ] or (number > count - 3)
+        assert take(resumed, 3) == batches[number : number + 3]
 
 
 def test_duplicate_workers_yield_every_micro_batch_that_often(texts, tokenizer):

@@ -232,7 +232,10 @@ def test_bf16_blocks_and_coverage(keep, blocks):
     assert coverage.parameters == len(blocks) * 3 * 16 * 24
     assert coverage.all_parameters == sum(p.numel() for p in model.parameters())
     assert coverage.matmul_parameters == 8 * (3 * 16 * 24 + 16 * 16) + 16 * 5
-    assert f"{3 * len(blocks)} linears" in str(coverage)
+    assert coverage.kinds()["mlp.up_proj"] == (len(blocks), len(blocks) * 16 * 24)
+    together = str(coverage).splitlines()[-1].split()
+    assert together[:2] == ["together", str(3 * len(blocks))]
+    assert together[-1] == f"{coverage.parameters / coverage.matmul_parameters:.1%}"
 
 
 def test_parameters_keep_their_names_and_identity():

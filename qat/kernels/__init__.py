@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qat.formats import FORMATS
+from qat.formats import FORMATS, TOLERANCE
 from qat.kernels import cpu
 
 
@@ -34,13 +34,13 @@ def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str,
     nonzero elements, of those in the tiers of 3, 2, 1 and 0 mantissa bits, of those beyond the target, of those
     rounded to zero; then signal power and error power (arguments as of `quantize`)."""
     if format == "hif8" and cpu.supports(x):
-        return cpu.statistics(x, scale.item(), *_edges(overflow, target), target)
+        return cpu.statistics(x, scale.item(), *_edges(overflow, target), target * TOLERANCE)
     scaled = x.detach().float() * scale
     size, rounded = scaled.abs(), FORMATS[format].quantize(scaled, overflow, target)
     nonzero = size > 0
     lost = nonzero & (rounded == 0)
     bits = FORMATS[format].mantissa_bits(size)
-    counts = [nonzero, *(nonzero & ~lost & (bits == tier) for tier in (3, 2, 1, 0)), size > target, lost]
+    counts = [nonzero, *(nonzero & ~lost & (bits == tier) for tier in (3, 2, 1, 0)), size > target * TOLERANCE, lost]
     powers = [scaled.double().square().sum(), (scaled.double() - rounded.double()).square().sum()]
     return torch.stack([count.sum(dtype=torch.float64) for count in counts] + powers)
 

@@ -1,0 +1,248 @@
+"""Evaluation: what it writes, what it leaves alone, and that W8A8 and BF16 weights are two different measurements."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qat import benchmarks, checkpoint, compare, data, evaluate, loop
+from qat.config import TaskConfig, UserError
+from qat.convert import quantized_linears
+from qat.evaluate import Subject
+from qat.evaluate import evaluate as score
+from qat.linear import Quantizer
+from qat.runs import Run, baseline_of, untouched_of
+from qat.scaling import ScaleBank
+from tests.conftest import RUNS, TINY, wandb_records
+
+TASKS = {name: TaskConfig(shots=0, limit=4) for name in ("hellaswag", "arc_easy")}
+WORDS = ("experiment=exp8", "optim.lr=3e-3")  # a rate at which 12 steps tell the run from its baseline
+
+
+def tensors(run: Run) -> dict:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in run.checkpoints.rglob("*.*")}
+
+
+def silent(cfg):
+    """The same, not mirrored."""
+    return dataclasses.replace(cfg, logger=dataclasses.replace(cfg.logger, mode="disabled"))
+
+
+@pytest.fixture(scope="module")
+def scored(configure, tmp_path_factory):
+    """(configuration of a run that was trained and scored, its comparison, its checkpoint's files before scoring)"""
+    cfg = configure(tmp_path_factory.mktemp("scored"), *WORDS, "logger=wandb", **{"benchmark.tasks": TASKS})
+    loop.train_with_baseline(silent(cfg))
+    before = tensors(Run.of(cfg)) | tensors(Run.of(baseline_of(cfg)))
+    return cfg, score(cfg), before
+
+
+def subjects(cfg) -> dict[str, Subject]:
+    untouched, baseline = untouched_of(cfg), baseline_of(cfg)
+    named = {
+        "untouched": (untouched, "bf16"),
+        "baseline": (baseline, "bf16"),
+        "bf16": (cfg, "bf16"),
+        "w8a8": (cfg, "w8a8"),
+    }
+    return {name: Subject(each, Run.of(each), mode) for name, (each, mode) in named.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- what is written
+
+
+def test_every_subject_has_its_scores_and_samples(scored):
+    cfg = scored[0]
+    for name, subject in subjects(cfg).items():
+        record = subject.run.evaluations()["smoke"][subject.mode]
+        assert record["tasks"].keys() == TASKS.keys() and record["asked"]["benchmark"]["name"] == "smoke"
+        for task, row in record["tasks"].items():
+            assert (row["metric"], row["n"], row["shots"]) == ("acc_norm", 4, 0)
+            samples = subject.run.samples("smoke", subject.mode, task)
+            assert len(samples) == 4 and row["score"] == sum(sample["correct"] for sample in samples) / 4
+        (heldout,) = record["heldout"].values()
+        assert heldout["tokens"] == 256 and len(heldout["sequence_losses"]) == 2
+        assert heldout["loss"] == pytest.approx(sum(heldout["sequence_losses"]) / 2)
+        assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
+    assert Run.of(cfg).evaluations()["smoke"].keys() == {"bf16", "w8a8"}
+    assert Run.of(untouched_of(cfg)).status() == {} and Run.of(untouched_of(cfg)).typed_config() == untouched_of(cfg)
+
+
+def test_the_comparison_is_written_beside_the_run(scored):
+    cfg, comparison, _ = scored
+    assert Run.of(cfg).comparison() == json.loads(json.dumps(comparison))
+    assert (comparison["run"], comparison["baseline"]) == (Run.of(cfg).id, Run.of(baseline_of(cfg)).id)
+    assert comparison["untouched"] == Run.of(untouched_of(cfg)).id
+    assert {(row["task"], row["mode"]) for row in comparison["tasks"]} == {
+        (t, m) for t in TASKS for m in ("bf16", "w8a8")
+    }
+    assert [row["mode"] for row in comparison["heldout"]] == ["w8a8", "bf16"] and comparison["loss"]["steps"] == 12
+    losses = [[row["loss"] for row in Run.of(each).metrics()] for each in (cfg, baseline_of(cfg))]
+    assert comparison["loss"]["ape"] == compare.loss_ape(*losses) > 0
+
+
+def test_weights_and_biases_shows_the_differences(scored):
+    cfg, comparison, _ = scored
+    (records,) = wandb_records(Run.of(cfg).path)
+    about = next(record["run"] for record in records if record["type"] == "run")
+    assert (about["job_type"], about["run_group"]) == ("quantized", "exp8")
+    shown = {}
+    for record in records:
+        shown |= record.get("summary", {}).get("update", {})
+    wanted = evaluate.summary(comparison)
+    assert {key: shown[key] for key in wanted} == pytest.approx(wanted)
+    row = next(row for row in comparison["tasks"] if (row["task"], row["mode"]) == ("arc_easy", "w8a8"))
+    assert wanted["w8a8/arc_easy/points"] == row["points"] and wanted["w8a8/arc_easy/p_value"] == row["p_value"]
+    assert wanted["loss_ape_percent"] == comparison["loss"]["ape"] and wanted["w8a8/heldout/kl"] > 0
+    (records,) = wandb_records(Run.of(baseline_of(cfg)).path)
+    shown = [record["summary"]["update"] for record in records if record["type"] == "summary"]
+    assert any(update.get("bf16/arc_easy/score") == row["baseline"] for update in shown)
+
+
+# -------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_w8a8_and_bf16_weights_are_two_measurements(scored):
+    record = Run.of(scored[0]).evaluations()["smoke"]
+    ((ours,), (plain,)) = (record[mode]["heldout"].values() for mode in ("w8a8", "bf16"))
+    assert ours["loss"] != plain["loss"] and abs(ours["loss"] - plain["loss"]) < 0.1
+    assert ours["kl"] > plain["kl"] >= 0  # rounding moves the predictions further than 12 steps of training did
+    assert ours["text_hash"] == plain["text_hash"]
+
+
+def quantizers(model) -> list:
+    return [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Quantizer | ScaleBank)
+    ]
+
+
+def test_held_out_losses_are_those_of_the_exported_weights(scored):
+    cfg = scored[0]
+    saved = checkpoint.latest(Run.of(cfg).checkpoints)[0]
+    models = {name: subject.build() for name, subject in subjects(cfg).items()}
+    for name, (model, tokenizer) in models.items():
+        assert not model.training and len(quantized_linears(model)) == (9 if name == "w8a8" else 0)
+        assert bool(quantizers(model)) == (name == "w8a8")
+        tokens, _ = data.heldout(cfg.data, tokenizer, 256)
+        with torch.no_grad():
+            logits = model(input_ids=tokens[:, :-1]).logits.float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+        subject = subjects(cfg)[name]
+        (heldout,) = subject.run.evaluations()["smoke"][subject.mode]["heldout"].values()
+        assert heldout["loss"] == pytest.approx(loss, abs=1e-5)
+    exported, original = (dict(models[name][0].named_parameters()) for name in ("bf16", "untouched"))
+    assert all(torch.equal(p.float(), saved["model"][name].bfloat16().float()) for name, p in exported.items())
+    assert any(not torch.equal(p, original[name]) for name, p in exported.items())
+
+
+def test_the_divergence_is_that_of_the_two_predictions(scored):
+    cfg = scored[0]
+    built = {name: subject.build() for name, subject in subjects(cfg).items()}
+    tokens, _ = data.heldout(cfg.data, built["w8a8"][1], 256)
+    with torch.no_grad():
+        ours, theirs = (built[n][0](input_ids=tokens[:, :-1]).logits.double().softmax(-1) for n in ("w8a8", "baseline"))
+    divergence = (theirs * (theirs.log() - ours.log())).sum(-1).mean().item()
+    (heldout,) = Run.of(cfg).evaluations()["smoke"]["w8a8"]["heldout"].values()
+    assert heldout["kl"] == pytest.approx(divergence, rel=0.02) and divergence > 0
+
+
+# --------------------------------------------------------------------------------------------------- what is left alone
+
+
+def test_checkpoints_are_not_touched(scored):
+    cfg, _, before = scored
+    assert len(before) == 5
+    assert tensors(Run.of(cfg)) | tensors(Run.of(baseline_of(cfg))) == before
+
+
+def test_a_scored_model_leaves_its_scales_as_they_were(scored):
+    cfg = scored[0]
+    model, _ = subjects(cfg)["w8a8"].build()
+    bank = next(value for value in quantizers(model) if isinstance(value, ScaleBank))
+    saved = checkpoint.latest(Run.of(cfg).checkpoints)[0]["scales"]
+    with torch.no_grad():
+        model(input_ids=1000 * torch.ones(2, 64, dtype=torch.int64) % 257)
+    assert all(torch.equal(value, saved[name]) for name, value in bank.state_dict().items())
+    assert not bank.observed.any() and bank.scale.unique().numel() > 9
+
+
+def test_scoring_again_scores_nothing(scored, monkeypatch, capsys):
+    cfg, comparison, _ = scored
+    again = silent(cfg)
+    runs = {Run.of(each).path / "eval.json" for each in (cfg, baseline_of(cfg), untouched_of(cfg))}
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in runs}
+    monkeypatch.setattr(benchmarks, "score", lambda *_, **__: pytest.fail("scored again"))
+    capsys.readouterr()
+    assert json.loads(json.dumps(score(again))) == json.loads(json.dumps(comparison))
+    assert score(baseline_of(again)) is None
+    assert capsys.readouterr().out.count("scored already") == 4 + 2
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in runs} == before
+
+
+@pytest.mark.parametrize("key", ["benchmark.split", "budget.heldout_tokens"])
+def test_other_questions_or_another_text_are_scored_anew(scored, monkeypatch, key):
+    cfg = copy.deepcopy(silent(scored[0]))
+    group, name = key.split(".")
+    setattr(getattr(cfg, group), name, {"split": "validation", "heldout_tokens": 128}[name])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score(cfg)
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture
+def words(scored, texts):
+    folder = getattr(scored[0], RUNS)
+    return [*TINY, *WORDS, "data.source=files", f"data.path={texts}", f"{RUNS}={folder}"]
+
+
+def test_a_run_that_is_not_finished_is_refused_in_one_line(scored, words, main):
+    folder = Run.of(scored[0]).path.parent
+    before = sorted(path.name for path in folder.iterdir())
+    code, _, stderr = main("eval.py", *words, "seed=5")
+    assert code == 2 and stderr.count("\n") == 1 and stderr.startswith("error: tiny-bf16-")
+    assert (
+        "-s5-" in stderr and "is not started; train it first: `python scripts/train.py` with the same words" in stderr
+    )
+    assert sorted(path.name for path in folder.iterdir()) == before
+    run = Run.of(baseline_of(scored[0]))
+    status = run.status()
+    run.set_status("stopped", 7, 12)
+    with pytest.raises(UserError, match=r"is at step 7 of 12; train it first"):
+        score(silent(scored[0]))
+    run.write_json("status.json", status)
+
+
+def test_a_run_folder_can_be_named_instead_of_its_words(scored, main, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate", asked.append)
+    run = Run.of(scored[0])
+    assert main("eval.py", f"run={run.path}", "benchmark=paper")[0] == 0
+    (cfg,) = asked
+    assert cfg.benchmark.name == "paper" and Run.of(cfg).path == run.path and cfg.optim == scored[0].optim
+    code, _, stderr = main("eval.py", f"run={run.path.parent}")
+    assert (code, stderr.count("\n")) == (2, 1) and "not a run folder (no config.yaml)" in stderr
+
+
+def test_the_report_shows_the_run(scored, words, main, tmp_path):
+    code, stdout, stderr = main("report.py", "report.experiments=[exp8]", "report.out=out", *words)
+    assert (code, stderr) == (0, "") and "report: out/report.html and out/report.md" in stdout
+    tables = (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    ape = f"{scored[1]['loss']['ape']:.3f}"
+    assert ape in tables and ape in page and "HellaSwag" in tables
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "report.md", "loss.png"}

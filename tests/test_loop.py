@@ -1,0 +1,245 @@
+"""Runs from nothing to a finished folder, and the same folder bit for bit after a stop at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qat import checkpoint, loop
+from qat.config import UserError
+from qat.runs import Run, baseline_of
+from qat.step import Trainer, learning_rate
+from tests.conftest import ROOT, RUNS, TINY
+
+# A BF16 warmup of six steps, whose amaxes are kept; and three micro-batches a step of which each occurs twice, so that
+# every second step ends between the two occurrences of one.
+PAPER = ("experiment=exp8", "budget.accumulation=1", "warmup.bf16=0.5", "scaling.discard_after_warmup=false")
+RELEASED = ("experiment=exp3", "protocol=released", "budget.accumulation=3", "budget.checkpoint_every=3")
+RELEASED += ("budget.steps=5", "budget.seq_len=16")
+LONG = ("experiment=exp8", "budget.accumulation=1", "budget.steps=24")
+
+
+@pytest.fixture(scope="module")
+def reference(configure, tmp_path_factory):
+    """reference(words): the configuration of an uninterrupted run, trained once after its baseline."""
+    folder, done = tmp_path_factory.mktemp("reference"), set()
+
+    def trained(words):
+        cfg = configure(folder, *words)
+        if words not in done:
+            loop.train_with_baseline(cfg)
+            done.add(words)
+        return cfg
+
+    return trained
+
+
+def result(run: Run) -> dict:
+    """All that a run leaves behind, without what depends on the clock."""
+    files = {path.name: path.read_bytes() for path in run.checkpoints.glob("*/*.safetensors")}
+    clocks = ("seconds", "tokens_per_second")
+    rows = [{key: value for key, value in row.items() if key not in clocks} for row in run.metrics()]
+    return {"files": files, "metrics": rows, "telemetry": run.telemetry(), "status": run.status()}
+
+
+def every_file(run: Run) -> dict:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in run.path.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("words", [PAPER, RELEASED], ids=["paper", "released"])
+def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
+    cfg = reference(words)
+    micro, accumulation = cfg.batch
+    lost = 1 if cfg.data.label_shift == "twice" else 0
+    for each in (cfg, baseline_of(cfg)):
+        run = Run.of(each)
+        assert run.status() == {"state": "finished", "step": cfg.steps, "steps": cfg.steps}
+        assert run.typed_config() == each and run.environment()["packages"]["torch"]
+        rows = run.metrics()
+        assert [row["step"] for row in rows] == list(range(1, cfg.steps + 1))
+        tokens = micro * accumulation * (cfg.budget.seq_len - lost)
+        assert [row["tokens"] for row in rows] == [tokens * row["step"] for row in rows]
+        assert [row["lr"] for row in rows] == [learning_rate(cfg, row["step"]) for row in rows]
+        first = cfg.bf16_warmup_steps + 1
+        assert [row["quantized"] for row in rows] == [each.quantized and row["step"] >= first for row in rows]
+        assert all((row["overshoot_max"] is not None) == row["quantized"] for row in rows)
+        assert all(4.5 < row["loss"] < 6.5 and 0 < row["grad_norm"] < 50 for row in rows)
+        (path,) = run.checkpoints.iterdir()
+        files = {"facts.json", "model.safetensors"} | ({"scales.safetensors"} if each.quantized else set())
+        assert {file.name for file in path.iterdir()} == files
+        assert checkpoint.load(path)[1]["final"]
+
+
+def test_a_quantized_run_is_its_baseline_until_quantization_starts(reference):
+    cfg = reference(PAPER)
+    ours, theirs = ([row["loss"] for row in Run.of(each).metrics()] for each in (cfg, baseline_of(cfg)))
+    assert cfg.bf16_warmup_steps == 6 and ours[:6] == theirs[:6]
+    assert all(q != b and abs(q - b) < 0.01 for q, b in zip(ours[6:], theirs[6:], strict=True))
+
+
+def test_telemetry_is_written_when_it_is_due(reference):
+    cfg = reference(PAPER)
+    rows = Run.of(cfg).telemetry()
+    assert sorted({row["step"] for row in rows}) == [7, 11, 12]
+    tensors = [(row["layer"], row["role"]) for row in rows if row["step"] == 11 and "role" in row]
+    assert len(tensors) == len(set(tensors)) == 3 * 9  # 3 roles of the MLP's 3 linears in blocks 3, 4 and 5
+    baseline = Run.of(baseline_of(cfg)).telemetry()
+    assert [row["step"] for row in baseline] == [1, 5, 9, 12] and all(row["updated"] for row in baseline)
+
+
+def test_the_same_command_again_touches_nothing(reference, capsys):
+    cfg = reference(PAPER)
+    folders = [Run.of(baseline_of(cfg)), Run.of(cfg)]
+    before = [every_file(run) for run in folders]
+    capsys.readouterr()
+    assert [run.id for run in loop.train_with_baseline(cfg)] == [run.id for run in folders]
+    assert capsys.readouterr().out == "".join(f"{run.id}: finished already\n" for run in folders)
+    assert [every_file(run) for run in folders] == before
+
+
+def test_a_bf16_run_is_its_own_baseline(reference):
+    baseline = baseline_of(reference(PAPER))
+    assert [run.id for run in loop.train_with_baseline(baseline)] == [Run.of(baseline).id]
+
+
+# --------------------------------------------------------------------------------------------------- stops and resumes
+
+
+def before_step(number, monkeypatch):
+    real = Trainer.step
+
+    def step(self, current, batches):
+        if current == number:
+            raise KeyboardInterrupt
+        return real(self, current, batches)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def before_checkpoint(number, monkeypatch):
+    real = checkpoint.save
+
+    def save(folder, step, *rest, **more):
+        if step == number:
+            raise KeyboardInterrupt
+        return real(folder, step, *rest, **more)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+
+
+def after_checkpoint(number, monkeypatch):
+    real = checkpoint.save
+
+    def save(folder, step, *rest, **more):
+        path = real(folder, step, *rest, **more)
+        if step == number:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", save)
+
+
+STOPS = [  # (run, where it is stopped, the step, rows that are there then, the step it resumes from)
+    (PAPER, before_step, 3, 2, 0),
+    (PAPER, before_step, 7, 6, 4),
+    (PAPER, before_checkpoint, 8, 8, 4),
+    (PAPER, after_checkpoint, 8, 8, 8),
+    (RELEASED, before_step, 5, 4, 3),
+]
+
+
+@pytest.mark.parametrize(("words", "where", "number", "rows", "resumed"), STOPS)
+def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, where, number, rows, resumed, capsys):
+    cfg = config(*words)
+    run = Run.of(cfg)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        where(number, patch)
+        loop.train(cfg)
+    assert run.status()["state"] == "stopped" and len(run.metrics()) == rows
+    if words == RELEASED:  # in the middle of a micro-batch's occurrences
+        cursor = json.loads((run.checkpoints / "step-00000003" / "facts.json").read_text())["data"]
+        assert cursor["repeats"] == 1 and len(cursor["last"]) == cfg.batch[0]
+    capsys.readouterr()
+    loop.train(cfg)
+    said = f"resuming after step {resumed} of {cfg.steps}"
+    assert (said in capsys.readouterr().out) == (resumed > 0)
+    assert result(run) == result(Run.of(reference(words)))
+
+
+def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, config, capsys):
+    cfg = config(*PAPER)
+    run = Run.of(cfg)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_step(11, patch)
+        loop.train(cfg)
+    newest = run.checkpoints / "step-00000008" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    for name in ("metrics.jsonl", "telemetry.jsonl"):
+        with (run.path / name).open("a") as file:
+            file.write('{"step": 11, "lo')
+    capsys.readouterr()
+    loop.train(cfg)
+    out = capsys.readouterr().out
+    assert "optimizer.safetensors is damaged" in out and "resuming after step 4 of 12" in out
+    assert result(run) == result(Run.of(reference(PAPER)))
+
+
+def test_a_killed_process_loses_nothing_but_time(texts, configure, tmp_path):
+    """SIGKILL of the real command in the middle of a step, then the same configuration here."""
+    words = [*TINY, *LONG, "data.source=files", f"data.path={texts}", f"{RUNS}={tmp_path}"]
+    cfg = configure(tmp_path, *LONG)
+    run = Run.of(cfg)
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 240
+        while len(run.metrics()) < 7 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        stderr = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL, stderr
+    assert run.status()["state"] == "running" and 7 <= len(run.metrics()) < 24
+    assert Run.of(baseline_of(cfg)).finished
+    loop.train(cfg)
+    assert result(run) == result(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(config, monkeypatch):
+    cfg = config(**{"quant.format": "none"})
+    real = Trainer.step
+
+    def step(self, number, batches):
+        if number == 6:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("qat.step.token_losses", lambda *_: self.model.lm_head.weight.sum() * float("nan"))
+                return real(self, number, batches)
+        return real(self, number, batches)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(UserError) as caught:
+        loop.train(cfg)
+    line = str(caught.value)
+    assert line.startswith("step 6: the gradient is not finite (loss nan)") and "\n" not in line
+    assert "lower optim.lr=0.0001" in line
+    run = Run.of(cfg)
+    assert run.status() == {"state": "failed", "step": 5, "steps": 12, "reason": line}
+    assert len(run.metrics()) == 5 and checkpoint.latest(run.checkpoints)[1]["step"] == 4
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(config):
+    cfg = config(**{"quant.format": "none"})
+    run = Run.of(cfg)
+    with run.lock(), pytest.raises(UserError, match="another process works on this run"):
+        loop.train(cfg)
+    assert [path.name for path in run.path.iterdir()] == [".lock"]

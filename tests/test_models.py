@@ -1,0 +1,285 @@
+"""Loading: openPangu's files as a Llama without its code, the packaged SmolLM2, and what separates documents."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from qat import data, models
+from qat.config import DataConfig, ModelConfig, UserError
+from qat.step import token_losses
+from tests.conftest import composed
+
+HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS, HEAD = 32, 64, 2, 4, 2, 8
+THETA, EPS = 4e6, 1e-5  # as openPangu-Embedded-1B's
+
+
+# ------------------------------------------------------------------------------- a checkpoint folder as on the hub
+
+
+def protobuf(number: int, value: bytes | int | float) -> bytes:
+    """One field of a protocol buffer: bytes are length-delimited, floats 32 bits, integers variable."""
+
+    def varint(rest: int) -> bytes:
+        return bytes([rest]) if rest < 128 else bytes([rest & 127 | 128]) + varint(rest >> 7)
+
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of SentencePiece's pieces
+PIECES = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *((f"<0x{i:02X}>", BYTE) for i in range(256))]
+PIECES += [(piece, NORMAL) for piece in ("▁t", "he", "▁the", "▁", *"abcdefghijklmnopqrstuvwxyz")]
+PIECES += [("[unused10]", USER)]
+IDS = {piece: number for number, (piece, _) in enumerate(PIECES)}
+
+
+def write_tokenizer(folder) -> None:
+    pieces = [
+        protobuf(1, text.encode()) + protobuf(2, float(-number)) + protobuf(3, kind)
+        for number, (text, kind) in enumerate(PIECES)
+    ]
+    trainer = protobuf(3, 2) + protobuf(35, 1)  # byte-pair encoding, unknown characters as bytes
+    normalizer = protobuf(1, b"identity") + protobuf(3, 1) + protobuf(4, 0)  # a leading space, no squeezing of spaces
+    model = b"".join(protobuf(1, piece) for piece in pieces) + protobuf(2, trainer) + protobuf(3, normalizer)
+    (folder / "tokenizer.model").write_bytes(model)
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    special = {str(IDS[t]): {"content": t, **flags, "special": True} for t in ("<unk>", "<s>", "</s>", "[unused10]")}
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_prefix_space": True,
+        "added_tokens_decoder": special,
+    }
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}, "legacy": True}
+    settings |= {"bos_token": "<s>", "eos_token": "[unused10]", "pad_token": "<unk>", "unk_token": "<unk>"}
+    settings |= {"tokenizer_class": "PanguTokenizer", "sp_model_kwargs": {}, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_config(folder) -> None:
+    code = {"AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig"}
+    code |= {"AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM"}
+    config = {"architectures": ["PanguEmbeddedForCausalLM"], "auto_map": code, "model_type": "PanguEmbedded"}
+    config |= {"bias": True, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02}
+    config |= {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": IDS["[unused10]"], "vocab_size": len(PIECES)}
+    config |= {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "rms_norm_eps": EPS}
+    config |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rope_theta": THETA, "use_cache": True}
+    config |= {"max_position_embeddings": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.53.2"}))
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=draw) * size).bfloat16()
+
+    weights = {
+        "model.embed_tokens.weight": normal(len(PIECES), HIDDEN),
+        "model.norm.weight": 1 + normal(HIDDEN, size=0.1),
+    }
+    for block in range(BLOCKS):
+        name = f"model.layers.{block}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{name}{norm}.weight"] = 1 + normal(HIDDEN, size=0.1)
+        for which, out in {"q": HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD, "o": HIDDEN}.items():
+            weights[f"{name}self_attn.{which}_proj.weight"] = normal(out, HIDDEN, size=0.3)
+            weights[f"{name}self_attn.{which}_proj.bias"] = normal(out)
+        for which, shape in {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}.items():
+            weights[f"{name}mlp.{which}_proj.weight"] = normal(*shape, size=0.3)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def pangu(tmp_path_factory):
+    """(folder, its weights), in the layout of openPangu-Embedded-1B on the hub. Its code raises when it is run."""
+    folder = tmp_path_factory.mktemp("openPangu")
+    write_tokenizer(folder)
+    write_config(folder)
+    for name in ("configuration_openpangu_dense", "modeling_openpangu_dense", "tokenization_openpangu"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('remote code was run')\n")
+    weights = random_weights()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, {name: weight.float() for name, weight in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def loaded(pangu):
+    return models.load(ModelConfig(name="openpangu", source="hub", path=str(pangu[0])), seed=0)
+
+
+# -------------------------------------------------------------------------- the architecture in plain PyTorch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary positions for [..., length, HEAD]: element i is paired with element i + HEAD / 2."""
+    length, half = x.shape[-2], HEAD // 2
+    angle = torch.arange(length)[:, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def attention(x: torch.Tensor, w: dict, name: str, theta: float) -> torch.Tensor:
+    def project(which: str) -> torch.Tensor:
+        y = x @ w[f"{name}{which}_proj.weight"].T + w[f"{name}{which}_proj.bias"]
+        return y.view(*x.shape[:2], -1, HEAD).transpose(1, 2)
+
+    q, k, v = rotate(project("q"), theta), rotate(project("k"), theta), project("v")
+    k, v = (tensor.repeat_interleave(HEADS // KV_HEADS, dim=1) for tensor in (k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    y = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+    return y.transpose(1, 2).flatten(2) @ w[f"{name}o_proj.weight"].T + w[f"{name}o_proj.bias"]
+
+
+def pangu_logits(tokens: torch.Tensor, w: dict, theta: float = THETA) -> torch.Tensor:
+    x = w["model.embed_tokens.weight"][tokens]
+    for block in range(BLOCKS):
+        name = f"model.layers.{block}."
+        x = x + attention(rms_norm(x, w[f"{name}input_layernorm.weight"]), w, f"{name}self_attn.", theta)
+        y = rms_norm(x, w[f"{name}post_attention_layernorm.weight"])
+        gate, up = (y @ w[f"{name}mlp.{which}_proj.weight"].T for which in ("gate", "up"))
+        x = x + (gate * gate.sigmoid() * up) @ w[f"{name}mlp.down_proj.weight"].T
+    return rms_norm(x, w["model.norm.weight"]) @ w["model.embed_tokens.weight"].T
+
+
+def test_openpangu_computes_what_its_architecture_says(pangu, loaded):
+    model, _ = loaded
+    tokens = torch.randint(len(PIECES), (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits
+    torch.testing.assert_close(logits, pangu_logits(tokens, pangu[1]), rtol=1e-4, atol=1e-4)
+    # The comparison would notice another base of the rotary positions, a missing bias or a lost block.
+    wrong = [pangu_logits(tokens, pangu[1], theta=1e4)]
+    for part in ("self_attn.o_proj.bias", "self_attn.k_proj.bias", "mlp.down_proj.weight"):
+        changed = {name: 0 * w if name.endswith(f"1.{part}") else w for name, w in pangu[1].items()}
+        wrong.append(pangu_logits(tokens, changed))
+    assert all((logits - other).abs().max() > 0.01 for other in wrong)
+
+
+def test_openpangu_has_biases_only_in_attention_and_fp32_weights(pangu, loaded):
+    parameters = dict(loaded[0].named_parameters())
+    assert parameters.keys() == pangu[1].keys()
+    assert all(p.dtype == torch.float32 and torch.equal(p, pangu[1][name]) for name, p in parameters.items())
+    assert {name.split(".")[-2] for name in parameters if name.endswith("bias")} == {f"{w}_proj" for w in "qkvo"}
+    assert loaded[0].training and loaded[0].config.rope_parameters["rope_theta"] == THETA
+
+
+def test_openpangus_tokenizer_is_read_without_its_code(loaded):
+    tokenizer = loaded[1]
+    the, space = IDS["▁the"], IDS["▁"]
+    assert data.encode(tokenizer, ["the cab", "the  é"], 1) == [
+        [1, the, space, IDS["c"], IDS["a"], IDS["b"]],
+        [1, the, space, space, IDS["<0xC3>"], IDS["<0xA9>"]],
+    ]
+    assert tokenizer.decode([the, space, IDS["c"]]) == "the c"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, IDS["[unused10]"], 0)
+    assert models.document_token(tokenizer) == IDS["<s>"]
+
+
+def test_code_that_comes_with_another_model_is_not_run_either(pangu, tmp_path):
+    config = json.loads((pangu[0] / "config.json").read_text()) | {"model_type": "SomethingElse"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_openpangu_dense.py").write_text("raise RuntimeError('remote code was run')\n")
+    with pytest.raises(
+        UserError, match=r"^model\.path=.*cannot be loaded \(.*\); give a folder or a reachable hub id$"
+    ):
+        models.load(ModelConfig(name="other", source="hub", path=str(tmp_path)), seed=0)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(pangu, tmp_path):
+    for file in pangu[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = random_weights()
+    del weights["model.layers.1.self_attn.o_proj.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no weights for model\.layers\.1\.self_attn\.o_proj\.bias \(1 missing\)"):
+        models.load(ModelConfig(name="openpangu", source="hub", path=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize("path", ["FreedomIntelligence/openPangu-Embedded-1B", "/nowhere/at all"])
+def test_a_model_that_cannot_be_reached_is_said_in_one_line(path):
+    with pytest.raises(UserError) as caught:
+        models.load(ModelConfig(name="m", source="hub", path=path), seed=0)
+    line = str(caught.value)
+    assert line.startswith(f"model.path={path}: cannot be loaded (") and "\n" not in line
+    assert line.endswith("give a folder or a reachable hub id")
+
+
+# ---------------------------------------------------------------------------------------------- document separators
+
+
+class Vocabulary:
+    def __init__(self, names: list[str], bos=None, eos=None):
+        self.names, self.bos_token_id, self.eos_token_id = names, bos, eos
+
+    def get_vocab(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+
+def test_documents_are_separated_by_what_the_model_was_trained_with():
+    smollm2 = Vocabulary(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], bos=0, eos=1)
+    assert models.document_token(smollm2) == 2
+    assert models.document_token(Vocabulary(["<s>", "</s>"], bos=0, eos=1)) == 0
+    assert models.document_token(Vocabulary(["a", "</s>"], eos=1)) == 1
+    with pytest.raises(UserError, match="no BOS, EOS"):
+        models.document_token(Vocabulary(["a"]))
+
+
+# ------------------------------------------------------------------------------------------- random and packaged models
+
+
+def test_a_random_model_depends_on_its_seed_alone():
+    cfg = ModelConfig(name="tiny", source="random", architecture=dict(composed("model=tiny").model.architecture))
+    one, same, other = (models.load(cfg, seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 7}, {"vocab_size": "many"}])
+def test_an_architecture_that_is_none_is_said_in_one_line(change):
+    sizes = dict(composed("model=tiny").model.architecture) | change
+    with pytest.raises(UserError, match=r"^model\.architecture: not a Llama \([^\n]+\)$"):
+        models.load(ModelConfig(name="tiny", source="random", architecture=sizes), seed=0)
+
+
+def test_smollm2_reads_english_and_would_relearn_it_if_labels_were_shifted_twice(user_cache):
+    """Paper.md, section 4, row 1: the released run starts at a loss of 11.38, a sound model far below."""
+    cfg = composed()
+    model, tokenizer = models.load(ModelConfig(**cfg.model), seed=0)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008 and model.config.num_hidden_layers == 30
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert models.document_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>") == 0
+    tokens, _ = data.heldout(DataConfig(**cfg.data), tokenizer, 256)
+    assert "Senate and House of Representatives" in tokenizer.decode(tokens.flatten())
+    with torch.no_grad():
+        losses = {shift: token_losses(model, tokens, shift).mean().item() for shift in ("once", "twice")}
+    assert losses["once"] < 4 and losses["twice"] > 8
+
+
+def test_the_loss_is_hugging_faces_and_shifting_twice_is_shifting_its_labels_again(loaded):
+    model, tokens = loaded[0], torch.randint(len(PIECES), (2, 17), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        once = model(input_ids=tokens, labels=tokens).loss
+        twice = model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]).loss
+        ours = [token_losses(model, tokens, shift) for shift in ("once", "twice")]
+        logits = model(input_ids=tokens[:, :-1]).logits
+    assert [losses.shape for losses in ours] == [(2, 16), (2, 15)]
+    torch.testing.assert_close(ours[0].mean(), once)
+    torch.testing.assert_close(ours[1].mean(), twice)
+    plain = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(ours[0].mean(), plain)
