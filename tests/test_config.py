@@ -170,9 +170,9 @@ def test_an_experiments_own_sweep_is_expanded():
     with initialize_config_dir(cli.CONF, version_base="1.3"):
         rates = suite.cells("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
         scalings = suite.cells("exp2", [])
+        chosen = suite.cells("exp2", ["scaling=max"])
     assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
     assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
-        chosen = suite.cells("exp2", ["scaling=max"])
     assert [cell.scaling.algo for cell in chosen] == ["max"]
     whole = cli.typed(composed())
     assert [cell.steps for cell in scalings] == [whole.steps / 2] * 2

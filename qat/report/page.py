@@ -41,6 +41,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "lead": _lead(experiments),
         "provenance": _provenance(experiments) | {label: _plain(value) for label, value in context.items()},
         "paper": paper["paper"],
+        "glance": tables.glance(experiments, paper),
         "summary": tables.summary(experiments, paper),
         "scores": pictures.of_scores(experiments, paper),
         "score_legend": score_legend(),

@@ -73,6 +73,22 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     return Table(["", "Source", "Loss APE %", *(f"{TASKS.get(t, t)}, drop %" for t in tasks)], rows)
 
 
+def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
+    """One row a compared run, in W8A8: loss APE beside the paper's, held-out loss against BF16, points a task."""
+    pairs = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
+    tasks = tasks_of([[row["task"] for row in pair.comparison["tasks"]] for _, pair in pairs])
+    rows = []
+    for name, pair in pairs:
+        loss, entry = pair.comparison["loss"], paper["experiments"].get(name, {})
+        held = next(row for row in pair.comparison["heldout"] if row["mode"] == "w8a8")
+        points = {row["task"]: row for row in pair.comparison["tasks"] if row["mode"] == "w8a8"}
+        cells = [pair.label, str(entry.get("ape", entry.get("ape_log", "–"))), f"{loss['ape']:.3f}"]
+        cells += [f"{signed(held['difference'], 4)} {interval(held['ci'], 4)}", f"{held['kl']:.4f}"]
+        rows.append(cells + [f"{signed(points[t]['points'], 1)} {interval(points[t]['ci'], 1)}" for t in tasks])
+    header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", "KL, nats"]
+    return _table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
+
+
 def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
     ape, log = entry.get("ape"), entry.get("ape_log", "–")
     cells = [Cell(str(log), "from its log" if "ape_log" in entry else "")]
