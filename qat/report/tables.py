@@ -82,11 +82,11 @@ def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         loss, entry = pair.comparison["loss"], paper["experiments"].get(name, {})
         held = next(row for row in pair.comparison["heldout"] if row["mode"] == "w8a8")
         points = {row["task"]: row for row in pair.comparison["tasks"] if row["mode"] == "w8a8"}
-        cells = [pair.label, str(entry.get("ape", entry.get("ape_log", "–"))), f"{loss['ape']:.3f}"]
-        cells += [f"{signed(held['difference'], 4)} {interval(held['ci'], 4)}", f"{held['kl']:.4f}"]
-        rows.append(cells + [f"{signed(points[t]['points'], 1)} {interval(points[t]['ci'], 1)}" for t in tasks])
+        cells = [Cell(pair.label), Cell(str(entry.get("ape", entry.get("ape_log", "–")))), Cell(f"{loss['ape']:.3f}")]
+        cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4)), Cell(f"{held['kl']:.4f}")]
+        rows.append(cells + [Cell(signed(points[t]["points"], 1), interval(points[t]["ci"], 1)) for t in tasks])
     header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", "KL, nats"]
-    return _table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
+    return Table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
 
 
 def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
