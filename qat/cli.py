@@ -9,10 +9,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config import Config, ConfigError, UserError, register, validate
@@ -66,21 +67,19 @@ def typed(cfg: DictConfig) -> Config:
         raise ConfigError(
             "the configuration lost its schema: keep `schema` first in the defaults list of conf/train.yaml"
         )
-    missing = sorted(OmegaConf.missing_keys(OmegaConf.structured(config)))
-    if missing:
-        raise ConfigError(
-            f"{missing[0]}=null: must have a value; leave `{missing[0].partition('.')[0]}` as conf/ has it"
-        )
-    for key in _unknown(config):
-        raise ConfigError(f"{key}: unknown key; {_close(key, _keys())}")
+    for key, value, known in _entries(config):
+        if not known:
+            raise ConfigError(f"{key}: unknown key; {_close(key, _keys())}")
+        if value == MISSING:
+            raise ConfigError(f"{key}=null: must have a value; leave `{key.partition('.')[0]}` as conf/ has it")
     validate(config)
     # What `auto` is on this machine belongs to the run, wherever its folder is read later.
     config.budget.arithmetic = arithmetic(config.budget.arithmetic)
     return config
 
 
-def _unknown(node, prefix: str = "") -> Iterator[str]:
-    """Dotted keys that the schema does not have: `+key=value` gets them past Hydra."""
+def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(dotted key, value, whether the schema has it) of all that is below a node: `+key=value` gets past Hydra."""
     if isinstance(node, dict):
         children = known = node
     elif dataclasses.is_dataclass(node):
@@ -88,9 +87,8 @@ def _unknown(node, prefix: str = "") -> Iterator[str]:
     else:
         return
     for key, value in children.items():
-        if key not in known:
-            yield f"{prefix}{key}"
-        yield from _unknown(value, f"{prefix}{key}.")
+        yield f"{prefix}{key}", value, key in known
+        yield from _entries(value, f"{prefix}{key}.")
 
 
 def explain(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import random
@@ -68,11 +69,18 @@ def wandb_records(path: Path) -> list[list[dict]]:
     return [[json.loads(line) for line in each.stdout.splitlines()] for each in read]
 
 
+def pytest_configure(config):
+    """Tests run on the CPU, save for those that are asked for with `-m gpu`."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session(tmp_path_factory):
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports left is not searched for garbage again and again
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # shared by all workers
     os.environ["HIF8_CACHE"] = str(cache)

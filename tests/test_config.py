@@ -24,6 +24,11 @@ PROTOCOLS = ["paper", "released"]
 BUDGETS = ["smoke", "laptop", "gpu", "paper"]
 
 
+def under(protocol: str, experiment: str) -> tuple[str, ...]:
+    """The words of an experiment under a protocol; paper is the default."""
+    return (f"experiment={experiment}", *([f"protocol={protocol}"] if protocol != "paper" else []))
+
+
 def flat(cfg: Config) -> dict:
     def walk(tree: dict, prefix: str = ""):
         for key, value in tree.items():
@@ -35,7 +40,7 @@ def flat(cfg: Config) -> dict:
     return dict(walk(dataclasses.asdict(cfg)))
 
 
-def changes(words: list[str], base: tuple[str, ...] = ()) -> dict:
+def changes(words: tuple[str, ...], base: tuple[str, ...] = ()) -> dict:
     """{dotted key: its new value} of all that differs between two command lines."""
     ours, theirs = (flat(cli.typed(composed(*each))) for each in (words, base))
     assert ours.keys() == theirs.keys()
@@ -63,9 +68,10 @@ def test_every_option_of_every_group_composes_and_validates():
 
 def test_every_experiment_composes_with_every_protocol_and_budget():
     """A budget sets only keys that no experiment and no protocol sets (tested below), so that merging composes."""
-    sizes = {budget: changes([f"budget={budget}"], ("budget=laptop",)) for budget in BUDGETS}
+    sizes = {budget: changes((f"budget={budget}",)) for budget in BUDGETS}
     for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
-        cfg = cli.typed(composed(f"experiment={experiment}", f"protocol={protocol}"))
+        cfg = cli.typed(composed(*under(protocol, experiment)))
+        assert cfg.protocol == protocol
         for budget in BUDGETS:
             for key, value in sizes[budget].items():
                 if not key.startswith("benchmark."):
@@ -79,7 +85,7 @@ def test_a_budget_changes_nothing_but_sizes():
     sizes = {"name", "steps", "micro_batch", "accumulation", "seq_len"}
     sizes |= {"checkpoint_every", "telemetry_every", "heldout_tokens"}
     for budget in BUDGETS:
-        keys = changes([f"budget={budget}"], ("budget=laptop",)).keys()
+        keys = changes((f"budget={budget}",)).keys()
         allowed = {f"budget.{size}" for size in sizes}
         assert {key for key in keys if not key.startswith("benchmark.")} <= allowed
     paper = cli.typed(composed("budget=paper"))
@@ -107,7 +113,7 @@ PAPER = {
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_changes_only_what_it_names(experiment):
-    assert changes([f"experiment={experiment}"]) == {"experiment": experiment} | PAPER[experiment]
+    assert changes(under("paper", experiment)) == {"experiment": experiment} | PAPER[experiment]
 
 
 RELEASED = {
@@ -138,14 +144,14 @@ SPECIAL = {
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_released_protocol_is_the_papers_section_4(experiment):
-    words = [f"experiment={experiment}"]
-    assert changes([*words, "protocol=released"], tuple(words)) == RELEASED | SPECIAL[experiment]
+    words = [under(protocol, experiment) for protocol in ("released", "paper")]
+    assert changes(*words) == RELEASED | SPECIAL[experiment]
 
 
 def test_a_key_of_the_released_protocol_can_be_set_alone():
-    words = ["experiment=exp3", "protocol=released"]
+    words = under("released", "exp3")
     single = {"data.label_shift": "once", "scaling.update_every": 1}
-    assert changes([*words, *(f"{k}={v}" for k, v in single.items())], tuple(words)) == single
+    assert changes((*words, *(f"{key}={value}" for key, value in single.items())), words) == single
 
 
 LINEARS = {"exp2": 182, "exp3": 182, "exp4": 182, "exp5": 182, "exp6": 147, "exp7": 63, "exp8": 63}
@@ -158,7 +164,7 @@ def test_the_number_of_quantized_linears_is_the_papers():
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=26, **sizes))
     originals = dict(model.named_modules())
     for protocol, experiment in itertools.product(PROTOCOLS, LINEARS):
-        cfg = cli.typed(composed(f"experiment={experiment}", f"protocol={protocol}"))
+        cfg = cli.typed(composed(*under(protocol, experiment)))
         bank, coverage = convert(model, cfg)
         assert len(coverage.linears) == (63 if protocol == "paper" else LINEARS[experiment])
         assert len(bank) == 3 * len(coverage.linears)

@@ -150,7 +150,11 @@ def test_a_bf16_run_counts_the_updates_of_all_its_linears():
 # ---------------------------------------------------------------------------------------------------- nothing changes
 
 
-@pytest.mark.parametrize("words", [("experiment=exp8",), ("experiment=exp3", "protocol=released")], ids="-".join)
+SMALLER = ("model.blocks=3", "model.architecture.num_hidden_layers=3")
+RELEASED = ("experiment=exp3", "protocol=released", *SMALLER)
+
+
+@pytest.mark.parametrize("words", [("experiment=exp8",), RELEASED], ids=["paper", "released"])
 def test_looking_changes_no_number(configure, tmp_path, words):
     results = []
     for every in (1, 1000):
