@@ -8,6 +8,7 @@ model is scored as it would be exported, with its parameters in BF16. Nothing is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from dataclasses import dataclass
 
@@ -120,6 +121,11 @@ class _Scorer:
             "heldout": {"path": cfg.data.path, "subset": cfg.data.subset, "tokens": cfg.budget.heldout_tokens},
         }
 
+    @functools.cached_property
+    def _baseline(self) -> nn.Module:
+        """The matched baseline, built once for both ways of scoring a quantized run."""
+        return self.reference.build()[0]
+
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
         done = subject.run.evaluations().get(name, {}).get(mode, {})
@@ -161,9 +167,7 @@ class _Scorer:
         """Loss on held-out text, and for a quantized run its KL divergence from the baseline's predictions."""
         tokens, text_hash = data.heldout(self.cfg.data, tokenizer, self.cfg.budget.heldout_tokens)
         batches = tokens.to(runtime.device()).split(_HELDOUT_BATCH)
-        baseline = None
-        if subject.cfg.quantized:
-            baseline = self.reference.build()[0]
+        baseline = self._baseline if subject.cfg.quantized else None
         losses, divergence = [], []
         for batch in batches:
             ours = _log_probabilities(model, batch)
