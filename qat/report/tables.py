@@ -35,7 +35,7 @@ class Cell:
     mark: str = ""
 
     def __str__(self) -> str:
-        aside = f"({self.aside})" if self.aside else ""
+        aside = self.aside if self.aside.startswith("[") else f"({self.aside})" if self.aside else ""
         return " ".join(part for part in (self.text, self.mark, aside) if part)
 
 
