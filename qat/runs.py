@@ -24,7 +24,7 @@ from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConf
 
 # Of these groups, what cannot change a number of training.
 _IRRELEVANT = {
-    "model": ("name", "licence"),
+    "model": ("name", "licence", "blocks"),
     "data": ("name", "tokenizer_threads"),
     "optim": (),
 }
@@ -36,6 +36,8 @@ def identity(cfg: Config) -> dict:
         group: {k: v for k, v in dataclasses.asdict(getattr(cfg, group)).items() if k not in skipped}
         for group, skipped in _IRRELEVANT.items()
     }
+    if cfg.data.source != "hub":  # packaged text is read in order
+        del parts["data"]["shuffle_buffer"]
     micro, accumulation = cfg.batch
     parts["budget"] = {
         "steps": cfg.steps,
@@ -53,9 +55,11 @@ def identity(cfg: Config) -> dict:
 
 
 def _effective_scaling(cfg: Config) -> dict:
-    """The scaling without what its algorithm never looks at: only `max` depends on the window (exp_smooth reads two
-    entries of any), only exp_smooth on alpha."""
+    """The scaling without what it never looks at: only `max` depends on the window (exp_smooth reads two entries of
+    any), only exp_smooth on alpha, and without a BF16 warmup there is no history of it to keep or discard."""
     scaling = dataclasses.asdict(cfg.scaling)
+    if not cfg.bf16_warmup_steps:
+        del scaling["observe_in_warmup"], scaling["discard_after_warmup"]
     if cfg.scaling.algo != "max":
         del scaling["window"]
     if cfg.scaling.algo != "exp_smooth":

@@ -246,7 +246,7 @@ VALIDATING = [
         "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
     ),
     (
-        "budget.batch_factor=0.25 budget.accumulation=1",
+        "budget.batch_factor=0.25 budget.micro_batch=2 budget.accumulation=1",
         "budget.accumulation=1: times batch_factor=1/4 is no whole number",
     ),
     ("model.source=random", "model.architecture=null: model.source=random needs sizes, as in model=tiny"),

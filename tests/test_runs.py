@@ -62,8 +62,10 @@ SAME = {
     RUNS: "elsewhere",
     "model.name": "tiny",
     "model.licence": "other",
+    "model.blocks": None,
     "data.name": "other",
     "data.tokenizer_threads": 4,
+    "data.shuffle_buffer": 7,  # of streams only
     "logger.name": "wandb",
     "logger.project": "other",
     "budget.name": "other",
@@ -91,6 +93,17 @@ def test_only_the_algorithms_that_read_it_depend_on_the_window(config, algo):
     assert short == long
     low, high = (run_id(config(**{"scaling.algo": algo, "scaling.alpha": alpha})) for alpha in (0.5, 0.9))
     assert (low != high) == (algo == "exp_smooth")
+
+
+def test_what_becomes_of_the_warmups_history_counts_only_with_a_warmup(config):
+    change = {"scaling.discard_after_warmup": False}
+    assert not renamed(config, ("experiment=exp8", "warmup=none"), **change)
+    assert renamed(config, ("experiment=exp8", "warmup=bf16_500"), **change)
+
+
+def test_a_stream_depends_on_its_shuffle_buffer(config):
+    small, large = (run_id(config(**{"data.source": "hub", "data.shuffle_buffer": size})) for size in (7, 8))
+    assert small != large
 
 
 def test_a_baseline_does_not_depend_on_how_its_runs_are_quantized(config):
