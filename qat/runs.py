@@ -33,11 +33,11 @@ _IRRELEVANT = {
 def identity(cfg: Config) -> dict:
     """Everything in a configuration that can change a number of training, and nothing else."""
     parts = {
-        group: {k: v for k, v in dataclasses.asdict(getattr(cfg, group)).items() if k not in skipped}
+        group: {k: v for k, v in _chosen(getattr(cfg, group)).items() if k not in skipped}
         for group, skipped in _IRRELEVANT.items()
     }
     if cfg.data.source != "hub":  # packaged text is read in order
-        del parts["data"]["shuffle_buffer"]
+        parts["data"].pop("shuffle_buffer", None)
     micro, accumulation = cfg.batch
     parts["budget"] = {
         "steps": cfg.steps,
@@ -48,23 +48,29 @@ def identity(cfg: Config) -> dict:
     }
     parts["seed"] = cfg.seed
     if cfg.quantized:
-        parts["quant"] = dataclasses.asdict(cfg.quant)
+        parts["quant"] = _chosen(cfg.quant)
         parts["scaling"] = _effective_scaling(cfg)
         parts["bf16_warmup_steps"] = cfg.bf16_warmup_steps
     return parts
 
 
+def _chosen(group) -> dict:
+    """The fields of a configuration group that differ from their defaults, so that an option added later renames no
+    run of before."""
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(group)
+    }
+    return {name: value for name, value in dataclasses.asdict(group).items() if value != defaults[name]}
+
+
 def _effective_scaling(cfg: Config) -> dict:
     """The scaling without what it never looks at: only `max` depends on the window (exp_smooth reads two entries of
     any), only exp_smooth on alpha, and without a BF16 warmup there is no history of it to keep or discard."""
-    scaling = dataclasses.asdict(cfg.scaling)
+    ignored = {"max": ("alpha",), "exp_smooth": ("window",)}.get(cfg.scaling.algo, ("window", "alpha"))
     if not cfg.bf16_warmup_steps:
-        del scaling["observe_in_warmup"], scaling["discard_after_warmup"]
-    if cfg.scaling.algo != "max":
-        del scaling["window"]
-    if cfg.scaling.algo != "exp_smooth":
-        del scaling["alpha"]
-    return scaling
+        ignored += ("observe_in_warmup", "discard_after_warmup")
+    return {name: value for name, value in _chosen(cfg.scaling).items() if name not in ignored}
 
 
 def baseline_of(cfg: Config) -> Config:
