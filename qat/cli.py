@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.config import Config, ConfigError, UserError, register, validate
+from qat.config import Config, ConfigError, UserError, register
 from qat.runtime import ROOT, arithmetic
+from qat.validate import validate
 
 CONF = str(ROOT / "conf")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from qat.config import Config, UserError
@@ -58,7 +59,13 @@ def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
     Looked at is what can change a number of training (`qat.runs.identity`), less quantization itself.
     """
     parts = [identity(config) for config in (run, baseline)]
-    return differences(*({k: v for k, v in part.items() if k not in _UNDER_TEST} for part in parts))
+    found = differences(*({k: v for k, v in part.items() if k not in _UNDER_TEST} for part in parts))
+    # An identity leaves defaults out: what is missing there is what the configuration has.
+    sides = (run, baseline)
+    return {
+        key: tuple(attrgetter(key)(side) if value is None else value for side, value in zip(sides, values, strict=True))
+        for key, values in found.items()
+    }
 
 
 def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = None) -> dict:

@@ -7,14 +7,18 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from qat.config import ROLES, Config, ConfigError, nearest
 from qat.linear import QuantizedLinear, Quantizer
+from qat.products import Products
 from qat.scaling import ScaleBank
 
 # `model.layers.3.mlp.gate_proj` -> block 3, `mlp.gate_proj`. `layers`, `h` and `blocks` are what model families use.
 _BLOCK = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
+# Siblings that read the same tensor, as model families name them: it gets one scale and is rounded once.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass
@@ -58,11 +62,13 @@ def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
     """Swap the linears that `cfg.quant` names for quantized ones, in place.
 
     Returns the bank of their scales (None with quant=bf16, which swaps nothing) and the coverage. Errors:
-    ConfigError when a scope pattern matches no linear or no block is left to quantize.
+    ConfigError when a scope pattern matches no linear, no block is left to quantize, or quant.gemm=fp8 cannot run.
     """
     linears = _select(model, cfg) if cfg.quantized else {}
     bank = None
     if linears:
+        if cfg.quant.gemm == "fp8":
+            _check_fp8(linears)
         bank = _swap(model, linears, cfg)
     weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
     return bank, Coverage(
@@ -71,6 +77,22 @@ def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
         all_parameters=sum(p.numel() for p in model.parameters()),
         matmul_parameters=sum(weights.values()),
     )
+
+
+def _check_fp8(linears: dict[str, nn.Linear]) -> None:
+    """Raise `ConfigError` where FP8 products cannot run: on an older GPU, or with sizes that they do not take."""
+    device = next(iter(linears.values())).weight.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"quant.gemm=fp8: {torch.cuda.get_device_name(device)} has no FP8 tensor cores (compute capability 8.9 and "
+            f"above have); set quant.gemm=bf16"
+        )
+    for name, linear in linears.items():
+        if linear.in_features % 16 or linear.out_features % 16:
+            raise ConfigError(
+                f"quant.gemm=fp8: {name} is {linear.in_features} -> {linear.out_features}, and FP8 products take "
+                f"multiples of 16; set quant.gemm=bf16"
+            )
 
 
 def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
@@ -103,18 +125,33 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
     q = cfg.quant
     enabled = {"activation": q.activations, "weight": q.weights, "gradient": q.gradients}
     target = {role: getattr(q, f"target_{role}") for role in ROLES}
-    roles = [role for role in ROLES if enabled[role]]
-    names = [f"{name}/{role}" for name in linears for role in roles]
+    owner = {name: _owner_of_input(name, linears) for name in linears}
+    names = [
+        f"{name}/{role}"
+        for name in linears
+        for role in ROLES
+        if enabled[role] and (role != "activation" or owner[name] == name)
+    ]
     device = next(model.parameters()).device
     bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg, device)
-    index = {name: i for i, name in enumerate(names)}
+    index, products = {name: i for i, name in enumerate(names)}, Products(q)
     for name, linear in linears.items():
         quantizers = {
             role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES
         }
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers))
+        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers, products))
+    for name in linears:
+        if owner[name] != name:
+            model.get_submodule(name).share_input(model.get_submodule(owner[name]))
     return bank
+
+
+def _owner_of_input(name: str, linears: dict[str, nn.Linear]) -> str:
+    """The first quantized linear that reads the same tensor as linear `name`; itself when there is none."""
+    parent, _, child = name.rpartition(".")
+    siblings = next((group for group in _SAME_INPUT if child in group), (child,))
+    return next(f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in linears)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:

@@ -23,11 +23,14 @@ class Format:
 
     round(x, overflow): same shape and dtype as `x`; overflow is "inf" or "saturate".
     mantissa_bits(x): int32 tensor, the mantissa bits that the format spends at each magnitude.
+    encode(x), decode(codes): values of the format (BF16 or FP32) to uint8 codes and back to FP32, both exact.
     """
 
     largest: float
     round: Callable[[torch.Tensor, str], torch.Tensor]
     mantissa_bits: Callable[[torch.Tensor], torch.Tensor]
+    encode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor]
 
     def quantize(self, scaled: torch.Tensor, overflow: str, target: float) -> torch.Tensor:
         """Round scaled values (any shape, BF16 or FP32).
@@ -65,13 +68,27 @@ def _fp8(dtype: torch.dtype, fraction_bits: int, smallest_exponent: int, last: f
         below = (smallest_exponent - _exponent(x)).clamp(min=0)
         return (fraction_bits - below).clamp(min=0)
 
-    return Format(largest, rounding, mantissa_bits)
+    return Format(
+        largest,
+        rounding,
+        mantissa_bits,
+        encode=lambda values: values.detach().to(dtype).view(torch.uint8),
+        decode=lambda codes: codes.view(dtype).float(),
+    )
 
 
 FORMATS = {
-    "hif8": Format(hif8.LARGEST, hif8.fake_quantize, _hif8_bits),
+    "hif8": Format(hif8.LARGEST, hif8.fake_quantize, _hif8_bits, hif8.encode, hif8.decode),
     # E4M3 has no infinity: what is past its largest value is NaN. 464 is a tie that goes to the even 448.
     "fp8_e4m3": _fp8(torch.float8_e4m3fn, 3, -6, 464.0, float("nan")),
     # 61440 is a tie that goes to the even neighbour, the infinity; the FP32 number below it rounds down.
     "fp8_e5m2": _fp8(torch.float8_e5m2, 2, -14, 61440.0 - 2**-8, float("inf")),
 }
+
+# 16 times a HiF8 value v is an E4M3 value if 2^-12 <= |v| <= 15; below, E4M3's spacing is 2^-13 in units of v.
+E4M3_FACTOR = 16.0
+
+
+def to_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """HiF8 values of at most 28 in size -> uint8: E4M3 bytes of `E4M3_FACTOR` times the values, for FP8 products."""
+    return (values.detach().float() * E4M3_FACTOR).to(torch.float8_e4m3fn).view(torch.uint8)

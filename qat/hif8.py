@@ -73,7 +73,7 @@ def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
     """
     rounded = fake_quantize(x.float(), overflow)
     _, magnitudes, codes = _tables(x.device)
-    size = rounded.abs()
+    size = rounded.abs().contiguous()
     code = codes[torch.searchsorted(magnitudes, size.nan_to_num(0.0).clamp(max=LARGEST))]
     code = torch.where(size > LARGEST, torch.full_like(code, POSITIVE_INF), code)
     code = torch.where(rounded < 0, code | 0x80, code)

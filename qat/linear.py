@@ -4,15 +4,12 @@ Forward   y  = round(x * s_x) @ round(w * s_w)^T / (s_x * s_w)
 Backward  dx = round(g * s_g) @ round(w * s_w)   / (s_g * s_w)
           dw = round(g * s_g)^T @ round(x * s_x) / (s_g * s_x)
 
-The rounded values themselves are multiplied, exact in BF16 and FP32, and the product is unscaled, as hardware would
-(`quant.operands=exact`). The released code divides the operands by their scales first (`descaled`). The
+The rounded values themselves are multiplied, and the product is unscaled, as hardware would (`qat.products`). The
 straight-through estimator passes gradients through the rounding; `masked` stops them where a value was beyond the
-target.
+target. For the backward pass, activations are kept as 8-bit codes.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +18,8 @@ from torch import nn
 from qat import kernels
 from qat.config import QuantConfig
 from qat.formats import TOLERANCE
+from qat.products import Operand, Products
 from qat.scaling import Phase, ScaleBank
-
-
-@dataclass
-class Quantized:
-    """A tensor after rounding. values * (1 / scale) approximates the original; `inside` marks what the STE lets
-    through (None: everything); scale None means that values are unscaled already."""
-
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-    inside: torch.Tensor | None = None
 
 
 class Quantizer:
@@ -41,63 +29,97 @@ class Quantizer:
         self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
         self.probe = None  # telemetry: called with (index, x, scale) while a probe is attached
 
-    def __call__(self, x: torch.Tensor) -> Quantized:
-        """x: BF16 or FP32, any shape -> the same shape and dtype, rounded; x itself when this role is not quantized."""
+    def __call__(self, x: torch.Tensor, emit: str = "values") -> tuple[Operand, torch.Tensor | None]:
+        """x: BF16 or FP32, any shape -> (the operand that stands for it, what the STE lets through: a mask in the
+        shape of `x`, or None for everything). The bank notes the amax of `x`."""
         if not self.enabled:
-            return Quantized(x)
+            return Operand(x.detach()), None
+        c, x = self.cfg, x.detach()
         scale = self.bank.scale_of(self.index, x)
-        values, amax = kernels.quantize(x, scale, self.cfg.format, self.cfg.overflow, self.target)
-        self.bank.observe(self.index, amax)
+        emit = "e4m3" if c.gemm == "fp8" else emit
+        values, codes = kernels.quantize(x, scale, self.bank.noted, self.index, c.format, c.overflow, self.target, emit)
         if self.probe is not None:
             self.probe(self.index, x, scale)
-        inside = (x.float() * scale).abs() <= self.target * TOLERANCE if self.cfg.ste == "masked" else None
-        if self.cfg.operands == "descaled":
-            return Quantized((values.float() / scale).to(x.dtype), None, inside)
-        return Quantized(values, scale, inside)
+        inside = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
+        return Operand(values, codes, scale), inside
 
     def observe(self, x: torch.Tensor) -> None:
-        """Report the amax of `x` without rounding it."""
+        """Note the amax of `x` without rounding it."""
         if self.enabled:
-            self.bank.observe(self.index, kernels.amax(x))
+            kernels.observe(x.detach(), self.bank.observed, self.index)
 
 
-def _unscale(product: torch.Tensor, *operands: Quantized) -> torch.Tensor:
-    """Divide a product of rounded values by its operands' scales, in FP32. Reciprocals are multiplied, because the
-    product of two scales can overflow FP32 where that of their reciprocals only underflows."""
-    scales = [operand.scale for operand in operands if operand.scale is not None]
-    if not scales:
-        return product
-    reciprocal = scales[0].reciprocal()
-    for scale in scales[1:]:
-        reciprocal = reciprocal * scale.reciprocal()
-    # In FP32, because CUDA would round a BF16 product's 0-dim factor to BF16 first.
-    return (product.float() * reciprocal).to(product.dtype)
+class Input:
+    """Rounds what enters a linear; linears that read the same tensor share one, and it is rounded once for them all."""
+
+    def __init__(self, quantizer: Quantizer):
+        self.quantizer, self.users = quantizer, 1
+        self._source, self._left, self._rounded = None, 0, None
+
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
+        """x: any shape -> its operand in `dtype`, codes and all, and the mask of the STE (see `Quantizer`)."""
+        if self.users == 1:
+            return self.quantizer(x.to(dtype), "codes")
+        if self._source is not x:
+            self._source, self._left, self._rounded = x, self.users, self.quantizer(x.to(dtype), "codes")
+        rounded, self._left = self._rounded, self._left - 1
+        if not self._left:
+            self._source = self._rounded = None
+        return rounded
 
 
-def _pass(gradient: torch.Tensor, operand: Quantized) -> torch.Tensor:
-    return gradient if operand.inside is None else gradient * operand.inside
+def _pass(gradient: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+    return gradient if inside is None else gradient * inside
 
 
 class _QuantizedMatmul(torch.autograd.Function):
-    """(x [..., in], weight [out, in]) -> [..., out], with both gradients from quantized operands."""
+    """(x [..., in], weight [out, in]) -> [..., out], with both gradients from quantized operands.
+
+    The operands stand for x and weight, which take part only to receive their gradients. products: `Products`;
+    gradients: the output gradients' `Quantizer`.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, quantized_weight, activations, gradients):
-        quantized_x = activations(x)
-        ctx.x, ctx.weight, ctx.gradients = quantized_x, quantized_weight, gradients
-        return _unscale(F.linear(quantized_x.values, quantized_weight.values), quantized_x, quantized_weight)
+    def forward(
+        ctx, x, weight, x_values, x_codes, x_scale, x_inside, w_values, w_codes, w_scale, w_inside, products, gradients
+    ):
+        a, b = (Operand(v, c, s) for v, c, s in ((x_values, x_codes, x_scale), (w_values, w_codes, w_scale)))
+        ctx.save_for_backward(products.kept(a), x_scale, x_inside, w_values, w_codes, w_scale, w_inside)
+        ctx.products, ctx.gradients, ctx.shape, ctx.dtype = products, gradients, x.shape, x.dtype
+        rows = Operand(*(_rows(t) for t in (a.values, a.codes)), a.scale)
+        return products.outputs(rows, b, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, g = ctx.x, ctx.weight, ctx.gradients(gradient)
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        kept, x_scale, x_inside, w_values, w_codes, w_scale, w_inside = ctx.saved_tensors
+        products, dtype = ctx.products, ctx.dtype
+        g, _ = ctx.gradients(_rows(gradient))
         dx = dw = None
-        if needs_x:
-            dx = _pass(_unscale(g.values @ weight.values, g, weight), x)
-        if needs_weight:
-            rows, columns = g.values.flatten(0, -2), x.values.flatten(0, -2)
-            dw = _pass(_unscale(rows.t() @ columns, g, x), weight)
-        return dx, dw, None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = products.input_gradients(g, Operand(w_values, w_codes, w_scale), dtype).view(ctx.shape)
+            dx = _pass(dx, x_inside)
+        if ctx.needs_input_grad[1]:
+            dw = _pass(products.weight_gradients(g, products.restored(_rows(kept), x_scale, dtype), dtype), w_inside)
+        return dx, dw, *(None,) * 10
+
+
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """[..., features] -> [rows, features]."""
+    return x if x is None or x.dim() < 2 else x.reshape(-1, x.shape[-1])
+
+
+class _Observe(torch.autograd.Function):
+    """The identity, whose gradient a quantizer observes."""
+
+    @staticmethod
+    def forward(ctx, y, quantizer):
+        ctx.quantizer = quantizer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.quantizer.observe(gradient)
+        return gradient, None
 
 
 class QuantizedLinear(nn.Linear):
@@ -106,35 +128,56 @@ class QuantizedLinear(nn.Linear):
     While the bank is OFF it is `nn.Linear`, bit for bit, forward and backward.
     """
 
-    def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer]):
+    def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer], products: Products):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.bank, self.quantizers = bank, quantizers
-        self._rounded_weight: tuple[object, Quantized] | None = None
+        self.bank, self.quantizers, self.products = bank, quantizers, products
+        self.input = Input(quantizers["activation"])
+        self._rounded: tuple[Operand, torch.Tensor | None] | None = None
+        self._rounded_for: object = None
+
+    def share_input(self, other: QuantizedLinear) -> None:
+        """Round what enters this linear together with what enters another one, which reads the same tensor."""
+        self.input, self.quantizers["activation"] = other.input, other.quantizers["activation"]
+        self.input.users += 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype that `nn.Linear` would return."""
         if self.bank.phase is Phase.OFF:
             return self._unquantized(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if not torch.compiler.is_compiling():  # a compiled step has done so before
+            self.round_weight(dtype)
+        (a, x_inside), (b, w_inside) = self.input(x, dtype), self._rounded
         y = _QuantizedMatmul.apply(
-            x.to(dtype), self.weight, self._rounded(dtype), self.quantizers["activation"], self.quantizers["gradient"]
+            x.to(dtype),
+            self.weight,
+            a.values,
+            a.codes,
+            a.scale,
+            x_inside,
+            b.values,
+            b.codes,
+            b.scale,
+            w_inside,
+            self.products,
+            self.quantizers["gradient"],
         )
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    def _rounded(self, dtype: torch.dtype) -> Quantized:
-        """The rounded weight, made once for every change of the weight or of the scales, not once a micro-batch."""
+    @torch.no_grad()
+    def round_weight(self, dtype: torch.dtype) -> None:
+        """Round the weight, once for every change of it or of the scales and not once a micro-batch."""
         made_for = (self.weight._version, dtype, self.bank.ticks, self.bank.phase is Phase.FROZEN)
-        if self._rounded_weight is None or self._rounded_weight[0] != made_for or self.quantizers["weight"].probe:
-            self._rounded_weight = made_for, self.quantizers["weight"](self.weight.detach().to(dtype))
-        return self._rounded_weight[1]
+        if self._rounded_for != made_for or self.quantizers["weight"].probe:
+            self._rounded = self.quantizers["weight"](self.weight.to(dtype))
+            self._rounded_for = made_for
 
     def _unquantized(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self.bank.observing:
-            self.quantizers["activation"].observe(x)
-            self.quantizers["weight"].observe(self.weight)
-            if y.requires_grad:
-                y.register_hook(self.quantizers["gradient"].observe)
-        return y
+        if not self.bank.observing:
+            return y
+        self.quantizers["activation"].observe(x)
+        self.quantizers["weight"].observe(self.weight)
+        return _Observe.apply(y, self.quantizers["gradient"])

@@ -134,14 +134,17 @@ class _Session:
             return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
         probe = Probe(self.model, self.bank, self.cfg)
         with probe.attached():
-            result = self.trainer.step(step, batches)
+            result = self.trainer.step(step, batches, probed=True)
         return self._row(step, result, started), [*probe.rows(step), updates.row(step)]
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
         seconds = time.perf_counter() - started
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss}; lower optim.lr={self.cfg.optim.lr:g}")
+        if not (result.sound and math.isfinite(loss)):
+            raise UserError(
+                f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed; "
+                f"lower optim.lr={self.cfg.optim.lr:g} or change quant.overflow={self.cfg.quant.overflow}"
+            )
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
         overshoot = result.overshoot if quantized else None
         return {

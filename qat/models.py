@@ -16,7 +16,15 @@ from unittest import mock
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from qat.config import ModelConfig, UserError
@@ -58,6 +66,19 @@ def load(cfg: ModelConfig, seed: int):
         count = f"{len(missing)} missing"
         raise UserError(f"model.path={cfg.path}: has no weights for {missing[0]} ({count}); download it again")
     return model.to(device()).train(), tokenizer
+
+
+def attend_causally(model) -> None:
+    """Let every position of full sequences attend to all before it by PyTorch's own causal attention, without a mask.
+
+    transformers would look through the position ids for packed sequences, which waits for the device, or compiled would
+    always build a mask, which keeps PyTorch from its fastest kernels. Other kinds of attention are left alone.
+    """
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
+        AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+        model.set_attn_implementation("sdpa_causal")
 
 
 def document_token(tokenizer) -> int:

@@ -45,7 +45,7 @@ def identity(cfg: Config) -> dict:
         "accumulation": accumulation,
         "seq_len": cfg.budget.seq_len,
         "arithmetic": runtime.arithmetic(cfg.budget.arithmetic),
-    }
+    } | {k: v for k, v in _chosen(cfg.budget).items() if k in ("compile", "largest_logits")}
     parts["seed"] = cfg.seed
     if cfg.quantized:
         parts["quant"] = _chosen(cfg.quant)

@@ -23,6 +23,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device, without waiting for the copy."""
+    if device().type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
+
+
 def arithmetic(wanted: str) -> str:
     """ "bf16" or "fp32": what products are computed in. "auto" takes BF16 where the processor has instructions for it;
     emulated BF16 is several times slower than FP32."""

@@ -20,28 +20,27 @@ from enum import Enum
 import torch
 import torch.distributed as dist
 
+from qat import kernels
 from qat.config import Config, ScalingConfig
-from qat.kernels import amax as amax_of
 
 FP32_MAX = torch.finfo(torch.float32).max
 
 
-def _most_recent(history: torch.Tensor, alpha: float) -> torch.Tensor:
+def _most_recent(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Tensor:
     return history[0]
 
 
-def _exp_smooth(history: torch.Tensor, alpha: float) -> torch.Tensor:
-    if len(history) == 1:
-        return history[0]
-    return alpha * history[0] + (1 - alpha) * history[1]
+def _exp_smooth(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Tensor:
+    return torch.where(filled > 1, alpha * history[0] + (1 - alpha) * history[1], history[0])
 
 
-def _max(history: torch.Tensor, alpha: float) -> torch.Tensor:
+def _max(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Tensor:
     return history.amax(0)
 
 
-# Each takes the filled part of the history, [entries >= 1, tensors] with the newest entry first, and alpha, and
-# returns the predicted amax, [tensors]. `current` has none: it looks at the tensor itself.
+# Each takes the history, [entries, tensors] with the newest entry first and zeros where nothing was written yet, how
+# many entries are filled (0-dim int64), and alpha, and returns the predicted amax, [tensors]. `current` has none: it
+# looks at the tensor itself.
 PREDICTORS = {"most_recent": _most_recent, "exp_smooth": _exp_smooth, "max": _max}
 
 
@@ -72,8 +71,9 @@ class ScaleBank:
     """The scale state of every quantized tensor, packed into a few FP32 tensors on the device.
 
     names: one `<linear>/<role>` a tensor; targets: what each predicted amax is mapped to.
-    history: [entries, tensors], a ring; observed: [tensors], the largest amax since the last commit; scale: [tensors].
-    Only `commit` advances the history, and only the training step calls it.
+    history: [entries, tensors], a ring: `filled` entries (0-dim int64) are in use, `position` ([1]) is the next one;
+    observed: [tensors], the largest amax since the last commit; scale: [tensors].
+    Only `commit` advances the history, and only the training step calls it. Nothing here copies to the host.
     """
 
     def __init__(self, names: list[str], targets: list[float], cfg: Config, device: torch.device | str = "cpu"):
@@ -84,9 +84,10 @@ class ScaleBank:
         self.history = torch.zeros(entries(cfg.scaling), len(names), device=device)
         self.observed = torch.zeros(len(names), device=device)
         self.scale = torch.ones(len(names), device=device)
-        self.filled = 0  # entries of the ring in use
-        self.position = 0  # the ring's next entry
+        self.filled = torch.zeros((), dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # 0-dim would be read by the host
         self.ticks = 0  # commits since quantization began; also tells cached weights that scales may have moved
+        self.primed = False  # whether there is a history to predict from
         self.phase = Phase.OFF
 
     def __len__(self) -> int:
@@ -97,13 +98,13 @@ class ScaleBank:
     def scale_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The scale to quantize tensor `index` with now, 0-dim FP32 on the device."""
         if self.phase is Phase.FIRST or self.cfg.algo == "current":
-            return to_scale(amax_of(x), self.targets[index], self.scale[index])
+            return to_scale(kernels.amax(x), self.targets[index], self.scale[index])
         return self.scale[index]
 
-    def observe(self, index: int, amax: torch.Tensor) -> None:
-        """Take in the amax (0-dim FP32) of tensor `index`: the largest of all micro-batches counts, and a NaN stays."""
-        if self.phase is not Phase.FROZEN:
-            torch.maximum(self.observed[index], amax, out=self.observed[index])
+    @property
+    def noted(self) -> torch.Tensor | None:
+        """Where quantizers note the amaxes they see: the largest of all micro-batches counts, and a NaN stays."""
+        return None if self.phase is Phase.FROZEN else self.observed
 
     @property
     def observing(self) -> bool:
@@ -118,8 +119,9 @@ class ScaleBank:
             self.phase = Phase.OFF
             return
         if step == first_quantized_step and self.cfg.discard_after_warmup:
-            self.filled = self.position = 0
-        self.phase = Phase.ON if self.filled else Phase.FIRST
+            self.filled.zero_()
+            self.primed = False
+        self.phase = Phase.ON if self.primed else Phase.FIRST
 
     def overshoot(self) -> torch.Tensor:
         """amax_now / amax_predicted of every tensor observed since the last commit, [tensors] FP32: 0 where nothing
@@ -128,22 +130,33 @@ class ScaleBank:
             return (self.observed > 0).float()
         return self.observed * self.scale / self.targets
 
-    def commit(self, step: int) -> None:
-        """Write what was observed into the ring and derive the next scales. One call a tick, for all tensors."""
+    def commit(self, step: int, sound: torch.Tensor | None = None) -> None:
+        """Write what was observed into the ring and derive the next scales. One call a tick, for all tensors.
+
+        sound: 0-dim bool on the device. Where it is false the step was spoiled, and history and scales stay.
+        """
         if self.cfg.sync == "max" and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.observed, op=dist.ReduceOp.MAX)
         quantizing = self.phase in (Phase.FIRST, Phase.ON)
         if quantizing or self.observing:
-            # An Inf or NaN would sit in a window of 64 for 64 steps: the previous entry stands in for it.
-            previous = self.history[self.position - 1] if self.filled else torch.zeros_like(self.observed)
-            self.history[self.position] = torch.where(self.observed.isfinite(), self.observed, previous)
-            self.position = (self.position + 1) % len(self.history)
-            self.filled = min(self.filled + 1, len(self.history))
+            self._write(torch.ones_like(self.filled) if sound is None else sound.to(self.filled.dtype))
             self._update_scale(step)
+            self.primed = True
             self.ticks += quantizing
         if self.phase is Phase.FIRST and self.cfg.tick == "call":
             self.phase = Phase.ON
         self.observed.zero_()
+
+    def _write(self, advance: torch.Tensor) -> None:
+        """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use."""
+        # An Inf or NaN would sit in a window of 64 for 64 steps: the previous entry stands in for it.
+        previous = self.history.index_select(0, (self.position - 1) % len(self.history))
+        previous = torch.where(self.filled > 0, previous, 0.0)
+        entry = torch.where(self.observed.isfinite(), self.observed, previous)
+        kept = self.history.index_select(0, self.position)
+        self.history.index_copy_(0, self.position, torch.where(advance > 0, entry, kept))
+        self.position.add_(advance).remainder_(len(self.history))
+        self.filled.add_(advance).clamp_(max=len(self.history))
 
     def _update_scale(self, step: int) -> None:
         settling = step <= self.settle_steps
@@ -151,9 +164,11 @@ class ScaleBank:
             return
         # `current` keeps its last amax's scale too: it serves evaluation of what has no amax, and the telemetry.
         algo = "most_recent" if settling or self.cfg.algo == "current" else self.cfg.algo
-        newest_first = (self.position - 1 - torch.arange(self.filled, device=self.history.device)) % len(self.history)
-        predicted = PREDICTORS[algo](self.history[newest_first], self.cfg.alpha)
-        self.scale = to_scale(predicted, self.targets, self.scale)
+        age = torch.arange(len(self.history), device=self.history.device)
+        newest_first = self.history[(self.position - 1 - age) % len(self.history)]
+        used = torch.where((age < self.filled)[:, None], newest_first, 0.0)
+        predicted = PREDICTORS[algo](used, self.filled, self.cfg.alpha)
+        self.scale.copy_(to_scale(predicted, self.targets, self.scale))
 
     @contextlib.contextmanager
     def frozen(self):
@@ -167,7 +182,8 @@ class ScaleBank:
     # In a checkpoint ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        counters = torch.tensor([self.filled, self.position, self.ticks], dtype=torch.int64)
+        ticks = torch.full_like(self.filled, self.ticks)
+        counters = torch.stack([self.filled, self.position[0], ticks])
         return {"history": self.history, "scale": self.scale, "counters": counters}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -178,5 +194,8 @@ class ScaleBank:
                 f"{tuple(self.history.shape)}: resume with the configuration the checkpoint was made with"
             )
         self.history.copy_(state["history"])
-        self.scale = state["scale"].to(self.scale)
-        self.filled, self.position, self.ticks = (int(v) for v in state["counters"])
+        self.scale.copy_(state["scale"])
+        filled, position, ticks = state["counters"]
+        self.filled.copy_(filled)
+        self.position.copy_(position)
+        self.primed, self.ticks = bool(filled), int(ticks)

@@ -1,4 +1,8 @@
-"""One optimizer step in four acts: accumulate gradients, clip and check them, update, commit the scales."""
+"""One optimizer step in four acts: accumulate gradients, clip and check them, update, commit the scales.
+
+Nothing in a step waits for the device: whether its gradient is finite is decided there, and the step that is not
+leaves weights, moments and scales as they were. Who reads the result, waits.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,24 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from qat import runtime
-from qat.config import Config, UserError
-from qat.scaling import ScaleBank
+from qat import models, runtime
+from qat.config import Config
+from qat.convert import quantized_linears
+from qat.loss import token_losses
+from qat.scaling import Phase, ScaleBank
 
 
 @dataclass
 class StepResult:
     """Of one step, as device tensors or plain numbers: mean loss in nats a token; gradient norm before clipping;
-    learning rate; tokens trained on; overshoot of every quantized tensor ([tensors] FP32, None in BF16)."""
+    whether the norm was finite, without which nothing was changed; learning rate; tokens trained on; overshoot of every
+    quantized tensor ([tensors] FP32, None in BF16)."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
+    sound: torch.Tensor
     lr: float
     tokens: int
     overshoot: torch.Tensor | None
@@ -35,51 +42,39 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def token_losses(model: nn.Module, tokens: torch.Tensor, label_shift: str = "once") -> torch.Tensor:
-    """Cross-entropy in nats of every predicted token, FP32 [sequences, length].
-
-    tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
-    mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
-    """
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    logits = model(input_ids=inputs, use_cache=False).logits
-    if label_shift == "twice":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return flat.view(labels.shape)
-
-
 class Trainer:
     """What a step needs beside the batch: model, optimizer, scale bank, and the configuration."""
 
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
+        models.attend_causally(model)
         self.arithmetic = runtime.arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
+        self._linears = list(quantized_linears(model).values())
         o = cfg.optim
         # Weight decay on every parameter, norms too, as in the released code.
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
+        self._losses = token_losses
+        if cfg.budget.compile:
+            self._losses = torch.compile(token_losses, fullgraph=True, dynamic=False)
         self._store()
 
-    def step(self, number: int, micro_batches: list[torch.Tensor]) -> StepResult:
-        """Run step `number` (1-based) on int64 micro-batches [sequences, length + 1]."""
+    def step(self, number: int, micro_batches: list[torch.Tensor], probed: bool = False) -> StepResult:
+        """Run step `number` (1-based) on int64 micro-batches [sequences, length + 1]. probed: telemetry looks on, so
+        nothing may be compiled."""
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
-        loss, tokens, overshoot = self._accumulate(number, micro_batches)
+        loss, tokens, overshoot = self._accumulate(number, micro_batches, probed)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
-        if not torch.isfinite(grad_norm):
-            raise UserError(
-                f"step {number}: the gradient is not finite (loss {loss.item():.4g}), weights were not changed; "
-                f"lower optim.lr={self.cfg.optim.lr:g} or change quant.overflow={self.cfg.quant.overflow}"
-            )
-        lr = self._update(number)
+        sound = grad_norm.isfinite()
+        lr = self._update(number, sound)
         if self.bank is not None and self.cfg.scaling.tick == "step":
-            overshoot = self._commit(number, overshoot)
-        return StepResult(loss, grad_norm, lr, tokens, overshoot)
+            overshoot = self._commit(number, overshoot, sound)
+        return StepResult(loss, grad_norm, sound, lr, tokens, overshoot)
 
-    def _accumulate(self, number: int, micro_batches: list[torch.Tensor]):
+    def _accumulate(self, number: int, micro_batches: list[torch.Tensor], probed: bool):
         """Gradients of the mean loss over all tokens of the step, however they are spread over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         shift = self.cfg.data.label_shift
@@ -87,8 +82,7 @@ class Trainer:
         tokens = sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
         total, overshoot = 0.0, None
         for batch in micro_batches:
-            with runtime.autocast(self.arithmetic):
-                losses = token_losses(self.model, batch.to(runtime.device()), shift)
+            losses = self._forward(runtime.to_device(batch), shift, probed)
             loss = losses.sum() / tokens
             loss.backward()
             total = total + loss.detach()
@@ -96,16 +90,29 @@ class Trainer:
                 overshoot = self._commit(number, overshoot)
         return total, tokens, overshoot
 
-    def _commit(self, number: int, overshoot: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, shift: str, probed: bool) -> torch.Tensor:
+        # The first quantized step has no history and is made of other operations: one step is not worth a compilation.
+        eager = probed or (self.bank is not None and self.bank.phase is Phase.FIRST)
+        losses = token_losses if eager else self._losses
+        if self.bank is not None and self.bank.phase is not Phase.OFF:
+            dtype = torch.bfloat16 if self.arithmetic == "bf16" else None
+            for linear in self._linears:
+                linear.round_weight(dtype or linear.weight.dtype)
+        with runtime.autocast(self.arithmetic):
+            return losses(self.model, tokens, shift, self.cfg.budget.largest_logits)
+
+    def _commit(self, number: int, overshoot: torch.Tensor | None, sound: torch.Tensor | None = None) -> torch.Tensor:
         """One tick of the bank; returns the largest overshoot of each tensor so far in this step."""
         now = self.bank.overshoot()
-        self.bank.commit(number)
+        self.bank.commit(number, sound)
         return now if overshoot is None else torch.maximum(overshoot, now)
 
-    def _update(self, number: int) -> float:
+    def _update(self, number: int, sound: torch.Tensor) -> float:
         lr = learning_rate(self.cfg, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # What GradScaler tells a fused optimizer: skip this step on the device.
+        self.optimizer.found_inf = (~sound).to(torch.float32)
         self.optimizer.step()
         self._store()
         return lr

@@ -9,7 +9,7 @@ from hydra import compose
 from qat.cli import typed
 from qat.config import Config
 
-_OWN = ("experiment=", "report.", "run=")
+_OWN = ("experiment=", "report.", "bench.", "run=")
 
 
 def cells(experiment: str, overrides: list[str]) -> list[Config]:

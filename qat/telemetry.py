@@ -44,17 +44,19 @@ class Probe:
 
     def rows(self, step: int) -> list[dict]:
         """One row a tensor: layer, role, amax, scale, overshoot, share of elements in each tier (of those not zero),
-        beyond the target, underflowed (nonzero made zero), and the signal-to-quantization-noise ratio in dB."""
+        beyond the target, underflowed (nonzero made zero), inexact with quant.gemm=fp8, and the
+        signal-to-quantization-noise ratio in dB."""
         rows = []
         for index, sums in sorted(self.seen.items()):
             layer, _, role = self.bank.names[index].rpartition("/")
             scale, amax, overshoot = (t.item() for t in self.scales[index])
-            count, *tiers, beyond, underflow, signal, noise = sums.tolist()
+            count, *tiers, beyond, underflow, inexact, signal, noise = sums.tolist()
             share = {f"tier{bits}": n / max(count, 1) for bits, n in zip(TIERS, tiers, strict=True)}
             rows.append(
                 {"step": step, "layer": layer, "role": role, "amax": amax, "scale": scale, "overshoot": overshoot}
                 | share
                 | {"beyond": beyond / max(count, 1), "underflow": underflow / max(count, 1)}
+                | {"inexact_in_fp8": inexact / max(count, 1)}
                 | {"sqnr_db": _decibel(signal, noise)}
             )
         return rows
@@ -90,8 +92,11 @@ class UpdateProbe:
             views = [(now, before), (now.bfloat16(), before.bfloat16())]
             if self.format is not None:
                 scale = self.scales[name].to(weight.device)
-                views.append(tuple(kernels.quantize(t, scale, self.format, "saturate", 0.0)[0] for t in (now, before)))
+                views.append(tuple(self._rounded(t, scale) for t in (now, before)))
             changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
             total += weight.numel()
         stored, bf16, rounded = (changed / max(total, 1)).tolist()
         return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded if self.format else None}}
+
+    def _rounded(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return kernels.quantize(weight, scale, None, 0, self.format, "saturate", 0.0, "values")[0]

@@ -43,7 +43,7 @@ def composed(*words: str):
 def typed(runs: Path, *words: str, **dotted):
     """A validated Config of `words`, its runs in the folder `runs`; keys of `dotted` are set afterwards."""
     from qat import cli
-    from qat.config import validate
+    from qat.validate import validate
 
     cfg = cli.typed(composed(*words))
     for key, value in {RUNS: str(runs), **dotted}.items():
@@ -73,6 +73,7 @@ def pytest_configure(config):
     """Tests run on the CPU, save for those that are asked for with `-m gpu`."""
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

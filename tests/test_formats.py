@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from qat import kernels
-from qat.formats import FORMATS
-from qat.kernels import cpu
+from qat import hif8, kernels
+from qat.formats import FORMATS, to_e4m3
 from tests.test_hif8 import ALL_BF16, hard_values
 
 
@@ -72,10 +71,10 @@ def inputs() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", inputs())
 def test_cpu_kernel_is_the_reference(kind, overflow):
     x = inputs()[kind]
-    assert cpu.supports(x)
     for scale in (1.0, 0.37, 1000.0):
-        values, _ = kernels.quantize(x, torch.tensor(scale), "hif8", overflow, 15.0)
+        values, codes = kernels.quantize(x, torch.tensor(scale), None, 0, "hif8", overflow, 15.0, "codes")
         reference = FORMATS["hif8"].quantize(x.float() * scale, overflow, 15.0).to(x.dtype)
+        assert torch.equal(codes, hif8.encode(reference))
         assert values.dtype == x.dtype
         assert values.shape == x.shape
         assert torch.equal(values.isnan(), reference.isnan())
@@ -83,25 +82,59 @@ def test_cpu_kernel_is_the_reference(kind, overflow):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_amax(dtype):
+@pytest.mark.parametrize("format", FORMATS)
+def test_amax_is_the_largest_so_far_and_a_nan_stays(format, dtype):
     x = torch.randn(70_001, generator=torch.Generator().manual_seed(2)).to(dtype)
-    _, fused = kernels.quantize(x, torch.tensor(1.0), "hif8", "clip", 15.0)
-    assert fused.item() == kernels.amax(x).item() == x.abs().max().item()
+    observed, one = torch.tensor([0.5, 100.0, 0.0]), torch.tensor(1.0)
+    for index in range(2):
+        kernels.quantize(x, one, observed, index, format, "clip", 15.0, "values")
+    assert observed.tolist() == [kernels.amax(x).item(), 100.0, 0.0]
+    assert observed[0] == x.abs().max().float()
     x[17] = float("nan")
-    _, fused = kernels.quantize(x, torch.tensor(1.0), "hif8", "clip", 15.0)
-    assert fused.isnan()
-    assert kernels.amax(x).isnan()
+    for tensor in (x, torch.ones(5).to(dtype)):
+        kernels.quantize(tensor, one, observed, 2, format, "clip", 15.0, "values")
+        assert observed[2].isnan() and kernels.amax(x).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_bring_back_the_values(format, dtype):
+    x = torch.randn(70_001, generator=torch.Generator().manual_seed(3)).to(dtype)
+    values, codes = kernels.quantize(x, torch.tensor(2.0), None, 0, format, "saturate", 0.0, "codes")
+    assert torch.equal(kernels.decode(codes, format, dtype), values)
+    assert kernels.decode(codes, format, dtype).dtype == values.dtype == dtype
+
+
+def test_hif8_values_are_e4m3_values_from_two_to_the_minus_12():
+    """Times 16, every one up to 28; below, the error is at most half of E4M3's spacing there, 2^-14."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = hif8.decode(codes)
+    values = values[values.isfinite() & (values.abs() <= 28)]
+    carried = to_e4m3(values).view(torch.float8_e4m3fn).float() / 16
+    exact = values.abs() >= 2.0**-12
+    assert exact.sum() == 2 * 86 and torch.equal(carried[exact], values[exact])
+    assert 0 < (carried - values)[~exact].abs().max() <= 2.0**-14
+    for dtype in (torch.float32, torch.bfloat16):
+        nothing, bytes_ = kernels.quantize(values.to(dtype), torch.tensor(1.0), None, 0, "hif8", "clip", 15.0, "e4m3")
+        assert nothing.numel() == 0 and torch.equal(bytes_, to_e4m3(values.clamp(-15, 15)))
+
+
+def statistics_by_hand(x: torch.Tensor, scale: torch.Tensor, overflow: str) -> torch.Tensor:
+    """`kernels.statistics` by the readable path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_fused", lambda *_: None)
+        return kernels.statistics(x, scale, "hif8", overflow, 15.0)
 
 
 @pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
-def test_statistics_kernel_is_the_reference(overflow, monkeypatch):
+def test_statistics_kernel_is_the_reference(overflow):
     x = inputs()["random FP32"].clamp(-1e6, 1e6)
     x[:7] = 0
     scale = torch.tensor(0.01)
     fused = kernels.statistics(x, scale, "hif8", overflow, 15.0)
-    monkeypatch.setattr(cpu, "supports", lambda x: False)
-    reference = kernels.statistics(x, scale, "hif8", overflow, 15.0)
-    assert fused[:7].tolist() == reference[:7].tolist()
+    reference = statistics_by_hand(x, scale, overflow)
+    assert fused[:8].tolist() == reference[:8].tolist()
     assert fused[0] == (x != 0).sum()
     assert fused[1:5].sum() + fused[6] == fused[0]
-    torch.testing.assert_close(fused[7:], reference[7:], rtol=1e-9, atol=0)
+    assert 0 < fused[7] < fused[0]
+    torch.testing.assert_close(fused[8:], reference[8:], rtol=1e-9, atol=0)

@@ -1,18 +1,21 @@
 """The quantized linear: exact when it should be the original, and equal to the formulas when it quantizes."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from qat import kernels
 from qat.config import Config, ConfigError, QuantConfig, ScalingConfig
-from qat.convert import convert, quantized_linears
+from qat.convert import _check_fp8, convert, quantized_linears
 from qat.formats import FORMATS
 
 
 class Block(nn.Module):
-    def __init__(self, hidden=16, inner=24):
+    def __init__(self, hidden=16, inner=32):
         super().__init__()
         self.mlp = nn.ModuleDict(
             {
@@ -29,9 +32,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, blocks=8):
+    def __init__(self, blocks=8, inner=32):
         super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        self.layers = nn.ModuleList(Block(inner=inner) for _ in range(blocks))
         self.head = nn.Linear(16, 5)
 
     def forward(self, x):
@@ -48,10 +51,10 @@ def config(algo="most_recent", **quant) -> Config:
 
 
 def single(dtype=torch.float32, algo="current", **quant):
-    """One quantizing linear of 16 -> 24, with its bank at step 1."""
+    """One quantizing linear of 16 -> 32, with its bank at step 1."""
     torch.manual_seed(0)
     model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(16, 24)})})])
+    model.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(16, 32)})})])
     model.to(dtype)
     bank, _ = convert(model, config(algo, scope=["mlp.up_proj"], bf16_blocks=0, **quant))
     bank.begin_step(1, 1)
@@ -66,7 +69,7 @@ def rounded(t: torch.Tensor, target=15.0, overflow="clip", format="hif8") -> tup
 def data(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(3, 5, 16, generator=generator).to(dtype).requires_grad_()
-    return x, torch.randn(3, 5, 24, generator=generator).to(dtype)
+    return x, torch.randn(3, 5, 32, generator=generator).to(dtype)
 
 
 def train_step(model, x):
@@ -159,7 +162,7 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     for ste in ("pass_through", "masked"):
         linear, bank = single(algo="most_recent", ste=ste, gradients=False)
         for index, amax in enumerate((1.0, 100.0)):  # activations were smaller before: values beyond 1 are clipped
-            bank.observe(index, torch.tensor(amax))
+            kernels.observe(torch.tensor(amax), bank.noted, index)
         bank.commit(1)
         bank.begin_step(2, 1)
         x.grad = None
@@ -173,8 +176,6 @@ def test_masked_ste_stops_gradients_beyond_the_target():
 
 
 def test_weight_is_rounded_once_a_step(monkeypatch):
-    from qat import kernels
-
     linear, bank = single(algo="most_recent")
     x, upstream = data()
     calls = []
@@ -182,16 +183,66 @@ def test_weight_is_rounded_once_a_step(monkeypatch):
     monkeypatch.setattr(kernels, "quantize", lambda t, *a: calls.append(tuple(t.shape)) or original(t, *a))
     for _ in range(3):
         linear(x).backward(upstream)
-    assert calls.count((24, 16)) == 1
+    assert calls.count((32, 16)) == 1
     bank.commit(1)
     bank.begin_step(2, 1)
     linear(x)
-    assert calls.count((24, 16)) == 2
+    assert calls.count((32, 16)) == 2
     with torch.no_grad():
         linear.weight.mul_(0.5)
     before = linear(x)
-    assert calls.count((24, 16)) == 3
+    assert calls.count((32, 16)) == 3
     assert not torch.equal(before, x)
+
+
+def train_all(scope: list[str]):
+    """One step of a quantized Model: (its results, bank, tensors that were rounded)."""
+    torch.manual_seed(0)
+    model, x = Model().requires_grad_(), torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
+    bank, _ = convert(model, config("max", scope=scope))
+    bank.begin_step(1, 1)
+    shapes, original = [], kernels.quantize
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "quantize", lambda t, *a: shapes.append(tuple(t.shape)) or original(t, *a))
+        results = train_step(model, x)
+    return results, bank, shapes
+
+
+def test_an_input_that_two_linears_share_is_rounded_once(monkeypatch):
+    shared = train_all(["mlp.*"])
+    monkeypatch.setattr("qat.convert._SAME_INPUT", ())
+    apart = train_all(["mlp.*"])
+    assert all(torch.equal(*pair) for pair in zip(shared[0], apart[0], strict=True))
+    # Three blocks are quantized. In each, the gate and the up projection read the same [2, 3, 16].
+    assert (apart[2].count((2, 3, 16)), shared[2].count((2, 3, 16))) == (6, 3)
+    assert set(apart[1].names) - set(shared[1].names) == {f"layers.{i}.mlp.up_proj/activation" for i in (3, 4, 5)}
+    seen = {bank: dict(zip(bank.names, bank.observed.tolist(), strict=True)) for bank in (shared[1], apart[1])}
+    assert all(seen[apart[1]][name] == amax for name, amax in seen[shared[1]].items())
+    assert not any(module.input._source is not None for module in quantized_linears(Model()).values())
+
+
+def test_linears_of_one_input_may_yet_read_different_tensors():
+    torch.manual_seed(0)
+    model = Model(blocks=1)
+    bank, _ = convert(model, config("current", scope=["mlp.*"], bf16_blocks=0))
+    bank.begin_step(1, 1)
+    gate, up = (model.layers[0].mlp[name] for name in ("gate_proj", "up_proj"))
+    x = torch.randn(4, 16)
+    expected = [linear(tensor) for linear, tensor in ((gate, x), (up, x), (gate, 2 * x), (up, 2 * x))]
+    mixed = [linear(tensor) for linear, tensor in ((gate, x), (up, 2 * x), (up, x), (gate, 2 * x))]
+    for ours, theirs in zip(mixed, (expected[0], expected[3], expected[1], expected[2]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_wait_for_the_backward_pass_as_codes(dtype):
+    linear, _ = single(dtype, algo="max")
+    x, _ = data(dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x)
+    of_x = [t for t in kept if t.numel() == x.numel()]
+    assert [t.dtype for t in of_x] == [torch.uint8]
 
 
 def test_evaluation_and_recomputation_leave_the_bank_alone():
@@ -223,16 +274,58 @@ def test_recomputed_activations_count_once():
     assert all(torch.equal(banks[0][name], banks[1][name]) for name in banks[0])
 
 
+# ----------------------------------------------------------------------------------------------------- FP8 products
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_products_are_the_exact_ones_where_e4m3_holds_every_value(dtype):
+    """No operand below 2^-12: then 16 times each is an E4M3 value, and only the order of summation may differ."""
+    results = {}
+    for gemm in ("bf16", "fp8"):
+        linear, bank = single(dtype, gemm=gemm)
+        with torch.no_grad():
+            linear.weight.copy_(linear.weight.sign() * (0.1 + linear.weight.abs()))
+        x, upstream = (t.detach().sign() * (0.1 + t.detach().abs()) for t in data(dtype))
+        x.requires_grad_()
+        pad = torch.zeros_like(x[:1, :1])  # 16 rows, as FP8 products want them
+        y = linear(torch.cat([x.flatten(0, 1), pad[0]]))
+        y.backward(torch.cat([upstream.flatten(0, 1), torch.zeros_like(upstream[0, :1])]))
+        results[gemm] = [y.detach(), x.grad, linear.weight.grad, linear.bias.grad, bank.observed.clone()]
+    for ours, exact in zip(results["fp8"], results["bf16"], strict=True):
+        tolerance = 1e-6 if dtype is torch.float32 else 2**-7  # BF16 products are rounded once more when unscaled
+        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+def test_fp8_products_keep_bytes():
+    linear, _ = single(gemm="fp8")
+    x, kept = torch.randn(16, 16), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x)
+    assert {t.dtype for t in kept if t.numel() >= x.numel()} == {torch.uint8}
+
+
+def test_fp8_products_refuse_what_they_cannot_do(monkeypatch):
+    with pytest.raises(ConfigError, match=r"quant.gemm=fp8: layers\.3\.mlp\.gate_proj is 16 -> 24, and FP8"):
+        convert(Model(inner=24), config(gemm="fp8"))
+    on_gpu = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")), in_features=16, out_features=16)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100")
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, known=capability: known)
+        refused = pytest.raises(ConfigError, match="NVIDIA A100 has no FP8 tensor cores")
+        with refused if capability < (8, 9) else contextlib.nullcontext():
+            _check_fp8({"mlp.up_proj": on_gpu})
+
+
 @pytest.mark.parametrize(("keep", "blocks"), [(0, range(8)), (5, range(3, 6)), (4, range(2, 6)), (1, range(1, 8))])
 def test_bf16_blocks_and_coverage(keep, blocks):
     model = Model()
     _, coverage = convert(model, config(bf16_blocks=keep))
     assert {int(name.split(".")[1]) for name in coverage.linears} == set(blocks)
     assert set(coverage.linears) == set(quantized_linears(model))
-    assert coverage.parameters == len(blocks) * 3 * 16 * 24
+    assert coverage.parameters == len(blocks) * 3 * 16 * 32
     assert coverage.all_parameters == sum(p.numel() for p in model.parameters())
-    assert coverage.matmul_parameters == 8 * (3 * 16 * 24 + 16 * 16) + 16 * 5
-    assert coverage.kinds()["mlp.up_proj"] == (len(blocks), len(blocks) * 16 * 24)
+    assert coverage.matmul_parameters == 8 * (3 * 16 * 32 + 16 * 16) + 16 * 5
+    assert coverage.kinds()["mlp.up_proj"] == (len(blocks), len(blocks) * 16 * 32)
     together = str(coverage).splitlines()[-1].split()
     assert together[:2] == ["together", str(3 * len(blocks))]
     assert together[-1] == f"{coverage.parameters / coverage.matmul_parameters:.1%}"

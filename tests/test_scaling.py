@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from qat import kernels
 from qat.config import Config, ScalingConfig
 from qat.scaling import FP32_MAX, Phase, ScaleBank, to_scale
 
@@ -16,10 +17,16 @@ def make(algo="max", window=4, steps=100, tensors=3, target=15.0, **scaling) -> 
     return ScaleBank([f"layer{i}/weight" for i in range(tensors)], [target] * tensors, cfg)
 
 
+def note(bank: ScaleBank, index: int, amax: float) -> None:
+    """What a quantizer does with the amax it saw."""
+    if bank.noted is not None:
+        kernels.observe(torch.tensor([0.0, -amax]), bank.noted, index)
+
+
 def tick(bank: ScaleBank, step: int, amaxes: list[float]) -> None:
     bank.begin_step(step, 1)
     for index, amax in enumerate(amaxes):
-        bank.observe(index, torch.tensor(amax))
+        note(bank, index, amax)
     bank.commit(step)
 
 
@@ -63,7 +70,7 @@ def test_largest_micro_batch_counts():
     bank = make("most_recent", tensors=2)
     bank.begin_step(1, 1)
     for amax in (3.0, 5.0, 4.0):
-        bank.observe(0, torch.tensor(amax))
+        note(bank, 0, amax)
     bank.commit(1)
     assert bank.scale[0].item() == 3.0
     assert bank.scale[1].item() == 1.0  # never seen: keeps its scale
@@ -114,7 +121,7 @@ def test_warmup(observe, discard, phase, filled):
         bank.begin_step(step, 4)
         assert bank.phase is Phase.OFF
         if bank.observing:
-            bank.observe(0, torch.tensor(float(step)))
+            note(bank, 0, float(step))
         bank.commit(step)
     bank.begin_step(4, 4)
     assert (bank.phase, bank.filled) == (phase, filled)
@@ -144,10 +151,10 @@ def test_settle_runs_most_recent_first():
 def test_tick_by_call_leaves_the_first_phase_at_once():
     bank = make("max", tick="call", tensors=1)
     bank.begin_step(1, 1)
-    bank.observe(0, torch.tensor(1.0))
+    note(bank, 0, 1.0)
     bank.commit(1)
     assert bank.phase is Phase.ON
-    bank.observe(0, torch.tensor(3.0))
+    note(bank, 0, 3.0)
     bank.commit(1)
     assert (bank.filled, bank.scale.item()) == (2, 5.0)
 
@@ -156,7 +163,7 @@ def test_overshoot():
     bank = make("most_recent", tensors=2)
     tick(bank, 1, [2.0, 4.0])
     bank.begin_step(2, 1)
-    bank.observe(0, torch.tensor(3.0))
+    note(bank, 0, 3.0)
     assert bank.overshoot().tolist() == pytest.approx([1.5, 0.0])
 
 
@@ -166,7 +173,7 @@ def test_frozen_leaves_no_trace():
     before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     bank.begin_step(2, 1)
     with bank.frozen():
-        bank.observe(0, torch.tensor(100.0))
+        note(bank, 0, 100.0)
         assert bank.scale_of(0, torch.tensor([100.0])).item() == 7.5
     assert bank.phase is Phase.ON
     assert not bank.observed.any()

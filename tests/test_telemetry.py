@@ -69,11 +69,13 @@ def expected(tensors: list[torch.Tensor], scale: float, overflow: str) -> dict:
     scaled = [value for value in scaled if value]
     rounded = [hif8(value, overflow) for value in scaled]
     lost = sum(r == 0 for r in rounded)
-    tiers = [mantissa_bits(abs(v)) for v, r in zip(scaled, rounded, strict=True) if r]
+    largest = TARGET if overflow == "clip" else math.inf
+    tiers = [mantissa_bits(min(abs(v), largest)) for v, r in zip(scaled, rounded, strict=True) if r]
     noise = sum((v - r) ** 2 for v, r in zip(scaled, rounded, strict=True))
     amax = max(tensor.abs().max().item() for tensor in tensors)
     row = {f"tier{bits}": tiers.count(bits) / len(scaled) for bits in (3, 2, 1, 0)}
     row |= {"underflow": lost / len(scaled), "beyond": sum(abs(v) > TARGET for v in scaled) / len(scaled)}
+    row["inexact_in_fp8"] = sum(abs(r) > 28 or (abs(r) < 2**-12 and r * 2**13 % 1 != 0) for r in rounded) / len(scaled)
     row |= {"amax": amax, "scale": scale, "overshoot": amax * scale / TARGET}
     return row | {"sqnr_db": 10 * math.log10(sum(v * v for v in scaled) / noise)}
 

@@ -20,10 +20,10 @@ def mirrored(configure, tmp_path_factory):
     cfg = configure(tmp_path_factory.mktemp("mirrored"), *words)
     real = Trainer.step
 
-    def step(self, number, batches):
+    def step(self, number, batches, **how):
         if number == 6:
             raise KeyboardInterrupt
-        return real(self, number, batches)
+        return real(self, number, batches, **how)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", step)

@@ -1,26 +1,74 @@
-"""One door to rounding: the fastest implementation for a tensor's device, all bit-identical to `qat.formats`."""
+"""One door to rounding: the fastest implementation for a tensor's device, all bit-identical to `qat.formats`.
 
-from __future__ import annotations
+HiF8 has a fused kernel for the CPU (`qat.kernels.cpu`, Numba) and for CUDA (`qat.kernels.gpu`, Triton); the comparator
+formats, and HiF8 anywhere else, take the readable path. What a training step calls is registered with `torch.library`,
+so that `torch.compile` sees one node where it would break its graph.
+"""
+
+import functools
+import importlib.util
+from types import ModuleType
 
 import torch
 
-from qat.formats import FORMATS, TOLERANCE
+from qat.formats import FORMATS, TOLERANCE, to_e4m3
 from qat.kernels import cpu
 
+# What `quantize` returns: the values; the values and their 8-bit codes; or E4M3 bytes of 16 times the values.
+EMITS = ("values", "codes", "e4m3")
 
-def quantize(
-    x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale `x` and round it to an 8-bit format.
 
-    x: BF16 or FP32, any shape; scale: 0-dim FP32 on the device of `x`; overflow: "clip" (to +-target), "saturate" or
-    "inf" (see `qat.formats.Format.quantize`). Returns (rounded values of `x * scale`, in the shape and dtype of `x`,
-    still scaled; amax of `x`, 0-dim FP32).
+@functools.cache
+def _gpu() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from qat.kernels import gpu
+
+    return gpu
+
+
+def _fused(x: torch.Tensor, format: str) -> ModuleType | None:
+    """The module with fused kernels for a tensor and a format; None: take the readable path."""
+    if format != "hif8" or x.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return cpu if x.device.type == "cpu" else _gpu() if x.is_cuda else None
+
+
+@torch.library.custom_op(
+    "hif8::quantize",
+    mutates_args=("observed",),
+    schema="(Tensor x, Tensor scale, Tensor(a!)? observed, int index, str format, str overflow, float target, "
+    "str emit) -> (Tensor, Tensor)",
+)
+def quantize(x, scale, observed, index, format, overflow, target, emit):
+    """Scale a tensor, round it to an 8-bit format, and note its amax, reading it once.
+
+    x: BF16 or FP32, any shape; scale: 0-dim FP32 on its device; observed: FP32 [tensors], whose entry `index` becomes
+    the larger of itself and the amax of `x` (NaN counts as larger than all; None: nothing is noted); overflow: "clip"
+    (to +-target), "saturate" or "inf" (see `qat.formats.Format.quantize`); emit: one of `EMITS`.
+    Returns (rounded values of `x * scale`, in the shape and dtype of `x`, still scaled; uint8 of that shape: codes of
+    `format`, or E4M3 bytes of 16 times the values). What `emit` leaves out has no elements.
     """
-    if format == "hif8" and cpu.supports(x):
-        return cpu.quantize(x, scale.item(), *_edges(overflow, target))
-    values = FORMATS[format].quantize(x.detach().float() * scale, overflow, target)
-    return values.to(x.dtype), amax(x)
+    source = x.detach().contiguous()
+    fused = _fused(source, format)
+    if fused is not None:
+        return fused.quantize(source, scale, observed, index, *_edges(overflow, target), emit)
+    chosen = FORMATS[format]
+    values = chosen.quantize(source.float() * scale, overflow, target)
+    if observed is not None:
+        observe(source, observed, index)
+    codes = _no_codes(x) if emit == "values" else chosen.encode(values) if emit == "codes" else to_e4m3(values)
+    return (source.new_empty(0) if emit == "e4m3" else values.to(x.dtype)), codes
+
+
+@quantize.register_fake
+def _(x, scale, observed, index, format, overflow, target, emit):
+    values = x.new_empty(0) if emit == "e4m3" else x.new_empty(x.shape)
+    return values, _no_codes(x) if emit == "values" else x.new_empty(x.shape, dtype=torch.uint8)
+
+
+def _no_codes(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(0, dtype=torch.uint8)
 
 
 def _edges(overflow: str, target: float) -> tuple[float, float]:
@@ -29,22 +77,59 @@ def _edges(overflow: str, target: float) -> tuple[float, float]:
     return target if overflow == "clip" else infinity, infinity if overflow == "inf" else FORMATS["hif8"].largest
 
 
-def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float) -> torch.Tensor:
-    """What rounding does to `x * scale`, FP64 [9] on the CPU or the device of `x`, summable over calls: counts of
-    nonzero elements, of those in the tiers of 3, 2, 1 and 0 mantissa bits, of those beyond the target, of those
-    rounded to zero; then signal power and error power (arguments as of `quantize`)."""
-    if format == "hif8" and cpu.supports(x):
-        return cpu.statistics(x, scale.item(), *_edges(overflow, target), target * TOLERANCE)
-    scaled = x.detach().float() * scale
-    size, rounded = scaled.abs(), FORMATS[format].quantize(scaled, overflow, target)
-    nonzero = size > 0
-    lost = nonzero & (rounded == 0)
-    bits = FORMATS[format].mantissa_bits(size)
-    counts = [nonzero, *(nonzero & ~lost & (bits == tier) for tier in (3, 2, 1, 0)), size > target * TOLERANCE, lost]
-    powers = [scaled.double().square().sum(), (scaled.double() - rounded.double()).square().sum()]
-    return torch.stack([count.sum(dtype=torch.float64) for count in counts] + powers)
+@torch.library.custom_op(
+    "hif8::decode", mutates_args=(), schema="(Tensor codes, str format, ScalarType dtype) -> Tensor"
+)
+def decode(codes, format, dtype):
+    """uint8 codes of any shape -> their values, in that shape and in `dtype` (BF16 or FP32, exact)."""
+    fused = _fused(codes.new_empty(0, dtype=dtype), format)
+    return fused.decode(codes, dtype) if fused is not None else FORMATS[format].decode(codes).to(dtype)
+
+
+@decode.register_fake
+def _(codes, format, dtype):
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@torch.library.custom_op("hif8::mm", mutates_args=(), schema="(Tensor a, Tensor b, Tensor factor) -> Tensor")
+def mm(a, b, factor):
+    """(a @ b) * factor for matrices on the CPU; factor: 0-dim FP32. FP32 products take the factor along, without
+    another pass over the result."""
+    if a.dtype is torch.float32:
+        return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=factor.item())
+    return ((a @ b).float() * factor).to(a.dtype)
+
+
+@mm.register_fake
+def _(a, b, factor):
+    return a.new_empty(a.shape[0], b.shape[1])
 
 
 def amax(x: torch.Tensor) -> torch.Tensor:
     """Largest absolute value of a tensor of any shape and floating dtype, 0-dim FP32; NaN when `x` holds one."""
     return torch.linalg.vector_norm(x.detach(), float("inf")).float()
+
+
+def observe(x: torch.Tensor, observed: torch.Tensor, index: int) -> None:
+    """Note the amax of `x` in `observed` (as `quantize` does) without rounding it."""
+    observed[index] = torch.maximum(observed[index], amax(x))
+
+
+def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float) -> torch.Tensor:
+    """What rounding does to `x * scale`, FP64 [10] on the CPU or the device of `x`, summable over calls: counts of
+    nonzero elements, of those in the tiers of 3, 2, 1 and 0 mantissa bits, of those beyond the target, of those
+    rounded to zero, of those that 16 times an E4M3 value cannot hold; then signal power and error power (arguments as
+    of `quantize`)."""
+    source = x.detach().contiguous()
+    fused = _fused(source, format)
+    if fused is not None:
+        return fused.statistics(source, scale, *_edges(overflow, target), target * TOLERANCE)
+    scaled = source.float() * scale
+    size, rounded = scaled.abs(), FORMATS[format].quantize(scaled, overflow, target)
+    nonzero = size > 0
+    lost = nonzero & (rounded == 0)
+    bits = FORMATS[format].mantissa_bits(size.clamp(max=target) if overflow == "clip" else size)
+    inexact = FORMATS["fp8_e4m3"].round(16 * rounded, "saturate") != 16 * rounded
+    counts = [nonzero, *(nonzero & ~lost & (bits == tier) for tier in (3, 2, 1, 0)), size > target * TOLERANCE]
+    powers = [scaled.double().square().sum(), (scaled.double() - rounded.double()).square().sum()]
+    return torch.stack([count.sum(dtype=torch.float64) for count in (*counts, lost, inexact)] + powers)

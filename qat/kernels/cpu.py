@@ -1,9 +1,12 @@
-"""HiF8 on the CPU: scale, round and amax in one pass over memory, multi-threaded and vectorized by Numba.
+"""HiF8 on the CPU: scale, round, encode and amax in one pass over memory, multi-threaded and vectorized by Numba.
 
-Bit-identical to `qat.hif8.fake_quantize(x.float() * scale)` followed by a cast back to the dtype of `x`.
+Bit-identical to `qat.hif8.fake_quantize(x.float() * scale)` followed by a cast back to the dtype of `x`. All tensors
+are contiguous.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numba
 import numpy as np
@@ -11,10 +14,14 @@ import torch
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from qat import hif8
+from qat.formats import to_e4m3
+
 I = np.int32  # noqa: E741  integer literals must stay 32 bits wide, or the loops stop being vectorized
 _CHUNK = 16384  # elements a task: large enough to hide scheduling, small enough to balance two cores
 _SIZE, _SIGN, _INF = I(0x7FFFFFFF), I(-0x80000000), I(0x7F800000)
 _SMALLEST, _HALF_SMALLEST = I(0x34800000), I(0x34000000)  # 2^-22 and 2^-23
+_DENORMAL, _E4M3_EXACT, _E4M3_LARGEST = I(0x38000000), I(0x39800000), I(0x41E00000)  # 2^-15, 2^-12 and 28
 
 
 @intrinsic
@@ -38,6 +45,11 @@ def _float(typing, value):
 
 
 @njit(error_model="numpy")
+def _one_if(condition):
+    return I(1) if condition else I(0)
+
+
+@njit(error_model="numpy")
 def _round(bits, clip, beyond):
     """HiF8 rounding of float32 bits: magnitudes are clipped to `clip` first, those above 2^15 become `beyond`.
 
@@ -47,8 +59,7 @@ def _round(bits, clip, beyond):
     clipped = size if size < clip else clip
     exponent = (clipped >> I(23)) - I(127)
     distance = exponent if exponent >= I(0) else -exponent
-    dropped = I(20) + (I(1) if distance >= I(4) else I(0)) + (I(1) if distance >= I(8) else I(0))
-    dropped += I(1) if distance >= I(16) else I(0)
+    dropped = I(20) + _one_if(distance >= I(4)) + _one_if(distance >= I(8)) + _one_if(distance >= I(16))
     unit = I(1) << dropped
     rounded = (clipped + (unit >> I(1))) & -unit
     tiny = _SMALLEST if clipped >= _HALF_SMALLEST else I(0)
@@ -58,30 +69,54 @@ def _round(bits, clip, beyond):
     return rounded | ((bits & _SIGN) if rounded != I(0) else I(0))
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def _quantize_fp32(x, scale, clip, beyond, out, amaxes):
-    for task in prange(amaxes.size):
-        source, target = x[task * _CHUNK : (task + 1) * _CHUNK], out[task * _CHUNK : (task + 1) * _CHUNK]
-        amax = I(0)
-        for i in range(source.size):
-            raw = source[i]
-            size = raw & _SIZE
-            amax = size if size > amax else amax
-            target[i] = _round(_bits(_float(raw) * scale), clip, beyond)
-        amaxes[task] = amax
+@njit(error_model="numpy")
+def _encode(bits):
+    """Code of the float32 bits of a HiF8 value: dot field, sign-magnitude exponent, fraction (`qat.hif8`)."""
+    size = bits & _SIZE
+    exponent = (size >> I(23)) - I(127)
+    distance = exponent if exponent >= I(0) else -exponent
+    width = _one_if(distance >= I(1)) + _one_if(distance >= I(2)) + _one_if(distance >= I(4))
+    width += _one_if(distance >= I(8))
+    fraction = I(3) - _one_if(distance >= I(4)) - _one_if(distance >= I(8))
+    dot = I(0x60) if width == I(4) else I(8) << width
+    half = (I(1) << width) >> I(1)
+    field = distance - half + (half if exponent < I(0) else I(0))
+    code = dot | (field << fraction) | ((size & I(0x7FFFFF)) >> (I(23) - fraction))
+    code = exponent + I(23) if size < _DENORMAL else code
+    code = I(0) if size == I(0) else code
+    code = I(0x6F) if size == _INF else code
+    code = code | (I(0x80) if bits < I(0) else I(0))
+    return I(0x80) if size > _INF else code
+
+
+def _quantizer(bf16: bool, codes: bool):
+    """A kernel for one dtype, with or without codes."""
+
+    @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+    def kernel(x, scale, clip, beyond, out, out_codes, amaxes):
+        for task in prange(amaxes.size):
+            first, last = task * _CHUNK, (task + 1) * _CHUNK
+            source, target, coded = x[first:last], out[first:last], out_codes[first:last]
+            amax = I(0)
+            for i in range(source.size):
+                raw = I(source[i]) << I(16) if bf16 else I(source[i])
+                size = raw & _SIZE
+                amax = size if size > amax else amax
+                rounded = _round(_bits(_float(raw) * scale), clip, beyond)
+                target[i] = rounded >> I(16) if bf16 else rounded
+                if codes:
+                    coded[i] = _encode(rounded)
+            amaxes[task] = amax
+
+    return kernel
 
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-def _quantize_bf16(x, scale, clip, beyond, out, amaxes):
-    for task in prange(amaxes.size):
-        source, target = x[task * _CHUNK : (task + 1) * _CHUNK], out[task * _CHUNK : (task + 1) * _CHUNK]
-        amax = I(0)
+def _decode(codes, table, out):
+    for task in prange(-(-codes.size // _CHUNK)):
+        source, target = codes[task * _CHUNK : (task + 1) * _CHUNK], out[task * _CHUNK : (task + 1) * _CHUNK]
         for i in range(source.size):
-            raw = I(source[i]) << I(16)
-            size = raw & _SIZE
-            amax = size if size > amax else amax
-            target[i] = np.int16(_round(_bits(_float(raw) * scale), clip, beyond) >> I(16))
-        amaxes[task] = amax
+            target[i] = table[source[i]]
 
 
 @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
@@ -93,51 +128,84 @@ def _statistics(x, scale, clip, beyond, target, sums):
             size = _bits(scaled) & _SIZE
             if size == I(0):
                 continue
-            rounded = _float(_round(_bits(scaled), clip, beyond))
+            bits = _round(_bits(scaled), clip, beyond)
+            rounded = _float(bits)
             row[0] += 1
             if rounded == np.float32(0):
                 row[6] += 1
             else:
-                distance = abs((size >> I(23)) - I(127))
+                distance = abs((min(size, clip) >> I(23)) - I(127))
                 row[1 + (distance >= 4) + (distance >= 8) + (distance >= 16)] += 1
             row[5] += size > target
-            row[7] += np.float64(scaled) * scaled
-            row[8] += (np.float64(scaled) - rounded) ** 2
+            spaced = rounded * np.float32(8192)  # E4M3's subnormals, 16 times a value: multiples of 2^-13
+            row[7] += (bits & _SIZE) > _E4M3_LARGEST or ((bits & _SIZE) < _E4M3_EXACT and spaced != np.rint(spaced))
+            row[8] += np.float64(scaled) * scaled
+            row[9] += (np.float64(scaled) - rounded) ** 2
 
 
-_KERNELS = {torch.float32: (_quantize_fp32, torch.int32), torch.bfloat16: (_quantize_bf16, torch.int16)}
+_KERNELS = {
+    (dtype, codes): _quantizer(dtype is torch.bfloat16, codes)
+    for dtype in (torch.float32, torch.bfloat16)
+    for codes in (False, True)
+}
+_INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
-def supports(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _KERNELS
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(-1).view(_INTEGER.get(tensor.dtype, tensor.dtype)).numpy()
 
 
 def _float_bits(value: float) -> np.int32:
     return np.float32(value).view(np.int32)
 
 
-def quantize(x: torch.Tensor, scale: float, clip: float, beyond: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round `x * scale` to HiF8.
-
-    x: BF16 or FP32 of any shape; clip: magnitudes above it become it before rounding (inf: none do); beyond: what
-    rounds above 2^15 becomes this. Returns (values in the shape and dtype of `x`, amax of `x` as a 0-dim FP32
-    tensor; NaN when `x` holds one, since NaN bits are the largest of all).
-    """
-    kernel, view = _KERNELS[x.dtype]
-    source = x.detach().contiguous()
-    out = torch.empty_like(source)
-    amaxes = np.empty(max(1, -(-source.numel() // _CHUNK)), np.int32)
+def _use_threads_of_torch() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    flat = (tensor.view(-1).view(view).numpy() for tensor in (source, out))
-    kernel(next(flat), np.float32(scale), _float_bits(clip), _float_bits(beyond), next(flat), amaxes)
-    return out, torch.from_numpy(amaxes.view(np.float32).max(keepdims=True)).squeeze(0)
 
 
-def statistics(x: torch.Tensor, scale: float, clip: float, beyond: float, target: float) -> torch.Tensor:
-    """FP64 [9] of `x * scale` (BF16 or FP32, any shape): counts of nonzero elements, of those with 3, 2, 1 and 0
-    mantissa bits, of those beyond `target`, of those rounded to zero; then the signal's and the error's power."""
-    source = x.detach().float().contiguous()
-    sums = np.zeros((max(1, -(-source.numel() // _CHUNK)), 9))
-    flat = source.view(-1).view(torch.int32).numpy()
-    _statistics(flat, np.float32(scale), _float_bits(clip), _float_bits(beyond), _float_bits(target), sums)
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    observed: torch.Tensor | None,
+    index: int,
+    clip: float,
+    beyond: float,
+    emit: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `qat.kernels.quantize`; clip: magnitudes above it become it before rounding (inf: none do); beyond: what
+    rounds above 2^15 becomes this."""
+    out = torch.empty_like(x)
+    codes = torch.empty(x.shape if emit == "codes" else 0, dtype=torch.uint8)
+    amaxes = np.empty(max(1, -(-x.numel() // _CHUNK)), np.int32)
+    _use_threads_of_torch()
+    kernel = _KERNELS[x.dtype, emit == "codes"]
+    edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond)
+    kernel(_flat(x), *edges, _flat(out), _flat(codes), amaxes)
+    if observed is not None:
+        # NaN bits are the largest of all, as integers.
+        bits = observed.view(torch.int32)
+        bits[index] = max(int(bits[index]), int(amaxes.max()))
+    return (x.new_empty(0), to_e4m3(out)) if emit == "e4m3" else (out, codes)
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> np.ndarray:
+    return _flat(hif8.decode(torch.arange(256, dtype=torch.uint8)).to(dtype))
+
+
+def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `qat.kernels.decode`."""
+    source = codes.contiguous()
+    out = torch.empty(source.shape, dtype=dtype)
+    _use_threads_of_torch()
+    _decode(_flat(source), _table(dtype), _flat(out))
+    return out
+
+
+def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float, target: float) -> torch.Tensor:
+    """As `qat.kernels.statistics`; clip and beyond as in `quantize`, target: what counts as beyond it is larger."""
+    source = x.float()
+    sums = np.zeros((max(1, -(-source.numel() // _CHUNK)), 10))
+    edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond), _float_bits(target)
+    _statistics(_flat(source), *edges, sums)
     return torch.from_numpy(sums.sum(0))

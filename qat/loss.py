@@ -1,0 +1,44 @@
+"""Next-token cross-entropy in nats, without holding the logits of all tokens where they are many."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def token_losses(
+    model: nn.Module, tokens: torch.Tensor, label_shift: str = "once", largest_logits: int = 2**28
+) -> torch.Tensor:
+    """Cross-entropy of every predicted token of a Hugging Face causal LM, FP32 [sequences, length].
+
+    tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
+    mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
+    largest_logits: more logits than this are made in pieces, in the forward pass and again in the backward pass.
+    """
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    if label_shift == "twice":
+        labels = labels[:, 1:]
+    head = model.get_output_embeddings()
+    pieces = -(-labels.numel() * head.out_features // largest_logits)
+    if pieces == 1 or not _plain(model):
+        logits = model(input_ids=inputs, use_cache=False).logits[:, : labels.shape[1]]
+        return _cross_entropy(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
+    hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state[:, : labels.shape[1]]
+    parts = zip(hidden.flatten(0, 1).chunk(pieces), labels.flatten().chunk(pieces), strict=True)
+    losses = [checkpoint(_head_losses, head, rows, wanted, use_reentrant=False) for rows, wanted in parts]
+    return torch.cat(losses).view(labels.shape)
+
+
+def _plain(model: nn.Module) -> bool:
+    """Whether the logits are known to be the output embedding of the last hidden state and nothing else."""
+    return model.config.model_type in ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+def _head_losses(head: nn.Module, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return _cross_entropy(head(rows), labels)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -1,0 +1,174 @@
+"""Which configurations make sense, beyond what their types say. Each refusal is one line that names the fix."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from operator import attrgetter
+
+from qat.config import CHOICES, ROLES, Config, ConfigError, nearest
+
+
+def validate(cfg: Config) -> None:
+    """Raise `ConfigError` for values and combinations that the types allow and a run does not."""
+    for key, choices in CHOICES.items():
+        value = attrgetter(key)(cfg)
+        if value not in choices:
+            raise ConfigError(f"{key}={value}: unknown value; {nearest(value, choices)}")
+    for key, low, high in _RANGES:
+        value = attrgetter(key)(cfg)
+        if not low <= value <= high:
+            bound = low if value < low else high
+            raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
+    for check in (_check_batch, _check_warmup, _check_quant, _check_sources, _check_benchmark):
+        check(cfg)
+
+
+_INF = float("inf")
+_RANGES = [
+    ("seed", 0, 2**31 - 1),
+    ("data.duplicate_workers", 1, 64),
+    ("data.tokenizer_threads", 1, 256),
+    ("budget.heldout_tokens", 1, _INF),
+    ("data.shuffle_buffer", 1, _INF),
+    ("optim.lr", 1e-12, 10),
+    ("optim.beta1", 0, 0.9999),
+    ("optim.beta2", 0, 0.99999),
+    ("optim.eps", 1e-30, 1),
+    ("optim.weight_decay", 0, 10),
+    ("optim.clip", 1e-12, _INF),
+    ("optim.lr_warmup", 0, 1),
+    ("quant.bf16_blocks", 0, _INF),
+    ("quant.target_activation", 2**-22, 57344),
+    ("quant.target_weight", 2**-22, 57344),
+    ("quant.target_gradient", 2**-22, 57344),
+    ("scaling.window", 1, 65536),
+    ("scaling.alpha", 0, 1),
+    ("scaling.update_every", 1, _INF),
+    ("scaling.settle", 0, 1),
+    ("warmup.bf16", 0, 1),
+    ("budget.steps", 1, _INF),
+    ("budget.micro_batch", 1, _INF),
+    ("budget.accumulation", 1, _INF),
+    ("budget.seq_len", 4, _INF),
+    ("budget.steps_factor", 1e-6, 1),
+    ("budget.batch_factor", 1e-6, 1),
+    ("budget.checkpoint_every", 1, _INF),
+    ("budget.telemetry_every", 1, _INF),
+    ("bench.rounds", 1, _INF),
+    ("budget.largest_logits", 2**16, _INF),
+    ("benchmark.batch_size", 1, _INF),
+]
+
+
+def _check_batch(cfg: Config) -> None:
+    b, factor = cfg.budget, Fraction(cfg.budget.batch_factor).limit_denominator(10**6)
+
+    def fits(accumulation: int) -> bool:
+        sequences = b.micro_batch * accumulation * factor
+        return sequences % 1 == 0 and (sequences <= b.micro_batch or sequences % b.micro_batch == 0)
+
+    if not fits(b.accumulation):
+        valid = filter(fits, range(1, b.accumulation + factor.denominator + 1))
+        raise ConfigError(
+            f"budget.accumulation={b.accumulation}: times batch_factor={factor} is no whole number of calls of equal "
+            f"size; the nearest valid value is {min(valid, key=lambda each: abs(each - b.accumulation))}"
+        )
+
+
+def _check_warmup(cfg: Config) -> None:
+    if cfg.quantized and cfg.bf16_warmup_steps >= cfg.steps:
+        raise ConfigError(
+            f"warmup.bf16={cfg.warmup.bf16:g}: quantization would start at step {cfg.bf16_warmup_steps + 1} of "
+            f"{cfg.steps}; the largest valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+    if cfg.lr_warmup_steps >= cfg.steps and cfg.steps > 1:
+        raise ConfigError(
+            f"optim.lr_warmup={cfg.optim.lr_warmup:g}: the learning rate would never leave its warmup; the largest "
+            f"valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+
+
+# Largest finite value of each format: a target above it could never be reached.
+_LARGEST = {"hif8": 32768, "fp8_e4m3": 448, "fp8_e5m2": 57344}
+
+
+def _check_quant(cfg: Config) -> None:
+    if not cfg.quantized:
+        return
+    q, blocks = cfg.quant, cfg.model.blocks
+    if blocks is not None and q.bf16_blocks >= blocks:
+        raise ConfigError(
+            f"quant.bf16_blocks={q.bf16_blocks}: {cfg.model.name} has {blocks} blocks, so nothing would be quantized; "
+            f"the largest valid value is {blocks - 1}"
+        )
+    if not q.scope:
+        raise ConfigError(
+            "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj], or use quant=bf16"
+        )
+    if not (q.weights or q.activations or q.gradients):
+        raise ConfigError(
+            "quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16"
+        )
+    for role in ROLES:
+        target = getattr(q, f"target_{role}")
+        if target > _LARGEST[q.format]:
+            raise ConfigError(
+                f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
+                f"{_LARGEST[q.format]}"
+            )
+    _check_fp8(cfg)
+    if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
+        raise ConfigError(
+            f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2"
+        )
+
+
+def _check_fp8(cfg: Config) -> None:
+    """quant.gemm=fp8 carries clipped HiF8 values as 16 times themselves in E4M3 (`qat.products`)."""
+    q = cfg.quant
+    if q.gemm != "fp8":
+        return
+    if q.format != "hif8" or q.operands != "exact":
+        key = "format" if q.format != "hif8" else "operands"
+        raise ConfigError(
+            f"quant.gemm=fp8: with quant.{key}={getattr(q, key)} there is no exact E4M3 form; set quant.gemm=bf16"
+        )
+    if q.overflow != "clip":
+        raise ConfigError(
+            f"quant.gemm=fp8: quant.overflow={q.overflow} lets values through that E4M3 cannot hold; set "
+            f"quant.overflow=clip"
+        )
+    if not (q.weights and q.activations and q.gradients):
+        raise ConfigError(
+            "quant.gemm=fp8: a role that is not quantized has no 8-bit operands; set quant.gemm=bf16 or quantize all"
+        )
+    rows = cfg.batch[0] * cfg.budget.seq_len
+    if rows % 16:
+        raise ConfigError(
+            f"budget.seq_len={cfg.budget.seq_len}: quant.gemm=fp8 takes micro-batches of a multiple of 16 tokens, not "
+            f"{rows}; the nearest valid value is {16 * max(1, round(cfg.budget.seq_len / 16))}"
+        )
+    for role in ROLES:
+        if getattr(q, f"target_{role}") > 15:
+            raise ConfigError(
+                f"quant.target_{role}={getattr(q, f'target_{role}'):g}: quant.gemm=fp8 holds values up to 15; the "
+                f"nearest valid value is 15"
+            )
+
+
+def _check_sources(cfg: Config) -> None:
+    if cfg.model.source != "random" and not cfg.model.path:
+        raise ConfigError(
+            f"model.path=null: model.source={cfg.model.source} needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"
+        )
+    if cfg.model.source == "random" and not cfg.model.architecture:
+        raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
+    if not cfg.data.path:
+        raise ConfigError(f"data.path=null: data.source={cfg.data.source} needs a path, as in data=fineweb")
+
+
+def _check_benchmark(cfg: Config) -> None:
+    for name, task in cfg.benchmark.tasks.items():
+        for key, value, low in (("shots", task.shots, 0), ("limit", task.limit, 1)):
+            if value is not None and value < low:
+                raise ConfigError(f"benchmark.tasks.{name}.{key}={value}: the nearest valid value is {low}")

@@ -1,0 +1,111 @@
+"""The compiled step: one graph, no break, no host synchronization, and the eager step's numbers."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from qat import models
+from qat.convert import convert
+from qat.runs import baseline_of
+from qat.step import Trainer
+
+
+def tokens(seed: int) -> torch.Tensor:
+    return torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(seed))
+
+
+def trained(cfg, steps: int) -> tuple[list[float], Trainer]:
+    model, _ = models.load(cfg.model, cfg.seed)
+    trainer = Trainer(model, convert(model, cfg)[0], cfg)
+    return [trainer.step(number, [tokens(number)]).loss.item() for number in range(1, steps + 1)], trainer
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a C++ compiler: the same graphs, run by PyTorch; the number of graphs is counted."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield graphs
+    torch._dynamo.reset()
+
+
+VARIANTS = {
+    "max": ("experiment=exp8",),
+    "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.bf16_blocks=0"),
+    "current": ("experiment=exp8", "scaling=current"),
+    "masked": ("experiment=exp8", "quant.ste=masked"),
+    "descaled, by call": ("experiment=exp8", "quant.operands=descaled", "scaling.tick=call"),
+    "fp8_e4m3": ("experiment=exp8", "quant=fp8_e4m3"),
+    "BF16 warmup": ("experiment=exp8", "warmup.bf16=0.5", "scaling.discard_after_warmup=false"),
+    "bf16": ("quant=bf16",),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_graph_gives_the_eager_numbers(config, traced, variant):
+    cfg = config(*VARIANTS[variant], **{"optim.lr": 1e-3})
+    steps = 9 if variant == "BF16 warmup" else 4
+    if variant != "BF16 warmup":
+        cfg.warmup.bf16 = 0.0
+    eager, plain = trained(cfg, steps)
+    assert not traced
+    cfg.budget.compile = True
+    compiled, trainer = trained(cfg, steps)
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    # One graph for BF16 and one for quantized steps; the first quantized one, without a history, is not worth one.
+    assert len(traced) == (2 if variant == "BF16 warmup" else 1)
+    if trainer.bank is not None:
+        torch.testing.assert_close(trainer.bank.state_dict(), plain.bank.state_dict(), rtol=1e-4, atol=1e-7)
+        assert trainer.bank.history.any(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("variant", ["max", "all linears", "current", "bf16"])
+def test_a_step_never_waits_for_the_gpu(config, variant, compile):
+    cfg = config(*VARIANTS[variant], **{"budget.compile": compile})
+    cfg.warmup.bf16 = 0.0
+    _, trainer = trained(cfg, 3)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [trainer.step(number, [tokens(number)]) for number in range(4, 7)]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(result.sound and result.loss.isfinite() for result in results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["max", "all linears"])
+def test_inductor_gives_the_eager_numbers(config, variant):
+    cfg = config(*VARIANTS[variant], **{"optim.lr": 1e-3})
+    eager, _ = trained(cfg, 6)
+    cfg.budget.compile = True
+    compiled, _ = trained(cfg, 6)
+    assert compiled == pytest.approx(eager, rel=2e-3)  # BF16 products, summed in another order
+
+
+def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatch):
+    """What would wait on a GPU: `.item()`, `.tolist()`, a tensor as a condition. Fused CPU kernels may read."""
+    cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
+    _, trainer = trained(cfg, 2)
+    monkeypatch.setattr("qat.kernels._fused", lambda *_: None)
+    monkeypatch.setattr("qat.products.kernels.mm", lambda a, b, factor: (a @ b) * factor)
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"):
+
+        def read(self, *_, name=name):
+            raise AssertionError(f"a step called {name} on a tensor")
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    result = trainer.step(3, [tokens(3)])
+    monkeypatch.undo()
+    assert result.sound and baseline_of(cfg).quantized is False

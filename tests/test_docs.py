@@ -1,0 +1,28 @@
+"""The README says what its record says, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+
+from qat.runtime import ROOT
+from scripts.docs import written
+
+
+def test_the_table_is_the_records():
+    readme = (ROOT / "README.md").read_text()
+    assert written(readme) == readme
+    assert written(readme.replace("Held-out loss", "Held-in loss")) == readme
+
+
+def test_what_the_readme_points_to_exists():
+    for page in ("README.md", "experiments/README.md"):
+        folder = (ROOT / page).parent
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text())
+        assert links and not [link for link in links if not (folder / link).exists()]
+
+
+def test_the_commands_of_the_readme_are_targets():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets |= {f"exp{i}" for i in [*range(1, 9), "N"]}
+    named = set(re.findall(r"make ([a-z]+[0-9N]?)", (ROOT / "README.md").read_text()))
+    assert named and named <= targets

@@ -1,0 +1,69 @@
+"""Cross-entropy: in pieces as in one, with what it must not do seen from outside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qat.loss import token_losses
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(101, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model, **how) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    losses = token_losses(model, tokens(), **how)
+    losses.mean().backward()
+    return losses.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("shift", ["once", "twice"])
+def test_each_position_predicts_the_token_it_should(shift):
+    model, distance = llama(), {"once": 1, "twice": 2}[shift]
+    logits = model(tokens()).logits
+    losses = token_losses(model, tokens(), shift)
+    assert losses.shape == (3, 12 - distance)
+    for row in range(3):
+        for position in range(12 - distance):
+            wanted = F.cross_entropy(logits[row, position], tokens()[row, position + distance])
+            torch.testing.assert_close(losses[row, position], wanted)
+
+
+@pytest.mark.parametrize("shift", ["once", "twice"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_in_pieces_it_is_the_same_and_never_holds_all_logits(shift, rows):
+    model, sizes = llama(), []
+    whole = gradients(model, label_shift=shift)
+    model.lm_head.register_forward_hook(lambda *a: sizes.append(a[2].numel()))
+    pieces = gradients(model, label_shift=shift, largest_logits=rows * 101)
+    torch.testing.assert_close(pieces, whole)
+    count = -(-whole[0].numel() // rows)
+    assert max(sizes) <= rows * 101 and len(sizes) == 2 * count  # forward, and again in the backward pass
+
+
+def test_a_model_that_does_more_to_its_logits_is_asked_for_them():
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=0.1)).eval()
+    losses = token_losses(model, tokens(), largest_logits=101)
+    logits = model(tokens()[:, :-1]).logits
+    assert logits.abs().max() <= 0.1
+    torch.testing.assert_close(losses, F.cross_entropy(logits.transpose(1, 2), tokens()[:, 1:], reduction="none"))
