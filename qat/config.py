@@ -164,6 +164,8 @@ class ReportConfig:
 @dataclass
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
+    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])
+    steps: list[str] | None = None  # which of `qat.bench.steps`, beside bf16; null: all that can run
     out: str = "bench"
 
 

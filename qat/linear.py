@@ -57,11 +57,12 @@ class Input:
         self._source, self._left, self._rounded = None, 0, None
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
-        """x: any shape -> its operand in `dtype`, codes and all, and the mask of the STE (see `Quantizer`)."""
+        """x: any shape -> its operand in `dtype` and the mask of the STE (see `Quantizer`)."""
+        emit = "codes" if torch.is_grad_enabled() else "values"  # codes are for the backward pass
         if self.users == 1:
-            return self.quantizer(x.to(dtype), "codes")
+            return self.quantizer(x.to(dtype), emit)
         if self._source is not x:
-            self._source, self._left, self._rounded = x, self.users, self.quantizer(x.to(dtype), "codes")
+            self._source, self._left, self._rounded = x, self.users, self.quantizer(x.to(dtype), emit)
         rounded, self._left = self._rounded, self._left - 1
         if not self._left:
             self._source = self._rounded = None

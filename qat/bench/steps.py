@@ -14,7 +14,7 @@ from torch import nn
 
 from qat import models, runtime
 from qat.bench.plain import PlainQuantizedLinear
-from qat.config import Config, QuantConfig, ScalingConfig
+from qat.config import Config, ConfigError, QuantConfig, ScalingConfig, nearest
 from qat.convert import convert
 from qat.loss import token_losses
 from qat.runs import baseline_of
@@ -22,6 +22,7 @@ from qat.scaling import Phase
 from qat.step import Trainer
 
 MLP, ALL = ["mlp.*"], ["mlp.*", "self_attn.*"]
+OURS = ("mlp", "all", "all, current scaling", "all, fp8 products")
 
 
 def settings(cfg: Config) -> dict[str, Config]:
@@ -38,7 +39,18 @@ def settings(cfg: Config) -> dict[str, Config]:
     found["all, current scaling"].scaling = ScalingConfig(algo="current")
     if runtime.device().type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         found["all, fp8 products"] = quantized(ALL, 0, gemm="fp8")
-    return found
+    return {name: each for name, each in found.items() if name == "bf16" or _wanted(cfg, name)}
+
+
+def _check(cfg: Config) -> None:
+    """Raise `ConfigError` for a name in bench.steps that means nothing."""
+    for name in cfg.bench.steps or []:
+        if name not in (known := [*OURS, *COMPARATORS]):
+            raise ConfigError(f"bench.steps={name}: unknown step; {nearest(name, known)}")
+
+
+def _wanted(cfg: Config, name: str) -> bool:
+    return cfg.bench.steps is None or name in cfg.bench.steps
 
 
 def tokens(cfg: Config, vocabulary: int, seed: int = 0) -> torch.Tensor:
@@ -56,19 +68,21 @@ class Steps:
     """Callables that train one step, by name: those of `settings`, and the comparators that can run here."""
 
     def __init__(self, cfg: Config, model: nn.Module):
+        _check(cfg)
         self.cfg, self.batch = cfg, tokens(cfg, model.config.vocab_size)
         self.trainers, self.coverage, self.banks = {}, {}, {}
         for name, each in settings(cfg).items():
             self._add(name, twin(model), each)
-        plain = twin(model)
-        _swap(plain, lambda name, linear: PlainQuantizedLinear(linear))
-        self._add("all, plain PyTorch", plain, baseline_of(cfg))
-        with_torchao = _torchao(twin(model))
-        if with_torchao is not None:
-            self._add("all, torchao FP8 QAT", with_torchao, baseline_of(cfg))
-        self.count = 0
+        for name, make in COMPARATORS.items():
+            other = make(twin(model)) if _wanted(cfg, name) else None
+            if other is not None:
+                eager = baseline_of(cfg)
+                eager.budget.compile = False  # they read tensors on the host, which breaks graphs
+                self._add(name, other, eager)
 
     def _add(self, name: str, model: nn.Module, cfg: Config) -> None:
+        # A learning rate far below any that trains: thousands of steps on random tokens must not wreck the weights.
+        cfg.optim.lr = 1e-12
         bank, coverage = convert(model, cfg)
         trainer = Trainer(model, bank, cfg)
         first = next(iter(self.trainers.values()), trainer)
@@ -79,8 +93,6 @@ class Steps:
         return {name: lambda trainer=trainer: self._step(trainer) for name, trainer in self.trainers.items()}
 
     def _step(self, trainer: Trainer) -> None:
-        # A learning rate far below any that trains: thousands of steps on random tokens must not wreck the weights.
-        trainer.cfg.optim.lr = 1e-12
         trainer.step(2 if trainer.bank is not None and trainer.bank.primed else 1, [self.batch])
 
     def evaluations(self) -> dict[str, Callable[[], object]]:
@@ -105,7 +117,7 @@ def one_model_alone(cfg: Config) -> None:
         trainer.step(number, [batch])
 
 
-def _swap(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None:
+def _swap(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Replace all linears of all blocks."""
     linears = [
         (name, module)
@@ -114,7 +126,13 @@ def _swap(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None
     ]
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(name, linear))
+        setattr(model.get_submodule(parent), child, make(linear))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model with the method written down plainly."""
+    _swap(model, PlainQuantizedLinear)
+    return model
 
 
 def _torchao(model: nn.Module) -> nn.Module | None:
@@ -125,5 +143,9 @@ def _torchao(model: nn.Module) -> nn.Module | None:
     except ImportError:
         return None
     config = Float8FakeQuantizeConfig(dtype=torch.float8_e4m3fn, granularity=PerTensor())
-    _swap(model, lambda name, linear: FakeQuantizedLinear.from_linear(linear, config, config))
+    _swap(model, lambda linear: FakeQuantizedLinear.from_linear(linear, config, config))
     return model
+
+
+# Models with all linears quantized by others' means, made in place; None where the means are missing.
+COMPARATORS = {"all, plain PyTorch": _plain, "all, torchao FP8 QAT": _torchao}

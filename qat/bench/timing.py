@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -71,4 +71,6 @@ def _child(pipe, work, arguments) -> None:
     if torch.cuda.is_available():
         pipe.send(float(torch.cuda.max_memory_allocated()))
     else:
-        pipe.send(1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        # Not getrusage's: that counts what the process was forked from.
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        pipe.send(1024.0 * int(status["VmHWM"].split()[0]))
