@@ -54,15 +54,16 @@ class Input:
 
     def __init__(self, quantizer: Quantizer):
         self.quantizer, self.users = quantizer, 1
-        self._source, self._left, self._rounded = None, 0, None
+        self._source, self._emit, self._left, self._rounded = None, "", 0, None
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
         """x: any shape -> its operand in `dtype` and the mask of the STE (see `Quantizer`)."""
         emit = "codes" if torch.is_grad_enabled() else "values"  # codes are for the backward pass
         if self.users == 1:
             return self.quantizer(x.to(dtype), emit)
-        if self._source is not x:
-            self._source, self._left, self._rounded = x, self.users, self.quantizer(x.to(dtype), emit)
+        if self._source is not x or self._emit != emit:
+            self._source, self._emit, self._left = x, emit, self.users
+            self._rounded = self.quantizer(x.to(dtype), emit)
         rounded, self._left = self._rounded, self._left - 1
         if not self._left:
             self._source = self._rounded = None

@@ -62,6 +62,8 @@ class _Session:
         torch.manual_seed(cfg.seed)
         self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
         self.bank, self.coverage = convert(self.model, cfg)
+        if cfg.budget.compile:
+            torch._dynamo.reset()  # a sweep trains many runs in one process, and graphs of one code are limited
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.corpus = data.corpus(cfg.data, cfg.seed)

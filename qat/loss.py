@@ -27,7 +27,10 @@ def token_losses(
         return _cross_entropy(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
     hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state[:, : labels.shape[1]]
     parts = zip(hidden.flatten(0, 1).chunk(pieces), labels.flatten().chunk(pieces), strict=True)
-    losses = [checkpoint(_head_losses, head, rows, wanted, use_reentrant=False) for rows, wanted in parts]
+    losses = [
+        checkpoint(_head_losses, head, rows, wanted, use_reentrant=False, preserve_rng_state=False)
+        for rows, wanted in parts
+    ]
     return torch.cat(losses).view(labels.shape)
 
 

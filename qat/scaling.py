@@ -64,7 +64,7 @@ class Phase(Enum):
     OFF = "off"  # BF16: no rounding; amax observed if the configuration says so
     FIRST = "first"  # quantizing before there is a history: each tensor scales by its own amax
     ON = "on"
-    FROZEN = "frozen"  # evaluation: rounding with the scales as they are, nothing observed
+    FROZEN = "frozen"  # evaluation: nothing observed, so scales stay; `current` has each tensor's own even then
 
 
 class ScaleBank:
@@ -79,7 +79,7 @@ class ScaleBank:
     def __init__(self, names: list[str], targets: list[float], cfg: Config, device: torch.device | str = "cpu"):
         self.names, self.cfg = names, cfg.scaling
         self.settle_steps = round(cfg.scaling.settle * cfg.steps)
-        self.observe_when_off = cfg.scaling.observe_in_warmup
+        self.observe_when_off = cfg.scaling.observe_in_warmup and not cfg.scaling.discard_after_warmup
         self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
         self.history = torch.zeros(entries(cfg.scaling), len(names), device=device)
         self.observed = torch.zeros(len(names), device=device)
@@ -139,8 +139,9 @@ class ScaleBank:
             dist.all_reduce(self.observed, op=dist.ReduceOp.MAX)
         quantizing = self.phase in (Phase.FIRST, Phase.ON)
         if quantizing or self.observing:
-            self._write(torch.ones_like(self.filled) if sound is None else sound.to(self.filled.dtype))
-            self._update_scale(step)
+            advance = torch.ones_like(self.filled) if sound is None else sound.to(self.filled.dtype)
+            self._write(advance)
+            self._update_scale(step, advance)
             self.primed = True
             self.ticks += quantizing
         if self.phase is Phase.FIRST and self.cfg.tick == "call":
@@ -158,7 +159,7 @@ class ScaleBank:
         self.position.add_(advance).remainder_(len(self.history))
         self.filled.add_(advance).clamp_(max=len(self.history))
 
-    def _update_scale(self, step: int) -> None:
+    def _update_scale(self, step: int, advance: torch.Tensor) -> None:
         settling = step <= self.settle_steps
         if not settling and self.ticks % self.cfg.update_every:
             return
@@ -168,7 +169,7 @@ class ScaleBank:
         newest_first = self.history[(self.position - 1 - age) % len(self.history)]
         used = torch.where((age < self.filled)[:, None], newest_first, 0.0)
         predicted = PREDICTORS[algo](used, self.filled, self.cfg.alpha)
-        self.scale.copy_(to_scale(predicted, self.targets, self.scale))
+        self.scale.copy_(torch.where(advance > 0, to_scale(predicted, self.targets, self.scale), self.scale))
 
     @contextlib.contextmanager
     def frozen(self):

@@ -1,7 +1,7 @@
 """One optimizer step in four acts: accumulate gradients, clip and check them, update, commit the scales.
 
-Nothing in a step waits for the device: whether its gradient is finite is decided there, and the step that is not
-leaves weights, moments and scales as they were. Who reads the result, waits.
+Nothing in a step waits for the device: whether its gradient is finite is decided there, and if not, the step leaves
+weights, moments and (with a tick a step) scales as they were. Who reads the result, waits.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
+        # Sums of BF16 products are to be rounded once.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._losses = token_losses
         if cfg.budget.compile:
             self._losses = torch.compile(token_losses, fullgraph=True, dynamic=False)
@@ -72,6 +74,7 @@ class Trainer:
         lr = self._update(number, sound)
         if self.bank is not None and self.cfg.scaling.tick == "step":
             overshoot = self._commit(number, overshoot, sound)
+        self._round_weights()  # for the next step, while a GPU has yet to finish this one
         return StepResult(loss, grad_norm, sound, lr, tokens, overshoot)
 
     def _accumulate(self, number: int, micro_batches: list[torch.Tensor], probed: bool):
@@ -94,12 +97,15 @@ class Trainer:
         # The first quantized step has no history and is made of other operations: one step is not worth a compilation.
         eager = probed or (self.bank is not None and self.bank.phase is Phase.FIRST)
         losses = token_losses if eager else self._losses
-        if self.bank is not None and self.bank.phase is not Phase.OFF:
-            dtype = torch.bfloat16 if self.arithmetic == "bf16" else None
-            for linear in self._linears:
-                linear.round_weight(dtype or linear.weight.dtype)
+        if not eager:
+            self._round_weights()  # for the first step after a start; compiled code does not
         with runtime.autocast(self.arithmetic):
             return losses(self.model, tokens, shift, self.cfg.budget.largest_logits)
+
+    def _round_weights(self) -> None:
+        if self.bank is not None and self.bank.phase is Phase.ON:
+            for linear in self._linears:
+                linear.round_weight(torch.bfloat16 if self.arithmetic == "bf16" else linear.weight.dtype)
 
     def _commit(self, number: int, overshoot: torch.Tensor | None, sound: torch.Tensor | None = None) -> torch.Tensor:
         """One tick of the bank; returns the largest overshoot of each tensor so far in this step."""

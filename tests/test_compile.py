@@ -9,18 +9,18 @@ import torch
 
 from qat import models
 from qat.convert import convert
-from qat.runs import baseline_of
 from qat.step import Trainer
 
 
-def tokens(seed: int) -> torch.Tensor:
-    return torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(seed))
+def tokens(cfg, seed: int) -> torch.Tensor:
+    shape = cfg.budget.micro_batch, 33
+    return torch.randint(257, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def trained(cfg, steps: int) -> tuple[list[float], Trainer]:
     model, _ = models.load(cfg.model, cfg.seed)
     trainer = Trainer(model, convert(model, cfg)[0], cfg)
-    return [trainer.step(number, [tokens(number)]).loss.item() for number in range(1, steps + 1)], trainer
+    return [trainer.step(number, [tokens(cfg, number)]).loss.item() for number in range(1, steps + 1)], trainer
 
 
 @pytest.fixture
@@ -46,6 +46,9 @@ VARIANTS = {
     "descaled, by call": ("experiment=exp8", "quant.operands=descaled", "scaling.tick=call"),
     "fp8_e4m3": ("experiment=exp8", "quant=fp8_e4m3"),
     "BF16 warmup": ("experiment=exp8", "warmup.bf16=0.5", "scaling.discard_after_warmup=false"),
+    "fp8 products": ("experiment=exp8", "quant.gemm=fp8"),
+    "BF16 arithmetic": ("experiment=exp8", "budget.arithmetic=bf16"),
+    "in pieces": ("experiment=exp8", "budget.largest_logits=65536"),
     "bf16": ("quant=bf16",),
 }
 
@@ -53,6 +56,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_graph_gives_the_eager_numbers(config, traced, variant):
     cfg = config(*VARIANTS[variant], **{"optim.lr": 1e-3})
+    cfg.budget.micro_batch = 12 if variant == "in pieces" else 2
     steps = 9 if variant == "BF16 warmup" else 4
     if variant != "BF16 warmup":
         cfg.warmup.bf16 = 0.0
@@ -70,7 +74,7 @@ def test_one_graph_gives_the_eager_numbers(config, traced, variant):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("variant", ["max", "all linears", "current", "bf16"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("descaled, by call", "BF16 warmup")])
 def test_a_step_never_waits_for_the_gpu(config, variant, compile):
     cfg = config(*VARIANTS[variant], **{"budget.compile": compile})
     cfg.warmup.bf16 = 0.0
@@ -78,14 +82,14 @@ def test_a_step_never_waits_for_the_gpu(config, variant, compile):
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results = [trainer.step(number, [tokens(number)]) for number in range(4, 7)]
+        results = [trainer.step(number, [tokens(cfg, number)]) for number in range(4, 7)]
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert all(result.sound and result.loss.isfinite() for result in results)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["max", "all linears"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_inductor_gives_the_eager_numbers(config, variant):
     cfg = config(*VARIANTS[variant], **{"optim.lr": 1e-3})
     eager, _ = trained(cfg, 6)
@@ -95,7 +99,8 @@ def test_inductor_gives_the_eager_numbers(config, variant):
 
 
 def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatch):
-    """What would wait on a GPU: `.item()`, `.tolist()`, a tensor as a condition. Fused CPU kernels may read."""
+    """What would wait on a GPU, as far as Python shows it: `.item()`, `.tolist()`, a tensor as a condition. Fused CPU
+    kernels may read."""
     cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
     _, trainer = trained(cfg, 2)
     monkeypatch.setattr("qat.kernels._fused", lambda *_: None)
@@ -106,6 +111,6 @@ def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatc
             raise AssertionError(f"a step called {name} on a tensor")
 
         monkeypatch.setattr(torch.Tensor, name, read)
-    result = trainer.step(3, [tokens(3)])
+    result = trainer.step(3, [tokens(cfg, 3)])
     monkeypatch.undo()
-    assert result.sound and baseline_of(cfg).quantized is False
+    assert result.sound

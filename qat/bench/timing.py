@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -71,6 +72,13 @@ def _child(pipe, work, arguments) -> None:
     if torch.cuda.is_available():
         pipe.send(float(torch.cuda.max_memory_allocated()))
     else:
-        # Not getrusage's: that counts what the process was forked from.
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        pipe.send(1024.0 * int(status["VmHWM"].split()[0]))
+        pipe.send(_largest_resident())
+
+
+def _largest_resident() -> float:
+    """Bytes. Linux's getrusage would also count what the process was forked from."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        facts = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024.0 * int(facts["VmHWM"].split()[0])
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS: bytes

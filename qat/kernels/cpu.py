@@ -166,6 +166,7 @@ def _flat(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(-1).view(_INTEGER.get(tensor.dtype, tensor.dtype)).numpy()
 
 
+@functools.cache
 def _float_bits(value: float) -> np.int32:
     return np.float32(value).view(np.int32)
 

@@ -27,12 +27,10 @@ def _round(scaled, clip, beyond):
     distance = tl.abs((clipped >> 23) - 127)
     dropped = 20 + (distance >= 4).to(tl.int32) + (distance >= 8).to(tl.int32) + (distance >= 16).to(tl.int32)
     unit = tl.full(bits.shape, 1, tl.int32) << dropped
-    rounded = (clipped + (unit >> 1)) & -unit
-    tiny = tl.where(clipped >= 0x34000000, 0x34800000, 0)  # 2^-23 -> 2^-22
-    rounded = tl.where(clipped < 0x34800000, tiny, rounded)
-    rounded = tl.where(rounded > 0x47000000, beyond, rounded)  # 2^15
+    rounded = tl.maximum((clipped + (unit >> 1)) & -unit, 0x34800000)  # the smallest value, 2^-22
+    rounded = tl.where(clipped >= 0x47200000, beyond, rounded)  # 1.25 * 2^15
     rounded = tl.where(size > 0x7F800000, size, rounded)  # NaN stays
-    return tl.where((bits < 0) & (rounded != 0), rounded | -0x80000000, rounded)
+    return tl.where(clipped >= 0x34000000, rounded | (bits & -0x80000000), 0)  # below 2^-23 is zero
 
 
 @triton.jit
@@ -74,7 +72,7 @@ def _quantize(x, scale, observed, out, codes, elements, clip, beyond, EMIT: tl.c
     wide = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if observed is not None:
         # NaN bits are the largest of all, as integers.
-        tl.atomic_max(observed, tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
+        tl.atomic_max(observed, tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), sem="relaxed")
     bits = _round(wide * tl.load(scale), clip, beyond)
     values = bits.to(tl.float32, bitcast=True)
     if EMIT == "e4m3":
@@ -123,6 +121,7 @@ def _grid(elements: int) -> tuple[int]:
     return (max(1, triton.cdiv(elements, _BLOCK)),)
 
 
+@functools.cache
 def _float_bits(value: float) -> int:
     return torch.tensor(value, dtype=torch.float32).view(torch.int32).item()
 
