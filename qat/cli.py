@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config import Config, ConfigError, UserError, register
 from qat.runtime import ROOT, arithmetic
+from qat.stops import REQUEUE, Preempted
 from qat.validate import validate
 
 CONF = str(ROOT / "conf")
@@ -32,29 +34,39 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
     # Hydra prints its own multi-line account of an error unless it is told to raise; we say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     failures: list[str] = []
-
-    composed = []
+    jobs: list[tuple[str, str | None]] = []  # words of each job, and why it failed
 
     def job(cfg: DictConfig) -> None:
-        composed.append(True)
+        jobs.append((" ".join(HydraConfig.get().overrides.task), None))
+        reason = None
         try:
             work(typed(cfg), cfg)
         except UserError as error:
-            failures.append(str(error))
+            reason = str(error)
         except OmegaConfBaseException as error:
-            failures.append(explain(error))
+            reason = explain(error)
         except OSError as error:  # a full disk, a folder without permission
-            failures.append(f"{error.filename or 'system'}: {error.strerror or error}")
+            reason = f"{error.filename or 'system'}: {error.strerror or error}"
+        if reason:
+            jobs[-1] = jobs[-1][0], reason
+            failures.append(reason)
 
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if composed and isinstance(error, ValueError):  # not Hydra's: a defect of ours, to be seen whole
+        if jobs and isinstance(error, ValueError):  # not Hydra's: a defect of ours, to be seen whole
             raise
         failures.append(explain(error))
+    except Preempted as stop:
+        print(f"\n{stop}: saved; the same command continues", file=sys.stderr)
+        sys.exit(REQUEUE)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    if len(jobs) > 1:
+        print("\nsweep:")
+        for words, reason in jobs:
+            print(f"  {'failed' if reason else 'done':<6}  {words}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:

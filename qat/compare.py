@@ -167,13 +167,17 @@ def _refuse_unequal(run: Run, baseline: Run, what: str, ours, theirs) -> None:
 def _loss(run: Run, baseline: Run) -> dict:
     ours, theirs = run.metrics(), baseline.metrics()
     steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
-    q, b = [row["loss"] for row in ours], [row["loss"] for row in theirs]
-    ape = loss_ape(q, b)
     if steps[0] != steps[1]:
         raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
+    # A step whose loss was not finite, in either, has none to compare.
+    pairs = [(q["loss"], b["loss"]) for q, b in zip(ours, theirs, strict=True)]
+    pairs = [pair for pair in pairs if None not in pair]
+    q, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    ape = loss_ape(q, b)
     tail = max(1, round(len(q) / 10))
     last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
-    return {"steps": len(q), "ape": ape, **last, "passes": ape < APE_MARK}
+    skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
+    return {"steps": len(q), "skipped": skipped, "ape": ape, **last, "passes": ape < APE_MARK}
 
 
 def _heldout(text: str, mode: str, own: dict, reference: dict) -> dict:
@@ -263,7 +267,10 @@ def loss_text(comparison: dict) -> str:
     loss = comparison["loss"]
     mark = f"{'below' if loss['passes'] else 'over'} the {APE_MARK} % mark"
     ends = f"final loss {loss['final']:.4f}, BF16 {loss['final_baseline']:.4f}"
-    return f"Loss APE {loss['ape']:.3f} % ({mark}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}."
+    skipped = f" {loss['skipped']} steps were skipped for want of a finite gradient." if loss.get("skipped") else ""
+    return (
+        f"Loss APE {loss['ape']:.3f} % ({mark}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}.{skipped}"
+    )
 
 
 def heldout_text(row: dict) -> str:

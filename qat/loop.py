@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from qat import checkpoint, data, models, runtime, tracking
+from qat import checkpoint, data, models, runtime, stops, tracking
 from qat.config import Config, UserError
 from qat.convert import convert
 from qat.formats import TOLERANCE
@@ -57,7 +57,7 @@ class _Session:
     """One process's work on a run: state that lives between steps."""
 
     def __init__(self, cfg: Config, run: Run):
-        self.cfg, self.run, self.done = cfg, run, 0
+        self.cfg, self.run, self.done, self.skipped = cfg, run, 0, 0  # skipped: in a row, until now
         runtime.keep_freed_memory()
         torch.manual_seed(cfg.seed)
         self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
@@ -86,6 +86,8 @@ class _Session:
                 torch.set_rng_state(tensors["rng"]["cpu"])
         for name in _ROWS:
             self.run.keep_rows(name, self.done)
+        for row in self.run.metrics():
+            self.skipped = self.skipped + 1 if row.get("skipped") else 0
         return data.TokenStream(self.corpus, self.tokenizer, cursor)
 
     def steps(self, log) -> Iterator[int]:
@@ -93,7 +95,8 @@ class _Session:
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
-        with run.append("metrics.jsonl") as metrics, run.append("telemetry.jsonl") as telemetry, _bar(self) as bar:
+        files = run.append("metrics.jsonl"), run.append("telemetry.jsonl")
+        with files[0] as metrics, files[1] as telemetry, _bar(self) as bar, stops.noticed() as signalled:
             for step in range(self.done + 1, cfg.steps + 1):
                 self._announce(step, bar)
                 row, probed = self._step(step)
@@ -104,8 +107,10 @@ class _Session:
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
                 bar.update()
                 yield step
-                if step % cfg.budget.checkpoint_every == 0 and step < cfg.steps:
+                if step < cfg.steps and (signalled() or step % cfg.budget.checkpoint_every == 0):
                     self._save()
+                    if signalled():
+                        raise stops.Preempted(f"{signalled()} after step {step} of {cfg.steps}")
 
     def _introduce(self) -> None:
         cfg, arithmetic = self.cfg, self.trainer.arithmetic
@@ -137,31 +142,45 @@ class _Session:
         probe = Probe(self.model, self.bank, self.cfg)
         with probe.attached():
             result = self.trainer.step(step, batches, probed=True)
-        return self._row(step, result, started), [*probe.rows(step), updates.row(step)]
+        row = self._row(step, result, started)
+        return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
         seconds = time.perf_counter() - started
-        if not (result.sound and math.isfinite(loss)):
-            raise UserError(
-                f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed; "
-                f"lower optim.lr={self.cfg.optim.lr:g} or change quant.overflow={self.cfg.quant.overflow}"
-            )
+        sound = bool(result.sound)
+        self._count_skipped(step, sound, loss)
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
         overshoot = result.overshoot if quantized else None
         return {
             "step": step,
-            "loss": loss,
+            "loss": loss if math.isfinite(loss) else None,
             "lr": result.lr,
-            "grad_norm": float(result.grad_norm),
+            "grad_norm": float(result.grad_norm) if sound else None,
+            "skipped": not sound,
             "tokens": result.tokens * step,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
             "epoch": self.stream.epoch,
             "quantized": quantized,
-            "overshoot_max": None if overshoot is None else float(overshoot.max()),
+            "overshoot_max": None if overshoot is None or not sound else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }
+
+    def _count_skipped(self, step: int, sound: bool, loss: float) -> None:
+        """A step without a finite gradient changed nothing; too many in a row will not mend themselves."""
+        self.skipped = 0 if sound else self.skipped + 1
+        if sound:
+            return
+        if self.bank is not None and not self.bank.filled:
+            self.bank.primed = False  # it was the first quantized step: the next one is
+        said = f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed"
+        if self.skipped > self.cfg.optim.max_skipped:
+            raise UserError(
+                f"{said}, {self.skipped} in a row; lower optim.lr={self.cfg.optim.lr:g} or change "
+                f"quant.overflow={self.cfg.quant.overflow}"
+            )
+        print(f"\nwarning: {said}", flush=True)
 
     def _save(self) -> None:
         tensors = {

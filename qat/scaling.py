@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from qat import kernels
-from qat.config import Config, ScalingConfig
+from qat.config import Config, ScalingConfig, UserError
 
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -188,15 +188,24 @@ class ScaleBank:
         return {"history": self.history, "scale": self.scale, "counters": counters}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore a saved bank exactly. Errors: ValueError when it belongs to other tensors or another window."""
-        if state["history"].shape != self.history.shape:
-            raise ValueError(
-                f"the saved amax history is {tuple(state['history'].shape)} (window, tensors), this run's "
-                f"{tuple(self.history.shape)}: resume with the configuration the checkpoint was made with"
+        """Restore a saved bank: exactly, or from another window its newest entries. Errors: UserError when it belongs
+        to other tensors."""
+        history, (filled, position, ticks) = state["history"], state["counters"].tolist()
+        window, tensors = history.shape
+        if tensors != len(self):
+            raise UserError(
+                f"the saved scales are of {tensors} tensors, this run has {len(self)}: resume with the configuration "
+                f"the checkpoint was made with"
             )
-        self.history.copy_(state["history"])
+        if window != len(self.history):
+            kept = min(filled, len(self.history))
+            print(f"  amax history of window {window}: the newest {kept} of {filled} entries are kept", flush=True)
+            oldest_first = history[(position - kept + torch.arange(kept)) % window]
+            history = torch.zeros(self.history.shape)
+            history[:kept] = oldest_first
+            filled, position = kept, kept % len(self.history)
+        self.history.copy_(history)
         self.scale.copy_(state["scale"])
-        filled, position, ticks = state["counters"]
-        self.filled.copy_(filled)
-        self.position.copy_(position)
-        self.primed, self.ticks = bool(filled), int(ticks)
+        self.filled.fill_(filled)
+        self.position.fill_(position)
+        self.primed, self.ticks = filled > 0, ticks

@@ -37,6 +37,7 @@ _RANGES = [
     ("optim.weight_decay", 0, 10),
     ("optim.clip", 1e-12, _INF),
     ("optim.lr_warmup", 0, 1),
+    ("optim.max_skipped", 0, _INF),
     ("quant.bf16_blocks", 0, _INF),
     ("quant.target_activation", 2**-22, 57344),
     ("quant.target_weight", 2**-22, 57344),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import json
@@ -76,8 +77,9 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
 
 
-def pytest_unconfigure(config):
-    """Where torch.compile was used, Triton's C++ side ends a process with pages on what it did not free."""
+@atexit.register
+def _let_triton_end_in_silence():
+    """Where torch.compile was used, its C++ side fills pages with what it did not free."""
     if "triton" in sys.modules:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

@@ -38,6 +38,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
+SMALL = ("model.blocks=3", "model.architecture.num_hidden_layers=3", "quant.bf16_blocks=1")
 VARIANTS = {
     "max": ("experiment=exp8",),
     "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.bf16_blocks=0"),
@@ -55,7 +56,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_graph_gives_the_eager_numbers(config, traced, variant):
-    cfg = config(*VARIANTS[variant], **{"optim.lr": 1e-3})
+    cfg = config(*SMALL, *VARIANTS[variant], **{"optim.lr": 1e-3})
     cfg.budget.micro_batch = 12 if variant == "in pieces" else 2
     steps = 9 if variant == "BF16 warmup" else 4
     if variant != "BF16 warmup":

@@ -11,6 +11,7 @@ from qat import hif8
 from qat.formats import FORMATS, TOLERANCE, to_e4m3
 from tests.test_formats import inputs, statistics_by_hand
 
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, of Inf and NaN
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EDGES = {"clip": (15.0, 2.0**15), "saturate": (float("inf"), 2.0**15), "inf": (float("inf"), float("inf"))}
 

@@ -196,6 +196,28 @@ def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, co
     assert result(run) == result(Run.of(reference(PAPER)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_that_asks_gets_a_saved_run_and_a_code_to_requeue_on(texts, configure, tmp_path, number):
+    words = [*TINY, *LONG, "data.source=files", f"data.path={texts}", f"{RUNS}={tmp_path}"]
+    words += ["budget.checkpoint_every=1000"]  # nothing but the signal makes it save
+    run = Run.of(configure(tmp_path, *LONG))
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 240
+        while len(run.metrics()) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(number)
+        stderr = process.stderr.read().decode()
+    assert process.returncode == 75, stderr
+    rows = len(run.metrics())
+    said = f"{number.name} after step {rows} of 24"
+    assert stderr.splitlines()[-1] == f"{said}: saved; the same command continues"
+    assert run.status() == {"state": "stopped", "step": rows, "steps": 24, "reason": said}
+    assert checkpoint.latest(run.checkpoints)[1]["step"] == rows
+    loop.train(configure(tmp_path, *LONG))
+    assert result(run) == result(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
+
+
 def test_a_killed_process_loses_nothing_but_time(texts, configure, tmp_path):
     """SIGKILL of the real command in the middle of a step, then the same configuration here."""
     words = [*TINY, *LONG, "data.source=files", f"data.path={texts}", f"{RUNS}={tmp_path}"]
@@ -218,26 +240,45 @@ def test_a_killed_process_loses_nothing_but_time(texts, configure, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_so(config, monkeypatch):
-    cfg = config(**{"quant.format": "none"})
+def spoil(numbers, monkeypatch) -> None:
+    """Make the loss of these steps NaN."""
     real = Trainer.step
 
     def step(self, number, batches, **how):
-        if number == 6:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(self, "_losses", lambda *_: self.model.lm_head.weight.sum() * float("nan"))
-                return real(self, number, batches, **how)
-        return real(self, number, batches, **how)
+        if number not in numbers:
+            return real(self, number, batches, **how)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "_losses", lambda *_: self.model.lm_head.weight.sum() * float("nan"))
+            return real(self, number, batches, **how)
 
     monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_say_so(config, monkeypatch):
+    cfg = config(**{"quant.format": "none", "optim.max_skipped": 2})
+    spoil((6, 7, 8), monkeypatch)
     with pytest.raises(UserError) as caught:
         loop.train(cfg)
     line = str(caught.value)
-    assert line.startswith("step 6: the gradient is not finite (loss nan)") and "\n" not in line
-    assert "lower optim.lr=0.0001" in line
+    assert line.startswith("step 8: the gradient is not finite (loss nan)") and "\n" not in line
+    assert "3 in a row; lower optim.lr=0.0001" in line
     run = Run.of(cfg)
-    assert run.status() == {"state": "failed", "step": 5, "steps": 12, "reason": line}
-    assert len(run.metrics()) == 5 and checkpoint.latest(run.checkpoints)[1]["step"] == 4
+    assert run.status() == {"state": "failed", "step": 7, "steps": 12, "reason": line}
+    assert [row["skipped"] for row in run.metrics()] == [False] * 5 + [True] * 2
+    assert checkpoint.latest(run.checkpoints)[1]["step"] == 4
+
+
+def test_a_step_without_a_finite_loss_is_skipped_and_counted(config, monkeypatch, capsys):
+    cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
+    spoil((3,), monkeypatch)
+    run = loop.train(cfg)
+    row = run.metrics()[2]
+    assert run.finished and (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, True)
+    assert sum(row["skipped"] for row in run.metrics()) == 1
+    assert "warning: step 3: the gradient is not finite (loss nan), weights were not changed" in capsys.readouterr().out
+    scales = checkpoint.latest(run.checkpoints)[0]["scales"]
+    assert scales["counters"].tolist()[0] == cfg.steps - 1  # eleven entries in the history, not twelve
+    assert all(tensor.isfinite().all() for tensor in checkpoint.latest(run.checkpoints)[0]["model"].values())
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(config):
