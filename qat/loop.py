@@ -104,7 +104,7 @@ class _Session:
                 telemetry(probed)
                 log(row, step)
                 self.done = step
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
+                bar.set_postfix_str(_progress(row))
                 bar.update()
                 yield step
                 if step < cfg.steps and (signalled() or step % cfg.budget.checkpoint_every == 0):
@@ -207,3 +207,8 @@ class _Session:
 def _bar(session: _Session) -> tqdm:
     steps, done = session.cfg.steps, session.done
     return tqdm(total=steps, initial=done, desc="  training", unit="step", dynamic_ncols=True, mininterval=1.0)
+
+
+def _progress(row: dict) -> str:
+    loss = "skipped" if row["skipped"] else f"{row['loss']:.4f}"
+    return f"loss {loss}, {row['tokens_per_second']:.0f} tokens/s"

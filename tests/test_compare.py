@@ -101,6 +101,7 @@ def test_compare_by_hand(runs):
     assert [result[key] for key in ("run", "baseline", "untouched", "benchmark")] == ["run", "base", None, "quick"]
     assert result["loss"] == {
         "steps": 2,
+        "skipped": 0,
         "ape": pytest.approx(35),
         "ape_last_tenth": pytest.approx(50),
         "final": 3.0,
