@@ -22,7 +22,7 @@ from qat.scaling import Phase, ScaleBank
 @dataclass
 class StepResult:
     """Of one step, as device tensors or plain numbers: mean loss in nats a token; gradient norm before clipping;
-    whether the norm was finite, without which nothing was changed; learning rate; tokens trained on; overshoot of every
+    whether both were finite, without which nothing was changed; learning rate; tokens trained on; overshoot of every
     quantized tensor ([tensors] FP32, None in BF16)."""
 
     loss: torch.Tensor
@@ -70,7 +70,7 @@ class Trainer:
             self.bank.begin_step(number, self.first_quantized_step)
         loss, tokens, overshoot = self._accumulate(number, micro_batches, probed)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
-        sound = grad_norm.isfinite()
+        sound = grad_norm.isfinite() & loss.isfinite()
         lr = self._update(number, sound)
         if self.bank is not None and self.cfg.scaling.tick == "step":
             overshoot = self._commit(number, overshoot, sound)

@@ -1,0 +1,71 @@
+"""The benchmark: what it compares is comparable, and its table says what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qat import bench
+from qat.bench import steps, table, timing
+from qat.bench.plain import fake_quantize
+from qat.config import ConfigError
+from qat.formats import FORMATS
+
+
+def test_the_plain_comparator_rounds_as_we_do():
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-8, 0, 20_000)
+    history: list[float] = []
+    for factor in (1.0, 3.0, 0.1):  # the first by its own amax, then by the largest so far, clipped
+        scale = torch.tensor(15.0) / (max(history) if history else x.abs().max())
+        ours = FORMATS["hif8"].quantize(factor * x * scale, "clip", 15.0) / scale
+        torch.testing.assert_close(fake_quantize(factor * x, history), ours, rtol=1e-6, atol=1e-12)
+    assert len(history) == 3
+
+
+def test_ratios_are_of_the_same_round():
+    assert timing.ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 4.0]}, "a", "b") == (2.0, 1.0, 3.0)
+
+
+def test_memory_is_that_of_the_work_alone():
+    held = torch.ones(2**26)  # 256 MiB in this process, which the other must not count
+    small, large = (timing.peak_memory(torch.ones, size) for size in (1, 2**26))
+    assert held.numel() * 4 * 0.9 < large - small < held.numel() * 4 * 1.5
+
+
+def test_the_table_holds_what_was_measured(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_ELEMENTS", {"cpu": 2**14})
+    cfg = config("experiment=exp8", "bench.parts=[steps,kernels]", "bench.rounds=2", f"bench.out={tmp_path}")
+    cfg.bench.steps = ["mlp", "all", "all, plain PyTorch"]
+    page = bench.measure(cfg).read_text()
+    rows = {row["what"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    wanted = {"step: bf16 : bf16", "step: mlp : bf16", "step: all : bf16", "step: all, plain PyTorch : bf16"}
+    assert wanted | {"evaluation: W8A8, all : bf16"} <= rows.keys()
+    assert sum(name.startswith("kernel: ") for name in rows) == 6
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows.values())
+    assert rows["step: bf16 : bf16"]["median"] == 1 and rows["step: all : bf16"]["median"] != 1
+    assert all(name in page for name in rows) and "torch " in page
+
+
+def test_all_variants_train_the_same_parameters(config):
+    cfg = config("experiment=exp8")
+    from qat import models
+
+    model, _ = models.load(cfg.model, cfg.seed)
+    made = steps.Steps(cfg, model)
+    ours = {id(parameter) for parameter in model.parameters()}
+    assert set(made.trainers) >= {"bf16", "mlp", "all", "all, current scaling", "all, plain PyTorch"}
+    for trainer in made.trainers.values():
+        assert {id(parameter) for parameter in trainer.model.parameters()} == ours
+    assert len(made.coverage["all"].linears) == 7 * 8 and len(made.coverage["mlp"].linears) == 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"), [("steps", "al", "did you mean 'all'"), ("parts", "step", "'steps'")]
+)
+def test_unknown_names_are_refused(config, tmp_path, key, value, said):
+    cfg = config(f"bench.out={tmp_path}", "bench.parts=[steps]")
+    setattr(cfg.bench, key, [value])
+    with pytest.raises(ConfigError, match=rf"bench.{key}={value}: .*{said}"):
+        bench.measure(cfg)
