@@ -74,8 +74,8 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	@[ -d $(VENV)/comparators ] || $(PY) -m pip install -q --no-compile --no-deps --target $(VENV)/comparators torchao==0.18.0
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
 
-# Each line below takes less than ten minutes on an H200. On a machine that has PyTorch and what else is needed:
-# make gpu PY=python3 READY= TESTED=
+# One line a part, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what
+# else is needed: make gpu PY=python3 READY= TESTED=
 gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
 	$(PY) -m pytest -n0 -m gpu
 	$(PY) scripts/bench.py $(GPU) bench.out=gpu/steps "bench.parts=[kernels,steps]" "bench.steps=[mlp,all]"

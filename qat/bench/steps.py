@@ -70,7 +70,7 @@ class Steps:
     def __init__(self, cfg: Config, model: nn.Module):
         _check(cfg)
         self.cfg, self.batch = cfg, tokens(cfg, model.config.vocab_size)
-        self.trainers, self.coverage, self.banks = {}, {}, {}
+        self.trainers, self.coverage = {}, {}
         for name, each in settings(cfg).items():
             self._add(name, twin(model), each)
         for name, make in COMPARATORS.items():
@@ -87,7 +87,7 @@ class Steps:
         trainer = Trainer(model, bank, cfg)
         first = next(iter(self.trainers.values()), trainer)
         trainer.optimizer = first.optimizer
-        self.trainers[name], self.banks[name], self.coverage[name] = trainer, bank, coverage
+        self.trainers[name], self.coverage[name] = trainer, coverage
 
     def works(self) -> dict[str, Callable[[], object]]:
         return {name: lambda trainer=trainer: self._step(trainer) for name, trainer in self.trainers.items()}

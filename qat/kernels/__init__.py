@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from qat.formats import FORMATS, TOLERANCE, to_e4m3
+from qat.formats import E4M3_FACTOR, FORMATS, TOLERANCE, to_e4m3
 from qat.kernels import cpu
 
 # What `quantize` returns: the values; the values and their 8-bit codes; or E4M3 bytes of 16 times the values.
@@ -136,7 +136,8 @@ def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str,
     nonzero = size > 0
     lost = nonzero & (rounded == 0)
     bits = FORMATS[format].mantissa_bits(size.clamp(max=target) if overflow == "clip" else size)
-    inexact = FORMATS["fp8_e4m3"].round(16 * rounded, "saturate") != 16 * rounded
+    carried = E4M3_FACTOR * rounded
+    inexact = FORMATS["fp8_e4m3"].round(carried, "saturate") != carried
     counts = [nonzero, *(nonzero & ~lost & (bits == tier) for tier in (3, 2, 1, 0)), size > target * TOLERANCE]
     powers = [scaled.double().square().sum(), (scaled.double() - rounded.double()).square().sum()]
     return torch.stack([count.sum(dtype=torch.float64) for count in (*counts, lost, inexact)] + powers)
