@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from qat import checkpoint, data, models, runtime, stops, tracking
 from qat.config import Config, UserError
 from qat.convert import convert
+from qat.files import flush
 from qat.formats import TOLERANCE
 from qat.runs import Run, baseline_of
 from qat.step import StepResult, Trainer
@@ -46,9 +48,9 @@ def train(cfg: Config) -> Run:
             session.finish()
         except BaseException as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            run.set_status(
-                "stopped" if isinstance(error, KeyboardInterrupt) else "failed", step, cfg.steps, reason=reason
-            )
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened first
+                run.set_status(state, step, cfg.steps, reason=reason)
             raise
     return run
 
@@ -57,7 +59,8 @@ class _Session:
     """One process's work on a run: state that lives between steps."""
 
     def __init__(self, cfg: Config, run: Run):
-        self.cfg, self.run, self.done, self.skipped = cfg, run, 0, 0  # skipped: in a row, until now
+        self.cfg, self.run, self.done, self.final = cfg, run, 0, False
+        self.skipped = 0  # steps in a row, until now
         runtime.keep_freed_memory()
         torch.manual_seed(cfg.seed)
         self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
@@ -71,24 +74,34 @@ class _Session:
 
     def _restore(self) -> data.TokenStream:
         """Continue from the newest sound checkpoint, or start."""
-        found = checkpoint.latest(self.run.checkpoints)
-        cursor = None
+        found = checkpoint.latest(self.run.checkpoints, self.run.id)
         if found is not None:
-            tensors, facts = found
-            with torch.no_grad():
-                for parameter, name in self.names.items():
-                    parameter.copy_(tensors["model"][name])
-            if self.bank is not None:
-                self.bank.load_state_dict(tensors["scales"])
-            self.done, cursor = facts["step"], facts.get("data")
-            if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
-                checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors["optimizer"])
-                torch.set_rng_state(tensors["rng"]["cpu"])
+            with checkpoint.restoring(self.run.checkpoints):
+                self._load(*found)
+        cursor = found[1].get("data") if found else None
         for name in _ROWS:
             self.run.keep_rows(name, self.done)
-        for row in self.run.metrics():
+        rows = self.run.metrics()
+        if [row["step"] for row in rows] != list(range(1, self.done + 1)):
+            raise UserError(
+                f"{self.run.path / 'metrics.jsonl'} is damaged (no row for each of the {self.done} steps done); delete "
+                f"the run folder to make it again"
+            )
+        for row in rows:
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
         return data.TokenStream(self.corpus, self.tokenizer, cursor)
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
+        saved = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
+        for parameter, name in self.names.items():
+            parameter.copy_(saved[name])
+        if self.bank is not None:
+            self.bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
+        self.done, self.final = facts["step"], "final" in facts
+        if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
+            checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
+            torch.set_rng_state(checkpoint.matched(tensors, "rng", {"cpu": torch.get_rng_state()})["cpu"])
 
     def steps(self, log) -> Iterator[int]:
         """Run the steps that are left; yields the number of each when it is done and written."""
@@ -191,17 +204,27 @@ class _Session:
         if self.bank is not None:
             tensors["scales"] = self.bank.state_dict()
         for name in _ROWS:  # a checkpoint must not outlive the rows before it
-            checkpoint.flush(self.run.path / name)
-        checkpoint.save(self.run.checkpoints, self.done, tensors, {"data": self.stream.state()})
+            flush(self.run.path / name)
+        checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(data=self.stream.state()))
         self.run.set_status("running", self.done, self.cfg.steps)
 
     def finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
+        if self.final:  # stopped while the rest was going: not to be written again, where nothing else is left
+            checkpoint.keep_newest(self.run.checkpoints, 1)
+        else:
+            self._save_final()
+        self.run.set_status("finished", self.done, self.cfg.steps)
+
+    def _save_final(self) -> None:
         tensors = {"model": {name: parameter for parameter, name in self.names.items()}}
         if self.bank is not None:
             tensors["scales"] = self.bank.state_dict()
-        checkpoint.save(self.run.checkpoints, self.done, tensors, {"final": True}, keep=1)
-        self.run.set_status("finished", self.done, self.cfg.steps)
+        checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
+
+    def _facts(self, **more) -> dict:
+        """What a checkpoint says of itself: whose it is, and of what its scales are."""
+        return {"run": self.run.id, "scales": self.bank.names if self.bank is not None else None, **more}
 
 
 def _bar(session: _Session) -> tqdm:

@@ -12,15 +12,16 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import runtime
+from qat import files, runtime
 from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
+from qat.validate import validate
 
 # Of these groups, what cannot change a number of training.
 _IRRELEVANT = {
@@ -125,9 +126,34 @@ def _readable(path: Path):
     try:
         yield
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); delete the run folder to make it again"
-        ) from error
+        reason = str(error).splitlines()[0].strip()
+        raise UserError(f"{path} is damaged ({reason}); delete the run folder to make it again") from error
+
+
+def config_of(folder: str) -> Config:
+    """The configuration of a run folder that the user names, with runs_dir where that folder is now. Errors: UserError
+    when it is no run folder, or not the one of its configuration."""
+    run = Run(Path(folder).absolute())
+    cfg = run.typed_config()
+    cfg.runs_dir = str(run.path.parent)
+    if cfg.budget.steps:  # the untouched checkpoint has none
+        validate(cfg)
+    if run.id != run_id(cfg):
+        raise UserError(f"run={folder}: its config.yaml is of {run_id(cfg)}; give the folder that name again")
+    return cfg
+
+
+def _mapping(content, *required: str) -> dict:
+    if not isinstance(content, dict):
+        raise ValueError(f"a mapping was expected, not {type(content).__name__}")
+    for key in required:
+        if key not in content:
+            raise ValueError(f"'{key}' is missing")
+    return content
+
+
+def _json_lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class Run:
@@ -158,7 +184,9 @@ class Run:
     def config(self) -> dict:
         path = self.path / "config.yaml"
         with _readable(path):
-            return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+            if not path.exists():
+                return {}
+            return _mapping(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
 
     def typed_config(self) -> Config:
         """The configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
@@ -168,7 +196,7 @@ class Run:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
 
     def status(self) -> dict:
-        return self._json("status.json")
+        return self._json("status.json", "state", "step", "steps")
 
     def environment(self) -> dict:
         return self._json("environment.json")
@@ -180,38 +208,38 @@ class Run:
         return self._json("comparison.json")
 
     def metrics(self) -> list[dict]:
-        return self._lines(self.path / "metrics.jsonl")
+        return self._lines(self.path / "metrics.jsonl", "step")
 
     def telemetry(self) -> list[dict]:
-        return self._lines(self.path / "telemetry.jsonl")
+        return self._lines(self.path / "telemetry.jsonl", "step")
 
     def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
         return self._lines(self.path / "samples" / benchmark / mode / f"{task}.jsonl")
 
-    def _json(self, name: str) -> dict:
+    def _json(self, name: str, *required: str) -> dict:
         path = self.path / name
         with _readable(path):
-            return json.loads(path.read_text()) if path.exists() else {}
+            return _mapping(json.loads(path.read_text(encoding="utf-8")), *required) if path.exists() else {}
 
     @staticmethod
-    def _lines(path: Path) -> list[dict]:
+    def _lines(path: Path, *required: str) -> list[dict]:
         if not path.exists():
             return []
-        lines = path.read_text().splitlines(keepends=True)
-        # A line without its end was cut off by a kill; the resume writes it again.
         with _readable(path):
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line without its end was cut off by a kill; the resume writes it again.
+            return [_mapping(json.loads(line), *required) for line in lines if line.endswith("\n")]
 
     # Writing --------------------------------------------------------------------------------------------------
 
     def create(self, cfg: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.yaml").exists():
-            self._replace("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+            files.replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
         self.write_json("environment.json", runtime.environment())
 
     def write_json(self, name: str, content: dict) -> None:
-        self._replace(name, json.dumps(content, indent=1))
+        files.replace(self.path / name, json.dumps(content, indent=1))
 
     def set_status(self, state: str, step: int, steps: int, **more) -> None:
         self.write_json("status.json", {"state": state, "step": step, "steps": steps, **more})
@@ -219,29 +247,29 @@ class Run:
     def write_samples(self, benchmark: str, mode: str, task: str, rows: list[dict]) -> None:
         name = Path("samples") / benchmark / mode / f"{task}.jsonl"
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        self._replace(name, "".join(json.dumps(row) + "\n" for row in rows))
+        files.replace(self.path / name, _json_lines(rows))
 
     @contextlib.contextmanager
     def append(self, name: str):
         """A function that appends rows to a JSON-lines file and hands them to the system at once."""
-        with (self.path / name).open("a") as file:
+        path = self.path / name
+        file = path.open("a", encoding="utf-8")
 
-            def write(rows: list[dict]) -> None:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        def write(rows: list[dict]) -> None:
+            with files.naming(path):
+                file.write(_json_lines(rows))
                 file.flush()
 
+        try:
             yield write
+        finally:
+            with files.naming(path):  # what a full disk did not take is tried once more
+                file.close()
 
     def keep_rows(self, name: str, last_step: int) -> None:
         """Drop the rows of steps after `last_step`: a resumed run writes them again."""
-        rows = self._lines(self.path / name)
-        self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
-
-    def _replace(self, name: str | Path, text: str) -> None:
-        path = self.path / name
-        temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        rows = self._lines(self.path / name, "step")
+        files.replace(self.path / name, _json_lines(row for row in rows if row["step"] <= last_step))
 
     @contextlib.contextmanager
     def lock(self):
