@@ -85,6 +85,8 @@ def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, to
     Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero,
     and when one is of another run than `run` or of a later version of the format.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; delete the run folder to train it again")
     candidates = sorted(folder.glob("step-*"), reverse=True)
     for candidate in candidates:
         try:

@@ -56,14 +56,22 @@ class Files(Corpus):
         self.train = [f for f in files if f not in set(self.kept)]
 
     def documents(self, epoch: int) -> Iterator[str]:
-        passages = [p for f in self.train for p in _passages(f.read_text(encoding="utf-8"))]
+        passages = [p for f in self.train for p in self._passages(f)]
         random.Random(f"{self.seed}/{epoch}").shuffle(passages)
         return iter(passages)
 
     def heldout(self) -> Iterator[str]:
         # One passage of each file in turn: a short measurement still sees every held-out file.
-        columns = itertools.zip_longest(*(_passages(f.read_text(encoding="utf-8")) for f in self.kept))
+        columns = itertools.zip_longest(*(self._passages(f) for f in self.kept))
         return (passage for row in columns for passage in row if passage is not None)
+
+    def _passages(self, file: Path) -> list[str]:
+        try:
+            return _passages(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.path={self.cfg.path}: {file.name} is not text in UTF-8 ({error}); convert or remove it"
+            ) from error
 
 
 class Stream(Corpus):
@@ -84,10 +92,18 @@ class Stream(Corpus):
         rest = self._load().skip(HELDOUT_DOCUMENTS)
         shuffled = rest.shuffle(seed=self.seed, buffer_size=self.cfg.shuffle_buffer)
         shuffled.set_epoch(epoch)
-        return (row["text"] for row in shuffled)
+        return self._texts(shuffled)
 
     def heldout(self) -> Iterator[str]:
-        return (row["text"] for row in self._load().take(HELDOUT_DOCUMENTS))
+        return self._texts(self._load().take(HELDOUT_DOCUMENTS))
+
+    def _texts(self, rows) -> Iterator[str]:
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise UserError(
+                    f"data.path={self.cfg.path}: has no column `text` of strings, only {', '.join(row)}; name another"
+                )
+            yield row["text"]
 
 
 def corpus(cfg: DataConfig, seed: int) -> Corpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -79,9 +80,7 @@ class _Session:
             with checkpoint.restoring(self.run.checkpoints):
                 self._load(*found)
         cursor = found[1].get("data") if found else None
-        for name in _ROWS:
-            self.run.keep_rows(name, self.done)
-        rows = self.run.metrics()
+        rows = [row for row in self.run.metrics() if row["step"] <= self.done]
         if [row["step"] for row in rows] != list(range(1, self.done + 1)):
             raise UserError(
                 f"{self.run.path / 'metrics.jsonl'} is damaged (no row for each of the {self.done} steps done); delete "
@@ -89,6 +88,8 @@ class _Session:
             )
         for row in rows:
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
+        for name in _ROWS:
+            self.run.keep_rows(name, self.done)
         return data.TokenStream(self.corpus, self.tokenizer, cursor)
 
     @torch.no_grad()
@@ -148,17 +149,17 @@ class _Session:
         first = self.trainer.first_quantized_step if self.bank is not None else 1
         due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
-            return self._row(step, self.trainer.step(step, batches), started), []
+            return self._row(step, batches, self.trainer.step(step, batches), started), []
         updates = UpdateProbe(self.model, self.bank, self.cfg)
         if self.bank is None:
-            return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
+            return self._row(step, batches, self.trainer.step(step, batches), started), [updates.row(step)]
         probe = Probe(self.model, self.bank, self.cfg)
         with probe.attached():
             result = self.trainer.step(step, batches, probed=True)
-        row = self._row(step, result, started)
+        row = self._row(step, batches, result, started)
         return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
 
-    def _row(self, step: int, result: StepResult, started: float) -> dict:
+    def _row(self, step: int, batches: list[torch.Tensor], result: StepResult, started: float) -> dict:
         loss = float(result.loss)
         seconds = time.perf_counter() - started
         sound = bool(result.sound)
@@ -175,6 +176,7 @@ class _Session:
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
             "epoch": self.stream.epoch,
+            "batch": hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest(),  # which tokens these were
             "quantized": quantized,
             "overshoot_max": None if overshoot is None or not sound else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),

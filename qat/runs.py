@@ -202,7 +202,12 @@ class Run:
         return self._json("environment.json")
 
     def evaluations(self) -> dict:
-        return self._json("eval.json")
+        evaluations = self._json("eval.json")
+        with _readable(self.path / "eval.json"):
+            for modes in evaluations.values():
+                for record in _mapping(modes).values():
+                    _mapping(record)
+        return evaluations
 
     def comparison(self) -> dict:
         return self._json("comparison.json")

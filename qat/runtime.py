@@ -76,7 +76,10 @@ def cache_dir() -> Path:
     """Where converted models and unpacked benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
     base = os.environ.get("HIF8_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hif8-qat"
     path = Path(base)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a cache ({error.strerror}); set HIF8_CACHE to another folder") from error
     return path
 
 
