@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qat import ranks
 from qat.config import UserError
 
 
@@ -72,14 +73,15 @@ def load(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as flat tensors, `<parameter>/<state>`."""
-    return {f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    state = {f"{names[p]}/{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    return {name: ranks.whole(value) for name, value in state.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], saved: dict[str, torch.Tensor]):
     """Put back what `optimizer_tensors` gave."""
     for parameter, name in names.items():
         state = {key.rpartition("/")[2]: t for key, t in saved.items() if key.rpartition("/")[0] == name}
-        optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in state.items()}
+        optimizer.state[parameter] = {key: ranks.shard_like(t, parameter) for key, t in state.items()}
 
 
 def _checksum(path: Path) -> str:

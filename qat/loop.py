@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from qat import checkpoint, data, models, runtime, stops, tracking
+from qat import checkpoint, data, models, ranks, runtime, stops, tracking, watchdogs
 from qat.config import Config, UserError
 from qat.convert import convert
 from qat.formats import TOLERANCE
@@ -17,11 +17,12 @@ from qat.runs import Run, baseline_of
 from qat.step import StepResult, Trainer
 from qat.telemetry import Probe, UpdateProbe
 
-_ROWS = ("metrics.jsonl", "telemetry.jsonl")
+_ROWS = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
 
 
 def train_with_baseline(cfg: Config) -> list[Run]:
     """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
+    ranks.check(cfg)
     plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
     if cfg.quantized and not all(Run.of(each).finished for each in plan):
         convert(models.load(cfg.model, cfg.seed)[0], cfg)  # a scope that matches nothing: said now, not after hours
@@ -29,10 +30,12 @@ def train_with_baseline(cfg: Config) -> list[Run]:
 
 
 def train(cfg: Config) -> Run:
-    """Train, resume or skip the run of `cfg`. Errors: UserError; the folder's status says why it failed."""
+    """Train, resume or skip the run of `cfg`, all ranks together. Errors: UserError; the folder's status says why it
+    failed."""
+    ranks.join()
     run = Run.of(cfg)
     with run.lock():
-        if run.finished:
+        if ranks.shared(run.finished):
             print(f"{run.id}: finished already", flush=True)
             return run
         run.create(cfg)
@@ -66,51 +69,65 @@ class _Session:
             torch._dynamo.reset()  # a sweep trains many runs in one process, and graphs of one code are limited
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.corpus = data.corpus(cfg.data, cfg.seed)
-        self.stream = self._restore()
+        cursor, self.stream = self._restore(), None
+        if ranks.first():  # the others are given theirs
+            self.stream = data.TokenStream(data.corpus(cfg.data, cfg.seed), self.tokenizer, cursor)
+        self.history = None if self.bank is None else watchdogs.History(self.bank)
 
-    def _restore(self) -> data.TokenStream:
-        """Continue from the newest sound checkpoint, or start."""
+    def _restore(self) -> dict | None:
+        """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
         found = checkpoint.latest(self.run.checkpoints)
         cursor = None
         if found is not None:
             tensors, facts = found
             with torch.no_grad():
                 for parameter, name in self.names.items():
-                    parameter.copy_(tensors["model"][name])
+                    parameter.copy_(ranks.shard_like(tensors["model"][name], parameter))
             if self.bank is not None:
-                self.bank.load_state_dict(tensors["scales"])
+                self.bank.load_state_dict(tensors.get(_of_rank("scales", ranks.mine()), tensors["scales"]))
             self.done, cursor = facts["step"], facts.get("data")
             if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
                 checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors["optimizer"])
-                torch.set_rng_state(tensors["rng"]["cpu"])
+                runtime.load_rng_state(tensors.get(_of_rank("rng", ranks.mine()), {}))
+        ranks.check_agreement("the step to continue from", torch.tensor([self.done]))
         for name in _ROWS:
             self.run.keep_rows(name, self.done)
         for row in self.run.metrics():
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
-        return data.TokenStream(self.corpus, self.tokenizer, cursor)
+        self.skipped = ranks.shared(self.skipped)  # the first rank knows: the others may read rows that it drops
+        return cursor
 
     def steps(self, log) -> Iterator[int]:
         """Run the steps that are left; yields the number of each when it is done and written."""
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
-        files = run.append("metrics.jsonl"), run.append("telemetry.jsonl")
-        with files[0] as metrics, files[1] as telemetry, _bar(self) as bar, stops.noticed() as signalled:
+        with (
+            run.append("metrics.jsonl") as metrics,
+            run.append("telemetry.jsonl") as telemetry,
+            run.append("warnings.jsonl") as warnings,
+            _bar(self) as bar,
+            stops.noticed() as signalled,
+        ):
             for step in range(self.done + 1, cfg.steps + 1):
                 self._announce(step, bar)
                 row, probed = self._step(step)
+                found = self._watch(step, row, probed)
                 metrics([row])
                 telemetry(probed)
+                warnings(found)
                 log(row, step)
+                for each in found:
+                    bar.write(f"warning: step {step}: {each['warning']}")
                 self.done = step
                 bar.set_postfix_str(_progress(row))
                 bar.update()
                 yield step
-                if step < cfg.steps and (signalled() or step % cfg.budget.checkpoint_every == 0):
+                stop = ranks.anyone(bool(signalled()))
+                if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
                     self._save()
-                    if signalled():
-                        raise stops.Preempted(f"{signalled()} after step {step} of {cfg.steps}")
+                    if stop:
+                        raise stops.Preempted(f"{signalled() or 'another rank'} after step {step} of {cfg.steps}")
 
     def _introduce(self) -> None:
         cfg, arithmetic = self.cfg, self.trainer.arithmetic
@@ -130,8 +147,7 @@ class _Session:
         """One step: its row of metrics, and its telemetry where that is due: at the first, every k-th and the last
         quantized step."""
         started = time.perf_counter()
-        micro, accumulation = self.cfg.batch
-        batches = [self.stream.micro_batch(micro, self.cfg.budget.seq_len) for _ in range(accumulation)]
+        batches = self._batches()
         first = self.trainer.first_quantized_step if self.bank is not None else 1
         due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
@@ -144,6 +160,12 @@ class _Session:
             result = self.trainer.step(step, batches, probed=True)
         row = self._row(step, result, started)
         return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
+
+    def _batches(self) -> list[torch.Tensor]:
+        """This rank's micro-batches of a step, int64 [sequences, length + 1]."""
+        (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
+        batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
+        return ranks.scattered(batches, accumulation, (micro, length + 1))
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
@@ -161,7 +183,7 @@ class _Session:
             "tokens": result.tokens * step,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
-            "epoch": self.stream.epoch,
+            "epoch": self.stream.epoch if self.stream else None,
             "quantized": quantized,
             "overshoot_max": None if overshoot is None or not sound else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
@@ -182,31 +204,62 @@ class _Session:
             )
         print(f"\nwarning: {said}", flush=True)
 
+    def _watch(self, step: int, row: dict, probed: list[dict]) -> list[dict]:
+        """Warnings of a step: rows of warnings.jsonl."""
+        found = []
+        if step == 1 and row["loss"] is not None:
+            found.append(watchdogs.first_loss(self.cfg, self.model.config.vocab_size, row["loss"]))
+        if self.history is not None and row["quantized"] and not row["skipped"]:
+            if step == self.trainer.first_quantized_step:
+                self.history.begin()
+            self.history.advance(1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // ranks.count())
+        if probed:
+            self._check_agreement()
+            found += [watchdogs.updates(self.cfg, each["updated"]) for each in probed if "updated" in each]
+            found += [self.history.check()] if self.history is not None else []
+        return [{"step": step, "warning": each} for each in found if each]
+
+    def _check_agreement(self) -> None:
+        if self.bank is not None and self.cfg.scaling.sync == "max":
+            ranks.check_agreement("scales", self.bank.scale)
+
     def _save(self) -> None:
-        tensors = {
-            "model": {name: parameter for parameter, name in self.names.items()},
-            "optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names),
-            "rng": {"cpu": torch.get_rng_state()},
-        }
-        if self.bank is not None:
-            tensors["scales"] = self.bank.state_dict()
+        self._check_agreement()
+        tensors = self._trained() | {"optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names)}
+        own = {"rng": runtime.rng_state()}
+        if self.bank is not None and self.cfg.scaling.sync == "none":
+            own["scales"] = {name: tensor.cpu() for name, tensor in self.bank.state_dict().items()}
+        for rank, groups in enumerate(ranks.gathered(own)):
+            tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
+        if not ranks.first():
+            return
         for name in _ROWS:  # a checkpoint must not outlive the rows before it
             checkpoint.flush(self.run.path / name)
         checkpoint.save(self.run.checkpoints, self.done, tensors, {"data": self.stream.state()})
         self.run.set_status("running", self.done, self.cfg.steps)
 
+    def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Parameters and scales, gathered from all ranks."""
+        tensors = {"model": {name: ranks.whole(parameter) for parameter, name in self.names.items()}}
+        return tensors if self.bank is None else tensors | {"scales": self.bank.state_dict()}
+
     def finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
-        tensors = {"model": {name: parameter for parameter, name in self.names.items()}}
-        if self.bank is not None:
-            tensors["scales"] = self.bank.state_dict()
-        checkpoint.save(self.run.checkpoints, self.done, tensors, {"final": True}, keep=1)
+        tensors = self._trained()
+        if ranks.first():
+            checkpoint.save(self.run.checkpoints, self.done, tensors, {"final": True}, keep=1)
         self.run.set_status("finished", self.done, self.cfg.steps)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """What a checkpoint calls a group of tensors that every rank has its own of."""
+    return f"{name}.{rank}" if rank else name
 
 
 def _bar(session: _Session) -> tqdm:
     steps, done = session.cfg.steps, session.done
-    return tqdm(total=steps, initial=done, desc="  training", unit="step", dynamic_ncols=True, mininterval=1.0)
+    look = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
+    return tqdm(total=steps, initial=done, disable=not ranks.first(), **look)
 
 
 def _progress(row: dict) -> str:

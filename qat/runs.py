@@ -1,7 +1,7 @@
 """A run is a folder. Its name is a readable slug and a hash of everything that can change a number.
 
 runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
-            coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
+            warnings.jsonl  coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import runtime
+from qat import ranks, runtime
 from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
 
 # Of these groups, what cannot change a number of training.
@@ -139,7 +139,7 @@ class Run:
     @classmethod
     def of(cls, cfg: Config) -> Run:
         """The folder that belongs to a configuration, whether it exists or not."""
-        return cls(Path(cfg.runs_dir) / run_id(cfg))
+        return (cls if ranks.first() else Onlooker)(Path(cfg.runs_dir) / run_id(cfg))
 
     @property
     def id(self) -> str:
@@ -253,3 +253,19 @@ class Run:
             except OSError as error:
                 raise UserError(f"{self.path}: another process works on this run; wait for it, or stop it") from error
             yield
+
+
+class Onlooker(Run):
+    """A run folder as ranks other than the first see it: they read it and never write."""
+
+    def create(self, cfg: Config) -> None: ...
+
+    def _replace(self, name: str | Path, text: str) -> None: ...
+
+    @contextlib.contextmanager
+    def append(self, name: str):
+        yield lambda rows: None
+
+    @contextlib.contextmanager
+    def lock(self):
+        yield
