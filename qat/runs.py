@@ -185,6 +185,9 @@ class Run:
     def telemetry(self) -> list[dict]:
         return self._lines(self.path / "telemetry.jsonl")
 
+    def warnings(self) -> list[dict]:
+        return self._lines(self.path / "warnings.jsonl")
+
     def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
         return self._lines(self.path / "samples" / benchmark / mode / f"{task}.jsonl")
 
