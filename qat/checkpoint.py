@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qat import files
+from qat import files, ranks
 from qat.config import UserError
 
 # 1 (not written down): no checksum of facts.json, and neither the run's name nor those of its scales.
@@ -162,7 +162,7 @@ def _kind(tensor: torch.Tensor) -> str:
 def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as flat tensors, `<parameter>/<state>`; zeros of a parameter that had no gradient yet."""
     return {
-        f"{name}/{key}": optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like)
+        f"{name}/{key}": ranks.whole(optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like))
         for p, name in names.items()
         for key, like in _moments(p).items()
     }
@@ -176,7 +176,7 @@ def load_optimizer(
     wanted = {f"{name}/{key}": like for p, name in names.items() for key, like in _moments(p).items()}
     saved = matched(tensors, "optimizer", wanted)
     for p, name in names.items():
-        optimizer.state[p] = {key: saved[f"{name}/{key}"].to(p.device) for key in _moments(p)}
+        optimizer.state[p] = {key: ranks.shard_like(saved[f"{name}/{key}"], p) for key in _moments(p)}
 
 
 def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:

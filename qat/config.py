@@ -32,6 +32,7 @@ CHOICES = {
     "scaling.algo": ("current", "most_recent", "exp_smooth", "max"),
     "scaling.tick": ("step", "call"),
     "scaling.sync": ("max", "none"),
+    "budget.parallel": ("ddp", "fsdp"),
     "budget.arithmetic": ("auto", "bf16", "fp32"),
     "logger.name": ("wandb", "local"),
     "logger.mode": ("offline", "online", "disabled"),
@@ -128,6 +129,7 @@ class BudgetConfig:
     steps_factor: float = 1.0  # an experiment's own share of the budget (exp2: half the steps ...)
     batch_factor: float = 1.0  # (... at a quarter of the batch)
     arithmetic: str = "auto"  # auto: BF16 where the processor has it, else FP32
+    parallel: str = "ddp"  # under torchrun: ddp, or fsdp (FSDP2: parameters and Adam moments sharded over the ranks)
     compile: bool = False  # torch.compile of the forward and backward pass; needs a C++ compiler on a CPU
     largest_logits: int = 2**28  # elements; more are made in pieces
     checkpoint_every: int = 100  # steps

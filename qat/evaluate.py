@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat import benchmarks, checkpoint, data, models, runtime
+from qat import benchmarks, checkpoint, data, models, ranks, runtime
 from qat.compare import compare, table
-from qat.config import Config, UserError
+from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
 from qat.runs import Run, baseline_of, untouched_of
 from qat.scaling import Phase
@@ -80,6 +80,8 @@ def evaluate(cfg: Config) -> dict | None:
 
     Returns the comparison with the baseline, which is also written to the run folder (None for a BF16 run).
     """
+    if ranks.count() > 1:
+        raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
     runtime.keep_freed_memory()
     run = Run.of(cfg)
     untouched, baseline = Subject(untouched_of(cfg), Run.of(untouched_of(cfg)), "bf16"), baseline_of(cfg)

@@ -171,9 +171,11 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def round_weight(self, dtype: torch.dtype) -> None:
         """Round the weight, once for every change of it or of the scales and not once a micro-batch."""
+        quantizer = self.quantizers["weight"]
         made_for = (self.weight._version, dtype, self.bank.ticks, self.bank.phase is Phase.FROZEN)
-        if self._rounded_for != made_for or self.quantizers["weight"].probe:
-            self._rounded = self.quantizers["weight"](self.weight.to(dtype))
+        # What is not rounded may be the weight itself, which FSDP takes away after each forward pass.
+        if self._rounded_for != made_for or quantizer.probe or not quantizer.enabled:
+            self._rounded = quantizer(self.weight.to(dtype))
             self._rounded_for = made_for
 
     def _unquantized(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from qat import checkpoint, data, models, runtime, stops, tracking
+from qat import checkpoint, data, models, ranks, runtime, stops, tracking, watchdogs
 from qat.config import Config, UserError
 from qat.convert import convert
 from qat.files import flush
@@ -20,11 +20,12 @@ from qat.runs import Run, baseline_of
 from qat.step import StepResult, Trainer
 from qat.telemetry import Probe, UpdateProbe
 
-_ROWS = ("metrics.jsonl", "telemetry.jsonl")
+_ROWS = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
 
 
 def train_with_baseline(cfg: Config) -> list[Run]:
     """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
+    ranks.check(cfg)
     plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
     if cfg.quantized and not all(Run.of(each).finished for each in plan):
         convert(models.load(cfg.model, cfg.seed)[0], cfg)  # a scope that matches nothing: said now, not after hours
@@ -32,10 +33,12 @@ def train_with_baseline(cfg: Config) -> list[Run]:
 
 
 def train(cfg: Config) -> Run:
-    """Train, resume or skip the run of `cfg`. Errors: UserError; the folder's status says why it failed."""
+    """Train, resume or skip the run of `cfg`, all ranks together. Errors: UserError; the folder's status says why it
+    failed."""
+    ranks.join()
     run = Run.of(cfg)
     with run.lock():
-        if run.finished:
+        if ranks.shared(run.finished):
             print(f"{run.id}: finished already", flush=True)
             return run
         run.create(cfg)
@@ -62,6 +65,7 @@ class _Session:
     def __init__(self, cfg: Config, run: Run):
         self.cfg, self.run, self.done, self.final = cfg, run, 0, False
         self.skipped = 0  # steps in a row, until now
+        self.batch = None  # hash of the tokens of the step
         runtime.keep_freed_memory()
         torch.manual_seed(cfg.seed)
         self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
@@ -70,16 +74,18 @@ class _Session:
             torch._dynamo.reset()  # a sweep trains many runs in one process, and graphs of one code are limited
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.corpus = data.corpus(cfg.data, cfg.seed)
-        self.stream = self._restore()
+        cursor, self.stream = self._restore(), None
+        if ranks.first():  # the others are given theirs
+            self.stream = data.TokenStream(data.corpus(cfg.data, cfg.seed), self.tokenizer, cursor)
+        self.history = None if self.bank is None else watchdogs.History(self.bank)
 
-    def _restore(self) -> data.TokenStream:
-        """Continue from the newest sound checkpoint, or start."""
+    def _restore(self) -> dict | None:
+        """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
         found = checkpoint.latest(self.run.checkpoints, self.run.id)
         if found is not None:
             with checkpoint.restoring(self.run.checkpoints):
                 self._load(*found)
-        cursor = found[1].get("data") if found else None
+        ranks.check_agreement("the step to continue from", torch.tensor([self.done]))
         rows = [row for row in self.run.metrics() if row["step"] <= self.done]
         if [row["step"] for row in rows] != list(range(1, self.done + 1)):
             raise UserError(
@@ -90,41 +96,52 @@ class _Session:
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
         for name in _ROWS:
             self.run.keep_rows(name, self.done)
-        return data.TokenStream(self.corpus, self.tokenizer, cursor)
+        return found[1].get("data") if found else None
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
         saved = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
         for parameter, name in self.names.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(ranks.shard_like(saved[name], parameter))
         if self.bank is not None:
-            self.bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
+            scales = tensors.get(_of_rank("scales", ranks.mine()), tensors.get("scales", {}))
+            self.bank.load_state_dict(scales, facts.get("scales"))
         self.done, self.final = facts["step"], "final" in facts
         if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
             checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
-            torch.set_rng_state(checkpoint.matched(tensors, "rng", {"cpu": torch.get_rng_state()})["cpu"])
+            runtime.load_rng_state(tensors.get(_of_rank("rng", ranks.mine()), {}))
 
     def steps(self, log) -> Iterator[int]:
         """Run the steps that are left; yields the number of each when it is done and written."""
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
-        files = run.append("metrics.jsonl"), run.append("telemetry.jsonl")
-        with files[0] as metrics, files[1] as telemetry, _bar(self) as bar, stops.noticed() as signalled:
+        with (
+            run.append("metrics.jsonl") as metrics,
+            run.append("telemetry.jsonl") as telemetry,
+            run.append("warnings.jsonl") as warnings,
+            _bar(self) as bar,
+            stops.noticed() as signalled,
+        ):
             for step in range(self.done + 1, cfg.steps + 1):
                 self._announce(step, bar)
                 row, probed = self._step(step)
+                found = self._watch(step, row, probed)
                 metrics([row])
                 telemetry(probed)
+                warnings(found)
                 log(row, step)
+                for each in found:
+                    bar.write(f"warning: step {step}: {each['warning']}")
                 self.done = step
                 bar.set_postfix_str(_progress(row))
                 bar.update()
                 yield step
-                if step < cfg.steps and (signalled() or step % cfg.budget.checkpoint_every == 0):
+                stop = ranks.anyone(bool(signalled()))
+                if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
                     self._save()
-                    if signalled():
-                        raise stops.Preempted(f"{signalled()} after step {step} of {cfg.steps}")
+                    if stop:
+                        raise stops.Preempted(f"{signalled() or 'another rank'} after step {step} of {cfg.steps}")
 
     def _introduce(self) -> None:
         cfg, arithmetic = self.cfg, self.trainer.arithmetic
@@ -144,22 +161,28 @@ class _Session:
         """One step: its row of metrics, and its telemetry where that is due: at the first, every k-th and the last
         quantized step."""
         started = time.perf_counter()
-        micro, accumulation = self.cfg.batch
-        batches = [self.stream.micro_batch(micro, self.cfg.budget.seq_len) for _ in range(accumulation)]
+        batches = self._batches()
         first = self.trainer.first_quantized_step if self.bank is not None else 1
         due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
-            return self._row(step, batches, self.trainer.step(step, batches), started), []
+            return self._row(step, self.trainer.step(step, batches), started), []
         updates = UpdateProbe(self.model, self.bank, self.cfg)
         if self.bank is None:
-            return self._row(step, batches, self.trainer.step(step, batches), started), [updates.row(step)]
+            return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
         probe = Probe(self.model, self.bank, self.cfg)
         with probe.attached():
             result = self.trainer.step(step, batches, probed=True)
-        row = self._row(step, batches, result, started)
+        row = self._row(step, result, started)
         return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
 
-    def _row(self, step: int, batches: list[torch.Tensor], result: StepResult, started: float) -> dict:
+    def _batches(self) -> list[torch.Tensor]:
+        """This rank's micro-batches of a step, int64 [sequences, length + 1]."""
+        (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
+        batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
+        self.batch = batches and hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
+        return ranks.scattered(batches, accumulation, (micro, length + 1))
+
+    def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
         seconds = time.perf_counter() - started
         sound = bool(result.sound)
@@ -175,8 +198,8 @@ class _Session:
             "tokens": result.tokens * step,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
-            "epoch": self.stream.epoch,
-            "batch": hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest(),  # which tokens these were
+            "epoch": self.stream.epoch if self.stream else None,
+            "batch": self.batch,
             "quantized": quantized,
             "overshoot_max": None if overshoot is None or not sound else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
@@ -197,41 +220,68 @@ class _Session:
             )
         print(f"\nwarning: {said}", flush=True)
 
+    def _watch(self, step: int, row: dict, probed: list[dict]) -> list[dict]:
+        """Warnings of a step: rows of warnings.jsonl."""
+        found = []
+        if step == 1 and row["loss"] is not None:
+            found.append(watchdogs.first_loss(self.cfg, self.model.config.vocab_size, row["loss"]))
+        if self.history is not None and row["quantized"] and not row["skipped"]:
+            if step == self.trainer.first_quantized_step:
+                self.history.begin()
+            self.history.advance(1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // ranks.count())
+        if probed:
+            self._check_agreement()
+            found += [watchdogs.updates(self.cfg, each["updated"]) for each in probed if "updated" in each]
+            found += [self.history.check()] if self.history is not None else []
+        return [{"step": step, "warning": each} for each in found if each]
+
+    def _check_agreement(self) -> None:
+        if self.bank is not None and self.cfg.scaling.sync == "max":
+            ranks.check_agreement("scales", self.bank.scale)
+
     def _save(self) -> None:
-        tensors = {
-            "model": {name: parameter for parameter, name in self.names.items()},
-            "optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names),
-            "rng": {"cpu": torch.get_rng_state()},
-        }
-        if self.bank is not None:
-            tensors["scales"] = self.bank.state_dict()
+        self._check_agreement()
+        tensors = self._trained() | {"optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names)}
+        own = {"rng": runtime.rng_state()}
+        if self.bank is not None and self.cfg.scaling.sync == "none":
+            own["scales"] = {name: tensor.cpu() for name, tensor in self.bank.state_dict().items()}
+        for rank, groups in enumerate(ranks.gathered(own)):
+            tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
+        if not ranks.first():
+            return
         for name in _ROWS:  # a checkpoint must not outlive the rows before it
             flush(self.run.path / name)
         checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(data=self.stream.state()))
         self.run.set_status("running", self.done, self.cfg.steps)
 
-    def finish(self) -> None:
-        """Leave the trained weights and scales; what only a resume needs goes."""
-        if self.final:  # stopped while the rest was going: not to be written again, where nothing else is left
-            checkpoint.keep_newest(self.run.checkpoints, 1)
-        else:
-            self._save_final()
-        self.run.set_status("finished", self.done, self.cfg.steps)
-
-    def _save_final(self) -> None:
-        tensors = {"model": {name: parameter for parameter, name in self.names.items()}}
-        if self.bank is not None:
-            tensors["scales"] = self.bank.state_dict()
-        checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
+    def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Parameters and scales, gathered from all ranks."""
+        tensors = {"model": {name: ranks.whole(parameter) for parameter, name in self.names.items()}}
+        return tensors if self.bank is None else tensors | {"scales": self.bank.state_dict()}
 
     def _facts(self, **more) -> dict:
         """What a checkpoint says of itself: whose it is, and of what its scales are."""
         return {"run": self.run.id, "scales": self.bank.names if self.bank is not None else None, **more}
 
+    def finish(self) -> None:
+        """Leave the trained weights and scales; what only a resume needs goes."""
+        tensors = self._trained()
+        if ranks.first() and self.final:  # stopped while the others went: there may be no other, so it stays as it is
+            checkpoint.keep_newest(self.run.checkpoints, 1)
+        elif ranks.first():
+            checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
+        self.run.set_status("finished", self.done, self.cfg.steps)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """What a checkpoint calls a group of tensors that every rank has its own of."""
+    return f"{name}.{rank}" if rank else name
+
 
 def _bar(session: _Session) -> tqdm:
     steps, done = session.cfg.steps, session.done
-    return tqdm(total=steps, initial=done, desc="  training", unit="step", dynamic_ncols=True, mininterval=1.0)
+    look = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
+    return tqdm(total=steps, initial=done, disable=not ranks.first(), **look)
 
 
 def _progress(row: dict) -> str:

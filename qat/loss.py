@@ -8,6 +8,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+class TokenLosses(nn.Module):
+    """`token_losses` of one model as a module, compiled on demand: what DDP and FSDP wrap."""
+
+    def __init__(self, model: nn.Module, label_shift: str, largest_logits: int, compiled: bool):
+        super().__init__()
+        self.model, self.label_shift, self.largest_logits = model, label_shift, largest_logits
+        self._compiled = torch.compile(token_losses, fullgraph=True, dynamic=False) if compiled else token_losses
+
+    def forward(self, tokens: torch.Tensor, eager: bool = False) -> torch.Tensor:
+        losses = token_losses if eager else self._compiled
+        return losses(self.model, tokens, self.label_shift, self.largest_logits)
+
+
 def token_losses(
     model: nn.Module, tokens: torch.Tensor, label_shift: str = "once", largest_logits: int = 2**28
 ) -> torch.Tensor:

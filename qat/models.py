@@ -86,6 +86,11 @@ def attend_causally(model) -> None:
         model.set_attn_implementation("sdpa_causal")
 
 
+def blocks(model) -> list[torch.nn.Module]:
+    """The transformer blocks, as their Hugging Face class names them."""
+    return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+
+
 def document_token(tokenizer) -> int:
     """The token put before every document: a BOS where the vocabulary has a proper one. SmolLM2's GGUF names
     `<|im_start|>` as its BOS, but the model was trained with `<|endoftext|>` between documents."""

@@ -1,7 +1,7 @@
 """A run is a folder. Its name is a readable slug and a hash of everything that can change a number.
 
 runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
-            coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
+            warnings.jsonl  coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import files, runtime
+from qat import files, ranks, runtime
 from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
 from qat.validate import validate
 
@@ -165,7 +165,7 @@ class Run:
     @classmethod
     def of(cls, cfg: Config) -> Run:
         """The folder that belongs to a configuration, whether it exists or not."""
-        return cls(Path(cfg.runs_dir) / run_id(cfg))
+        return (cls if ranks.first() else Onlooker)(Path(cfg.runs_dir) / run_id(cfg))
 
     @property
     def id(self) -> str:
@@ -218,6 +218,9 @@ class Run:
     def telemetry(self) -> list[dict]:
         return self._lines(self.path / "telemetry.jsonl", "step")
 
+    def warnings(self) -> list[dict]:
+        return self._lines(self.path / "warnings.jsonl", "step")
+
     def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
         return self._lines(self.path / "samples" / benchmark / mode / f"{task}.jsonl")
 
@@ -240,11 +243,11 @@ class Run:
     def create(self, cfg: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.yaml").exists():
-            files.replace(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+            self._replace("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
         self.write_json("environment.json", runtime.environment())
 
     def write_json(self, name: str, content: dict) -> None:
-        files.replace(self.path / name, json.dumps(content, indent=1))
+        self._replace(name, json.dumps(content, indent=1))
 
     def set_status(self, state: str, step: int, steps: int, **more) -> None:
         self.write_json("status.json", {"state": state, "step": step, "steps": steps, **more})
@@ -252,7 +255,7 @@ class Run:
     def write_samples(self, benchmark: str, mode: str, task: str, rows: list[dict]) -> None:
         name = Path("samples") / benchmark / mode / f"{task}.jsonl"
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        files.replace(self.path / name, _json_lines(rows))
+        self._replace(name, _json_lines(rows))
 
     @contextlib.contextmanager
     def append(self, name: str):
@@ -274,7 +277,10 @@ class Run:
     def keep_rows(self, name: str, last_step: int) -> None:
         """Drop the rows of steps after `last_step`: a resumed run writes them again."""
         rows = self._lines(self.path / name, "step")
-        files.replace(self.path / name, _json_lines(row for row in rows if row["step"] <= last_step))
+        self._replace(name, _json_lines(row for row in rows if row["step"] <= last_step))
+
+    def _replace(self, name: str | Path, text: str) -> None:
+        files.replace(self.path / name, text)
 
     @contextlib.contextmanager
     def lock(self):
@@ -286,3 +292,19 @@ class Run:
             except OSError as error:
                 raise UserError(f"{self.path}: another process works on this run; wait for it, or stop it") from error
             yield
+
+
+class Onlooker(Run):
+    """A run folder as ranks other than the first see it: they read it and never write."""
+
+    def create(self, cfg: Config) -> None: ...
+
+    def _replace(self, name: str | Path, text: str) -> None: ...
+
+    @contextlib.contextmanager
+    def append(self, name: str):
+        yield lambda rows: None
+
+    @contextlib.contextmanager
+    def lock(self):
+        yield

@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU, under `torchrun` this rank's, or the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,6 +61,23 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
         mallopt(mmap_threshold, largest)
         mallopt(trim_threshold, largest)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The state of the random number generators of the CPU and of this process's GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device())} if device().type == "cuda" else state
+
+
+def load_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what `rng_state` gave; what is missing stays as it was seeded. Errors: UserError for another size."""
+    try:
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if "cuda" in state and device().type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device())
+    except (RuntimeError, TypeError) as error:
+        raise UserError("rng.safetensors holds no state of a random number generator of this PyTorch") from error
 
 
 def package_path(path: str) -> Path:
@@ -101,6 +121,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
         "cuda": torch.version.cuda if gpu else None,
         "git": _git(),
         "packages": packages,

@@ -18,9 +18,8 @@ import contextlib
 from enum import Enum
 
 import torch
-import torch.distributed as dist
 
-from qat import kernels
+from qat import kernels, ranks
 from qat.config import Config, ScalingConfig, UserError
 
 FP32_MAX = torch.finfo(torch.float32).max
@@ -123,6 +122,11 @@ class ScaleBank:
             self.primed = False
         self.phase = Phase.ON if self.primed else Phase.FIRST
 
+    def reduce(self) -> None:
+        """Let every rank have observed what any has, in one packed reduction; with sync=none each keeps its own."""
+        if self.cfg.sync == "max":
+            ranks.largest(self.observed)
+
     def overshoot(self) -> torch.Tensor:
         """amax_now / amax_predicted of every tensor observed since the last commit, [tensors] FP32: 0 where nothing
         was seen, 1 where the tensor scaled by its own amax."""
@@ -131,12 +135,11 @@ class ScaleBank:
         return self.observed * self.scale / self.targets
 
     def commit(self, step: int, sound: torch.Tensor | None = None) -> None:
-        """Write what was observed into the ring and derive the next scales. One call a tick, for all tensors.
+        """Write what was observed into the ring and derive the next scales. One call a tick, for all tensors and ranks,
+        after `reduce`.
 
         sound: 0-dim bool on the device. Where it is false the step was spoiled, and history and scales stay.
         """
-        if self.cfg.sync == "max" and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.observed, op=dist.ReduceOp.MAX)
         quantizing = self.phase in (Phase.FIRST, Phase.ON)
         if quantizing or self.observing:
             advance = torch.ones_like(self.filled) if sound is None else sound.to(self.filled.dtype)

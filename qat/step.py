@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qat import models, runtime
+from qat import models, ranks, runtime
 from qat.config import Config
 from qat.convert import quantized_linears
-from qat.loss import token_losses
+from qat.loss import TokenLosses
 from qat.scaling import Phase, ScaleBank
 
 
 @dataclass
 class StepResult:
-    """Of one step, as device tensors or plain numbers: mean loss in nats a token; gradient norm before clipping;
-    whether both were finite, without which nothing was changed; learning rate; tokens trained on; overshoot of every
-    quantized tensor ([tensors] FP32, None in BF16)."""
+    """Of one step over all ranks, as device tensors or plain numbers: mean loss in nats a token; gradient norm before
+    clipping; whether both were finite, without which nothing was changed; learning rate; tokens trained on; overshoot
+    of every quantized tensor ([tensors] FP32, None in BF16)."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -48,6 +48,8 @@ class Trainer:
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
         models.attend_causally(model)
+        losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits, cfg.budget.compile)
+        self.losses = ranks.distribute(losses, models.blocks(model), cfg.budget.parallel)
         self.arithmetic = runtime.arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
         self._linears = list(quantized_linears(model).values())
@@ -58,18 +60,15 @@ class Trainer:
         )
         # Sums of BF16 products are to be rounded once.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self._losses = token_losses
-        if cfg.budget.compile:
-            self._losses = torch.compile(token_losses, fullgraph=True, dynamic=False)
         self._store()
 
     def step(self, number: int, micro_batches: list[torch.Tensor], probed: bool = False) -> StepResult:
-        """Run step `number` (1-based) on int64 micro-batches [sequences, length + 1]. probed: telemetry looks on, so
-        nothing may be compiled."""
+        """Run step `number` (1-based) on this rank's int64 micro-batches [sequences, length + 1], as many on every
+        rank. probed: telemetry looks on, so nothing may be compiled."""
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
         loss, tokens, overshoot = self._accumulate(number, micro_batches, probed)
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip)
+        grad_norm = ranks.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
         sound = grad_norm.isfinite() & loss.isfinite()
         lr = self._update(number, sound)
         if self.bank is not None and self.cfg.scaling.tick == "step":
@@ -78,37 +77,37 @@ class Trainer:
         return StepResult(loss, grad_norm, sound, lr, tokens, overshoot)
 
     def _accumulate(self, number: int, micro_batches: list[torch.Tensor], probed: bool):
-        """Gradients of the mean loss over all tokens of the step, however they are spread over micro-batches."""
+        """Gradients of the mean loss over all tokens of the step, however these are spread over micro-batches and
+        ranks."""
         self.optimizer.zero_grad(set_to_none=True)
-        shift = self.cfg.data.label_shift
-        lost = 1 if shift == "twice" else 0
-        tokens = sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
+        lost = 1 if self.cfg.data.label_shift == "twice" else 0
+        tokens = ranks.count() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
         total, overshoot = 0.0, None
-        for batch in micro_batches:
-            losses = self._forward(runtime.to_device(batch), shift, probed)
-            loss = losses.sum() / tokens
-            loss.backward()
+        for index, batch in enumerate(micro_batches, start=1):
+            with ranks.reducing(self.losses, last=index == len(micro_batches)):
+                loss = self._forward(runtime.to_device(batch), probed).sum() / tokens
+                loss.backward()
             total = total + loss.detach()
             if self.bank is not None and self.cfg.scaling.tick == "call":
                 overshoot = self._commit(number, overshoot)
-        return total, tokens, overshoot
+        return ranks.total(total), tokens, overshoot
 
-    def _forward(self, tokens: torch.Tensor, shift: str, probed: bool) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, probed: bool) -> torch.Tensor:
         # The first quantized step has no history and is made of other operations: one step is not worth a compilation.
         eager = probed or (self.bank is not None and self.bank.phase is Phase.FIRST)
-        losses = token_losses if eager else self._losses
         if not eager:
             self._round_weights()  # for the first step after a start; compiled code does not
         with runtime.autocast(self.arithmetic):
-            return losses(self.model, tokens, shift, self.cfg.budget.largest_logits)
+            return self.losses(tokens, eager)
 
     def _round_weights(self) -> None:
-        if self.bank is not None and self.bank.phase is Phase.ON:
+        if self.bank is not None and self.bank.phase is Phase.ON and not ranks.sharded(self.losses):
             for linear in self._linears:
                 linear.round_weight(torch.bfloat16 if self.arithmetic == "bf16" else linear.weight.dtype)
 
     def _commit(self, number: int, overshoot: torch.Tensor | None, sound: torch.Tensor | None = None) -> torch.Tensor:
         """One tick of the bank; returns the largest overshoot of each tensor so far in this step."""
+        self.bank.reduce()
         now = self.bank.overshoot()
         self.bank.commit(number, sound)
         return now if overshoot is None else torch.maximum(overshoot, now)

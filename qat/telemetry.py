@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from qat import kernels
+from qat import kernels, ranks
 from qat.config import Config
 from qat.convert import quantized_linears
 from qat.scaling import to_scale
@@ -46,10 +46,13 @@ class Probe:
         """One row a tensor: layer, role, amax, scale, overshoot, share of elements in each tier (of those not zero),
         beyond the target, underflowed (nonzero made zero), inexact with quant.gemm=fp8, and the
         signal-to-quantization-noise ratio in dB."""
-        rows = []
-        for index, sums in sorted(self.seen.items()):
+        rows, seen = [], sorted(self.seen)
+        if not seen:
+            return rows
+        totals = ranks.total(torch.stack([self.seen[index] for index in seen]))
+        worst = ranks.largest(torch.stack([torch.stack(self.scales[index]) for index in seen]))
+        for index, sums, (scale, amax, overshoot) in zip(seen, totals, worst.tolist(), strict=True):
             layer, _, role = self.bank.names[index].rpartition("/")
-            scale, amax, overshoot = (t.item() for t in self.scales[index])
             count, *tiers, beyond, underflow, inexact, signal, noise = sums.tolist()
             share = {f"tier{bits}": n / max(count, 1) for bits, n in zip(TIERS, tiers, strict=True)}
             rows.append(
@@ -79,16 +82,16 @@ class UpdateProbe:
         self.format = cfg.quant.format if bank is not None else None
         linears = quantized_linears(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.weights = {name: linear.weight for name, linear in linears.items()}
-        self.before = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.before = {name: ranks.whole(weight).detach().clone() for name, weight in self.weights.items()}
         # The grid at the weight's own amax, whatever the bank's scale is before the first quantized step.
         target, one = torch.tensor(cfg.quant.target_weight), torch.tensor(1.0)
-        self.scales = {name: to_scale(kernels.amax(w).cpu(), target, one) for name, w in self.weights.items()}
+        self.scales = {name: to_scale(kernels.amax(w).cpu(), target, one) for name, w in self.before.items()}
 
     def row(self, step: int) -> dict:
         """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
         changed, total = torch.zeros(3, dtype=torch.float64), 0
         for name, weight in self.weights.items():
-            now, before = weight.detach(), self.before[name]
+            now, before = ranks.whole(weight).detach(), self.before[name]
             views = [(now, before), (now.bfloat16(), before.bfloat16())]
             if self.format is not None:
                 scale = self.scales[name].to(weight.device)

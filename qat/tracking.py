@@ -6,6 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from qat import ranks
 from qat.config import Config
 from qat.runs import Run
 
@@ -16,7 +17,7 @@ def mirror(run: Run, cfg: Config):
 
     One W&B run stands for one run folder: training and evaluation, and every resume, share its id.
     """
-    if cfg.logger.name == "local" or cfg.logger.mode == "disabled":
+    if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not ranks.first():
         yield _Silent()
         return
     import wandb

@@ -355,7 +355,11 @@ CHECKPOINTS = [
         f"has {WEIGHT}/exp_avg_sq as float32[1], this run has it as float32[32, 16]{FIX}",
         rewritten(setting("optimizer", f"{WEIGHT}/exp_avg_sq", torch.ones(1))),
     ),
-    Case(STOPPED, "rng.safetensors has cpu as uint8[1]", rewritten(setting("rng", "cpu", torch.ones(1).byte()))),
+    Case(
+        STOPPED,
+        "rng.safetensors holds no state of a random number generator",
+        rewritten(setting("rng", "cpu", torch.ones(1).byte())),
+    ),
     Case(STOPPED, f"the saved scales have no history of this version{FIX}", rewritten(lambda t, _: t.pop("scales"))),
     Case(
         STOPPED,

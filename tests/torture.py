@@ -38,9 +38,8 @@ def left(run: Run) -> dict:
 def differences(ours: Run, theirs: Run) -> list[str]:
     """What differs between what two runs left, by name."""
     a, b = left(ours), left(theirs)
-    found = [
-        name for name in sorted(a["files"].keys() | b["files"].keys()) if a["files"].get(name) != b["files"].get(name)
-    ]
+    names = sorted(a["files"].keys() | b["files"].keys())
+    found = [name for name in names if a["files"].get(name) != b["files"].get(name)]
     return found + [name for name in ("metrics", "telemetry", "status", "scratch") if a[name] != b[name]]
 
 
@@ -66,7 +65,7 @@ def kills(count: int, seed: int, rows: int, starting: float) -> list[Kill]:
 
 def command(words: Sequence[str], folder: Path) -> subprocess.Popen:
     """The real command in a process of its own; its runs in `folder`."""
-    log = (folder.parent / f"{folder.name}.log").open("w")
+    log = folder.with_suffix(".log").open("w")
     line = [sys.executable, str(ROOT / "scripts" / "train.py"), *words, f"{RUNS}={folder}"]
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log)
 
@@ -132,7 +131,8 @@ class Torture:
 
     def _ended(self, process) -> None:
         if process.returncode:
-            sys.exit(f"error: the command failed with exit code {process.returncode}; see {self.folder}.log")
+            said = self.folder.with_suffix(".log").read_text().splitlines()[-1:]
+            sys.exit(f"error: the command failed with exit code {process.returncode}: {said}")
 
 
 def torture(words: Sequence[str], folder: Path, count: int, seed: int, start: Callable = command) -> list[str]:

@@ -163,7 +163,8 @@ _INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.view(-1).view(_INTEGER.get(tensor.dtype, tensor.dtype)).numpy()
+    # Not .numpy(), after which PyTorch may not take the memory away again, as FSDP does between uses of a parameter.
+    return np.from_dlpack(tensor.view(-1).view(_INTEGER.get(tensor.dtype, tensor.dtype)))
 
 
 @functools.cache

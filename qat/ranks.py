@@ -1,0 +1,185 @@
+"""Many processes, one a device, as `torchrun` starts them: PyTorch's DDP and FSDP2, and the few collectives of a run.
+
+Every rank computes on its share of a step's micro-batches, with the same weights and the same scales. The first rank
+alone reads the data, writes the run folder and logs. Without `torchrun` there is one rank, and nothing here does
+anything.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qat.config import Config, ConfigError, UserError
+from qat.runtime import device
+
+PATIENCE = datetime.timedelta(days=1)  # how long ranks wait for one another: the first may wait for a network for hours
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def mine() -> int:
+    """The number of this rank."""
+    return int(os.environ.get("RANK", 0))
+
+
+def first() -> bool:
+    """Whether this rank reads the data, writes and logs."""
+    return mine() == 0
+
+
+def join() -> None:
+    """Let the ranks talk to each other from now on; all but the first fall silent."""
+    if count() == 1 or dist.is_initialized():
+        return
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
+    if not first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def check(cfg: Config) -> None:
+    """Raise `ConfigError` for what many ranks cannot do."""
+    accumulation = cfg.batch[1]
+    if count() > 1 and cfg.budget.parallel == "fsdp" and cfg.budget.compile:
+        raise ConfigError("budget.compile=true: not with budget.parallel=fsdp; set budget.compile=false")
+    if accumulation % count():
+        valid = max(1, round(accumulation / count())) * count()
+        raise ConfigError(
+            f"budget.accumulation={accumulation}: {count()} ranks cannot share so many micro-batches a step evenly; "
+            f"the nearest valid value is {valid}, or start another number of ranks"
+        )
+
+
+# Between ranks -----------------------------------------------------------------------------------------------------
+
+
+def shared(value):
+    """The first rank's value, on every rank."""
+    if count() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device())
+    return box[0]
+
+
+def gathered(value) -> list:
+    """Every rank's value, by rank."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def scattered(batches: list[torch.Tensor] | None, accumulation: int, shape: tuple[int, int]) -> list[torch.Tensor]:
+    """This rank's share of a step's micro-batches, int64 of `shape`, which the first rank alone has."""
+    if count() == 1:
+        return batches
+    share = torch.empty(accumulation // count(), *shape, dtype=torch.int64, device=device())
+    parts = list(torch.stack(batches).to(device()).chunk(count())) if first() else None
+    dist.scatter(share, parts)
+    return list(share)
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise maximum over ranks."""
+    if count() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is true on any rank."""
+    return bool(largest(torch.tensor(float(flag), device=device()))) if count() > 1 else flag
+
+
+def check_agreement(what: str, tensor: torch.Tensor) -> None:
+    """The watchdog: raise `UserError` on every rank when they do not hold the same values. NaN agrees with NaN."""
+    if count() == 1:
+        return
+    bits = tensor.float().contiguous().view(torch.int32).to(torch.int64)
+    extremes = largest(torch.stack([bits, -bits]))
+    differing = int((extremes[0] != -extremes[1]).sum())
+    if differing:
+        raise UserError(
+            f"{what}: {differing} of {tensor.numel()} differ between {count()} ranks, so a reduction did not run or "
+            f"their folders differ; give all of them the same runs_dir and start again from the last checkpoint"
+        )
+
+
+# The model on many ranks -------------------------------------------------------------------------------------------
+
+
+def distribute(module: nn.Module, blocks: list[nn.Module], kind: str) -> nn.Module:
+    """The module whose forward pass every rank calls on its share: as it is for one rank, else in DDP, or sharded by
+    FSDP2 block by block. Gradients are summed: each rank's loss is its share of the mean over all tokens of the step.
+    """
+    if count() == 1:
+        return module
+    if kind == "ddp":
+        # Dynamo would cut the graph at DDP's buckets, which it cannot do with checkpoints and gradients of our own.
+        torch._dynamo.config.optimize_ddp = False
+        parallel = DistributedDataParallel(module, device_ids=[device()] if device().type == "cuda" else None)
+        parallel.register_comm_hook(None, _summed)
+        return parallel
+    for each in (*blocks, module):
+        fully_shard(each)
+        each.set_gradient_divide_factor(1.0)
+        each.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    return module
+
+
+def _summed(_, bucket):  # DDP looks at the annotations, and does not understand postponed ones
+    # DDP's own hook divides by the number of ranks first. A loss scaled up against that would scale the gradients that
+    # the quantizers see, and their amaxes would depend on the number of ranks.
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+@contextlib.contextmanager
+def reducing(module: nn.Module, last: bool):
+    """Forward and backward of one micro-batch: gradients travel between ranks with the last one of a step."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether parameters are whole only inside the forward and backward pass."""
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor as one, gathered by all ranks together; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`tensor`, whole and the same on every rank, on the parameter's device and sharded as it is."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor

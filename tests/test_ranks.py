@@ -1,0 +1,152 @@
+"""The same steps on one, two and four ranks: the same tokens, amaxes and checkpoints, and losses to rounding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qat import ranks
+from qat.config import ConfigError
+from qat.runs import Run
+from tests.conftest import ROOT, RUNS, TINY
+from tests.on_ranks import RUNS as ON_RANKS
+from tests.on_ranks import STOP
+
+MANY = ["ddp2", "ddp4", "fsdp2", "compiled"]
+
+
+@pytest.fixture(scope="module")
+def seen(texts, tmp_path_factory):
+    """seen(run, rank): what a rank of a run of `tests.on_ranks` saw; all of them run once, for the whole file."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.on_ranks", str(texts), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def read(name: str, rank: int = 0) -> dict:
+        return json.loads((folder / f"{name}.{rank}.json").read_text())
+
+    read.runs = folder / "runs"
+    return read
+
+
+def steps(seen, name: str, rank: int = 0) -> list[SimpleNamespace]:
+    found = seen(name, rank)
+    assert found["error"] is None
+    return [SimpleNamespace(**step) for step in found["steps"]]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_ranks_of_a_step_share_out_its_sequences(seen, name):
+    size = ON_RANKS[name][0]
+    for number, step in enumerate(steps(seen, name)):
+        shares = [steps(seen, name, rank)[number].sequences for rank in range(size)]
+        whole = steps(seen, "one")[number]
+        assert step.step == whole.step
+        assert [row for share in shares for row in share] == whole.sequences
+        assert len({len(share) for share in shares}) == 1
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_the_first_amaxes_are_the_same_on_any_number_of_ranks_and_the_rest_to_rounding(seen, name):
+    one = steps(seen, "one")
+    for rank in range(ON_RANKS[name][0]):
+        ours = steps(seen, name, rank)
+        assert ours[0].newest == one[0].newest and ours[0].scale == one[0].scale
+        assert len(ours) >= 2
+        for step, wanted in zip(ours, one, strict=False):
+            assert step.filled == wanted.filled == step.step
+            assert step.loss == pytest.approx(wanted.loss, abs=5e-5)
+            assert step.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-3)
+            assert step.scale == pytest.approx(wanted.scale, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_all_ranks_hold_the_same_scales_loss_and_gradient_norm(seen, name):
+    first = steps(seen, name)
+    for rank in range(1, ON_RANKS[name][0]):
+        for ours, theirs in zip(steps(seen, name, rank), first, strict=True):
+            assert (ours.scale, ours.loss, ours.grad_norm) == (theirs.scale, theirs.loss, theirs.grad_norm)
+
+
+def test_unrounded_weights_can_be_sharded(seen):
+    one, two = steps(seen, "unrounded1"), steps(seen, "unrounded2")
+    assert [step.loss for step in two] == pytest.approx([step.loss for step in one], abs=5e-5)
+
+
+@pytest.mark.parametrize(("after", "name"), [("fsdp2 stopped", "then 4"), ("ddp4 stopped", "then 1")])
+def test_a_checkpoint_continues_on_another_number_of_ranks(seen, after, name):
+    one, before, ours = steps(seen, "one"), steps(seen, after), steps(seen, name)
+    assert [step.step for step in before + ours] == [1, 2, 3, 4, 5, 6] and ours[0].step == STOP
+    assert [step.loss for step in before + ours] == pytest.approx([step.loss for step in one], abs=5e-5)
+    last = [steps(seen, name, rank)[-1].sequences for rank in range(ON_RANKS[name][0])]
+    assert [row for share in last for row in share] == one[-1].sequences
+
+
+def test_the_first_rank_alone_writes_and_the_folder_is_as_of_one_rank(seen):
+    folders = {name: Run(next((seen.runs / name).iterdir())) for name in ("one", "ddp4", "fsdp2 stopped")}
+    one = folders["one"]
+    for run in folders.values():
+        assert run.id == one.id and run.status() == one.status() and run.finished
+        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+        assert [row["tokens"] for row in run.metrics()] == [row["tokens"] for row in one.metrics()]
+        assert sorted(path.name for path in run.path.rglob("*")) == sorted(path.name for path in one.path.rglob("*"))
+    assert folders["ddp4"].environment()["ranks"] == 4
+    telemetry = [run.telemetry() for run in (one, folders["ddp4"])]
+    for ours, theirs in zip(*telemetry, strict=True):
+        assert ours.keys() == theirs.keys() and ours.get("layer") == theirs.get("layer")
+        if "role" in ours:  # of all ranks together, not of the first one's share
+            assert ours["amax"] == pytest.approx(theirs["amax"], rel=1e-3)
+            assert ours["tier3"] == pytest.approx(theirs["tier3"], abs=2e-3)
+
+
+def test_a_reduction_that_does_not_run_is_noticed_on_every_rank(seen):
+    for rank in (0, 1):
+        line = seen("unreduced", rank)["error"]
+        assert "\n" not in line and line.startswith("scales: ")
+        assert "differ between 2 ranks, so a reduction did not run" in line and "start again from the last" in line
+    assert len(seen("unreduced")["steps"]) == 1
+
+
+def test_without_synchronization_each_rank_keeps_its_own_scales_through_a_resume(seen):
+    for rank in (0, 1):
+        assert seen("own resumed", rank)["steps"] == seen("own", rank)["steps"][STOP - 1 :]
+    assert steps(seen, "own", 0)[-1].scale != steps(seen, "own", 1)[-1].scale
+
+
+def test_micro_batches_that_cannot_be_shared_out_are_refused(seen, config, monkeypatch):
+    line = (
+        "budget.accumulation=3: 2 ranks cannot share so many micro-batches a step evenly; the nearest valid value is 4"
+    )
+    assert [seen("uneven", rank)["error"].startswith(line) for rank in (0, 1)] == [True, True]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"budget\.compile=true: not with budget\.parallel=fsdp"):
+        ranks.check(config(**{"budget.parallel": "fsdp", "budget.compile": True}))
+
+
+def test_nan_agrees_with_nan_and_one_rank_with_itself():
+    ranks.check_agreement("scales", torch.tensor([float("nan")]))
+    assert (ranks.shared(3), ranks.gathered(3), ranks.anyone(True), ranks.anyone(False)) == (3, [3], True, False)
+
+
+def test_torchrun_trains_a_run_and_its_baseline(texts, tmp_path):
+    words = [
+        *TINY,
+        "experiment=exp8",
+        "budget.steps=4",
+        "data.source=files",
+        f"data.path={texts}",
+        f"{RUNS}={tmp_path}",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(ROOT / "scripts" / "train.py"), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [Run(path) for path in tmp_path.iterdir()]
+    assert len(runs) == 2 and all(run.finished and run.environment()["ranks"] == 2 for run in runs)
+    for run in runs:  # the first rank alone speaks
+        assert done.stdout.splitlines().count(run.id) == 1
