@@ -113,7 +113,9 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 def explain(error: Exception) -> str:
     """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice."""
     text = " ".join(str(each) for each in (error, error.__cause__) if each)
-    plugin = re.search(r"(?:In '(\S+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text)
+    plugin = re.search(
+        r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text
+    )
     if plugin:
         group, _, value = (plugin[1] or plugin[2]).rpartition("/")
         return f"{group}={value}: its plugin is not installed; pip install -e '.[launchers]'"

@@ -247,8 +247,8 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for writing. While another process holds it, say which and wait: jobs of a sweep that run side
-        by side share their baseline.
+        """Hold the folder for writing. While another process holds it, say which and wait: jobs of a sweep that run
+        side by side share their baseline.
 
         The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
         holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
@@ -259,7 +259,9 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                print(f"{self.id}: waiting for {file.read()}, which works on this run; Ctrl-C stops waiting", flush=True)
+                print(
+                    f"{self.id}: waiting for {file.read()}, which works on this run; Ctrl-C stops waiting", flush=True
+                )
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")

@@ -1,5 +1,5 @@
-"""Stops that a scheduler asks for. They act like Ctrl-C, but a training step that runs is finished and saved first. Then
-whoever handled the signal before gets it (submitit requeues its job); where nobody did, the exit code says: try again."""
+"""Stops that a scheduler asks for. They act like Ctrl-C, but a training step that runs is finished and saved first.
+Then whoever handled the signal before gets it (submitit requeues its job); else the exit code says: try again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class Preempted(KeyboardInterrupt):
     """One of `SIGNALS` came and the run is saved. The message says which and after what step."""
 
-    signal: signal.Signals | None = None  # the one that was noticed, for `hand_on`
+    noticed: list[signal.Signals] | None = None  # all that came while the step ran and was saved
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def noticed() -> Iterator[Callable[[], str | None]]:
     try:
         yield lambda: came[0].name if came else None
     except Preempted as stop:
-        stop.signal = came[0]
+        stop.noticed = came
         raise
     finally:
         for each, handler in before.items():
@@ -62,12 +62,15 @@ def noticed() -> Iterator[Callable[[], str | None]]:
 
 
 def hand_on(stop: Preempted) -> None:
-    """Give a noticed signal to the handler it had before. submitit's for a preemption requeues the job and ends the
-    process; that for SIGTERM alone returns, and the work may go on. Where there is none, the stop is raised again."""
-    handler = signal.getsignal(stop.signal) if stop.signal else None
-    if not callable(handler) or handler is _stop:
+    """Give what was noticed to the handlers of before. submitit's for a preemption requeues the job and ends the process;
+    its handler of SIGTERM only returns, and the work may go on. Where there is none, the stop is raised again."""
+    if not stop.noticed:
         raise stop
-    handler(stop.signal, None)
+    for each in stop.noticed:
+        handler = signal.getsignal(each)
+        if not callable(handler) or handler is _stop:
+            raise stop
+        handler(each, None)
 
 
 def _may_handle() -> bool:

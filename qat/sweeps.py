@@ -1,5 +1,6 @@
-"""What became of each job of a sweep. Hydra's launchers run jobs here, in other processes or on other machines, and hand
-nothing back once one has raised; so each job writes its outcome to a file in the sweep's folder and raises nothing."""
+"""What became of each job of a sweep. Hydra's launchers run jobs here, in other processes or on other machines, and
+hand nothing back once one has raised; so a job writes its outcome to a file in the sweep's folder, and raises nothing.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ def run(job: Callable[[], None]) -> None:
 
 
 def report() -> int:
-    """Print what became of every job of this process's sweep. Returns the exit code: 2 when one failed, else REQUEUE when
-    one was preempted, else 0; 0 for a single run."""
+    """Print what became of every job of this process's sweep, if it has one. Returns the exit code: 2 when one failed,
+    else REQUEUE when one was preempted, else 0."""
     if Sweep.folder is None or not Sweep.folder.exists() or not (outcomes := _outcomes(Sweep.folder)):
         return 0
     shared = set.intersection(*(set(outcome["words"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
@@ -72,10 +73,12 @@ def report() -> int:
         print(f"  {outcome['state']:<9}  {cell:<{max(map(len, cells))}}  {outcome['reason']}".rstrip())
     sys.stdout.flush()
     states = [outcome["state"] for outcome in outcomes]
-    if "failed" in states:
-        print(f"error: {states.count('failed')} of {len(states)} jobs failed, see the table", file=sys.stderr)
-        return 2
-    return REQUEUE if "preempted" in states else 0
+    for state, code, start in (("failed", 2, "error: "), ("preempted", REQUEUE, "")):
+        if state in states:
+            count = f"{states.count(state)} of {len(states)} jobs"
+            print(f"{start}{count} {state}; the same command runs only what is missing", file=sys.stderr)
+            return code
+    return 0
 
 
 def _outcomes(folder: Path) -> list[dict]:

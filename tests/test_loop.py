@@ -279,11 +279,3 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(config, monkeypatch
     scales = checkpoint.latest(run.checkpoints)[0]["scales"]
     assert scales["counters"].tolist()[0] == cfg.steps - 1  # eleven entries in the history, not twelve
     assert all(tensor.isfinite().all() for tensor in checkpoint.latest(run.checkpoints)[0]["model"].values())
-
-
-def test_a_run_that_another_process_works_on_is_left_alone(config):
-    cfg = config(**{"quant.format": "none"})
-    run = Run.of(cfg)
-    with run.lock(), pytest.raises(UserError, match="another process works on this run"):
-        loop.train(cfg)
-    assert [path.name for path in run.path.iterdir()] == [".lock"]
