@@ -126,8 +126,10 @@ def explain(error: Exception) -> str:
     group = re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text)
     key = re.search(r"Key '([^']+)' (?:is )?not in (?:'\w+'|struct)", text)
     if key:
-        full = re.search(r"full_key: (\S+)", text)
-        return f"{full[1] if full else key[1]}: unknown key; {_close(full[1] if full else key[1], _keys())}"
+        full = (re.search(r"full_key: (\S+)", text) or key)[1]
+        if full.startswith("hydra."):
+            return f"{full}: unknown key; `--cfg hydra` in the place of `-m` lists those there are"
+        return f"{full}: unknown key; {_close(full, _keys())}"
     if group:
         return f"{group[1]}: unknown key; {_close(group[1], [*_groups(), *_keys()])}"
     # Hydra reads `lr=1e-4` as a number and refuses it as a group's option.

@@ -62,8 +62,9 @@ def noticed() -> Iterator[Callable[[], str | None]]:
 
 
 def hand_on(stop: Preempted) -> None:
-    """Give what was noticed to the handlers of before. submitit's for a preemption requeues the job and ends the process;
-    its handler of SIGTERM only returns, and the work may go on. Where there is none, the stop is raised again."""
+    """Give what was noticed to the handlers of before. submitit's for a preemption requeues the job and ends the
+    process; its handler of SIGTERM only returns, and the work may go on. Where there is none, the stop is raised again.
+    """
     if not stop.noticed:
         raise stop
     for each in stop.noticed:

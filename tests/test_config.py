@@ -198,6 +198,8 @@ COMPOSING = [
     ("+optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
     ("+benchmark.tasks.mmlu.shot=5", "benchmark.tasks.mmlu.shot: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
     ("benchmark.tasks.mmul.shots=5", "benchmark.tasks.mmul: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
+    ("hydra/launcher=slrum", "hydra/launcher=slrum: unknown choice; did you mean 'slurm'?"),
+    ("hydra.launcher.n_job=2", "hydra.launcher.n_job: unknown key; `--cfg hydra` in the place of `-m` lists those"),
     ("seed=1.5", "seed=1.5: must be of type Integer"),
     ("optim.lr=fast", "optim.lr=fast: must be of type Float"),
     ("optim.lr=null", "optim.lr=null: must have a value"),

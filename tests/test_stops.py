@@ -1,4 +1,4 @@
-"""What a scheduler's signals do outside of training, and who gets them after it; tests/test_loop.py has them during it."""
+"""What a scheduler's signals do outside of training, and who gets them afterwards; tests/test_loop.py has the rest."""
 
 from __future__ import annotations
 
