@@ -13,6 +13,8 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+from datetime import datetime
 from pathlib import Path
 
 import yaml
@@ -248,13 +250,25 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for writing. Errors: UserError when another process holds it."""
+        """Hold the folder for writing. While another process holds it, say which and wait: jobs of a sweep that run
+        side by side share their baseline.
+
+        The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
+        holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self.path}: another process works on this run; wait for it, or stop it") from error
+            except BlockingIOError:
+                file.seek(0)
+                print(
+                    f"{self.id}: waiting for {file.read()}, which works on this run; Ctrl-C stops waiting", flush=True
+                )
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            file.flush()
             yield
 
 

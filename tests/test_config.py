@@ -52,10 +52,8 @@ def changes(words: tuple[str, ...], base: tuple[str, ...] = ()) -> dict:
 
 
 def test_every_option_of_every_group_composes_and_validates():
-    skipped = (
-        "specialization",
-        "experiment",
-    )  # the one is chosen by protocol and experiment, the other has its own test
+    # The first is chosen by protocol and experiment; the others have tests of their own.
+    skipped = ("specialization", "experiment", "hydra")
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
     groups = {name: options for name, options in groups.items() if name not in skipped}
     assert len(groups) == 11 and all(groups.values())
@@ -200,6 +198,8 @@ COMPOSING = [
     ("+optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
     ("+benchmark.tasks.mmlu.shot=5", "benchmark.tasks.mmlu.shot: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
     ("benchmark.tasks.mmul.shots=5", "benchmark.tasks.mmul: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
+    ("hydra/launcher=slrum", "hydra/launcher=slrum: unknown choice; did you mean 'slurm'?"),
+    ("hydra.launcher.n_job=2", "hydra.launcher.n_job: unknown key; `--cfg hydra` in the place of `-m` lists those"),
     ("seed=1.5", "seed=1.5: must be of type Integer"),
     ("optim.lr=fast", "optim.lr=fast: must be of type Float"),
     ("optim.lr=null", "optim.lr=null: must have a value"),
@@ -324,11 +324,3 @@ def test_training_takes_words_and_no_run_folder(main, tmp_path):
     code, _, stderr = main("train.py", *TINY, "run=somewhere")
     assert (code, stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
     assert stderr.startswith("error: run=somewhere: only eval.py takes a run folder")
-
-
-def test_a_sweep_goes_on_after_a_failing_cell_and_names_it(main, monkeypatch):
-    trained = []
-    monkeypatch.setattr("qat.loop.train_with_baseline", lambda cfg: trained.append(cfg.quant.bf16_blocks))
-    code, _, stderr = main("train.py", "-m", *TINY, "quant.bf16_blocks=8,3")
-    assert (code, trained) == (2, [3])
-    assert stderr.startswith("error: quant.bf16_blocks=8: tiny has 8 blocks") and stderr.count("\n") == 1
