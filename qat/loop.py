@@ -66,7 +66,6 @@ class _Session:
             torch._dynamo.reset()  # a sweep trains many runs in one process, and graphs of one code are limited
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.corpus = data.corpus(cfg.data, cfg.seed)
         self.stream = self._restore()
 
     def _restore(self) -> data.TokenStream:
@@ -88,7 +87,7 @@ class _Session:
             self.run.keep_rows(name, self.done)
         for row in self.run.metrics():
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
-        return data.TokenStream(self.corpus, self.tokenizer, cursor)
+        return data.stream(self.cfg.data, self.cfg.seed, self.tokenizer, cursor)
 
     def steps(self, log) -> Iterator[int]:
         """Run the steps that are left; yields the number of each when it is done and written."""
