@@ -71,7 +71,7 @@ class _Session:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
         if ranks.first():  # the others are given theirs
-            self.stream = data.TokenStream(data.corpus(cfg.data, cfg.seed), self.tokenizer, cursor)
+            self.stream = data.stream(cfg.data, cfg.seed, self.tokenizer, cursor)
         self.history = None if self.bank is None else watchdogs.History(self.bank)
 
     def _restore(self) -> dict | None:

@@ -22,12 +22,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat import ranks, runtime
-from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
+from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
 
 # Of these groups, what cannot change a number of training.
 _IRRELEVANT = {
     "model": ("name", "licence", "blocks"),
-    "data": ("name", "tokenizer_threads"),
+    "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": (),
 }
 
@@ -38,7 +38,9 @@ def identity(cfg: Config) -> dict:
         group: {k: v for k, v in _chosen(getattr(cfg, group)).items() if k not in skipped}
         for group, skipped in _IRRELEVANT.items()
     }
-    if cfg.data.source != "hub":  # packaged text is read in order
+    if cfg.data.source == "hub":
+        parts["data"]["order"] = STREAM_ORDER
+    else:  # packaged text is shuffled whole
         parts["data"].pop("shuffle_buffer", None)
     micro, accumulation = cfg.batch
     parts["budget"] = {

@@ -182,7 +182,7 @@ def test_openpangu_has_biases_only_in_attention_and_fp32_weights(pangu, loaded):
 def test_openpangus_tokenizer_is_read_without_its_code(loaded):
     tokenizer = loaded[1]
     the, space = IDS["▁the"], IDS["▁"]
-    assert data.encode(tokenizer, ["the cab", "the  é"], 1) == [
+    assert encode(tokenizer, ["the cab", "the  é"], 1) == [
         [1, the, space, IDS["c"], IDS["a"], IDS["b"]],
         [1, the, space, space, IDS["<0xC3>"], IDS["<0xA9>"]],
     ]
