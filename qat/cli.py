@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import stops, sweeps
+from qat import ranks, stops, sweeps
 from qat.config import Config, ConfigError, UserError, register
 from qat.runtime import ROOT, arithmetic
 from qat.validate import validate
@@ -43,7 +43,9 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
             with stops.heeded():
                 sweeps.run(lambda: _mendable(work, cfg))
         except UserError as error:  # of a single run; Hydra would say more if it saw it
-            print(f"error: {error}", file=sys.stderr)
+            # Of a bad configuration every rank knows; anything else may have befallen this one alone.
+            if ranks.first() or not isinstance(error, ConfigError):
+                print(f"error: {error}" if ranks.first() else f"rank {ranks.mine()}: error: {error}", file=sys.stderr)
             sys.exit(2)
 
     code, line = 0, None
@@ -58,8 +60,8 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
         code, line = stops.REQUEUE, f"\n{stop}: saved; the same command continues"
     except KeyboardInterrupt:
         code, line = 130, "\nstopped; the same command continues from the last checkpoint"
-    failed = sweeps.report()
-    if line:
+    failed = sweeps.report() if ranks.first() else 0
+    if line and ranks.first():
         print(line, file=sys.stderr)
     if code or failed:
         sys.exit(code or failed)
