@@ -26,7 +26,7 @@ GPU    := budget=gpu model=openpangu_1b_random
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep diff report docs bench gpu test lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep diff report docs bench gpu test torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -92,6 +92,9 @@ gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the bench
 
 test: lint ## lint, format check and all tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"
+
+torture: $(TESTED) ## kill a training command at 50 random moments, resume it, compare with an uninterrupted run: a quarter of an hour
+	$(PY) -m tests.torture $(ARGS)
 
 lint: $(TESTED) ## lint and format check
 	$(VENV)/bin/ruff check .

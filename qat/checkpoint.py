@@ -6,82 +6,182 @@ and the step: everything that the rest of the run depends on. The last one of a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qat import ranks
+from qat import files, ranks
 from qat.config import UserError
+
+# 1 (not written down): no checksum of facts.json, and neither the run's name nor those of its scales.
+VERSION = 2
+
+
+class Damaged(UserError):
+    """A checkpoint that does not hold what was written."""
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict, keep: int = 2) -> Path:
     """Write `folder/step-<step>/`: a safetensors file for each entry of `tensors`, and `facts` as JSON with checksums.
 
     Then all but the newest `keep` checkpoints go: the one before the newest stays in case the newest is damaged.
+    Errors: OSError that names the file; what was there before stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".writing-*"):  # a kill left it
+        shutil.rmtree(unfinished)
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name, group in tensors.items():
-        save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, temporary / f"{name}.safetensors")
-    checksums = {f.name: _checksum(f) for f in sorted(temporary.iterdir())}
-    (temporary / "facts.json").write_text(json.dumps({"step": step, "checksums": checksums, **facts}))
-    for file in temporary.iterdir():
-        flush(file)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
-    flush(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    try:
+        _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # what is left of it would fill a full disk further
+        raise
+    files.flush(folder)
+    keep_newest(folder, keep)
     return target
 
 
-def latest(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints."""
+    for old in sorted(folder.glob("step-*"))[:-count]:
+        shutil.rmtree(old)
+
+
+def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    folder.mkdir()
+    for name, group in tensors.items():
+        _save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, folder / f"{name}.safetensors")
+    facts["checksums"] = {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+    with files.naming(folder / "facts.json"):
+        (folder / "facts.json").write_text(json.dumps(facts | {"checksum": _digest(facts)}))
+    for file in folder.iterdir():
+        files.flush(file)
+
+
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # tells of the system's errors in words
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
     """The newest undamaged checkpoint in `folder` as (tensors, facts), or None when there is none yet.
 
-    Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero.
+    Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero,
+    and when one is of another run than `run` or of a later version of the format.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; delete the run folder to train it again")
     candidates = sorted(folder.glob("step-*"), reverse=True)
     for candidate in candidates:
         try:
-            return load(candidate)
-        except UserError as error:
+            tensors, facts = load(candidate)
+        except Damaged as error:
             print(f"warning: {error}", flush=True)
+            continue
+        if run is not None and facts.get("run", run) != run:
+            raise UserError(f"{candidate} is of the run {facts['run']}; put it back there, or delete it")
+        return tensors, facts
     if candidates:
         raise UserError(f"{folder}: no checkpoint can be read; delete the run folder to train it again")
     return None
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-    """Read one checkpoint. Errors: UserError when it is incomplete or its checksums do not agree."""
+    """Read one checkpoint. Errors: Damaged when it is incomplete or its checksums do not agree; UserError when it is of
+    a later version of the format."""
     try:
-        facts = json.loads((path / "facts.json").read_text())
+        facts = _facts(path)
         for name, checksum in facts["checksums"].items():
             if _checksum(path / name) != checksum:
-                raise UserError(f"{path}/{name} is damaged: its checksum differs")
+                raise Damaged(f"{path}/{name} is damaged: its checksum differs")
         return {name.removesuffix(".safetensors"): load_file(path / name) for name in facts["checksums"]}, facts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise Damaged(f"{path} is damaged: {error}") from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors, `<parameter>/<state>`."""
-    state = {f"{names[p]}/{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
-    return {name: ranks.whole(value) for name, value in state.items()}
+def _facts(path: Path) -> dict:
+    facts = json.loads((path / "facts.json").read_text())
+    checksum, version = facts.pop("checksum", None), facts.get("version", 1)
+    if version > VERSION:
+        raise UserError(
+            f"{path} is of version {version} of the format, and this code reads up to {VERSION}: update the code, or "
+            f"delete the run folder to train it again"
+        )
+    if (version > 1 or checksum) and checksum != _digest(facts):
+        raise Damaged(f"{path}/facts.json is damaged: its checksum differs")
+    return facts
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], saved: dict[str, torch.Tensor]):
-    """Put back what `optimizer_tensors` gave."""
-    for parameter, name in names.items():
-        state = {key.rpartition("/")[2]: t for key, t in saved.items() if key.rpartition("/")[0] == name}
-        optimizer.state[parameter] = {key: ranks.shard_like(t, parameter) for key, t in state.items()}
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """What is refused within this context is the checkpoint in `folder`, and the error says so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{folder}: {error}; resume with the configuration it was made with, or delete the run folder"
+        ) from error
+
+
+def matched(
+    tensors: dict[str, dict[str, torch.Tensor]], group: str, wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`tensors[group]`. Errors: UserError unless it has the names, shapes and types of `wanted`."""
+    saved = tensors.get(group, {})
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved:
+            raise UserError(f"{group}.safetensors lacks {name}")
+        if name not in wanted:
+            raise UserError(f"{group}.safetensors has {name}, which this run does not have")
+        ours, theirs = _kind(wanted[name]), _kind(saved[name])
+        if ours != theirs:
+            raise UserError(f"{group}.safetensors has {name} as {theirs}, this run has it as {ours}")
+    return saved
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors, `<parameter>/<state>`; zeros of a parameter that had no gradient yet."""
+    return {
+        f"{name}/{key}": ranks.whole(optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like))
+        for p, name in names.items()
+        for key, like in _moments(p).items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str], tensors: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Put back what `optimizer_tensors` gave, from the group `optimizer`. Errors: UserError when it is of another
+    model's optimizer."""
+    wanted = {f"{name}/{key}": like for p, name in names.items() for key, like in _moments(p).items()}
+    saved = matched(tensors, "optimizer", wanted)
+    for p, name in names.items():
+        optimizer.state[p] = {key: ranks.shard_like(saved[f"{name}/{key}"], p) for key in _moments(p)}
+
+
+def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What AdamW keeps of a parameter, as tensors of the same shapes and types."""
+    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
 
 
 def _checksum(path: Path) -> str:
@@ -89,10 +189,5 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def flush(path: Path) -> None:
-    """Hand a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _digest(facts: dict) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode()).hexdigest()

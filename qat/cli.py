@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat import ranks, stops, sweeps
 from qat.config import Config, ConfigError, UserError, register
 from qat.runtime import ROOT, arithmetic
-from qat.validate import validate
+from qat.validate import validate, validate_surroundings
 
 CONF = str(ROOT / "conf")
 
@@ -51,8 +52,11 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
     code, line = 0, None
     try:
         with stops.heeded():
+            validate_surroundings(sys.argv[1:], os.environ)
             hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
+    except ConfigError as error:
+        code, line = 2, f"error: {error}"
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RuntimeError) as error:
         if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
             raise
         code, line = 2, f"error: {explain(error)}"
@@ -75,7 +79,7 @@ def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig) -> No
                 return work(typed(cfg), cfg)
             except stops.Preempted as stop:
                 stops.hand_on(stop)
-    except OmegaConfBaseException as error:
+    except (HydraException, OmegaConfBaseException) as error:  # of another experiment, composed on the way
         raise UserError(explain(error)) from error
     except OSError as error:  # a full disk, a folder without permission
         raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from error
@@ -114,6 +118,11 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 def explain(error: Exception) -> str:
     """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice."""
+    mark = getattr(error, "problem_mark", None)
+    if mark:
+        return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem}); mind indentation, colons and brackets"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of the configuration is not text in UTF-8 ({error}); write it anew"
     text = " ".join(str(each) for each in (error, error.__cause__) if each)
     plugin = re.search(
         r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text
@@ -158,6 +167,14 @@ _SENTENCES = [
         "{key}={value}: must be a list, as in {key}=[{value}]",
     ),
     (r"override (?P<word>\S+)\s.*is not a subclass of (?P<type>\w+)Config", "{word}: is a group; set one of its keys"),
+    (
+        r"In '(?P<file>[^']+)'.*Merge error: \w+ is not a subclass of (?P<type>\w+)\. value: (?P<value>.*?)\s+full_key",
+        "{file}.yaml: {value} stands where the keys of a group ({type}) belong",
+    ),
+    (
+        r"LexerNoViableAltException: (?P<word>\S+)",
+        "{word}: Hydra takes such characters only in quotes, as in key='\"é\"'",
+    ),
     (r"Error parsing override '(?P<word>[^']*)'", "{word}: not of the form key=value, as in optim.lr=3e-5"),
 ]
 

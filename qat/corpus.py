@@ -77,14 +77,22 @@ class Files(Corpus):
         self.of = {"revision": _inventory(folder, files)}
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Block]:
-        passages = [p for f in self.train for p in _passages(f.read_text(encoding="utf-8"))]
+        passages = [p for f in self.train for p in self._passages(f)]
         random.Random(f"{self.seed}/{epoch}").shuffle(passages)
         yield Block(epoch, 0, passages, (epoch + 1, 0))
 
     def heldout(self) -> Iterator[str]:
         # One passage of each file in turn: a short measurement still sees every held-out file.
-        columns = itertools.zip_longest(*(_passages(f.read_text(encoding="utf-8")) for f in self.kept))
+        columns = itertools.zip_longest(*(self._passages(f) for f in self.kept))
         return (passage for row in columns for passage in row if passage is not None)
+
+    def _passages(self, file: Path) -> list[str]:
+        try:
+            return _passages(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.path={self.cfg.path}: {file.name} is not text in UTF-8 ({error}); convert or remove it"
+            ) from error
 
 
 class Stream(Corpus):

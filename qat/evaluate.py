@@ -42,15 +42,19 @@ class Subject:
     def build(self) -> tuple[nn.Module, object]:
         """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
         model, tokenizer = models.load(self.cfg.model, self.cfg.seed)
-        saved = self._checkpoint() if self.trained else None
+        tensors, facts = self._checkpoint() if self.trained else ({}, {})
         # Parameters only: rotary frequencies must stay FP32, as they are in training.
         stored = torch.bfloat16 if runtime.arithmetic(self.cfg.budget.arithmetic) == "bf16" else torch.float32
-        for name, parameter in model.named_parameters():
-            source = parameter.data if saved is None else saved["model"][name].to(parameter.device)
-            parameter.data = source.bfloat16().to(stored)
+        parameters = saved = dict(model.named_parameters())
+        if self.trained:
+            with checkpoint.restoring(self.run.checkpoints):
+                saved = checkpoint.matched(tensors, "model", parameters)
+        for name, parameter in parameters.items():
+            parameter.data = saved[name].detach().to(parameter.device).bfloat16().to(stored)
         if self.mode == "w8a8":
             bank, _ = convert(model, self.cfg)
-            bank.load_state_dict(saved["scales"])
+            with checkpoint.restoring(self.run.checkpoints):
+                bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
             bank.phase = Phase.FROZEN
         return model.eval(), tokenizer
 
@@ -63,12 +67,12 @@ class Subject:
                 f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words"
             )
 
-    def _checkpoint(self) -> dict[str, dict[str, torch.Tensor]]:
+    def _checkpoint(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
         self.check()
-        found = checkpoint.latest(self.run.checkpoints)
+        found = checkpoint.latest(self.run.checkpoints, self.run.id)
         if found is None:
             raise UserError(f"{self.run.path}: its checkpoint is gone; delete the folder and train it again")
-        return found[0]
+        return found
 
 
 def evaluate(cfg: Config) -> dict | None:

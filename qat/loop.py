@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from tqdm import tqdm
 from qat import checkpoint, data, models, ranks, runtime, stops, tracking, watchdogs
 from qat.config import Config, UserError
 from qat.convert import convert
+from qat.files import flush
 from qat.formats import TOLERANCE
 from qat.runs import Run, baseline_of
 from qat.step import StepResult, Trainer
@@ -46,12 +49,12 @@ def train(cfg: Config) -> Run:
             with tracking.mirror(run, cfg) as log:
                 for step in session.steps(log):  # noqa: B007  `step` is what the status says after an error
                     pass
-            session.finish()
         except BaseException as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            run.set_status(
-                "stopped" if isinstance(error, KeyboardInterrupt) else "failed", step, cfg.steps, reason=reason
-            )
+            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened first
+                if not run.finished:
+                    run.set_status(state, step, cfg.steps, reason=reason)
             raise
     return run
 
@@ -60,7 +63,9 @@ class _Session:
     """One process's work on a run: state that lives between steps."""
 
     def __init__(self, cfg: Config, run: Run):
-        self.cfg, self.run, self.done, self.skipped = cfg, run, 0, 0  # skipped: in a row, until now
+        self.cfg, self.run, self.done, self.final = cfg, run, 0, False
+        self.skipped = 0  # steps in a row, until now
+        self.batch = None  # hash of the tokens of the step
         runtime.keep_freed_memory()
         torch.manual_seed(cfg.seed)
         self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
@@ -76,29 +81,38 @@ class _Session:
 
     def _restore(self) -> dict | None:
         """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
-        found = checkpoint.latest(self.run.checkpoints)
-        cursor = None
+        found = checkpoint.latest(self.run.checkpoints, self.run.id)
         if found is not None:
-            tensors, facts = found
-            with torch.no_grad():
-                for parameter, name in self.names.items():
-                    parameter.copy_(ranks.shard_like(tensors["model"][name], parameter))
-            if self.bank is not None:
-                self.bank.load_state_dict(tensors.get(_of_rank("scales", ranks.mine()), tensors["scales"]))
-            self.done, cursor = facts["step"], facts.get("data")
-            if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
-                checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors["optimizer"])
-                runtime.load_rng_state(tensors.get(_of_rank("rng", ranks.mine()), {}))
+            with checkpoint.restoring(self.run.checkpoints):
+                self._load(*found)
         ranks.check_agreement("the step to continue from", torch.tensor([self.done]))
+        rows = [row for row in self.run.metrics() if row["step"] <= self.done]
+        if [row["step"] for row in rows] != list(range(1, self.done + 1)):
+            raise UserError(
+                f"{self.run.path / 'metrics.jsonl'} is damaged (no row for each of the {self.done} steps done); delete "
+                f"the run folder to make it again"
+            )
+        for row in rows:
+            self.skipped = self.skipped + 1 if row.get("skipped") else 0
         for name in _ROWS:
             self.run.keep_rows(name, self.done)
-        for row in self.run.metrics():
-            self.skipped = self.skipped + 1 if row.get("skipped") else 0
-        self.skipped = ranks.shared(self.skipped)  # the first rank knows: the others may read rows that it drops
-        return cursor
+        return found[1].get("data") if found else None
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
+        saved = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
+        for parameter, name in self.names.items():
+            parameter.copy_(ranks.shard_like(saved[name], parameter))
+        if self.bank is not None:
+            scales = tensors.get(_of_rank("scales", ranks.mine()), tensors.get("scales", {}))
+            self.bank.load_state_dict(scales, facts.get("scales"))
+        self.done, self.final = facts["step"], "final" in facts
+        if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
+            checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
+            runtime.load_rng_state(tensors.get(_of_rank("rng", ranks.mine()), {}))
 
     def steps(self, log) -> Iterator[int]:
-        """Run the steps that are left; yields the number of each when it is done and written."""
+        """Run the steps that are left and finish; yields the number of each when it is done and written."""
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
@@ -126,8 +140,13 @@ class _Session:
                 stop = ranks.anyone(bool(signalled()))
                 if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
                     self._save()
-                    if stop:
-                        raise stops.Preempted(f"{signalled() or 'another rank'} after step {step} of {cfg.steps}")
+                if stop and step < cfg.steps:
+                    break
+            else:
+                self._finish()
+                stop = ranks.anyone(bool(signalled()))
+            if stop:  # after the last step, too: others are to begin elsewhere
+                raise stops.Preempted(f"{signalled() or 'another rank'} after step {self.done} of {cfg.steps}")
 
     def _introduce(self) -> None:
         cfg, arithmetic = self.cfg, self.trainer.arithmetic
@@ -165,6 +184,7 @@ class _Session:
         """This rank's micro-batches of a step, int64 [sequences, length + 1]."""
         (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
         batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
+        self.batch = batches and hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
         return ranks.scattered(batches, accumulation, (micro, length + 1))
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
@@ -184,6 +204,7 @@ class _Session:
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
             "epoch": self.stream.epoch if self.stream else None,
+            "batch": self.batch,
             "quantized": quantized,
             "overshoot_max": None if overshoot is None or not sound else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
@@ -234,8 +255,8 @@ class _Session:
         if not ranks.first():
             return
         for name in _ROWS:  # a checkpoint must not outlive the rows before it
-            checkpoint.flush(self.run.path / name)
-        checkpoint.save(self.run.checkpoints, self.done, tensors, {"data": self.stream.state()})
+            flush(self.run.path / name)
+        checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(data=self.stream.state()))
         self.run.set_status("running", self.done, self.cfg.steps)
 
     def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -243,11 +264,17 @@ class _Session:
         tensors = {"model": {name: ranks.whole(parameter) for parameter, name in self.names.items()}}
         return tensors if self.bank is None else tensors | {"scales": self.bank.state_dict()}
 
-    def finish(self) -> None:
+    def _facts(self, **more) -> dict:
+        """What a checkpoint says of itself: whose it is, and of what its scales are."""
+        return {"run": self.run.id, "scales": self.bank.names if self.bank is not None else None, **more}
+
+    def _finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
         tensors = self._trained()
-        if ranks.first():
-            checkpoint.save(self.run.checkpoints, self.done, tensors, {"final": True}, keep=1)
+        if ranks.first() and self.final:  # stopped while the others went: there may be no other, so it stays as it is
+            checkpoint.keep_newest(self.run.checkpoints, 1)
+        elif ranks.first():
+            checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
         self.run.set_status("finished", self.done, self.cfg.steps)
 
 

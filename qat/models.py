@@ -6,6 +6,7 @@ its checkpoint is loaded as `LlamaForCausalLM`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from qat.config import ModelConfig, UserError
+from qat.config import ModelConfig, UserError, nearest
 from qat.runtime import cache_dir, device, package_path
 
 transformers_logging.disable_progress_bar()
@@ -38,6 +40,9 @@ def load(cfg: ModelConfig, seed: int):
     """(model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
     if cfg.source == "random":
         torch.manual_seed(seed)
+        known = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_theta"}
+        for key in cfg.architecture.keys() - known:  # it would be taken and ignored
+            raise UserError(f"model.architecture.{key}: unknown key; {nearest(key, known)}")
         try:
             config = LlamaConfig(**cfg.architecture)
         except (TypeError, ValueError, StrictDataclassError) as error:
@@ -46,7 +51,7 @@ def load(cfg: ModelConfig, seed: int):
             ) from error
         return LlamaForCausalLM(config).float().to(device()).train(), byte_tokenizer()
     folder, kwargs = _locate(cfg)
-    wanted = {"dtype": torch.float32, "output_loading_info": True}
+    wanted = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         config = _config(folder, kwargs)
         if config is None:
@@ -56,12 +61,12 @@ def load(cfg: ModelConfig, seed: int):
             model, info = LlamaForCausalLM.from_pretrained(folder, config=config, **wanted, **kwargs)
             # AutoTokenizer insists on the remote class, which only wraps the SentencePiece model that Llama's reads.
             tokenizer = LlamaTokenizer.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id"
         ) from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if missing:  # transformers would leave them random
         count = f"{len(missing)} missing"
         raise UserError(f"model.path={cfg.path}: has no weights for {missing[0]} ({count}); download it again")
@@ -110,7 +115,10 @@ def _config(folder: Path | str, kwargs: dict) -> LlamaConfig | None:
     """The Llama reading of an openPangu config.json; None for every model that transformers knows by itself."""
     from transformers.utils import cached_file
 
-    raw = json.loads(Path(cached_file(folder, "config.json", **kwargs)).read_text())
+    found = cached_file(folder, "config.json", **kwargs)
+    raw = json.loads(Path(found).read_text()) if found else None
+    if not isinstance(raw, dict):
+        raise ValueError("no config.json with a model's sizes")
     if raw.get("model_type") != "PanguEmbedded":
         return None
     # Its `bias` is of q, k, v and o. What Llama does not know (auto_map, model_type) must not come along.

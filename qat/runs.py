@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +22,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import ranks, runtime
+from qat import files, ranks, runtime
 from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
+from qat.validate import validate
 
 # Of these groups, what cannot change a number of training.
 _IRRELEVANT = {
@@ -129,9 +131,34 @@ def _readable(path: Path):
     try:
         yield
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); delete the run folder to make it again"
-        ) from error
+        reason = str(error).splitlines()[0].strip()
+        raise UserError(f"{path} is damaged ({reason}); delete the run folder to make it again") from error
+
+
+def config_of(folder: str) -> Config:
+    """The configuration of a run folder that the user names, with runs_dir where that folder is now. Errors: UserError
+    when it is no run folder, or not the one of its configuration."""
+    run = Run(Path(folder).absolute())
+    cfg = run.typed_config()
+    cfg.runs_dir = str(run.path.parent)
+    if cfg.budget.steps:  # the untouched checkpoint has none
+        validate(cfg)
+    if run.id != run_id(cfg):
+        raise UserError(f"run={folder}: its config.yaml is of {run_id(cfg)}; give the folder that name again")
+    return cfg
+
+
+def _mapping(content, *required: str) -> dict:
+    if not isinstance(content, dict):
+        raise ValueError(f"a mapping was expected, not {type(content).__name__}")
+    for key in required:
+        if key not in content:
+            raise ValueError(f"'{key}' is missing")
+    return content
+
+
+def _json_lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class Run:
@@ -162,7 +189,9 @@ class Run:
     def config(self) -> dict:
         path = self.path / "config.yaml"
         with _readable(path):
-            return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+            if not path.exists():
+                return {}
+            return _mapping(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
 
     def typed_config(self) -> Config:
         """The configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
@@ -172,42 +201,47 @@ class Run:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
 
     def status(self) -> dict:
-        return self._json("status.json")
+        return self._json("status.json", "state", "step", "steps")
 
     def environment(self) -> dict:
         return self._json("environment.json")
 
     def evaluations(self) -> dict:
-        return self._json("eval.json")
+        evaluations = self._json("eval.json")
+        with _readable(self.path / "eval.json"):
+            for modes in evaluations.values():
+                for record in _mapping(modes).values():
+                    _mapping(record)
+        return evaluations
 
     def comparison(self) -> dict:
         return self._json("comparison.json")
 
     def metrics(self) -> list[dict]:
-        return self._lines(self.path / "metrics.jsonl")
+        return self._lines(self.path / "metrics.jsonl", "step")
 
     def telemetry(self) -> list[dict]:
-        return self._lines(self.path / "telemetry.jsonl")
+        return self._lines(self.path / "telemetry.jsonl", "step")
 
     def warnings(self) -> list[dict]:
-        return self._lines(self.path / "warnings.jsonl")
+        return self._lines(self.path / "warnings.jsonl", "step")
 
     def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
         return self._lines(self.path / "samples" / benchmark / mode / f"{task}.jsonl")
 
-    def _json(self, name: str) -> dict:
+    def _json(self, name: str, *required: str) -> dict:
         path = self.path / name
         with _readable(path):
-            return json.loads(path.read_text()) if path.exists() else {}
+            return _mapping(json.loads(path.read_text(encoding="utf-8")), *required) if path.exists() else {}
 
     @staticmethod
-    def _lines(path: Path) -> list[dict]:
+    def _lines(path: Path, *required: str) -> list[dict]:
         if not path.exists():
             return []
-        lines = path.read_text().splitlines(keepends=True)
-        # A line without its end was cut off by a kill; the resume writes it again.
         with _readable(path):
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line without its end was cut off by a kill; the resume writes it again.
+            return [_mapping(json.loads(line), *required) for line in lines if line.endswith("\n")]
 
     # Writing --------------------------------------------------------------------------------------------------
 
@@ -226,29 +260,32 @@ class Run:
     def write_samples(self, benchmark: str, mode: str, task: str, rows: list[dict]) -> None:
         name = Path("samples") / benchmark / mode / f"{task}.jsonl"
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        self._replace(name, "".join(json.dumps(row) + "\n" for row in rows))
+        self._replace(name, _json_lines(rows))
 
     @contextlib.contextmanager
     def append(self, name: str):
         """A function that appends rows to a JSON-lines file and hands them to the system at once."""
-        with (self.path / name).open("a") as file:
+        path = self.path / name
+        file = path.open("a", encoding="utf-8")
 
-            def write(rows: list[dict]) -> None:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        def write(rows: list[dict]) -> None:
+            with files.naming(path):
+                file.write(_json_lines(rows))
                 file.flush()
 
+        try:
             yield write
+        finally:
+            with files.naming(path):  # what a full disk did not take is tried once more
+                file.close()
 
     def keep_rows(self, name: str, last_step: int) -> None:
         """Drop the rows of steps after `last_step`: a resumed run writes them again."""
-        rows = self._lines(self.path / name)
-        self._replace(name, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
+        rows = self._lines(self.path / name, "step")
+        self._replace(name, _json_lines(row for row in rows if row["step"] <= last_step))
 
     def _replace(self, name: str | Path, text: str) -> None:
-        path = self.path / name
-        temporary = path.with_name(f".{path.name}.writing")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        files.replace(self.path / name, text)
 
     @contextlib.contextmanager
     def lock(self):

@@ -70,11 +70,14 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def load_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` gave; what is missing stays as it was seeded."""
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device().type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device())
+    """Put back what `rng_state` gave; what is missing stays as it was seeded. Errors: UserError for another size."""
+    try:
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if "cuda" in state and device().type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device())
+    except (RuntimeError, TypeError) as error:
+        raise UserError("rng.safetensors holds no state of a random number generator of this PyTorch") from error
 
 
 def package_path(path: str) -> Path:
@@ -93,7 +96,10 @@ def cache_dir() -> Path:
     """Where converted models and unpacked benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
     base = os.environ.get("HIF8_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hif8-qat"
     path = Path(base)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be a cache ({error.strerror}); set HIF8_CACHE to another folder") from error
     return path
 
 

@@ -190,16 +190,12 @@ class ScaleBank:
         counters = torch.stack([self.filled, self.position[0], ticks])
         return {"history": self.history, "scale": self.scale, "counters": counters}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore a saved bank: exactly, or from another window its newest entries. Errors: UserError when it belongs
-        to other tensors."""
+    def load_state_dict(self, state: dict[str, torch.Tensor], names: list[str] | None = None) -> None:
+        """Restore a saved bank: exactly, or from another window its newest entries. names: those of its tensors, where
+        they are known. Errors: UserError when it belongs to other tensors or holds what no bank does."""
+        self._refuse(state, names)
         history, (filled, position, ticks) = state["history"], state["counters"].tolist()
-        window, tensors = history.shape
-        if tensors != len(self):
-            raise UserError(
-                f"the saved scales are of {tensors} tensors, this run has {len(self)}: resume with the configuration "
-                f"the checkpoint was made with"
-            )
+        window = len(history)
         if window != len(self.history):
             kept = min(filled, len(self.history))
             print(f"  amax history of window {window}: the newest {kept} of {filled} entries are kept", flush=True)
@@ -212,3 +208,21 @@ class ScaleBank:
         self.filled.fill_(filled)
         self.position.fill_(position)
         self.primed, self.ticks = filled > 0, ticks
+
+    def _refuse(self, state: dict[str, torch.Tensor], names: list[str] | None) -> None:
+        wanted = self.state_dict()
+        for key, ours in wanted.items():
+            theirs = state.get(key)
+            if theirs is None or (theirs.dtype, theirs.dim()) != (ours.dtype, ours.dim()):
+                raise UserError(f"the saved scales have no {key} of this version")
+        tensors = state["history"].shape[1]
+        if tensors != len(self):
+            raise UserError(f"the saved scales are of {tensors} tensors, this run has {len(self)}")
+        if names is not None and names != self.names:
+            first = next(pair for pair in zip(names, self.names, strict=True) if pair[0] != pair[1])
+            raise UserError(f"the saved scales are of other tensors: {first[0]} where this run has {first[1]}")
+        filled, position, ticks = state["counters"].tolist()
+        if not (state["scale"].isfinite() & (state["scale"] > 0)).all() or not state["history"].isfinite().all():
+            raise UserError("the saved scales are not all finite and positive")
+        if not (0 <= filled <= len(state["history"]) and 0 <= position < len(state["history"]) and ticks >= 0):
+            raise UserError(f"the saved scales count {filled} of {len(state['history'])} entries, the next {position}")

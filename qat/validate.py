@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from operator import attrgetter
 
@@ -19,7 +21,7 @@ def validate(cfg: Config) -> None:
         if not low <= value <= high:
             bound = low if value < low else high
             raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
-    for check in (_check_batch, _check_warmup, _check_quant, _check_sources, _check_benchmark):
+    for check in (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_benchmark):
         check(cfg)
 
 
@@ -60,6 +62,51 @@ _RANGES = [
     ("budget.largest_logits", 2**16, _INF),
     ("benchmark.batch_size", 1, _INF),
 ]
+
+
+# Variables whose bad values libraries ignore or answer at length: what they must look like, and an example.
+_VARIABLES = {
+    "OMP_NUM_THREADS": (r"[1-9]\d*(,[1-9]\d*)*", "2"),
+    "NUMBA_NUM_THREADS": (r"[1-9]\d*", "2"),
+    "CUDA_VISIBLE_DEVICES": (r"(-?\d+|(GPU|MIG)-[\w/-]+)(,(-?\d+|(GPU|MIG)-[\w/-]+))*", "0,1"),
+    "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
+}
+
+
+def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for command-line words that lead out of conf/, and for malformed environment variables."""
+    for word in words:
+        group, _, option = word.partition("=")
+        if ".." in option.split("/") and "." not in group:
+            raise ConfigError(
+                f"{word}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full path"
+            )
+    for name, (pattern, example) in _VARIABLES.items():
+        value = environ.get(name, "")
+        if value and not re.fullmatch(pattern, value):
+            raise ConfigError(f"{name}={value}: the environment variable is malformed; set it as in {name}={example}")
+
+
+# What becomes a file, a folder or a name in a mirror must not lead anywhere else.
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+
+
+def _check_names(cfg: Config) -> None:
+    keys = ("model.name", "data.name", "benchmark.name", "budget.name", "logger.project")
+    names = [(key, attrgetter(key)(cfg)) for key in keys]
+    names += [("experiment", cfg.experiment or "none")]
+    names += [("report.experiments", name) for name in cfg.report.experiments]
+    names += [("benchmark.tasks", name) for name in cfg.benchmark.tasks]
+    for key, name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{key}={name[:80]!r}: must be a name of at most 80 letters, digits, '.', '_' and '-' that does not "
+                f"start with '.'"
+            )
+    for key in ("runs_dir", "report.out", "bench.out"):
+        folder = attrgetter(key)(cfg)
+        if not folder.strip() or not folder.isprintable():
+            raise ConfigError(f"{key}={folder!r}: must name a folder, as in {key}=results")
 
 
 def _check_batch(cfg: Config) -> None:

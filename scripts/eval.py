@@ -16,12 +16,11 @@ def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from qat.evaluate import evaluate
-    from qat.runs import Run
+    from qat.runs import config_of
 
     if config.run:
-        benchmark, folder = config.benchmark, Path(config.run)
-        config = Run(folder).typed_config()
-        config.runs_dir = str(folder.parent)
+        benchmark = config.benchmark
+        config = config_of(config.run)
         if any(word.startswith("benchmark") for word in HydraConfig.get().overrides.task):
             config.benchmark = benchmark
     evaluate(config)

@@ -61,7 +61,7 @@ def test_a_step_saved_again_replaces_the_old_one(folder):
     assert same(found, tensors(9)) and facts["again"] and names(folder) == ["step-00000004", "step-00000008"]
 
 
-@pytest.mark.parametrize("fails", ["save_file", "flush", "os.rename"])
+@pytest.mark.parametrize("fails", ["save_file", "files.flush", "os.rename"])
 def test_a_crash_while_writing_leaves_the_checkpoints_that_were_there(folder, fails, monkeypatch):
     def crash(*_, **__):
         raise KeyboardInterrupt
@@ -153,6 +153,6 @@ def test_an_optimizers_state_survives(tmp_path):
     with torch.no_grad():
         for parameter, name in names.items():
             parameter.copy_(found["model"][name])
-    checkpoint.load_optimizer(optimizer, names, found["optimizer"])
+    checkpoint.load_optimizer(optimizer, names, found)
     step(again, optimizer)
     assert same({"model": model.state_dict()}, {"model": again.state_dict()})

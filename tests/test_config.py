@@ -9,16 +9,13 @@ import math
 import pytest
 import torch
 from hydra import initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import cli, suite
 from qat.config import Config, UserError
 from qat.convert import convert
 from qat.validate import validate
-from tests.conftest import ROOT, RUNS, TINY, composed, script
+from tests.conftest import ROOT, composed, script
 
 EXPERIMENTS = [f"exp{i}" for i in range(1, 9)]
 PROTOCOLS = ["paper", "released"]
@@ -185,104 +182,7 @@ def test_an_experiments_own_sweep_is_expanded():
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
-
-# (words, what the line must hold): mistakes that Hydra finds or that arise while composing ...
-COMPOSING = [
-    ("experiment=exp9", "experiment=exp9: unknown choice; did you mean 'exp8'?"),
-    ("model=smolm", "model=smolm: unknown choice; did you mean 'smollm2_135m'?"),
-    ("scaling=exp_smoth", "scaling=exp_smoth: unknown choice; did you mean 'exp_smooth'?"),
-    ("window=64", "window=64: a group takes a name; did you mean 'w64'?"),
-    ("lr=1e-4", "lr=1e-4: a group takes a name; did you mean 'lr1e-4'?"),
-    ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
-    ("sed=3", "sed: unknown key; did you mean 'seed'?"),
-    ("+optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
-    ("+benchmark.tasks.mmlu.shot=5", "benchmark.tasks.mmlu.shot: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
-    ("benchmark.tasks.mmul.shots=5", "benchmark.tasks.mmul: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
-    ("hydra/launcher=slrum", "hydra/launcher=slrum: unknown choice; did you mean 'slurm'?"),
-    ("hydra.launcher.n_job=2", "hydra.launcher.n_job: unknown key; `--cfg hydra` in the place of `-m` lists those"),
-    ("seed=1.5", "seed=1.5: must be of type Integer"),
-    ("optim.lr=fast", "optim.lr=fast: must be of type Float"),
-    ("optim.lr=null", "optim.lr=null: must have a value"),
-    ("~optim", "optim.lr=null: must have a value"),
-    ("optim=3", "optim=3: is a group; set one of its keys"),
-    ("optim.lr", "optim.lr: not of the form key=value, as in optim.lr=3e-5"),
-    ("quant.weights=maybe", "quant.weights=maybe: must be true or false"),
-    ("quant.scope=mlp.*", "quant.scope=mlp.*: must be a list, as in quant.scope=[mlp.*]"),
-]
-# ... and those found in the composed configuration, which spares composing one for each.
-VALIDATING = [
-    ("seed=-1", "seed=-1: must lie in [0, 2147483647]; the nearest valid value is 0"),
-    ("seed=9999999999", "the nearest valid value is 2147483647"),
-    ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
-    ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
-    ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
-    ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, inf]; the nearest valid value is 4"),
-    ("protocol=papr", "protocol=papr: unknown value; did you mean 'paper'?"),
-    ("quant.format=hif9", "quant.format=hif9: unknown value; did you mean 'hif8'?"),
-    ("quant.overflow=clamp", "quant.overflow=clamp: unknown value; did you mean 'clip'?"),
-    ("data.label_shift=thrice", "data.label_shift=thrice: unknown value; did you mean 'twice'?"),
-    ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
-    ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),
-    ("benchmark.tasks.mmlu.limit=0", "benchmark.tasks.mmlu.limit=0: the nearest valid value is 1"),
-    ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
-    (
-        "quant.bf16_blocks=30",
-        "quant.bf16_blocks=30: smollm2_135m has 30 blocks, so nothing would be quantized; the largest",
-    ),
-    ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
-    (
-        "quant.format=fp8_e4m3 quant.target_weight=449",
-        "quant.target_weight=449: above the largest fp8_e4m3 value; the nearest",
-    ),
-    ("quant.gemm=fp8 quant.overflow=inf", "quant.overflow=inf lets values through that E4M3 cannot hold; set"),
-    ("quant.gemm=fp8 quant.format=fp8_e4m3", "quant.gemm=fp8: with quant.format=fp8_e4m3 there is no exact E4M3 form"),
-    ("quant.gemm=fp8 quant.operands=descaled", "with quant.operands=descaled there is no exact E4M3 form; set"),
-    ("quant.gemm=fp8 quant.weights=false", "quant.gemm=fp8: a role that is not quantized has no 8-bit operands; set"),
-    ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to 15;"),
-    ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
-    (
-        "scaling.algo=exp_smooth scaling.window=1",
-        "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",
-    ),
-    (
-        "budget.steps=30 warmup.bf16=1",
-        "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667",
-    ),
-    (
-        "budget.steps=30 optim.lr_warmup=1",
-        "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
-    ),
-    (
-        "budget.batch_factor=0.25 budget.micro_batch=2 budget.accumulation=1",
-        "budget.accumulation=1: times batch_factor=1/4 is no whole number",
-    ),
-    ("model.source=random", "model.architecture=null: model.source=random needs sizes, as in model=tiny"),
-    ("model.path=null", "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"),
-    ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
-]
-
-
-def answer(words: list[str]) -> str:
-    """What a script would say: the line after `error: `."""
-    with pytest.raises((UserError, HydraException, OmegaConfBaseException, ValueError)) as caught:
-        cli.typed(composed(*words))
-    return str(caught.value) if isinstance(caught.value, UserError) else cli.explain(caught.value)
-
-
-@pytest.mark.parametrize(("words", "wanted"), COMPOSING, ids=[words for words, _ in COMPOSING])
-def test_a_mistake_in_composing_is_answered_in_one_line(words, wanted, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
-    line = answer(words.split())
-    assert wanted in line and "\n" not in line and len(line) < 250
-
-
-@pytest.mark.parametrize(("words", "wanted"), VALIDATING, ids=[words for words, _ in VALIDATING])
-def test_a_bad_value_is_answered_in_one_line(words, wanted):
-    cfg = OmegaConf.merge(composed(), OmegaConf.from_dotlist(words.split()))
-    with pytest.raises(UserError) as caught:
-        cli.typed(cfg)
-    line = str(caught.value)
-    assert wanted in line and "\n" not in line and len(line) < 250
+# Most are in tests/test_bad_input.py.
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 0.3])
@@ -305,22 +205,3 @@ def test_a_fresh_interpreter_says_one_line_and_writes_nothing(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: experiment=exp88: unknown choice; did you mean 'exp8'?\n"
     assert (done.stdout, list(tmp_path.iterdir())) == ("", [])
-
-
-def test_a_scope_that_matches_nothing_is_refused_before_the_baseline_is_trained(main, tmp_path):
-    code, _, stderr = main("train.py", *TINY, "quant.scope=[mlp.gate_prj]")
-    line = "error: quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean 'mlp.gate_proj'?\n"
-    assert (code, stderr, list(tmp_path.iterdir())) == (2, line, [])
-
-
-def test_what_the_system_refuses_is_said_in_one_line(main, tmp_path):
-    (tmp_path / "file").touch()
-    code, _, stderr = main("train.py", *TINY, "quant=bf16", f"{RUNS}=file/runs")
-    assert code == 2 and stderr.startswith("error: file/runs") and stderr.endswith(": Not a directory\n")
-    assert stderr.count("\n") == 1
-
-
-def test_training_takes_words_and_no_run_folder(main, tmp_path):
-    code, _, stderr = main("train.py", *TINY, "run=somewhere")
-    assert (code, stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
-    assert stderr.startswith("error: run=somewhere: only eval.py takes a run folder")
