@@ -50,7 +50,7 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
     try:
         with stops.heeded():
             hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
-    except (HydraException, OmegaConfBaseException, ValueError, RuntimeError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError, RuntimeError) as error:
         if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
             raise
         code, line = 2, f"error: {explain(error)}"
@@ -73,10 +73,8 @@ def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig) -> No
                 return work(typed(cfg), cfg)
             except stops.Preempted as stop:
                 stops.hand_on(stop)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OSError) as error:
         raise UserError(explain(error)) from error
-    except OSError as error:  # a full disk, a folder without permission
-        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from error
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -111,7 +109,10 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def explain(error: Exception) -> str:
-    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice."""
+    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's:
+    the file and what is wrong with it."""
+    if isinstance(error, OSError):  # a full disk, a folder without permission
+        return f"{error.filename or 'system'}: {error.strerror or error}"
     text = " ".join(str(each) for each in (error, error.__cause__) if each)
     plugin = re.search(
         r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text

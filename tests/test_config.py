@@ -313,9 +313,10 @@ def test_a_scope_that_matches_nothing_is_refused_before_the_baseline_is_trained(
     assert (code, stderr, list(tmp_path.iterdir())) == (2, line, [])
 
 
-def test_what_the_system_refuses_is_said_in_one_line(main, tmp_path):
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+def test_what_the_system_refuses_is_said_in_one_line(main, tmp_path, sweep):
     (tmp_path / "file").touch()
-    code, _, stderr = main("train.py", *TINY, "quant=bf16", f"{RUNS}=file/runs")
+    code, _, stderr = main("train.py", *sweep, *TINY, "quant=bf16", f"{RUNS}=file/runs")
     assert code == 2 and stderr.startswith("error: file/runs") and stderr.endswith(": Not a directory\n")
     assert stderr.count("\n") == 1
 
