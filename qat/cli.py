@@ -111,7 +111,7 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 def explain(error: Exception) -> str:
     """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's:
     the file and what is wrong with it."""
-    if isinstance(error, OSError):  # a full disk, a folder without permission
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a full disk, no permission
         return f"{error.filename or 'system'}: {error.strerror or error}"
     text = " ".join(str(each) for each in (error, error.__cause__) if each)
     plugin = re.search(
