@@ -56,7 +56,7 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
             hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
     except ConfigError as error:
         code, line = 2, f"error: {error}"
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RuntimeError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
         if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
             raise
         code, line = 2, f"error: {explain(error)}"
@@ -79,10 +79,12 @@ def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig) -> No
                 return work(typed(cfg), cfg)
             except stops.Preempted as stop:
                 stops.hand_on(stop)
-    except (HydraException, OmegaConfBaseException) as error:  # of another experiment, composed on the way
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        OSError,
+    ) as error:  # also of another experiment, composed on the way
         raise UserError(explain(error)) from error
-    except OSError as error:  # a full disk, a folder without permission
-        raise UserError(f"{error.filename or 'system'}: {error.strerror or error}") from error
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -117,12 +119,15 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def explain(error: Exception) -> str:
-    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice."""
+    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's
+    and the YAML reader's: the file and what is wrong with it."""
     mark = getattr(error, "problem_mark", None)
     if mark:
         return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem}); mind indentation, colons and brackets"
     if isinstance(error, UnicodeDecodeError):
         return f"a file of the configuration is not text in UTF-8 ({error}); write it anew"
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a full disk, no permission
+        return f"{error.filename or 'system'}: {error.strerror or error}"
     text = " ".join(str(each) for each in (error, error.__cause__) if each)
     plugin = re.search(
         r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text

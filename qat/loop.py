@@ -140,12 +140,11 @@ class _Session:
                 stop = ranks.anyone(bool(signalled()))
                 if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
                     self._save()
-                if stop and step < cfg.steps:
+                if stop:
                     break
-            else:
+            if self.done == cfg.steps:
                 self._finish()
-                stop = ranks.anyone(bool(signalled()))
-            if stop:  # after the last step, too: others are to begin elsewhere
+            if ranks.anyone(bool(signalled())):  # after the last step, too: other runs are to begin elsewhere
                 raise stops.Preempted(f"{signalled() or 'another rank'} after step {self.done} of {cfg.steps}")
 
     def _introduce(self) -> None:
