@@ -59,8 +59,11 @@ suite: $(READY) ## all eight experiments and one report
 	done; $(PY) scripts/report.py report.out=report $(WORDS) || exit 2; \
 	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
 
-sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup
-	$(PY) scripts/train.py -m experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
+# Where a sweep's jobs run: basic (here, one by one), local (here, side by side) or slurm; see conf/hydra/launcher/
+LAUNCHER ?= basic
+sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basic|local|slurm
+	@[ $(LAUNCHER) = basic ] || $(PY) -m pip install -q --no-compile -c constraints.txt -e '.[launchers]'
+	$(PY) scripts/train.py -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
 	  warmup=none,bf16_500 $(WORDS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8

@@ -13,14 +13,13 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat import ranks, stops, sweeps
 from qat.config import Config, ConfigError, UserError, register
 from qat.runtime import ROOT, arithmetic
-from qat.stops import REQUEUE, Preempted
 from qat.validate import validate, validate_surroundings
 
 CONF = str(ROOT / "conf")
@@ -29,52 +28,63 @@ CONF = str(ROOT / "conf")
 def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
     """Run `work` on each composed configuration of `conf/<config_name>.yaml`, as a script's main function.
 
-    In a sweep one failing job does not stop the others; every failure is named at the end and the exit code is 2.
+    In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.sweeps`).
+    Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
     register()
     # Hydra prints its own multi-line account of an error unless it is told to raise; we say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures: list[str] = []
-    jobs: list[tuple[str, str | None]] = []  # words of each job, and why it failed
+    sweeps.Sweep.folder = None
+    began = False
 
     def job(cfg: DictConfig) -> None:
-        jobs.append((" ".join(HydraConfig.get().overrides.task), None))
-        reason = None
+        nonlocal began
+        began = True
         try:
-            work(typed(cfg), cfg)
-        except UserError as error:
-            reason = str(error)
-        except (HydraException, OmegaConfBaseException) as error:  # of another experiment, composed on the way
-            reason = explain(error)
-        except OSError as error:  # a full disk, a folder without permission
-            reason = f"{error.filename or 'system'}: {error.strerror or error}"
-        if reason:
-            jobs[-1] = jobs[-1][0], reason
-            failures.append(reason)
+            with stops.heeded():
+                sweeps.run(lambda: _mendable(work, cfg))
+        except UserError as error:  # of a single run; Hydra would say more if it saw it
+            # Of a bad configuration every rank knows; anything else may have befallen this one alone.
+            if ranks.first() or not isinstance(error, ConfigError):
+                print(f"error: {error}" if ranks.first() else f"rank {ranks.mine()}: error: {error}", file=sys.stderr)
+            sys.exit(2)
 
+    code, line = 0, None
     try:
-        validate_surroundings(sys.argv[1:], os.environ)
-        hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
+        with stops.heeded():
+            validate_surroundings(sys.argv[1:], os.environ)
+            hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
     except ConfigError as error:
-        failures.append(str(error))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        if jobs and isinstance(error, ValueError):  # not Hydra's: a defect of ours, to be seen whole
+        code, line = 2, f"error: {error}"
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
+        if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
             raise
-        failures.append(explain(error))
-    except Preempted as stop:
-        print(f"\n{stop}: saved; the same command continues", file=sys.stderr)
-        sys.exit(REQUEUE)
+        code, line = 2, f"error: {explain(error)}"
+    except stops.Preempted as stop:
+        code, line = stops.REQUEUE, f"\n{stop}: saved; the same command continues"
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    if len(jobs) > 1:
-        print("\nsweep:")
-        for words, reason in jobs:
-            print(f"  {'failed' if reason else 'done':<6}  {words}")
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if failures:
-        sys.exit(2)
+        code, line = 130, "\nstopped; the same command continues from the last checkpoint"
+    failed = sweeps.report() if ranks.first() else 0
+    if line and ranks.first():
+        print(line, file=sys.stderr)
+    if code or failed:
+        sys.exit(code or failed)
+
+
+def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig) -> None:
+    """Do `work`, again after a stop that did not end the process. Errors: UserError for all that the user can mend."""
+    try:
+        while True:
+            try:
+                return work(typed(cfg), cfg)
+            except stops.Preempted as stop:
+                stops.hand_on(stop)
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        OSError,
+    ) as error:  # also of another experiment, composed on the way
+        raise UserError(explain(error)) from error
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -109,13 +119,22 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def explain(error: Exception) -> str:
-    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice."""
+    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's
+    and the YAML reader's: the file and what is wrong with it."""
     mark = getattr(error, "problem_mark", None)
     if mark:
         return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem}); mind indentation, colons and brackets"
     if isinstance(error, UnicodeDecodeError):
         return f"a file of the configuration is not text in UTF-8 ({error}); write it anew"
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a full disk, no permission
+        return f"{error.filename or 'system'}: {error.strerror or error}"
     text = " ".join(str(each) for each in (error, error.__cause__) if each)
+    plugin = re.search(
+        r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text
+    )
+    if plugin:
+        group, _, value = (plugin[1] or plugin[2]).rpartition("/")
+        return f"{group}={value}: its plugin is not installed; pip install -e '.[launchers]'"
     option = re.search(r"Could not find '([\w/.\-]+)/([^/']+)'", text)
     if option:
         group, value = option.groups()
@@ -123,8 +142,10 @@ def explain(error: Exception) -> str:
     group = re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text)
     key = re.search(r"Key '([^']+)' (?:is )?not in (?:'\w+'|struct)", text)
     if key:
-        full = re.search(r"full_key: (\S+)", text)
-        return f"{full[1] if full else key[1]}: unknown key; {_close(full[1] if full else key[1], _keys())}"
+        full = (re.search(r"full_key: (\S+)", text) or key)[1]
+        if full.startswith("hydra."):
+            return f"{full}: unknown key; `--cfg hydra` in the place of `-m` lists those there are"
+        return f"{full}: unknown key; {_close(full, _keys())}"
     if group:
         return f"{group[1]}: unknown key; {_close(group[1], [*_groups(), *_keys()])}"
     # Hydra reads `lr=1e-4` as a number and refuses it as a group's option.

@@ -39,6 +39,8 @@ CHOICES = {
     "benchmark.split": ("test", "validation"),
 }
 
+STREAM_ORDER = 2  # version of the rule by which `qat.corpus.Stream` orders documents; part of a run's name
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line that says what is wrong and what to do."""
@@ -65,10 +67,13 @@ class DataConfig:
     source: str = MISSING
     path: str | None = None  # hub: the data set's id; files: a folder of .txt, one document a file
     subset: str | None = None
+    revision: str | None = None  # hub: branch, tag or commit; null: the newest commit when the run begins
     label_shift: str = "once"
     duplicate_workers: int = 1  # every micro-batch occurs this often in a row (the released loader: 2)
     tokenizer_threads: int = 1
-    shuffle_buffer: int = 10_000  # documents; streamed sources only
+    shuffle_buffer: int = 10_000  # documents that are shuffled together; streamed sources only
+    retry_hours: float = 12.0  # how long a hub that cannot be reached is waited for; streamed sources only
+    cache: bool = False  # keep tokens on disk, for all runs that read them in this order; streamed sources only
 
 
 @dataclass

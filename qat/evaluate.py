@@ -124,7 +124,8 @@ class _Scorer:
         # A result counts only for what was asked: other questions or another text are scored anew.
         self.asked = {
             "benchmark": dataclasses.asdict(cfg.benchmark),
-            "heldout": {"path": cfg.data.path, "subset": cfg.data.subset, "tokens": cfg.budget.heldout_tokens},
+            "heldout": {"path": cfg.data.path, "subset": cfg.data.subset, "tokens": cfg.budget.heldout_tokens}
+            | ({"revision": cfg.data.revision} if cfg.data.revision else {}),
         }
 
     @functools.cached_property

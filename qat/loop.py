@@ -49,12 +49,12 @@ def train(cfg: Config) -> Run:
             with tracking.mirror(run, cfg) as log:
                 for step in session.steps(log):  # noqa: B007  `step` is what the status says after an error
                     pass
-            session.finish()
         except BaseException as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # a full disk must not hide what happened first
-                run.set_status(state, step, cfg.steps, reason=reason)
+                if not run.finished:
+                    run.set_status(state, step, cfg.steps, reason=reason)
             raise
     return run
 
@@ -76,7 +76,7 @@ class _Session:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
         if ranks.first():  # the others are given theirs
-            self.stream = data.TokenStream(data.corpus(cfg.data, cfg.seed), self.tokenizer, cursor)
+            self.stream = data.stream(cfg.data, cfg.seed, self.tokenizer, cursor)
         self.history = None if self.bank is None else watchdogs.History(self.bank)
 
     def _restore(self) -> dict | None:
@@ -112,7 +112,7 @@ class _Session:
             runtime.load_rng_state(tensors.get(_of_rank("rng", ranks.mine()), {}))
 
     def steps(self, log) -> Iterator[int]:
-        """Run the steps that are left; yields the number of each when it is done and written."""
+        """Run the steps that are left and finish; yields the number of each when it is done and written."""
         cfg, run = self.cfg, self.run
         self._introduce()
         run.set_status("running", self.done, cfg.steps)
@@ -140,8 +140,12 @@ class _Session:
                 stop = ranks.anyone(bool(signalled()))
                 if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
                     self._save()
-                    if stop:
-                        raise stops.Preempted(f"{signalled() or 'another rank'} after step {step} of {cfg.steps}")
+                if stop:
+                    break
+            if self.done == cfg.steps:
+                self._finish()
+            if ranks.anyone(bool(signalled())):  # after the last step, too: other runs are to begin elsewhere
+                raise stops.Preempted(f"{signalled() or 'another rank'} after step {self.done} of {cfg.steps}")
 
     def _introduce(self) -> None:
         cfg, arithmetic = self.cfg, self.trainer.arithmetic
@@ -263,7 +267,7 @@ class _Session:
         """What a checkpoint says of itself: whose it is, and of what its scales are."""
         return {"run": self.run.id, "scales": self.bank.names if self.bank is not None else None, **more}
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
         tensors = self._trained()
         if ranks.first() and self.final:  # stopped while the others went: there may be no other, so it stays as it is

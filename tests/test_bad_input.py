@@ -126,6 +126,8 @@ OVERRIDES = [
         "benchmark.tasks.mmlu.shot: unknown key; did you mean 'benchmark.tasks.mmlu'?",
     ),
     Case("benchmark.tasks.mmul.shots=5", "benchmark.tasks.mmul: unknown key; did you mean 'benchmark.tasks.mmlu'?"),
+    Case("hydra/launcher=slrum", "hydra/launcher=slrum: unknown choice; did you mean 'slurm'?"),
+    Case("hydra.launcher.n_job=2", "hydra.launcher.n_job: unknown key; `--cfg hydra` in the place of `-m` lists those"),
     Case("seed=1.5", "seed=1.5: must be of type Integer"),
     Case("optim.lr=fast", "optim.lr=fast: must be of type Float"),
     Case("optim.lr=null", "optim.lr=null: must have a value"),

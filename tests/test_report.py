@@ -112,6 +112,21 @@ def test_what_is_missing_names_its_command(report):
     assert re.search(says, markdown)
 
 
+def test_what_a_run_warned_of_is_a_caution(tmp_path):
+    base = write_run(tmp_path / "base", config(), losses(1, 4, 1e-5))
+    rows = [{"step": step, "warning": "the update left 90% of the weights as they were"} for step in (1, 9)]
+    (base / "warnings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = [json.loads(line) | {"skipped": False} for line in (base / "metrics.jsonl").read_text().splitlines()]
+    metrics[-1] |= {"skipped": True, "loss": None}
+    (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    html, markdown = write([Experiment("exp1", [Run(base)], [], [])], tmp_path / "out", {})
+    for line in (
+        "base warned 2 times, first at step 1: the update left 90% of the weights as they were.",
+        f"base skipped 1 steps without a finite gradient, first step {metrics[-1]['step']}.",
+    ):
+        assert line in Page(html).text and line in markdown.read_text()
+
+
 def test_nothing_at_all(tmp_path):
     html, markdown = write([], tmp_path, {})
     assert "No quantized run has been compared" in Page(html).text

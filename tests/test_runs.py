@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import platform
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -213,24 +217,36 @@ HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
 fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 7 on a node since noon")
+file.flush()
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+def test_a_second_process_says_for_whom_it_waits_until_the_first_ends(tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     with run.lock():
         pass
+    said, entered = [], []
+    monkeypatch.setattr("builtins.print", lambda line, **_: said.append(line))
+
+    def second():
+        with run.lock():
+            entered.append((run.path / ".lock").read_text())
+
+    waiting = threading.Thread(target=second)
     command = [sys.executable, "-c", HOLD, str(run.path / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UserError) as caught, run.lock():
-            pass
+        waiting.start()
+        while not said and waiting.is_alive():
+            time.sleep(0.002)
+        assert entered == []
         holder.kill()
-    assert str(caught.value) == f"{run.path}: another process works on this run; wait for it, or stop it"
-    with run.lock(), pytest.raises(UserError), run.lock():
-        pass
+    waiting.join()
+    line = "run: waiting for process 7 on a node since noon, which works on this run; Ctrl-C stops waiting"
+    assert said == [line] and entered[0].startswith(f"process {os.getpid()} on {platform.node()} since 20")
 
 
 def rows(path: Path, count: int) -> str:

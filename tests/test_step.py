@@ -38,7 +38,7 @@ def plain_losses(cfg) -> list[float]:
     """Losses of the run that `cfg` describes, trained without any of its code but the token stream."""
     torch.manual_seed(cfg.seed)
     model = LlamaForCausalLM(LlamaConfig(**cfg.model.architecture))
-    stream = data.TokenStream(data.corpus(cfg.data, cfg.seed), models.byte_tokenizer())
+    stream = data.stream(cfg.data, cfg.seed, models.byte_tokenizer())
     options = {"lr": cfg.optim.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     bf16 = runtime.arithmetic("auto") == "bf16"

@@ -92,7 +92,20 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
         found.append("One seed a cell: intervals cover the choice of questions, not the noise between training runs.")
     if rows and all(row["untouched"] is None for row in rows):
         found.append("The untouched checkpoint was not evaluated, so what BF16 training itself changed is unknown.")
-    return found
+    runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs}
+    return found + [line for run in runs.values() for line in _warnings(run)]
+
+
+def _warnings(run: Run) -> list[str]:
+    """What the run itself noticed while it trained."""
+    lines, warnings = [], run.warnings()
+    skipped = [row["step"] for row in run.metrics() if row.get("skipped")]
+    if skipped:
+        lines.append(f"{run.id} skipped {len(skipped)} steps without a finite gradient, first step {skipped[0]}.")
+    if warnings:
+        first = warnings[0]
+        lines.append(f"{run.id} warned {len(warnings)} times, first at step {first['step']}: {first['warning']}.")
+    return lines
 
 
 def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:

@@ -1,0 +1,234 @@
+"""A local cache of tokens that runs share: the text is read from the network and tokenized once for all of them.
+
+$HIF8_CACHE/tokens/<data set>/   source.json      the revision that all runs stay on, and its held-out documents
+    <order of documents>/        <block>.npy      its tokens
+                                 <block>.json     their checksum, what they are of, and the block that follows
+                                 wanted/<block>   a process waits for it
+
+A block is what can be read without anything before it, so it does not matter which process tokenizes it: each row group
+is downloaded once, and a damaged block is simply made again. One process at a time makes blocks, with the lock held: a
+thread of the first that comes serves them all, and another one takes over when its process ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy
+
+from qat import corpus, hub
+from qat.config import DataConfig
+from qat.models import document_token
+from qat.runtime import cache_dir
+from qat.tokens import check, in_background, in_groups
+
+_POLL = 0.1  # seconds between two looks for a block, or for one that is wanted
+
+
+class Cached(NamedTuple):
+    """One block of the cache."""
+
+    tokens: numpy.ndarray  # uint16 or uint32 [tokens]
+    of: dict  # see `qat.corpus.Corpus`
+    after: tuple[int, int]  # epoch and first of the block that follows
+
+
+class CachedTokens:
+    """`qat.tokens.Tokens` out of the cache, with cursors that either of them understands."""
+
+    def __init__(self, stream: corpus.Stream, tokenizer, state: dict | None = None):
+        self.corpus, self.tokenizer = stream, tokenizer
+        self.folder = _folder(stream.cfg) / _order(stream, tokenizer)
+        (self.folder / "wanted").mkdir(parents=True, exist_ok=True)
+        state = {"order": stream.order, "epoch": 0, "block": 0, "taken": 0} | (state or {})
+        self.epoch, self.block, self.taken = state["epoch"], state["block"], state["taken"]
+        self.current = self._obtain(state)
+
+    def state(self) -> dict:
+        return {
+            "order": self.corpus.order,
+            "of": self.current.of,
+            "epoch": self.epoch,
+            "block": self.block,
+            "document": 0,
+            "pending": [],
+            "taken": self.taken,
+            "skip": self.taken,
+        }
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` tokens."""
+        taken: list[int] = []
+        while len(taken) < count:
+            if self.taken == len(self.current.tokens):
+                before = self.state()
+                (self.epoch, self.block), self.taken = self.current.after, 0
+                self.current = self._obtain(before)
+            piece = self.current.tokens[self.taken : self.taken + count - len(taken)]
+            self.taken += len(piece)
+            taken += piece.tolist()
+        return taken
+
+    def _obtain(self, before: dict) -> Cached:
+        """The current block, from whoever makes it; the one that follows is ordered at the same time.
+
+        before: a cursor into the same text.
+        """
+        name = _name(self.epoch, self.block)
+        while (found := _read(self.folder / name)) is None:
+            self._order(name)
+            time.sleep(_POLL)
+        check(before, self.corpus, found.of)
+        following = _name(*found.after)
+        if not _facts(self.folder / following).exists():
+            self._order(following)
+        return found
+
+    def _order(self, name: str) -> None:
+        """Have a block made, here or by another process. Errors: those of making it here."""
+        (self.folder / "wanted" / name).touch()
+        here = _fillers.get(self.folder)
+        if here is None:
+            lock = _lock(self.folder, wait=False)
+            if lock is not None:
+                _fillers[self.folder] = _Filler(self, lock)
+                _fillers[self.folder].start()
+        elif not here.is_alive():
+            raise _fillers.pop(self.folder).error
+
+
+class _Filler(threading.Thread):
+    """Makes what is wanted in one folder of the cache, as long as the process lives."""
+
+    def __init__(self, asking: CachedTokens, lock: IO):
+        super().__init__(name="token cache")
+        self.folder, self.corpus, self.tokenizer = asking.folder, asking.corpus, asking.tokenizer
+        self.lock, self.error = lock, None
+        self.blocks: Iterator[corpus.Block] | None = None
+        self.upcoming: tuple[int, int] | None = None  # of self.blocks
+
+    def run(self) -> None:
+        with self.lock:
+            try:
+                while True:
+                    hub.alive()
+                    for wanted in sorted((self.folder / "wanted").iterdir()):
+                        self._make(wanted.name)
+                        wanted.unlink()
+                    time.sleep(_POLL)
+            except Exception as error:  # for the thread that asked
+                self.error = error
+
+    def _make(self, name: str) -> None:
+        if _read(self.folder / name) is not None:
+            return
+        place = tuple(map(int, name.split("-")))
+        if self.upcoming != place:
+            self.blocks = self.corpus.blocks(*place)
+        block = next(self.blocks)
+        self.upcoming = block.after
+        kind = numpy.uint16 if len(self.tokenizer) <= 2**16 else numpy.uint32
+        pieces = [numpy.empty(0, kind)]
+        for _, group in in_background(in_groups(block.documents), self.tokenizer, self.corpus.cfg.tokenizer_threads):
+            hub.alive()
+            pieces.append(numpy.fromiter(itertools.chain.from_iterable(group), kind))
+        content = io.BytesIO()
+        numpy.save(content, numpy.concatenate(pieces))
+        facts = {"checksum": _checksum(content.getvalue()), "of": self.corpus.of, "after": block.after}
+        _replace(_tokens(self.folder / name), content.getvalue())
+        _replace(_facts(self.folder / name), json.dumps(facts).encode())
+
+
+_fillers: dict[Path, _Filler] = {}  # of this process
+
+
+def source(cfg: DataConfig, seed: int) -> corpus.Stream:
+    """The data set at the revision that the cache has begun with, which is asked for once."""
+    stream = corpus.Stream(cfg, seed)
+    if stream.local:
+        return stream
+    folder = _folder(cfg)
+    file = folder / "source.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if not file.exists():
+            _replace(file, json.dumps({"revision": stream.revision, "kept": stream.kept}).encode())
+    return corpus.Stream(cfg, seed, **json.loads(file.read_text()))
+
+
+def _folder(cfg: DataConfig) -> Path:
+    name = "-".join(filter(None, [cfg.path.strip("/").replace("/", "_"), cfg.subset]))
+    return cache_dir() / "tokens" / f"{name}-{_key(cfg.path, cfg.subset, cfg.revision, corpus.HELDOUT_DOCUMENTS)}"
+
+
+def _order(stream: corpus.Stream, tokenizer) -> str:
+    """A name for what the order of tokens depends on, beside the data set."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    rule = stream.order, stream.revision, stream.seed, stream.cfg.shuffle_buffer
+    return f"seed{stream.seed}-{_key(*rule, document_token(tokenizer), words)}"
+
+
+def _key(*parts) -> str:
+    return _checksum(json.dumps(parts, sort_keys=True).encode())[:12]
+
+
+def _name(epoch: int, first: int) -> str:
+    return f"{epoch:03}-{first:07}"
+
+
+def _tokens(path: Path) -> Path:
+    return path.with_name(f"{path.name}.npy")
+
+
+def _facts(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read(path: Path) -> Cached | None:
+    """A block, or None when it is not there; a damaged one is as good as none from then on."""
+    try:
+        facts = json.loads(_facts(path).read_bytes())
+        content = _tokens(path).read_bytes()
+        if _checksum(content) == facts["checksum"]:
+            return Cached(numpy.load(io.BytesIO(content)), facts["of"], tuple(facts["after"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # as damaged as a wrong checksum
+        pass
+    print(f"\nwarning: {_tokens(path)} is damaged and made again", flush=True)
+    _facts(path).unlink(missing_ok=True)
+    return None
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.blake2b(content).hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _lock(folder: Path, wait: bool = True) -> IO | None:
+    """An open file that holds the folder's lock; None when another holds it and `wait` is false."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((folder / ".lock").open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        stack.pop_all()
+        return file
