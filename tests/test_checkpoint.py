@@ -76,6 +76,21 @@ def test_a_crash_while_writing_leaves_the_checkpoints_that_were_there(folder, fa
     assert names(folder) == ["step-00000008", "step-00000012"] and checkpoint.latest(folder)[1]["step"] == 12
 
 
+def test_what_a_kill_left_unfinished_goes_with_the_next_checkpoint(folder):
+    (folder / ".writing-00000010").mkdir()
+    (folder / ".writing-00000010" / "model.safetensors").write_bytes(b"half")
+    checkpoint.save(folder, 12, tensors(12), {})
+    assert names(folder) == ["step-00000008", "step-00000012"]
+
+
+def test_a_checkpoint_of_the_first_version_is_read(folder):
+    path = folder / "step-00000008" / "facts.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({key: facts[key] for key in ("step", "checksums", "data")}))
+    found, facts = checkpoint.latest(folder, "any run")
+    assert same(found, tensors(8)) and (facts["step"], facts["data"]) == (8, {"epoch": 8})
+
+
 def truncate(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
@@ -89,6 +104,11 @@ def flip(path):
 
 def damage_facts(path):
     (path / "facts.json").write_text('{"step": 8, "checksums": {')
+
+
+def edit_facts(path):
+    text = (path / "facts.json").read_text()
+    (path / "facts.json").write_text(text.replace('"epoch": 8', '"epoch": 9'))
 
 
 def empty_facts(path):
@@ -105,6 +125,7 @@ DAMAGES = {
     "no facts": lambda path: (path / "facts.json").unlink(),
     "no tensors": lambda path: (path / "scales.safetensors").unlink(),
     "half of the facts": damage_facts,
+    "edited facts": edit_facts,
     "other facts": empty_facts,
     "no checksums": forget_checksums,
 }
@@ -156,3 +177,25 @@ def test_an_optimizers_state_survives(tmp_path):
     checkpoint.load_optimizer(optimizer, names, found)
     step(again, optimizer)
     assert same({"model": model.state_dict()}, {"model": again.state_dict()})
+
+
+def test_a_parameter_without_a_gradient_yet_continues_exactly():
+    def build() -> tuple[torch.optim.AdamW, dict]:
+        used, idle = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        return torch.optim.AdamW([used, idle], lr=0.1, fused=True), {used: "used", idle: "idle"}
+
+    def step(names: dict, *which: str) -> None:
+        for parameter, name in names.items():
+            parameter.grad = torch.ones(3) if name in which else None
+
+    (first, names), (second, again) = build(), build()
+    step(names, "used")
+    first.step()
+    checkpoint.load_optimizer(second, again, {"optimizer": checkpoint.optimizer_tensors(first, names)})
+    with torch.no_grad():
+        for parameter, other in zip(again, names, strict=True):
+            parameter.copy_(other)
+    for optimizer, parameters in ((first, names), (second, again)):
+        step(parameters, "used", "idle")
+        optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(names, again, strict=True))

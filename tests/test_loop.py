@@ -170,6 +170,18 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, 
     assert left(run) == left(Run.of(reference(words)))
 
 
+def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, config, monkeypatch):
+    cfg = config(*PAPER)
+    run = Run.of(cfg)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after_checkpoint(cfg.steps, patch)
+        loop.train(cfg)
+    assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["final"]
+    monkeypatch.setattr(checkpoint, "save", lambda *_, **__: pytest.fail("the only checkpoint was written again"))
+    loop.train(cfg)
+    assert left(run) == left(Run.of(reference(PAPER)))
+
+
 def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, config, capsys):
     cfg = config(*PAPER)
     run = Run.of(cfg)
