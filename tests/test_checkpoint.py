@@ -191,7 +191,8 @@ def test_a_parameter_without_a_gradient_yet_continues_exactly():
     (first, names), (second, again) = build(), build()
     step(names, "used")
     first.step()
-    checkpoint.load_optimizer(second, again, {"optimizer": checkpoint.optimizer_tensors(first, names)})
+    saved = {name: tensor.clone() for name, tensor in checkpoint.optimizer_tensors(first, names).items()}
+    checkpoint.load_optimizer(second, again, {"optimizer": saved})
     with torch.no_grad():
         for parameter, other in zip(again, names, strict=True):
             parameter.copy_(other)
