@@ -157,10 +157,12 @@ class _Scorer:
         with subject.run.lock():
             if not subject.trained:
                 subject.run.create(subject.cfg)
+            results = subject.run.evaluations()
+            if results.setdefault(name, {}).pop(mode, None):  # of other questions: its samples go first
+                subject.run.write_json("eval.json", results)
             for task, rows in scores.samples.items():
                 subject.run.write_samples(name, mode, task, rows)
-            results = subject.run.evaluations()
-            results.setdefault(name, {})[mode] = record
+            results[name][mode] = record
             subject.run.write_json("eval.json", results)
         for task, row in scores.tasks.items():
             print(f"  {task}: {100 * row['score']:.1f} % of {row['n']} ({row['metric']}, {row['shots']} shots)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from qat.config import UserError
 from qat.runs import Run, baseline_of
 from qat.step import Trainer, learning_rate
 from tests.conftest import ROOT, RUNS, TINY
+from tests.torture import left
 
 # A BF16 warmup of six steps, whose amaxes are kept; and three micro-batches a step of which each occurs twice, so that
 # every second step ends between the two occurrences of one.
@@ -39,14 +39,6 @@ def reference(configure, tmp_path_factory):
         return cfg
 
     return trained
-
-
-def result(run: Run) -> dict:
-    """All that a run leaves behind, without what depends on the clock."""
-    files = {path.name: path.read_bytes() for path in run.checkpoints.glob("*/*.safetensors")}
-    clocks = ("seconds", "tokens_per_second")
-    rows = [{key: value for key, value in row.items() if key not in clocks} for row in run.metrics()]
-    return {"files": files, "metrics": rows, "telemetry": run.telemetry(), "status": run.status()}
 
 
 def every_file(run: Run) -> dict:
@@ -175,7 +167,7 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, 
     loop.train(cfg)
     said = f"resuming after step {resumed} of {cfg.steps}"
     assert (said in capsys.readouterr().out) == (resumed > 0)
-    assert result(run) == result(Run.of(reference(words)))
+    assert left(run) == left(Run.of(reference(words)))
 
 
 def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, config, capsys):
@@ -193,7 +185,7 @@ def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, co
     loop.train(cfg)
     out = capsys.readouterr().out
     assert "optimizer.safetensors is damaged" in out and "resuming after step 4 of 12" in out
-    assert result(run) == result(Run.of(reference(PAPER)))
+    assert left(run) == left(Run.of(reference(PAPER)))
 
 
 def test_a_scheduler_that_asks_gets_a_saved_run_and_a_code_to_requeue_on(texts, configure, tmp_path):
@@ -214,7 +206,7 @@ def test_a_scheduler_that_asks_gets_a_saved_run_and_a_code_to_requeue_on(texts, 
     assert run.status() == {"state": "stopped", "step": rows, "steps": 24, "reason": said}
     assert checkpoint.latest(run.checkpoints)[1]["step"] == rows
     loop.train(configure(tmp_path, *LONG))
-    assert result(run) == result(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
+    assert left(run) == left(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
 
 
 def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_the_command(config, monkeypatch):
@@ -232,25 +224,6 @@ def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_the_command(
     baseline = Run.of(baseline_of(cfg))
     assert baseline.status() == {"state": "finished", "step": 12, "steps": 12}
     assert not Run.of(cfg).path.exists()
-
-
-def test_a_killed_process_loses_nothing_but_time(texts, configure, tmp_path):
-    """SIGKILL of the real command in the middle of a step, then the same configuration here."""
-    words = [*TINY, *LONG, "data.source=files", f"data.path={texts}", f"{RUNS}={tmp_path}"]
-    cfg = configure(tmp_path, *LONG)
-    run = Run.of(cfg)
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 240
-        while len(run.metrics()) < 7 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        stderr = process.stderr.read().decode()
-    assert process.returncode == -signal.SIGKILL, stderr
-    assert run.status()["state"] == "running" and 7 <= len(run.metrics()) < 24
-    assert Run.of(baseline_of(cfg)).finished
-    loop.train(cfg)
-    assert result(run) == result(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
 
 
 # ------------------------------------------------------------------------------------------------------------ failures

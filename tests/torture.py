@@ -1,15 +1,19 @@
 """Kill a training command with SIGKILL at random moments, resume it each time, and compare what it leaves with an
 uninterrupted run's.
 
-python -m tests.torture [--kills 50] [--seed 0]
+python -m tests.torture [--kills 50] [--seed 0] [--warm] [any.key=value ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import json
+import multiprocessing
+import os
 import random
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -68,6 +72,31 @@ def command(words: Sequence[str], folder: Path) -> subprocess.Popen:
     log = folder.with_suffix(".log").open("w")
     line = [sys.executable, str(ROOT / "scripts" / "train.py"), *words, f"{RUNS}={folder}"]
     return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log)
+
+
+class Forked(multiprocessing.get_context("fork").Process):
+    """The command in a copy of this interpreter, which has imported everything already."""
+
+    def __init__(self, words: Sequence[str], folder: Path):
+        super().__init__(target=self._script, args=([*words, f"{RUNS}={folder}"], folder.with_suffix(".log")))
+        self.start()
+
+    @staticmethod
+    def _script(words: list[str], log: Path) -> None:
+        for number, path in ((1, Path(os.devnull)), (2, log)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = [str(ROOT / "scripts" / "train.py"), *words]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    @property
+    def returncode(self) -> int | None:
+        return self.exitcode
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> None:
+        self.join()
 
 
 class Torture:
@@ -167,9 +196,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm", action="store_true", help="fork the commands: no kill hits their imports")
+    parser.add_argument("words", nargs="*")
     chosen = parser.parse_args()
+    start = command
+    if chosen.warm:
+        importlib.import_module("qat.loop")
+        start = Forked
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(1 if torture(WORDS, Path(folder), chosen.kills, chosen.seed) else 0)
+        sys.exit(1 if torture((*WORDS, *chosen.words), Path(folder), chosen.kills, chosen.seed, start) else 0)
 
 
 if __name__ == "__main__":
