@@ -67,17 +67,18 @@ class CachedTokens:
             "skip": self.taken,
         }
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` tokens."""
-        taken: list[int] = []
-        while len(taken) < count:
+    def take(self, count: int) -> numpy.ndarray:
+        """The next int32 tokens [count]."""
+        taken = numpy.empty(count, numpy.int32)
+        done = 0
+        while done < count:
             if self.taken == len(self.current.tokens):
                 before = self.state()
                 (self.epoch, self.block), self.taken = self.current.after, 0
                 self.current = self._obtain(before)
-            piece = self.current.tokens[self.taken : self.taken + count - len(taken)]
-            self.taken += len(piece)
-            taken += piece.tolist()
+            piece = self.current.tokens[self.taken : self.taken + count - done]
+            taken[done : done + len(piece)] = piece
+            self.taken, done = self.taken + len(piece), done + len(piece)
         return taken
 
     def _obtain(self, before: dict) -> Cached:

@@ -259,6 +259,7 @@ VALIDATING = [
     ("model.source=random", "model.architecture=null: model.source=random needs sizes, as in model=tiny"),
     ("model.path=null", "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"),
     ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
+    ("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
 ]
 
 

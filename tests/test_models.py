@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from qat import data, models
 from qat.config import DataConfig, ModelConfig, UserError
 from qat.loss import token_losses
+from qat.tokens import encode
 from tests.conftest import composed
 
 HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS, HEAD = 32, 64, 2, 4, 2, 8
