@@ -235,19 +235,6 @@ def test_a_run_stays_on_the_revision_it_has_begun_with(whole, hub, ask):
     assert ask({"revision": COMMIT}, batches=1)["states"][1]["of"]["revision"] == COMMIT
 
 
-@pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("change", ["of", "order", "version"])
-def test_a_cursor_into_another_text_or_order_is_refused(whole, ask, change, cache):
-    changed = {
-        "of": whole["states"][9] | {"of": {"revision": COMMIT, "shards": 23}},
-        "order": whole["states"][9] | {"order": 1},
-        "version": {"epoch": 0, "document": 9, "pending": [], "repeats": 0, "last": None},  # of the first version
-    }
-    done = ask({"cache": cache}, batches=1, state=changed[change])
-    assert done["error"].startswith(f"data.path={NAME}: the text or its order has changed since the checkpoint (")
-    assert "\n" not in done["error"] and done["batches"] == []
-
-
 # -------------------------------------------------------------------------------------------------------- the cache
 
 
@@ -278,6 +265,19 @@ def test_a_run_may_turn_to_the_cache_and_away_from_it(whole, ask, number):
     for state in (cached, whole["states"][number]):
         for cache in (False, True):
             assert ask({"cache": cache}, batches=3, state=state)["batches"] == whole["batches"][number : number + 3]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("change", ["of", "order", "version"])
+def test_a_cursor_into_another_text_or_order_is_refused(whole, ask, change, cached):
+    changed = {
+        "of": whole["states"][9] | {"of": {"revision": COMMIT, "shards": 23}},
+        "order": whole["states"][9] | {"order": 1},
+        "version": {"epoch": 0, "document": 9, "pending": [], "repeats": 0, "last": None},  # of the first version
+    }
+    done = ask({"cache": cached}, batches=1, state=changed[change])
+    assert done["error"].startswith(f"data.path={NAME}: the text or its order has changed since the checkpoint (")
+    assert "\n" not in done["error"] and done["batches"] == []
 
 
 def test_a_damaged_block_is_made_again(whole, hub, ask, cache):
