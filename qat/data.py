@@ -38,24 +38,25 @@ class TokenStream:
     def __init__(self, tokens: Tokens | shards.CachedTokens, duplicates: int = 1, state: dict | None = None):
         """duplicates: every micro-batch occurs so often in a row."""
         self.tokens, self.duplicates = tokens, duplicates
-        state = state or {"repeats": 0, "last": None}
-        self.repeats, self.last = state["repeats"], state["last"]
+        self.repeats, last = (state["repeats"], state["last"]) if state else (0, None)
+        self.last = torch.tensor(last) if last else None
 
     @property
     def epoch(self) -> int:
         return self.tokens.epoch
 
     def state(self) -> dict:
-        return self.tokens.state() | {"repeats": self.repeats, "last": self.last if self.repeats else None}
+        return self.tokens.state() | {"repeats": self.repeats, "last": self.last.tolist() if self.repeats else None}
 
     def micro_batch(self, sequences: int, seq_len: int) -> torch.Tensor:
         """The next int64 tokens [sequences, seq_len + 1]; chunks do not overlap."""
         if not self.repeats:
             length = seq_len + 1
-            self.last = [self.tokens.take(length) for _ in range(sequences)]
+            taken = [torch.as_tensor(self.tokens.take(length), dtype=torch.int64) for _ in range(sequences)]
+            self.last = torch.stack(taken)
             self.repeats = self.duplicates
         self.repeats -= 1
-        return torch.tensor(self.last)
+        return self.last.clone()
 
 
 def stream(cfg: DataConfig, seed: int, tokenizer, state: dict | None = None) -> TokenStream:

@@ -47,7 +47,7 @@ def join() -> None:
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(timeout=PATIENCE)  # gloo for tensors of the CPU, NCCL for those of a GPU
     atexit.register(dist.destroy_process_group)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends

@@ -28,7 +28,7 @@ def device() -> torch.device:
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the device, without waiting for the copy."""
-    if device().type != "cuda":
+    if tensor.device.type == device().type:
         return tensor
     return tensor.pin_memory().to(device(), non_blocking=True)
 

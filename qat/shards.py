@@ -51,9 +51,9 @@ class CachedTokens:
         self.corpus, self.tokenizer = stream, tokenizer
         self.folder = _folder(stream.cfg) / _order(stream, tokenizer)
         (self.folder / "wanted").mkdir(parents=True, exist_ok=True)
-        state = {"order": stream.order, "epoch": 0, "block": 0, "taken": 0} | (state or {})
-        self.epoch, self.block, self.taken = state["epoch"], state["block"], state["taken"]
-        self.current = self._obtain(state)
+        start = {"epoch": 0, "block": 0, "taken": 0} | (state or {"order": stream.order})
+        self.epoch, self.block, self.taken = start["epoch"], start["block"], start["taken"]
+        self.current = self._obtain(start)
 
     def state(self) -> dict:
         return {
@@ -67,45 +67,44 @@ class CachedTokens:
             "skip": self.taken,
         }
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` tokens."""
-        taken: list[int] = []
-        while len(taken) < count:
+    def take(self, count: int) -> numpy.ndarray:
+        """The next int32 tokens [count]."""
+        taken = numpy.empty(count, numpy.int32)
+        done = 0
+        while done < count:
             if self.taken == len(self.current.tokens):
                 before = self.state()
                 (self.epoch, self.block), self.taken = self.current.after, 0
                 self.current = self._obtain(before)
-            piece = self.current.tokens[self.taken : self.taken + count - len(taken)]
-            self.taken += len(piece)
-            taken += piece.tolist()
+            piece = self.current.tokens[self.taken : self.taken + count - done]
+            taken[done : done + len(piece)] = piece
+            self.taken, done = self.taken + len(piece), done + len(piece)
         return taken
 
     def _obtain(self, before: dict) -> Cached:
-        """The current block, from whoever makes it; the one that follows is ordered at the same time.
+        """The current block, from whoever makes it; the one that follows is wanted from now on.
 
-        before: a cursor into the same text.
+        before: a cursor into the same text. Errors: those of making the block here.
         """
         name = _name(self.epoch, self.block)
         while (found := _read(self.folder / name)) is None:
-            self._order(name)
+            self._want(name)
+            filler = _fillers.get(self.folder)
+            if filler is not None and not filler.is_alive():
+                raise _fillers.pop(self.folder).error
             time.sleep(_POLL)
         check(before, self.corpus, found.of)
         following = _name(*found.after)
         if not _facts(self.folder / following).exists():
-            self._order(following)
+            self._want(following)
         return found
 
-    def _order(self, name: str) -> None:
-        """Have a block made, here or by another process. Errors: those of making it here."""
+    def _want(self, name: str) -> None:
+        """Have a block made, in this process unless another one does it."""
         (self.folder / "wanted" / name).touch()
-        here = _fillers.get(self.folder)
-        if here is None:
-            lock = _lock(self.folder, wait=False)
-            if lock is not None:
-                _fillers[self.folder] = _Filler(self, lock)
-                _fillers[self.folder].start()
-        elif not here.is_alive():
-            raise _fillers.pop(self.folder).error
+        if self.folder not in _fillers and (lock := _lock(self.folder, wait=False)) is not None:
+            _fillers[self.folder] = _Filler(self, lock)
+            _fillers[self.folder].start()
 
 
 class _Filler(threading.Thread):

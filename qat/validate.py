@@ -215,9 +215,7 @@ def _check_sources(cfg: Config) -> None:
     if not cfg.data.path:
         raise ConfigError(f"data.path=null: data.source={cfg.data.source} needs a path, as in data=fineweb")
     if cfg.data.cache and cfg.data.source != "hub":
-        raise ConfigError(
-            f"data.cache=true: only what is streamed is cached, not data.source={cfg.data.source}; leave it out"
-        )
+        raise ConfigError(f"data.cache=true: data.source={cfg.data.source} is not streamed; set data.cache=false")
 
 
 def _check_benchmark(cfg: Config) -> None:

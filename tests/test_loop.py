@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from qat import checkpoint, loop
+from qat import checkpoint, loop, stops
 from qat.config import UserError
 from qat.runs import Run, baseline_of
 from qat.step import Trainer, learning_rate
@@ -219,6 +220,23 @@ def test_a_scheduler_that_asks_gets_a_saved_run_and_a_code_to_requeue_on(texts, 
     assert checkpoint.latest(run.checkpoints)[1]["step"] == rows
     loop.train(configure(tmp_path, *LONG))
     assert left(run) == left(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
+
+
+def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_the_command(config, monkeypatch):
+    cfg = config("experiment=exp8")
+
+    def signalled(trainer, number, *rest, **how):
+        if number == cfg.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, number, *rest, **how)
+
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", signalled)
+    with pytest.raises(stops.Preempted, match="SIGTERM after step 12 of 12"):
+        loop.train_with_baseline(cfg)
+    baseline = Run.of(baseline_of(cfg))
+    assert baseline.status() == {"state": "finished", "step": 12, "steps": 12}
+    assert not Run.of(cfg).path.exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ failures

@@ -33,6 +33,7 @@ CHANGES = {
     "data.path": "elsewhere",
     "data.label_shift": "twice",
     "data.duplicate_workers": 2,
+    "data.revision": "v1.0",
     "optim.lr": 2e-5,
     "optim.beta2": 0.96,
     "optim.lr_warmup": 0.1,
@@ -69,6 +70,7 @@ SAME = {
     "model.blocks": None,
     "data.name": "other",
     "data.tokenizer_threads": 4,
+    "data.retry_hours": 1.0,
     "data.shuffle_buffer": 7,  # of streams only
     "logger.name": "wandb",
     "logger.project": "other",
@@ -103,6 +105,11 @@ def test_what_becomes_of_the_warmups_history_counts_only_with_a_warmup(config):
     change = {"scaling.discard_after_warmup": False}
     assert not renamed(config, ("experiment=exp8", "warmup=none"), **change)
     assert renamed(config, ("experiment=exp8", "warmup=bf16_500"), **change)
+
+
+def test_a_stream_is_the_same_with_and_without_the_cache(config):
+    with_it, without = (run_id(config(**{"data.source": "hub", "data.cache": cache})) for cache in (True, False))
+    assert with_it == without
 
 
 def test_a_stream_depends_on_its_shuffle_buffer(config):
