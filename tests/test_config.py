@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import cli, suite
@@ -183,6 +184,55 @@ def test_an_experiments_own_sweep_is_expanded():
 
 # --------------------------------------------------------------------------------------------------------- mistakes
 # Most are in tests/test_bad_input.py.
+
+# Found in the composed configuration, which spares composing one for each: (words, what the line must hold).
+VALUES = [
+    ("seed=9999999999", "the nearest valid value is 2147483647"),
+    ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
+    ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
+    ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
+    ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, inf]; the nearest valid value is 4"),
+    ("quant.overflow=clamp", "quant.overflow=clamp: unknown value; did you mean 'clip'?"),
+    ("data.label_shift=thrice", "data.label_shift=thrice: unknown value; did you mean 'twice'?"),
+    ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
+    ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),
+    ("benchmark.tasks.mmlu.limit=0", "benchmark.tasks.mmlu.limit=0: the nearest valid value is 1"),
+    ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
+    ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
+    (
+        "quant.format=fp8_e4m3 quant.target_weight=449",
+        "quant.target_weight=449: above the largest fp8_e4m3 value; the nearest valid value is 448",
+    ),
+    ("quant.gemm=fp8 quant.overflow=inf", "quant.overflow=inf lets values through that E4M3 cannot hold; set"),
+    ("quant.gemm=fp8 quant.format=fp8_e4m3", "quant.gemm=fp8: with quant.format=fp8_e4m3 there is no exact E4M3"),
+    ("quant.gemm=fp8 quant.operands=descaled", "with quant.operands=descaled there is no exact E4M3 form; set"),
+    ("quant.gemm=fp8 quant.weights=false", "a role that is not quantized has no 8-bit operands; set quant.gemm"),
+    ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to"),
+    ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
+    (
+        "scaling.algo=exp_smooth scaling.window=1",
+        "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",
+    ),
+    (
+        "budget.steps=30 warmup.bf16=1",
+        "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667",
+    ),
+    (
+        "budget.steps=30 optim.lr_warmup=1",
+        "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
+    ),
+    ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
+    ("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), VALUES, ids=[words for words, _ in VALUES])
+def test_a_bad_value_is_answered_in_one_line(words, wanted):
+    cfg = OmegaConf.merge(composed(), OmegaConf.from_dotlist(words.split()))
+    with pytest.raises(UserError) as caught:
+        cli.typed(cfg)
+    line = str(caught.value)
+    assert wanted in line and "\n" not in line and len(line) < 250
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 0.3])

@@ -19,7 +19,7 @@ from qat.config import UserError
 from qat.runs import Run
 from qat.step import Trainer
 from tests.conftest import ROOT, TINY
-from tests.test_loop import result
+from tests.torture import left
 
 BF16 = (*TINY, "quant=bf16", "budget.accumulation=1")
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m"]
@@ -142,7 +142,7 @@ def test_a_preempted_job_saves_is_requeued_and_ends_like_an_uninterrupted_one(te
     resumed = "resuming after step"
     assert happened == ["Bypassing signal SIGTERM", resumed, "Requeued", resumed, "completed successfully"]
     assert [row["step"] for row in run.metrics()] == list(range(1, 41))
-    assert result(run) == result(loop.train(configure(tmp_path / "uninterrupted", *words)))
+    assert left(run) == left(loop.train(configure(tmp_path / "uninterrupted", *words)))
 
 
 def saved(run: Run) -> int:
