@@ -77,6 +77,13 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one in the end."""
+    longest = ("test_ranks", "test_compile", "test_stream", "test_loop", "test_sweeps", "test_faults", "test_bench")
+    order = {f"tests.{name}": number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
+
+
 @atexit.register
 def _let_triton_end_in_silence():
     """Where torch.compile was used, its C++ side fills pages with what it did not free."""

@@ -152,7 +152,6 @@ OVERRIDES = [
         "model.path=null",
         "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M",
     ),
-    Case("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
     Case("model=tiny run=runs", "run=runs: only eval.py takes a run folder; the words that made a run resume it"),
     Case("report.experiments=[exp9]", "experiment=exp9: unknown choice; did you mean 'exp8'?", script="report"),

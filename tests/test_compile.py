@@ -38,7 +38,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-SMALL = ("model.blocks=3", "model.architecture.num_hidden_layers=3", "quant.bf16_blocks=1")
+SMALL = ("model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")
 VARIANTS = {
     "max": ("experiment=exp8",),
     "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.bf16_blocks=0"),

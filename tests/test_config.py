@@ -222,6 +222,7 @@ VALUES = [
         "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
     ),
     ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
+    ("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
 ]
 
 
