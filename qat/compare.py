@@ -10,12 +10,12 @@ measure, in percent. The paper's marks: a relative drop below 1 % a task and a l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 
 from qat.config import Config, UserError
-from qat.paired import half_width, holm, mcnemar, tango
+from qat.paired import Answers, bootstrap, detectable, detectable_mean, half_width, mcnemar, tango
 from qat.runs import Run, identity
 
 APE_MARK = 0.5  # percent, paper section 1
@@ -87,15 +87,18 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
     if origin:
         _refuse_unlike(untouched, origin, baseline, reference)
     result = {"run": run.id, "baseline": baseline.id, "untouched": untouched.id if untouched else None}
-    result |= {"benchmark": benchmark, "loss": loss, "heldout": [], "tasks": []}
+    result |= {"benchmark": benchmark, "loss": loss, "heldout": [], "tasks": [], "pooled": []}
     for text in reference["heldout"]:
         result["heldout"] += [_heldout(text, mode, own[mode], reference) for mode in own]
-    for task, record in reference["tasks"].items():
+    answers = {
+        (task, mode): _answers(run, baseline, benchmark, mode, task) for task in reference["tasks"] for mode in own
+    }
+    for (task, mode), counted in answers.items():
         start = 100 * origin["tasks"][task]["score"] if origin else None
-        for mode in own:
-            lost, gained = _flips(run, baseline, benchmark, mode, task)
-            row = _task(own[mode]["tasks"][task], record, lost, gained)
-            result["tasks"].append({"task": task, "mode": mode, "untouched": start} | row)
+        row = _task(own[mode]["tasks"][task], reference["tasks"][task], counted)
+        result["tasks"].append({"task": task, "mode": mode, "untouched": start} | row)
+    for mode in own if len(reference["tasks"]) > 1 else ():
+        result["pooled"].append({"mode": mode} | _pooled([answers[task, mode] for task in reference["tasks"]]))
     return result
 
 
@@ -187,11 +190,13 @@ def _heldout(text: str, mode: str, own: dict, reference: dict) -> dict:
     half = half_width(paired)
     row = {"text": text, "mode": mode, "loss": ours["loss"], "baseline": theirs["loss"], "difference": change}
     row |= {"kl": ours["kl"], "sequences": len(paired)}
-    return row | {"ci": None if half is None else [change - half, change + half]}
+    if half is None:
+        return row | {"ci": None, "detectable": None}
+    return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}
 
 
-def _flips(run: Run, baseline: Run, benchmark: str, mode: str, task: str) -> tuple[int, int]:
-    """Questions that only the baseline, and only the run, answered right."""
+def _answers(run: Run, baseline: Run, benchmark: str, mode: str, task: str) -> Answers:
+    """The questions of a task, counted. Errors: UserError when the two were asked other ones."""
     ours, theirs = run.samples(benchmark, mode, task), baseline.samples(benchmark, "bf16", task)
     for owner, samples, where in ((run, ours, mode), (baseline, theirs, "bf16")):
         record = evaluation(owner, benchmark, where)["tasks"][task]
@@ -204,133 +209,42 @@ def _flips(run: Run, baseline: Run, benchmark: str, mode: str, task: str) -> tup
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
         for key in ("doc_hash", "prompt_hash"):
             _refuse_unequal(run, baseline, f"{task} question {number} {key}", a[key], b[key])
-    lost = sum(bool(b["correct"]) and not a["correct"] for a, b in zip(ours, theirs, strict=True))
-    gained = sum(bool(a["correct"]) and not b["correct"] for a, b in zip(ours, theirs, strict=True))
-    return lost, gained
+    pairs = [(bool(b["correct"]), bool(a["correct"])) for a, b in zip(ours, theirs, strict=True)]
+    return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
 
 
-def _task(record: dict, reference: dict, lost: int, gained: int) -> dict:
-    n, chance = record["n"], reference["chance"]
-    score, base = 100 * record["score"], 100 * reference["score"]
-    drop = 100 * (base - score) / base if base else None
-    row = {"metric": record["metric"], "baseline": base, "score": score, "points": score - base}
-    row |= {"relative_drop": drop, "lost": lost, "gained": gained, "n": n, "p_value": mcnemar(lost, gained)}
+def _task(record: dict, reference: dict, answers: Answers) -> dict:
+    chance = reference["chance"]
+    row = {"metric": record["metric"]} | _scores([answers], 100 * reference["score"], 100 * record["score"])
     # Below chance a drop says as little as at chance, so this is one-sided.
     near = reference["score"] - chance <= 2 * reference["stderr"]
-    row |= {"ci": [100 * limit for limit in tango(lost, gained, n)], "chance": 100 * chance, "near_chance": near}
-    return row | {"passes": None if drop is None else drop < DROP_MARK}
+    return row | {"chance": 100 * chance, "near_chance": near}
 
 
-# ---------------------------------------------------------------------------------------------------- words
-
-TASK_HEADER = ["Task", "Mode", "BF16 %", "Run %", "Points [95 % CI]", "Rel. drop %", "Lost/gained of n", "p", "Remark"]
-
-
-def task_cells(row: dict) -> list[str]:
-    """One row of a comparison's `tasks` as text, a cell for each entry of `TASK_HEADER`."""
-    drop = "-" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
-    flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
-    cells = [TASKS.get(row["task"], row["task"]), MODES[row["mode"]], f"{row['baseline']:.2f}", f"{row['score']:.2f}"]
-    return [*cells, f"{signed(row['points'])} {interval(row['ci'])}", drop, flips, p_text(row["p_value"]), remark(row)]
+def _pooled(tasks: Sequence[Answers]) -> dict:
+    """All questions of all tasks as one test; resampled within each task."""
+    kept, lost, gained, _ = (sum(counts) for counts in zip(*tasks, strict=True))
+    n = sum(map(sum, tasks))
+    return _scores(tasks, 100 * (kept + lost) / n, 100 * (kept + gained) / n)
 
 
-def resolved(row: dict) -> bool:
-    """Whether the whole interval of `points` lies on one side of the 1 % mark."""
-    low, high = row["ci"]
-    return not low <= -row["baseline"] * DROP_MARK / 100 <= high
-
-
-def remark(row: dict) -> str:
-    """Pass mark and caveats of a task row: "unresolved" where the interval spans the mark."""
-    words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_MARK:g} %"]
-    words += [] if resolved(row) else ["unresolved"]
-    return ", ".join(words + (["near chance"] if row["near_chance"] else []))
-
-
-def signed(value: float, digits: int = 2, plus: str = "+") -> str:
-    """A number with its sign, and without a negative zero."""
-    return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
-
-
-def interval(ci: Sequence[float] | None, digits: int = 2) -> str:
-    """An interval as "[low, high]"."""
-    return "[-]" if ci is None else f"[{signed(ci[0], digits)}, {signed(ci[1], digits)}]"
-
-
-def p_text(p: float) -> str:
-    """A p-value in three digits at most."""
-    return "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
-
-
-def loss_text(comparison: dict) -> str:
-    """One sentence on the training loss."""
-    loss = comparison["loss"]
-    mark = f"{'below' if loss['passes'] else 'over'} the {APE_MARK} % mark"
-    ends = f"final loss {loss['final']:.4f}, BF16 {loss['final_baseline']:.4f}"
-    skipped = f" {loss['skipped']} steps were skipped for want of a finite gradient." if loss.get("skipped") else ""
-    return (
-        f"Loss APE {loss['ape']:.3f} % ({mark}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}.{skipped}"
-    )
-
-
-def heldout_text(row: dict) -> str:
-    """One sentence on one held-out text."""
-    kl = "" if row["kl"] is None else f", KL {row['kl']:.4f} nats"
-    change = f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}"
-    return f"Held-out {row['text']}, {MODES[row['mode']]}: {row['loss']:.4f} nats a token, {change} from BF16{kl}."
-
-
-def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
-    """One sentence on the held-out losses of several comparisons in W8A8; empty where there are none."""
-    rows = [row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8"]
-    if not rows:
-        return ""
-    low, high = (signed(end(row["difference"] for row in rows), 4) for end in (min, max))
-    clear = sum(row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0 for row in rows)
-    span = f"{low} to {high}" if len(rows) > 1 else low
-    return (
-        f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token; "
-        f"{clear} of {len(rows)} intervals (95 %) exclude zero."
-    )
-
-
-def verdict(comparisons: Mapping[str, dict]) -> str:
-    """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests."""
-    rows = [
-        (f"{label + ': ' if label else ''}{TASKS.get(r['task'], r['task'])} in {MODES[r['mode']]}", r)
-        for label, comparison in comparisons.items()
-        for r in comparison["tasks"]
-    ]
-    if not rows:
-        return "No benchmark task was compared."
-    rows.sort(key=lambda pair: pair[1]["p_value"])
-    real = holm([row["p_value"] for _, row in rows])
-    name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
-    reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name})"
-    reach = f"with this many questions {reach} cannot be excluded"
-    if not real:
-        smallest = f"smallest p {_relation(rows[0][1]['p_value'])}, {rows[0][0]}"
-        return f"None of {len(rows)} paired tests differs from BF16 beyond noise ({smallest}), but {reach}."
-    found = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
-    rest = f"; elsewhere {reach}" if real < len(rows) else ""
-    return f"{real} of {len(rows)} paired tests differ from BF16 beyond noise: {', '.join(found)}{rest}."
-
-
-def _relation(p: float) -> str:
-    return p_text(p) if p < 0.001 else f"= {p_text(p)}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-
-
-def table(comparison: dict) -> str:
-    """A comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
-    parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
-    parts += [markdown(TASK_HEADER, [task_cells(row) for row in comparison["tasks"]]), ""]
-    parts += [loss_text(comparison), *(heldout_text(row) for row in comparison["heldout"])]
-    return "\n".join([*parts, verdict({"": comparison})]) + "\n"
+def _scores(tasks: Sequence[Answers], baseline: float, score: float) -> dict:
+    """What is said of paired answers: percent and points, with intervals, p-value and what could have been detected."""
+    lost, gained, n = sum(each.lost for each in tasks), sum(each.gained for each in tasks), sum(map(sum, tasks))
+    drop = 100 * (baseline - score) / baseline if baseline else None
+    resampled = {name: limits and [100 * limit for limit in limits] for name, limits in bootstrap(tasks).items()}
+    return {
+        "baseline": baseline,
+        "score": score,
+        "points": score - baseline,
+        "ci": [100 * limit for limit in tango(lost, gained, n)],
+        "ci_bootstrap": resampled["change"],
+        "relative_drop": drop,
+        "relative_drop_ci": resampled["relative_drop"],
+        "lost": lost,
+        "gained": gained,
+        "n": n,
+        "p_value": mcnemar(lost, gained),
+        "detectable": 100 * detectable(lost + gained, n),
+        "passes": None if drop is None else drop < DROP_MARK,
+    }

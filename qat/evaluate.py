@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat import benchmarks, checkpoint, data, models, ranks, runtime
-from qat.compare import compare, table
+from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
 from qat.runs import Run, baseline_of, untouched_of
 from qat.scaling import Phase
 from qat.tracking import mirror
+from qat.wording import table
 
 _HELDOUT_BATCH = 4  # sequences a forward call
 
@@ -111,6 +112,8 @@ def summary(comparison: dict) -> dict[str, float]:
     for row in comparison["tasks"]:
         prefix = f"{row['mode']}/{row['task']}"
         flat |= {f"{prefix}/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
+    for row in comparison["pooled"]:
+        flat |= {f"{row['mode']}/pooled/{key}": row[key] for key in ("score", "points", "p_value")}
     for row in comparison["heldout"]:
         flat |= {f"{row['mode']}/heldout/{key}": row[key] for key in ("loss", "difference", "kl")}
     return {key: value for key, value in flat.items() if value is not None}

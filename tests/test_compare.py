@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import binomtest, t
+from scipy.stats import bootstrap as bootstrap_of_scipy
 
-from qat.compare import compare, heldout_verdict, loss_ape, table, verdict
+from qat.compare import compare, loss_ape
 from qat.config import UserError
-from qat.paired import half_width, holm, mcnemar, tango
+from qat.paired import Answers, bootstrap, detectable, detectable_mean, half_width, holm, mcnemar, tango
+from qat.wording import heldout_verdict, table, verdict
 from tests.synthetic_runs import config, edit, write_run
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64, "warmup.bf16": 0.05}
@@ -80,6 +82,48 @@ def test_tango_at_the_edges():
     for lost, gained in ((1, 7), (2, 7), (3, 14), (5, 15)):  # zero is inside exactly where the score test keeps it
         low, high = tango(lost, gained, 500)
         assert (low < 0 < high) == ((gained - lost) ** 2 / (gained + lost) < 1.96**2)
+
+
+@pytest.mark.parametrize("counts", [(50, 9, 1, 40), (400, 30, 41, 701), (12, 0, 0, 4)])
+def test_the_bootstrap_is_scipys_over_the_questions(counts):
+    answers = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], counts, axis=0)
+    found = bootstrap([Answers(*counts)])
+    statistics = {
+        "change": lambda baseline, run, axis: (run - baseline).mean(axis),
+        "relative_drop": lambda baseline, run, axis: (baseline - run).sum(axis) / baseline.sum(axis),
+    }
+    for name, statistic in statistics.items():
+        how = {"paired": True, "vectorized": True, "method": "percentile", "rng": 1}
+        wanted = bootstrap_of_scipy(tuple(answers.T), statistic, **how).confidence_interval
+        # Two estimates from 10,000 resamples each of a quantile on a grid of 1 / n.
+        step = max(1 / sum(counts), 0.03 * (wanted.high - wanted.low))
+        assert found[name] == pytest.approx(wanted, abs=1.01 * step / (answers[:, 0].mean() if name != "change" else 1))
+
+
+def test_pooled_questions_are_resampled_within_their_task():
+    """A task whose answers never differ adds no spread of its own, however large."""
+    still, moving = Answers(900, 0, 0, 100), Answers(50, 9, 1, 40)
+    low, high = bootstrap([still, moving])["change"]
+    alone = bootstrap([moving])["change"]
+    assert [low * 1100, high * 1100] == pytest.approx([limit * 100 for limit in alone], abs=1.01)
+    assert bootstrap([Answers(0, 0, 1, 9)])["relative_drop"] is None
+
+
+@pytest.mark.parametrize(("flips", "n"), [(60, 1000), (200, 1172), (900, 14042)])
+def test_a_detectable_change_is_found_in_four_of_five_samples(flips, n):
+    change = detectable(flips, n)
+    rates = [flips / n / 2 + change / 2, flips / n / 2 - change / 2]
+    drawn = np.random.default_rng(0).multinomial(n, [*rates, 1 - sum(rates)], 4000)
+    lost, gained = drawn[:, 0], drawn[:, 1]
+    found = (lost - gained) ** 2 > 1.96**2 * (lost + gained)
+    assert found.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_what_is_detectable_at_the_edges():
+    assert detectable(0, 100) > 3 / 100  # three one-way flips of a hundred are no evidence
+    assert detectable(0, 3) == 1.0
+    assert detectable(10, 100) > detectable(10, 1000) * 3
+    assert detectable_mean(1.96) == pytest.approx(1.96 + 0.8416, abs=1e-4)
 
 
 def test_half_width_is_student_t():
@@ -233,9 +277,10 @@ def test_table(runs):
         "60.00",
         "52.00",
         "-8.00 [-15.41, -2.26]",
-        "13.33",
+        "13.33 [+3.77, +23.33]",
         "-9/+1 of 100",
         "0.021",
+        "8.8",
         "over 1 %",
     ]
     assert [cell.strip() for cell in lines[5].split("|")[4:-1]] == [
@@ -244,6 +289,7 @@ def test_table(runs):
         "0.00",
         "-0/+0 of 100",
         "1.00",
+        "7.7",
         "pass, unresolved",
     ]
     assert len({len(line) for line in lines[2:6]}) == 1
@@ -253,6 +299,20 @@ def test_table(runs):
     assert lines[8] == (
         "Held-out wikipedia, W8A8: 3.3000 nats a token, +0.1000 [-0.1484, +0.3484] from BF16, KL 0.0021 nats."
     )
+
+
+def test_tasks_are_pooled_question_by_question(tmp_path):
+    answers = {"arc_easy": RIGHT, "mmlu": [True] * 300}
+    base = write_run(tmp_path / "base", config(), [2.0], {"bf16": answers}, TEXT)
+    ours = {"bf16": answers, "w8a8": {"arc_easy": flipped(9, 1), "mmlu": [False] * 3 + [True] * 297}}
+    run = write_run(tmp_path / "run", config(**HIF8), [2.0], ours, dict.fromkeys(ours, TEXT["bf16"]))
+    result = compare(run, base, "quick")
+    w8a8, bf16 = result["pooled"]
+    assert (w8a8["mode"], w8a8["lost"], w8a8["gained"], w8a8["n"], bf16["lost"]) == ("w8a8", 12, 1, 400, 0)
+    assert (w8a8["baseline"], w8a8["score"], w8a8["points"]) == pytest.approx((90, 87.25, -2.75))
+    assert w8a8["p_value"] == pytest.approx(binomtest(1, 13).pvalue)
+    assert w8a8["ci_bootstrap"] == pytest.approx(w8a8["ci"], abs=0.5)
+    assert [line.split("|")[1].strip() for line in table(result).splitlines()[4:10]][-2:] == ["All questions"] * 2
 
 
 def test_verdict_neither_hides_nor_overclaims(runs):

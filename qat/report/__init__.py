@@ -23,9 +23,7 @@ def write(experiments: Sequence[Experiment], out: Path, context: Mapping) -> tup
     date. Model, data, budget, protocol, seed and benchmark are read from the runs. Pictures (`loss.png`,
     `overshoot.png`, `deltas.png`) are left out where no run has what they show.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    paper = published()
+    out, paper = Path(out), published()
     pictures = write_pictures(experiments, paper, out)
     paths = out / "report.html", out / "report.md"
     for path, text in zip(paths, render(experiments, paper, context, pictures), strict=True):

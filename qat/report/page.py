@@ -11,12 +11,13 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from qat.compare import APE_MARK, TASKS, heldout_verdict, loss_text, verdict
+from qat.compare import APE_MARK, TASKS
 from qat.report import pictures, tables
 from qat.report.experiment import Experiment, Pair, scientific
 from qat.report.panels import score_legend
 from qat.report.plots import PALETTE, svg
 from qat.runs import Run
+from qat.wording import heldout_verdict, loss_text, verdict
 
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
 

@@ -77,6 +77,7 @@ def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path)
         "loss.png": (loss, 3, "", "Training loss relative to BF16"),
         "overshoot.png": (overshoot, 3, colour, "Overshoot of the predicted amax by block and step"),
     }
+    out.mkdir(parents=True, exist_ok=True)  # after everything that is drawn has been read
     for name, (drawn, columns, note, _) in pictures.items():
         if drawn:
             png(drawn, columns, out / name, note)

@@ -6,22 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qat.compare import (
-    APE_MARK,
-    DROP_MARK,
-    MODES,
-    TASK_HEADER,
-    TASKS,
-    differences,
-    interval,
-    markdown,
-    p_text,
-    resolved,
-    signed,
-    task_cells,
-)
+from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
 from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
 from qat.runs import Run
+from qat.wording import TASK_HEADER, interval, markdown, p_text, resolved, signed, task_rows
 
 PASS, FAIL = "✓", "✗"
 
@@ -128,8 +116,8 @@ def _mark(passes: bool, sure: bool = True) -> str:
 
 
 def tasks(comparison: Mapping) -> Table:
-    """Every task of a comparison in both modes."""
-    return _table(TASK_HEADER, [task_cells(row) for row in comparison["tasks"]])
+    """Every task of a comparison in both modes, and all questions together."""
+    return _table(TASK_HEADER, task_rows(comparison))
 
 
 def heldout(comparison: Mapping) -> Table:

@@ -1,0 +1,132 @@
+"""A comparison in words: cells, sentences, and the verdict on what is more than noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
+from qat.paired import holm
+
+TASK_HEADER = ["Task", "Mode", "BF16 %", "Run %", "Points [95 % CI]", "Rel. drop % [95 % CI]", "Lost/gained of n", "p"]
+TASK_HEADER += ["Detectable, points", "Remark"]
+
+
+def task_cells(row: dict) -> list[str]:
+    """One row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`. Detectable is the
+    smallest change that the test finds in 80 % of samples."""
+    drop = "-" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
+    if row.get("relative_drop_ci") and row["lost"] + row["gained"]:  # without flips a bootstrap collapses to a point
+        drop += f" {interval(row['relative_drop_ci'])}"
+    flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
+    name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"
+    cells = [name, MODES[row["mode"]], f"{row['baseline']:.2f}", f"{row['score']:.2f}"]
+    cells += [f"{signed(row['points'])} {interval(row['ci'])}", drop, flips, p_text(row["p_value"])]
+    # A comparison made by an earlier version has neither this nor the interval of the drop.
+    return [*cells, f"{row['detectable']:.1f}" if "detectable" in row else "-", remark(row)]
+
+
+def task_rows(comparison: Mapping) -> list[list[str]]:
+    """Every task in every mode, and all questions together, as `task_cells`."""
+    return [task_cells(row) for row in (*comparison["tasks"], *comparison.get("pooled", []))]
+
+
+def resolved(row: dict) -> bool:
+    """Whether the whole interval of `points` lies on one side of the 1 % mark."""
+    low, high = row["ci"]
+    return not low <= -row["baseline"] * DROP_MARK / 100 <= high
+
+
+def remark(row: dict) -> str:
+    """Pass mark and caveats of a task row: "unresolved" where the interval spans the mark."""
+    words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_MARK:g} %"]
+    words += [] if resolved(row) else ["unresolved"]
+    return ", ".join(words + (["near chance"] if row.get("near_chance") else []))
+
+
+def signed(value: float, digits: int = 2, plus: str = "+") -> str:
+    """A number with its sign, and without a negative zero."""
+    return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
+
+
+def interval(ci: Sequence[float] | None, digits: int = 2) -> str:
+    """An interval as "[low, high]"."""
+    return "[-]" if ci is None else f"[{signed(ci[0], digits)}, {signed(ci[1], digits)}]"
+
+
+def p_text(p: float) -> str:
+    """A p-value in three digits at most."""
+    return "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+
+
+def loss_text(comparison: dict) -> str:
+    """One sentence on the training loss."""
+    loss = comparison["loss"]
+    mark = f"{'below' if loss['passes'] else 'over'} the {APE_MARK} % mark"
+    ends = f"final loss {loss['final']:.4f}, BF16 {loss['final_baseline']:.4f}"
+    skipped = f" {loss['skipped']} steps were skipped for want of a finite gradient." if loss.get("skipped") else ""
+    return (
+        f"Loss APE {loss['ape']:.3f} % ({mark}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}.{skipped}"
+    )
+
+
+def heldout_text(row: dict) -> str:
+    """One sentence on one held-out text."""
+    kl = "" if row["kl"] is None else f", KL {row['kl']:.4f} nats"
+    change = f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}"
+    return f"Held-out {row['text']}, {MODES[row['mode']]}: {row['loss']:.4f} nats a token, {change} from BF16{kl}."
+
+
+def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
+    """One sentence on the held-out losses of several comparisons in W8A8; empty where there are none."""
+    rows = [row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8"]
+    if not rows:
+        return ""
+    low, high = (signed(end(row["difference"] for row in rows), 4) for end in (min, max))
+    clear = sum(row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0 for row in rows)
+    span = f"{low} to {high}" if len(rows) > 1 else low
+    return (
+        f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token; "
+        f"{clear} of {len(rows)} intervals (95 %) exclude zero."
+    )
+
+
+def verdict(comparisons: Mapping[str, dict]) -> str:
+    """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests."""
+    rows = [
+        (f"{label + ': ' if label else ''}{TASKS.get(r['task'], r['task'])} in {MODES[r['mode']]}", r)
+        for label, comparison in comparisons.items()
+        for r in comparison["tasks"]
+    ]
+    if not rows:
+        return "No benchmark task was compared."
+    rows.sort(key=lambda pair: pair[1]["p_value"])
+    real = holm([row["p_value"] for _, row in rows])
+    name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
+    reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name})"
+    reach = f"with this many questions {reach} cannot be excluded"
+    if not real:
+        smallest = f"smallest p {_relation(rows[0][1]['p_value'])}, {rows[0][0]}"
+        return f"None of {len(rows)} paired tests differs from BF16 beyond noise ({smallest}), but {reach}."
+    found = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
+    rest = f"; elsewhere {reach}" if real < len(rows) else ""
+    return f"{real} of {len(rows)} paired tests differ from BF16 beyond noise: {', '.join(found)}{rest}."
+
+
+def _relation(p: float) -> str:
+    return p_text(p) if p < 0.001 else f"= {p_text(p)}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def table(comparison: dict) -> str:
+    """A comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
+    parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
+    parts += [markdown(TASK_HEADER, task_rows(comparison)), ""]
+    parts += [loss_text(comparison), *(heldout_text(row) for row in comparison["heldout"])]
+    return "\n".join([*parts, verdict({"": comparison})]) + "\n"
