@@ -4,11 +4,17 @@ SHELL := /bin/bash
 BUDGET   ?= laptop
 PROTOCOL ?= paper
 SEED     ?= 0
+# Several: make exp8 SEEDS=0,1,2 runs each, and the report has the noise between them.
+SEEDS    ?= $(SEED)
 # Processes on this machine that train together, one a GPU; each takes its share of a step's micro-batches.
 RANKS    ?= 1
 # Any further Hydra overrides: make exp8 ARGS="optim.lr=3e-5 benchmark=paper"
 ARGS     ?=
-WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) seed=$(SEED) $(ARGS)
+WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) $(ARGS)
+comma    := ,
+# One experiment, $(1), with every seed: what fails stops it.
+RUN       = for s in $(subst $(comma), ,$(SEEDS)); do $(TRAIN) experiment=$(1) seed=$$s $(WORDS) && \
+  $(PY) scripts/eval.py experiment=$(1) seed=$$s $(WORDS) || exit $$?; done
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -31,7 +37,7 @@ EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
 	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 RANKS=1 ARGS=\"any.key=value ...\""
+	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 SEEDS=0,1,2 RANKS=1 ARGS=\"any.key=value ...\""
 
 setup: $(READY) ## install everything that runs need into .venv
 
@@ -49,14 +55,13 @@ $(TESTED): $(READY)
 	@touch $@
 
 $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, compare, report
-	$(TRAIN) experiment=$@ $(WORDS)
-	$(PY) scripts/eval.py experiment=$@ $(WORDS)
-	$(PY) scripts/report.py "report.experiments=[$@]" report.out=report/$@ $(WORDS)
+	@$(call RUN,$@)
+	$(PY) scripts/report.py "report.experiments=[$@]" report.out=report/$@ "report.seeds=[$(SEEDS)]" $(WORDS)
 
 suite: $(READY) ## all eight experiments and one report
 	@failed=""; for e in $(EXPERIMENTS); do \
-	  $(TRAIN) experiment=$$e $(WORDS) && $(PY) scripts/eval.py experiment=$$e $(WORDS) || { code=$$?; [ $$code -ne 130 -a $$code -ne 75 ] || exit $$code; failed="$$failed $$e"; }; \
-	done; $(PY) scripts/report.py report.out=report $(WORDS) || exit 2; \
+	  ($(call RUN,$$e)) || { code=$$?; [ $$code -ne 130 -a $$code -ne 75 ] || exit $$code; failed="$$failed $$e"; }; \
+	done; $(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS) || exit 2; \
 	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
 
 # Where a sweep's jobs run: basic (here, one by one), local (here, side by side) or slurm; see conf/hydra/launcher/
@@ -64,14 +69,14 @@ LAUNCHER ?= basic
 sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basic|local|slurm
 	@[ $(LAUNCHER) = basic ] || $(PY) -m pip install -q --no-compile -c constraints.txt -e '.[launchers]'
 	$(PY) scripts/train.py -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
-	  warmup=none,bf16_500 $(WORDS)
+	  warmup=none,bf16_500 seed=$(SEEDS) $(WORDS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }
 	@$(PY) scripts/diff.py "report.experiments=[$(A),$(B)]" $(WORDS)
 
 report: $(READY) ## rebuild the suite's report from the run folders
-	$(PY) scripts/report.py report.out=report $(WORDS)
+	$(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS)
 
 docs: $(READY) ## write the README's table from its record
 	$(PY) scripts/docs.py

@@ -166,6 +166,7 @@ class LoggerConfig:
 @dataclass
 class ReportConfig:
     experiments: list[str] = field(default_factory=lambda: [f"exp{i}" for i in range(1, 9)])
+    seeds: list[int] | None = None  # of the runs to show; null: only `seed`
     out: str = "report"
 
 

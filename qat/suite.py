@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from hydra import compose
 
@@ -12,13 +13,17 @@ from qat.config import Config
 _OWN = ("experiment=", "report.", "bench.", "run=")
 
 
-def cells(experiment: str, overrides: list[str]) -> list[Config]:
-    """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry."""
+def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:
+    """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry; with each of
+    `seeds` in the place of the overrides' own."""
     words = [word for word in overrides if not word.startswith(_OWN)]
+    if seeds:
+        words = [word for word in words if not word.startswith("seed=")]
     base = compose("train", [f"experiment={experiment}", *words], return_hydra_config=True)
     sweep = base.hydra.sweeper.params or {}
     given = {word.partition("=")[0] for word in words}  # what the command line sets is not swept
     axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in sweep.items() if key not in given]
+    axes += [[f"seed={seed}" for seed in seeds]] if seeds else []
     return [_compose([f"experiment={experiment}", *words, *cell]) for cell in itertools.product(*axes)]
 
 

@@ -22,7 +22,7 @@ def main(config, _) -> None:
     words = list(HydraConfig.get().overrides.task)
     experiments = []
     for name in config.report.experiments:
-        cells = suite.cells(name, words)
+        cells = suite.cells(name, words, config.report.seeds)
         runs = [Run.of(cell) for cell in cells]
         baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
         experiments.append(Experiment(name, runs, baselines, [run.comparison() for run in runs if run.comparison()]))

@@ -170,14 +170,16 @@ def test_the_number_of_quantized_linears_is_the_papers():
 
 
 def test_an_experiments_own_sweep_is_expanded():
+    whole = cli.typed(composed())
     with initialize_config_dir(cli.CONF, version_base="1.3"):
         rates = suite.cells("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
         scalings = suite.cells("exp2", [])
         chosen = suite.cells("exp2", ["scaling=max"])
+        seeded = suite.cells("exp2", ["seed=7", "scaling=max"], [0, 1])
     assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
     assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
     assert [cell.scaling.algo for cell in chosen] == ["max"]
-    whole = cli.typed(composed())
+    assert [(cell.scaling.algo, cell.seed) for cell in seeded] == [("max", 0), ("max", 1)]
     assert [cell.steps for cell in scalings] == [whole.steps / 2] * 2
     assert [math.prod(cell.batch) for cell in scalings] == [math.prod(whole.batch) / 4] * 2
 

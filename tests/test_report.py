@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from qat.compare import compare
-from qat.report import Experiment, write
+from qat.report import Experiment, tables, write
 from qat.report.experiment import Curve, Telemetry, published
 from qat.runs import Run
 from tests.synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
@@ -110,6 +111,31 @@ def test_what_is_missing_names_its_command(report):
     says = r"exp7-max has no quick evaluation in mode w8a8; make it: python scripts/eval.py run=\S*/exp7-max"
     assert re.search(says, page.text)
     assert re.search(says, markdown)
+
+
+def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
+    runs, baselines = [], []
+    for seed, shift in enumerate((0.0, 0.1, 0.2)):
+        text = {"wikipedia": [3.0, 3.2, 3.4]}
+        answers = {"arc_easy": [True] * 60 + [False] * 40, "mmlu": [True] * 30 + [False] * 70}
+        of = {"seed": seed}
+        baselines.append(write_run(tmp_path / f"base{seed}", config(**of), [2.0], {"bf16": answers}, {"bf16": text}))
+        ours = {
+            "wikipedia": [value + shift + bump for value, bump in zip(text["wikipedia"], (0, 0.1, 0.2), strict=True)]
+        }
+        answers = dict.fromkeys(("bf16", "w8a8"), answers)
+        texts = {"bf16": text, "w8a8": ours}
+        runs.append(write_run(tmp_path / f"run{seed}", config(**HIF8, **of), [2.0 + shift], answers, texts))
+    experiment = Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines], [])
+    (row,) = tables.seeds([experiment]).rows
+    # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
+    half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    cells = [str(cell) for cell in row]
+    assert cells[:2] == ["exp8", "3"] and cells[2].startswith("+5.000 [")
+    assert cells[3] == f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]" and cells[4] == f"{half:.4f}"
+    assert cells[5] == "+0.00 [+0.00, +0.00]" and float(cells[6]) > 0
+    html, markdown = write([experiment], tmp_path / "out", {})
+    assert "The noise between seeds" in Page(html).text and cells[3] in markdown.read_text()
 
 
 def test_what_a_run_warned_of_is_a_caution(tmp_path):

@@ -47,6 +47,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "scores": pictures.of_scores(experiments, paper),
         "score_legend": score_legend(),
         "resolution": tables.resolution(experiments),
+        "seeds": tables.seeds(experiments),
         "cautions": _cautions(experiments),
         "baselines": tables.baselines(experiments, paper),
         "experiments": _experiments(experiments, paper["experiments"]),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
+from qat.paired import half_width
 from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
 from qat.runs import Run
 from qat.wording import TASK_HEADER, interval, markdown, p_text, resolved, signed, task_rows
@@ -199,6 +202,40 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
         rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{mark:.2f}", need])
     header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % mark, points"]
     return _table([*header, "Questions to resolve the mark"], rows)
+
+
+def seeds(experiments: Sequence[Experiment]) -> Table:
+    """For every recipe that ran with several seeds, in W8A8: mean and 95 % interval over seeds (Student's t) of its
+    differences from the matched BF16 runs, beside the mean half interval that one run has from its sampled text and
+    questions."""
+    recipes = defaultdict(list)
+    for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
+        recipe = {key: value for key, value in pair.config.items() if key != "seed"}
+        recipes[json.dumps(recipe, sort_keys=True)].append(pair)
+    rows = []
+    for pairs in recipes.values():
+        found = [pair.comparison for pair in pairs]
+        if len(found) < 2:
+            continue
+        held = [next(row for row in c["heldout"] if row["mode"] == "w8a8") for c in found]
+        pooled = [next((row for row in c.get("pooled", []) if row["mode"] == "w8a8"), None) for c in found]
+        cells = [pairs[0].label.partition(" seed ")[0], str(len(found)), _spread([c["loss"]["ape"] for c in found], 3)]
+        cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
+        scored = all(pooled)
+        cells += [_spread([row["points"] for row in pooled], 2) if scored else "–"]
+        rows.append([*cells, _half_interval(pooled, 2) if scored else "–"])
+    header = ["", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
+    return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean, half = sum(values) / len(values), half_width(values)
+    return f"{signed(mean, digits)} {interval([mean - half, mean + half], digits)}"
+
+
+def _half_interval(rows: Sequence[Mapping], digits: int) -> str:
+    halves = [_width(row) / 2 for row in rows if row["ci"]]
+    return f"{sum(halves) / len(halves):.{digits}f}" if halves else "–"
 
 
 def _width(row: Mapping) -> float:
