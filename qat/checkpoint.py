@@ -42,7 +42,8 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], f
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
     try:
         _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
-        shutil.rmtree(target, ignore_errors=True)
+        for later in (each for each in folder.glob("step-*") if each.name >= target.name):
+            shutil.rmtree(later)  # this step's, or a damaged one, without which this one would not have been made
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it would fill a full disk further
@@ -65,7 +66,7 @@ def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]
     facts["checksums"] = {file.name: _checksum(file) for file in sorted(folder.iterdir())}
     with files.naming(folder / "facts.json"):
         (folder / "facts.json").write_text(json.dumps(facts | {"checksum": _digest(facts)}))
-    for file in folder.iterdir():
+    for file in (*folder.iterdir(), folder):
         files.flush(file)
 
 

@@ -172,6 +172,12 @@ def _loss(run: Run, baseline: Run) -> dict:
     steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
     if steps[0] != steps[1]:
         raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
+    for q, b in zip(ours, theirs, strict=True):
+        if q.get("batch", b.get("batch")) != b.get("batch", q.get("batch")):  # rows of earlier versions have none
+            raise UserError(
+                f"{run.id} and {baseline.id} were trained on other text from step {q['step']} on (the data set changed "
+                f"in between); delete the older folder and train it again"
+            )
     # A step whose loss was not finite, in either, has none to compare.
     pairs = [(q["loss"], b["loss"]) for q, b in zip(ours, theirs, strict=True)]
     pairs = [pair for pair in pairs if None not in pair]

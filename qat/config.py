@@ -67,7 +67,7 @@ class DataConfig:
     source: str = MISSING
     path: str | None = None  # hub: the data set's id; files: a folder of .txt, one document a file
     subset: str | None = None
-    revision: str | None = None  # hub: branch, tag or commit; null: the newest commit when the run begins
+    revision: str | None = None  # hub: branch, tag or commit; null: the newest when the run, or its cache, begins
     label_shift: str = "once"
     duplicate_workers: int = 1  # every micro-batch occurs this often in a row (the released loader: 2)
     tokenizer_threads: int = 1

@@ -98,7 +98,8 @@ def evaluate(cfg: Config) -> dict | None:
     if not cfg.quantized:
         return None
     comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
-    run.write_json("comparison.json", comparison)
+    with run.lock():
+        run.write_json("comparison.json", comparison)
     with mirror(run, cfg) as log:
         log.summary(summary(comparison))
     print(f"\n{table(comparison)}", flush=True)

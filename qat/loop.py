@@ -50,6 +50,7 @@ def train(cfg: Config) -> Run:
                 for step in session.steps(log):  # noqa: B007  `step` is what the status says after an error
                     pass
         except BaseException as error:
+            ranks.forsake()
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # a full disk must not hide what happened first
@@ -75,7 +76,7 @@ class _Session:
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
-        if ranks.first():  # the others are given theirs
+        if ranks.first() and not self.final:  # the others are given theirs
             self.stream = data.stream(cfg.data, cfg.seed, self.tokenizer, cursor)
         self.history = None if self.bank is None else watchdogs.History(self.bank)
 
@@ -107,6 +108,8 @@ class _Session:
             scales = tensors.get(_of_rank("scales", ranks.mine()), tensors.get("scales", {}))
             self.bank.load_state_dict(scales, facts.get("scales"))
         self.done, self.final = facts["step"], "final" in facts
+        if self.done < self.cfg.steps and self.bank is not None:
+            ranks.check_count(self.cfg, facts.get("ranks", 1))
         if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
             checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
             runtime.load_rng_state(tensors.get(_of_rank("rng", ranks.mine()), {}))
@@ -235,7 +238,8 @@ class _Session:
             self.history.advance(1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // ranks.count())
         if probed:
             self._check_agreement()
-            found += [watchdogs.updates(self.cfg, each["updated"]) for each in probed if "updated" in each]
+            if row["lr"] >= 0.01 * self.cfg.optim.lr:  # towards the schedule's end updates are meant to be small
+                found += [watchdogs.updates(self.cfg, each["updated"]) for each in probed if "updated" in each]
             found += [self.history.check()] if self.history is not None else []
         return [{"step": step, "warning": each} for each in found if each]
 
@@ -265,7 +269,8 @@ class _Session:
 
     def _facts(self, **more) -> dict:
         """What a checkpoint says of itself: whose it is, and of what its scales are."""
-        return {"run": self.run.id, "scales": self.bank.names if self.bank is not None else None, **more}
+        names = self.bank.names if self.bank is not None else None
+        return {"run": self.run.id, "scales": names, "ranks": ranks.count(), **more}
 
     def _finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""

@@ -47,10 +47,16 @@ def join() -> None:
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    dist.init_process_group(timeout=PATIENCE)  # gloo for tensors of the CPU, NCCL for those of a GPU
+    # Named, or PyTorch starts NCCL alone where there is a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def forsake() -> None:
+    """This rank fails while others may wait for it: it leaves without the farewell that NCCL's ranks wait for."""
+    atexit.unregister(dist.destroy_process_group)
 
 
 def check(cfg: Config) -> None:
@@ -64,6 +70,15 @@ def check(cfg: Config) -> None:
             f"budget.accumulation={accumulation}: {count()} ranks cannot share so many micro-batches a step evenly; "
             f"the nearest valid value is {valid}, or start another number of ranks"
         )
+
+
+def check_count(cfg: Config, before: int) -> None:
+    """Raise `UserError` when a run that `before` ranks began would go on otherwise with another number of them."""
+    for key, value in (("tick", "call"), ("sync", "none")):
+        if getattr(cfg.scaling, key) == value and count() != before:
+            raise UserError(
+                f"scaling.{key}={value}: its amax histories depend on the number of ranks, {before} until now"
+            )
 
 
 # Between ranks -----------------------------------------------------------------------------------------------------
@@ -120,7 +135,7 @@ def check_agreement(what: str, tensor: torch.Tensor) -> None:
     """The watchdog: raise `UserError` on every rank when they do not hold the same values. NaN agrees with NaN."""
     if count() == 1:
         return
-    bits = tensor.float().contiguous().view(torch.int32).to(torch.int64)
+    bits = tensor.to(device()).float().contiguous().view(torch.int32).to(torch.int64)
     extremes = largest(torch.stack([bits, -bits]))
     differing = int((extremes[0] != -extremes[1]).sum())
     if differing:

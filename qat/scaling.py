@@ -9,7 +9,7 @@ with the predicted amax of step t, from the history a(t-1), a(t-2), ...:
     exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
     max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
 
-To add a rule: write a function of (history, alpha) below and put it in `PREDICTORS`.
+To add a rule: write a function of (history, filled, alpha) below and put it in `PREDICTORS`.
 """
 
 from __future__ import annotations

@@ -68,6 +68,9 @@ def report() -> int:
         return 0
     shared = set.intersection(*(set(outcome["words"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
     print("\nsweep:", *(word for word in outcomes[0]["words"] if word in shared))
+    for outcome in outcomes:
+        if outcome["state"] == "begun":  # killed outright
+            outcome |= {"state": "failed", "reason": "ended without a word"}
     cells = [" ".join(word for word in outcome["words"] if word not in shared) for outcome in outcomes]
     for outcome, cell in zip(outcomes, cells, strict=True):
         print(f"  {outcome['state']:<9}  {cell:<{max(map(len, cells))}}  {outcome['reason']}".rstrip())

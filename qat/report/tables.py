@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
 from qat.paired import half_width
 from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
-from qat.runs import Run
+from qat.runs import Run, identity
 from qat.wording import TASK_HEADER, interval, markdown, p_text, resolved, signed, task_rows
 
 PASS, FAIL = "✓", "✗"
@@ -208,12 +208,12 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
     """For every recipe that ran with several seeds, in W8A8: mean and 95 % interval over seeds (Student's t) of its
     differences from the matched BF16 runs, beside the mean half interval that one run has from its sampled text and
     questions."""
-    recipes = defaultdict(list)
+    recipes = defaultdict(dict)
     for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
-        recipe = {key: value for key, value in pair.config.items() if key != "seed"}
-        recipes[json.dumps(recipe, sort_keys=True)].append(pair)
+        recipe = identity(pair.run.typed_config()) | {"seed": None}
+        recipes[json.dumps(recipe, sort_keys=True)].setdefault(pair.run.id, pair)  # experiments share runs
     rows = []
-    for pairs in recipes.values():
+    for pairs in (list(found.values()) for found in recipes.values()):
         found = [pair.comparison for pair in pairs]
         if len(found) < 2:
             continue
