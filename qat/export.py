@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qat import card, coded, files, kernels, ranks, runtime
 from qat.coded import CodesConfig
-from qat.config import Config, ConfigError, UserError
+from qat.config import CHOICES, Config, ConfigError, UserError, nearest
 from qat.convert import quantized_linears
 from qat.evaluate import Subject
 from qat.runs import Run
@@ -75,11 +75,14 @@ def load(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, 
     Linears keep a byte a weight in memory, too, and are decoded for each call. Errors: UserError when the folder is no
     export, is damaged, or is of a later version.
     """
+    choices = CHOICES["budget.arithmetic"]
+    if arithmetic not in (None, *choices):
+        raise UserError(f"arithmetic={arithmetic}: unknown value; {nearest(arithmetic, choices)}")
     source = {"pretrained_model_name_or_path": folder, "trust_remote_code": False, "local_files_only": True}
     found = _config_of(folder)
     if found is None:
         raise UserError(
-            f"{folder}: no export (quant_method {coded.METHOD} in its config.json); scripts/export.py makes one of a run"
+            f"{folder}: no export (its config.json lacks quant_method {coded.METHOD}); scripts/export.py makes one"
         )
     try:
         wanted = runtime.arithmetic(arithmetic or found["arithmetic"])
@@ -87,8 +90,9 @@ def load(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, 
             **source, dtype=_ARITHMETIC[wanted], use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        for lost in sorted([*info["missing_keys"], *info["unexpected_keys"]]):
-            raise ValueError(f"{lost} is {'missing' if lost in info['missing_keys'] else 'none of its tensors'}")
+        amiss = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+        if amiss:
+            raise ValueError(f"missing or superfluous: {amiss[0]}, the first of {len(amiss)}")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded ({reason}); export it, or fetch it, again") from error
