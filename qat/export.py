@@ -3,13 +3,15 @@
     config.json         the model, and how its linears are coded (`qat.coded.CodesConfig`)
     model.safetensors   <linear>.weight as uint8 codes, .weight_scale and .input_scale in FP32, all else in BF16;
                         in several files above 5 GB
-    README.md           the model card, with the run's results; beside it generation_config.json and the tokenizer
+    README.md           the model card, with the run's results
+    SHA256SUMS          of the safetensors; beside it generation_config.json and the tokenizer
 
 What is loaded from it computes what W8A8 evaluation computed (`qat.evaluate.Subject`), bit for bit.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -26,7 +28,7 @@ from qat.convert import quantized_linears
 from qat.evaluate import Subject
 from qat.runs import Run
 
-_LARGEST_FILE = "5GB"
+_LARGEST_FILE, _SUMS = "5GB", "SHA256SUMS"
 _ARITHMETIC = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,8 +51,10 @@ def export(cfg: Config) -> Path:
         with files.naming(temporary):
             temporary.mkdir(parents=True)
             model.save_pretrained(temporary, max_shard_size=_LARGEST_FILE)
+            tokenizer.init_kwargs.pop("auto_map", None)  # openPangu's names code that does not come along
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card.card(cfg, run, model, config), encoding="utf-8")
+            (temporary / _SUMS).write_text(_sums(temporary))
         for file in temporary.iterdir():
             files.flush(file)
         _put(temporary, out)
@@ -85,6 +89,8 @@ def load(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, 
             f"{folder}: no export (its config.json lacks quant_method {coded.METHOD}); scripts/export.py makes one"
         )
     try:
+        if (Path(folder) / _SUMS).exists() and (Path(folder) / _SUMS).read_text() != _sums(Path(folder)):
+            raise ValueError(f"its weights are not those of {_SUMS}")
         wanted = runtime.arithmetic(arithmetic or found["arithmetic"])
         model, info = AutoModelForCausalLM.from_pretrained(
             **source, dtype=_ARITHMETIC[wanted], use_safetensors=True, output_loading_info=True
@@ -154,6 +160,15 @@ def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
         parameter.data = parameter.data.bfloat16()
     model.config.quantization_config = config
     return config
+
+
+def _sums(folder: Path) -> str:
+    """The checksums of a folder's weights, as `sha256sum` writes and checks them."""
+    lines = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
 
 
 def _put(temporary: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ from qat.config import TaskConfig, UserError
 from qat.convert import convert
 from qat.evaluate import Subject
 from qat.export import export, load
-from qat.runs import Run, baseline_of
+from qat.runs import Run
 from qat.scaling import Phase
 from tests.conftest import RUNS, TINY
 
@@ -237,6 +237,11 @@ def test_damaged_folders_are_not_loaded(copied):
     weights, config = copied / "model.safetensors", copied / "config.json"
     whole, text = weights.read_bytes(), config.read_text()
     tensors = safetensors.torch.load(whole)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "cannot be loaded (its weights are not those of SHA256SUMS); export it, or fetch it, again" in refused(
+        copied
+    )
+    (copied / "SHA256SUMS").unlink()  # as in a folder that transformers wrote again
     weights.write_bytes(whole[: len(whole) // 2])
     assert "cannot be loaded" in refused(copied)
     weights.unlink()
@@ -293,17 +298,20 @@ def test_only_an_own_export_is_replaced(scored, folder, tmp_path):
     assert foreign.exists() and load(tmp_path)
 
 
-def test_what_has_no_codes_is_refused_in_one_line(scored, words, main):
-    def refusal(*more: str) -> str:
-        code, _, stderr = main("export.py", *words, *more)
-        assert (code, stderr.count("\n")) == (2, 1)
-        return stderr
-
-    assert "train it first: `python scripts/train.py` with the same words" in refusal("seed=5")
-    assert "is not quantized and has no codes to export" in refusal("quant=bf16")
-    assert "quant.weights=false: " in refusal("quant.weights=false", "quant.activations=false")
-    assert "export.out=' ': must name a folder" in refusal("export.out=' '")
-    assert "is not quantized" in main("export.py", f"run={Run.of(baseline_of(scored)).path}")[2]
+def test_what_has_no_codes_is_refused_in_one_line(config, words, main):
+    code, _, stderr = main("export.py", *words, "seed=5")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.endswith(" is not started; train it first: `python scripts/train.py` with the same words\n")
+    for more, reason in (
+        (
+            {"quant.format": "none"},
+            r"^tiny-bf16-\S+ is not quantized and has no codes to export; name",
+        ),
+        ({"quant.weights": False, "quant.activations": False}, r"^quant.weights=false: .* and nothing to export; "),
+        ({"export.out": " "}, r"^export.out=' ': must name a folder, as in export.out=results$"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export(config(*MAX, **more))
 
 
 def test_a_write_that_fails_leaves_what_was_there(scored, folder, monkeypatch):
