@@ -179,14 +179,20 @@ class BenchConfig:
 
 
 @dataclass
+class ExportConfig:
+    out: str | None = None  # null: <run folder>/export
+
+
+@dataclass
 class Config:
     experiment: str | None = None
     protocol: str = "paper"
     seed: int = 0
     runs_dir: str = "runs"
-    run: str | None = None  # eval.py: a run folder, instead of the words that describe it
+    run: str | None = None  # eval.py, export.py: a run folder, instead of the words that describe it
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -103,9 +103,9 @@ def _check_names(cfg: Config) -> None:
                 f"{key}={name[:80]!r}: must be a name of at most 80 letters, digits, '.', '_' and '-' that does not "
                 f"start with '.'"
             )
-    for key in ("runs_dir", "report.out", "bench.out"):
+    for key in ("runs_dir", "report.out", "bench.out", "export.out"):
         folder = attrgetter(key)(cfg)
-        if not folder.strip() or not folder.isprintable():
+        if folder is not None and not (folder.strip() and folder.isprintable()):
             raise ConfigError(f"{key}={folder!r}: must name a folder, as in {key}=results")
 
 

@@ -1,0 +1,27 @@
+"""Write a finished run as a Hugging Face folder of 8-bit codes, with a model card.
+
+python scripts/export.py run=runs/<id> [export.out=folder]
+python scripts/export.py experiment=exp8 [the words that trained it]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat import cli
+
+
+def main(config, _) -> None:
+    from qat.export import export
+    from qat.runs import config_of
+
+    if config.run:
+        wanted = config.export
+        config = config_of(config.run)
+        config.export = wanted
+    export(config)
+
+
+if __name__ == "__main__":
+    cli.entry("train", main)
