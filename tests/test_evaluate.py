@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat import benchmarks, checkpoint, compare, data, evaluate, loop
+from qat import benchmarks, checkpoint, compare, data, evaluate, loop, tracking
 from qat.config import TaskConfig, UserError
 from qat.convert import quantized_linears
 from qat.evaluate import Subject
@@ -97,7 +97,7 @@ def test_weights_and_biases_shows_the_differences(scored):
     shown = {}
     for record in records:
         shown |= record.get("summary", {}).get("update", {})
-    wanted = evaluate.summary(comparison)
+    wanted = tracking.results(Run.of(cfg), cfg)
     assert {key: shown[key] for key in wanted} == pytest.approx(wanted)
     row = next(row for row in comparison["tasks"] if (row["task"], row["mode"]) == ("arc_easy", "w8a8"))
     assert wanted["w8a8/arc_easy/points"] == row["points"] and wanted["w8a8/arc_easy/p_value"] == row["p_value"]
