@@ -56,7 +56,7 @@ def save(workspace: ws.Workspace) -> str:
 def _reached(call):
     try:
         return call()
-    except Exception as error:  # of many libraries: no key, no server, no right
+    except Exception as error:  # W&B's errors share no base: no key, no server, no right
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"W&B is out of reach ({reason}); `wandb login` once, or write the workspace to a file: "

@@ -30,13 +30,14 @@ def _send(config) -> None:
     from qat.runs import Run, config_of
     from qat.tracking import send
 
-    if config.logger.name == "local" or config.logger.mode == "disabled":
-        raise cli.ConfigError(f"logger.mode={config.logger.mode}: sends nothing; leave `logger` as conf/ has it")
+    name, mode = config.logger.name, config.logger.mode
+    if name == "local" or mode == "disabled":
+        raise cli.ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
     cfg = config_of(config.run)
     cfg.logger, cfg.benchmark = config.logger, config.benchmark
     run = Run.of(cfg)
     send(run, cfg)
-    if config.logger.mode == "offline":
+    if mode == "offline":
         print(f"mirrored offline; send it: wandb sync {run.path}/wandb/offline-run-*")
 
 
