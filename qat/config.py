@@ -184,15 +184,21 @@ class ExportConfig:
 
 
 @dataclass
+class DashboardConfig:
+    out: str | None = None  # a file for the workspace's specification, instead of saving it in W&B
+
+
+@dataclass
 class Config:
     experiment: str | None = None
     protocol: str = "paper"
     seed: int = 0
     runs_dir: str = "runs"
-    run: str | None = None  # eval.py, export.py: a run folder, instead of the words that describe it
+    run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    dashboard: DashboardConfig = field(default_factory=DashboardConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

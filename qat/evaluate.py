@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat import benchmarks, checkpoint, data, models, ranks, runtime
+from qat import benchmarks, checkpoint, data, models, ranks, runtime, tracking
 from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
 from qat.runs import Run, baseline_of, untouched_of
 from qat.scaling import Phase
-from qat.tracking import mirror
 from qat.wording import table
 
 _HELDOUT_BATCH = 4  # sequences a forward call
@@ -100,24 +99,9 @@ def evaluate(cfg: Config) -> dict | None:
     comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
     with run.lock():
         run.write_json("comparison.json", comparison)
-    with mirror(run, cfg) as log:
-        log.summary(summary(comparison))
+    tracking.send(run, cfg)
     print(f"\n{table(comparison)}", flush=True)
     return comparison
-
-
-def summary(comparison: dict) -> dict[str, float]:
-    """A comparison as flat numbers, for dashboards that sort and filter: points, relative drops and p-values by task
-    and mode, loss APE, held-out differences and KL."""
-    flat = {"loss_ape_percent": comparison["loss"]["ape"]}
-    for row in comparison["tasks"]:
-        prefix = f"{row['mode']}/{row['task']}"
-        flat |= {f"{prefix}/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
-    for row in comparison["pooled"]:
-        flat |= {f"{row['mode']}/pooled/{key}": row[key] for key in ("score", "points", "p_value")}
-    for row in comparison["heldout"]:
-        flat |= {f"{row['mode']}/heldout/{key}": row[key] for key in ("loss", "difference", "kl")}
-    return {key: value for key, value in flat.items() if value is not None}
 
 
 class _Scorer:
@@ -172,9 +156,7 @@ class _Scorer:
             print(f"  {task}: {100 * row['score']:.1f} % of {row['n']} ({row['metric']}, {row['shots']} shots)")
         print(f"  held-out loss: {heldout['loss']:.4f} nats a token", flush=True)
         if subject.trained and not subject.cfg.quantized:  # a quantized run is mirrored with its comparison
-            with mirror(subject.run, subject.cfg) as log:
-                values = {f"bf16/{task}/score": 100 * row["score"] for task, row in scores.tasks.items()}
-                log.summary(values | {"bf16/heldout/loss": heldout["loss"]})
+            tracking.send(subject.run, subject.cfg)
 
     def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict:
         """Loss on held-out text, and for a quantized run its KL divergence from the baseline's predictions."""

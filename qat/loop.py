@@ -97,6 +97,7 @@ class _Session:
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
         for name in _ROWS:
             self.run.keep_rows(name, self.done)
+        self.warned = [row for row in self.run.warnings() if row["step"] <= self.done]
         return found[1].get("data") if found else None
 
     @torch.no_grad()
@@ -133,7 +134,7 @@ class _Session:
                 metrics([row])
                 telemetry(probed)
                 warnings(found)
-                log(row, step)
+                log(row, probed)
                 for each in found:
                     bar.write(f"warning: step {step}: {each['warning']}")
                 self.done = step
@@ -231,17 +232,18 @@ class _Session:
         """Warnings of a step: rows of warnings.jsonl."""
         found = []
         if step == 1 and row["loss"] is not None:
-            found.append(watchdogs.first_loss(self.cfg, self.model.config.vocab_size, row["loss"]))
+            found += watchdogs.first_loss(self.cfg, self.model.config.vocab_size, row["loss"])
         if self.history is not None and row["quantized"] and not row["skipped"]:
             if step == self.trainer.first_quantized_step:
                 self.history.begin()
             self.history.advance(1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // ranks.count())
         if probed:
             self._check_agreement()
-            if row["lr"] >= 0.01 * self.cfg.optim.lr:  # towards the schedule's end updates are meant to be small
-                found += [watchdogs.updates(self.cfg, each["updated"]) for each in probed if "updated" in each]
-            found += [self.history.check()] if self.history is not None else []
-        return [{"step": step, "warning": each} for each in found if each]
+            found += watchdogs.telemetry(self.cfg, probed, row["lr"])
+            found += self.history.check() if self.history is not None else []
+        new = [{"step": step, **each} for each in watchdogs.news(found, self.warned)]
+        self.warned += new
+        return new
 
     def _check_agreement(self) -> None:
         if self.bank is not None and self.cfg.scaling.sync == "max":

@@ -1,28 +1,39 @@
-"""Weights & Biases as a mirror of the run folder: offline by default, never in the way of a run."""
+"""Weights & Biases as a mirror of the run folder: offline by default, never in the way of a run.
+
+One W&B run stands for one run folder: training, every resume and every evaluation share its id. W&B numbers the rows
+of a run by their order; a session that continues at another step, or repeats one, would put its rows over others when
+it is sent. So every session begins with all that the folder holds: the newest is always the whole run, each step once,
+and sending it again replaces row by row what was sent before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from qat import ranks
 from qat.config import Config
-from qat.runs import Run
+from qat.formats import TOLERANCE
+from qat.runs import Run, baseline_of
 
 
 @contextlib.contextmanager
 def mirror(run: Run, cfg: Config):
-    """A function log(row, step) that mirrors rows to W&B, and `log.summary` to set results; nothing with logger=local.
-
-    One W&B run stands for one run folder: training and evaluation, and every resume, share its id.
-    """
+    """A function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that the
+    folder has already; at the end, the results of the folder. Nothing with logger=local."""
     if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not ranks.first():
-        yield _Silent()
+        yield lambda row, probed: None
         return
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
+    for older in (run.path / "wandb").glob("offline-run-*"):
+        shutil.rmtree(older)
     try:
         session = _start(wandb, run, cfg, cfg.logger.mode)
     except wandb.errors.Error as error:
@@ -30,11 +41,16 @@ def mirror(run: Run, cfg: Config):
         print(f"warning: W&B is out of reach ({reason}); mirroring offline, to be sent by `wandb sync`", flush=True)
         session = _start(wandb, run, cfg, "offline")
     try:
-        yield _Wandb(session)
-    except BaseException:
-        session.finish(exit_code=1)
-        raise
-    session.finish()
+        yield _replayed(session, run, cfg)
+    finally:
+        session.summary.update(results(run, cfg))
+        session.finish(exit_code=0 if run.finished else 1)
+
+
+def send(run: Run, cfg: Config) -> None:
+    """Mirror what the folder holds, from its files alone. With logger.mode=offline, `wandb sync` sends the result."""
+    with run.lock(), mirror(run, cfg):
+        pass
 
 
 def _start(wandb, run: Run, cfg: Config, mode: str):
@@ -48,7 +64,7 @@ def _start(wandb, run: Run, cfg: Config, mode: str):
         config=run.config(),
         dir=str(Path(run.path).resolve()),
         mode=mode,
-        resume="allow",
+        resume=None,  # what is there is written over; "allow" would append, and `wandb sync` does not know of it
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
     )
 
@@ -58,19 +74,63 @@ def _tags(cfg: Config) -> list[str]:
     return [cfg.protocol, cfg.budget.name, cfg.model.name, *quantization, f"seed{cfg.seed}"]
 
 
-class _Silent:
-    def __call__(self, row: dict, step: int) -> None: ...
+def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]], None]:
+    """`session.log` for a step, after the steps of the folder."""
+    baseline = Run.of(baseline_of(cfg)).metrics() if cfg.quantized else []
+    losses = {row["step"]: row["loss"] for row in baseline}
+    telemetry = defaultdict(list)
+    for each in run.telemetry():
+        telemetry[each["step"]].append(each)
 
-    def summary(self, values: dict) -> None: ...
+    def log(row: dict, probed: Sequence[dict]) -> None:
+        session.log(_points(row, probed, losses.get(row["step"])), step=row["step"])
+
+    for row in run.metrics():
+        log(row, telemetry[row["step"]])
+    return log
 
 
-class _Wandb:
-    def __init__(self, session):
-        self.session = session
+# What is shown ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, row: dict, step: int) -> None:
-        self.session.log({f"train/{k}": v for k, v in row.items() if k != "step" and v is not None}, step=step)
 
-    def summary(self, values: dict) -> None:
-        """Flat name -> number; shown as sortable columns."""
-        self.session.summary.update(values)
+def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[str, float]:
+    """A step as flat numbers: its metrics, its loss against `reference`, the baseline's, and its telemetry."""
+    flat = {f"train/{key}": value for key, value in row.items() if key != "step"}
+    if reference is not None and row["loss"] is not None:
+        difference = row["loss"] - reference
+        flat |= {"compare/loss_difference": difference, "compare/loss_error_percent": 100 * abs(difference) / reference}
+    for role in sorted({each["role"] for each in probed if "role" in each}):
+        of_role = _telemetry([each for each in probed if each.get("role") == role])
+        flat |= {f"telemetry/{role}/{key}": value for key, value in of_role.items()}
+    for updated in (each["updated"] for each in probed if "updated" in each):
+        flat |= {f"telemetry/lost_updates/{key}": 1 - share for key, share in updated.items() if share is not None}
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def _telemetry(rows: list[dict]) -> dict[str, float | None]:
+    """All tensors of a role in a few numbers: the worst of each fault, the share of tensors that overshoot, and the
+    mean share of values in each tier."""
+    flat = {f"{key}_max": max(row[key] for row in rows) for key in ("overshoot", "beyond", "underflow")}
+    flat["overshoot_share"] = fmean(row["overshoot"] > TOLERANCE for row in rows)
+    flat["sqnr_db_min"] = min((row["sqnr_db"] for row in rows if row["sqnr_db"] is not None), default=None)
+    return flat | {tier: fmean(row[tier] for row in rows) for tier in ("tier3", "tier2", "tier1", "tier0")}
+
+
+def results(run: Run, cfg: Config) -> dict[str, float]:
+    """What a folder comes to, as flat numbers that dashboards sort and filter by: how often it warned; of a compared
+    run loss APE, held-out differences and KL, and scores, points, relative drops and p-values by task and mode; of a
+    baseline its scores."""
+    flat, comparison = {"warnings": len(run.warnings())}, run.comparison()
+    if comparison:
+        flat["loss_ape_percent"] = comparison["loss"]["ape"]
+        for row in (*comparison["tasks"], *comparison.get("pooled", [])):
+            keys = ("score", "points", "relative_drop", "p_value")
+            flat |= {f"{row['mode']}/{row.get('task', 'pooled')}/{key}": row[key] for key in keys}
+        for row in comparison["heldout"]:
+            flat |= {f"{row['mode']}/heldout/{key}": row[key] for key in ("loss", "difference", "kl")}
+    elif not cfg.quantized:
+        record = run.evaluations().get(cfg.benchmark.name, {}).get("bf16", {"tasks": {}, "heldout": {}})
+        flat |= {f"bf16/{task}/score": 100 * row["score"] for task, row in record["tasks"].items()}
+        for text in record["heldout"].values():
+            flat["bf16/heldout/loss"] = text["loss"]
+    return {key: value for key, value in flat.items() if value is not None}

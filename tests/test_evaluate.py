@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat import benchmarks, checkpoint, compare, data, evaluate, loop
+from qat import benchmarks, checkpoint, compare, dashboard, data, evaluate, loop, tracking
+from qat.compare import differences
 from qat.config import TaskConfig, UserError
 from qat.convert import quantized_linears
 from qat.evaluate import Subject
@@ -19,6 +20,7 @@ from qat.linear import Quantizer
 from qat.runs import Run, baseline_of, untouched_of
 from qat.scaling import ScaleBank
 from tests.conftest import RUNS, TINY, wandb_records
+from tests.test_dashboard import parts
 
 TASKS = {"hellaswag": TaskConfig(shots=0, limit=2), "arc_easy": TaskConfig(shots=0, limit=4)}
 WORDS = ("experiment=exp8", "optim.lr=1e-4")
@@ -97,11 +99,29 @@ def test_weights_and_biases_shows_the_differences(scored):
     shown = {}
     for record in records:
         shown |= record.get("summary", {}).get("update", {})
-    wanted = evaluate.summary(comparison)
+    wanted = tracking.results(Run.of(cfg), cfg)
     assert {key: shown[key] for key in wanted} == pytest.approx(wanted)
     row = next(row for row in comparison["tasks"] if (row["task"], row["mode"]) == ("arc_easy", "w8a8"))
     assert wanted["w8a8/arc_easy/points"] == row["points"] and wanted["w8a8/arc_easy/p_value"] == row["p_value"]
     assert wanted["loss_ape_percent"] == comparison["loss"]["ape"] and wanted["w8a8/heldout/kl"] > 0
+
+
+def test_the_dashboard_names_only_what_is_mirrored(scored):
+    cfg, comparison, _ = scored
+    (records,) = wandb_records(Run.of(cfg).path)
+    history = set().union(*(record["history"]["item"] for record in records if record["type"] == "history"))
+    summary = set(tracking.results(Run.of(cfg), cfg))
+    run_set, panels = parts(dashboard.workspace("someone", "hif8-qat", TASKS))
+    lines = [key for panel in panels["Run History Line Plot"] for key in panel["metrics"]]
+    bars = [key for panel in panels["Bar Chart"] for key in panel["metrics"]]
+    axes = [axis["accessor"] for panel in panels["Parallel Coordinates Plot"] for axis in panel["columns"]]
+    assert len(lines) == len(set(lines)) > 15 and set(lines) <= history
+    named = [*run_set["runFeed"]["columnPinned"], *axes]
+    columns = {key.removeprefix("summary:") for key in named if key.startswith("summary:")}
+    settings = {key.removeprefix("config:").replace(".value", "") for key in named if key.startswith("config:")}
+    undefined = {f"{row['mode']}/{row['task']}/relative_drop" for row in comparison["tasks"] if not row["baseline"]}
+    assert len(columns) > 5 and columns | set(bars) <= summary | undefined
+    assert len(settings) == 4 and settings <= differences(Run.of(cfg).config(), {}).keys()
 
 
 # -------------------------------------------------------------------------------------------------- what is measured

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import sys
 
 import pytest
 import wandb
 
 from qat import loop, tracking
-from qat.runs import Run
+from qat.compare import loss_ape
+from qat.config import LoggerConfig
+from qat.runs import Run, baseline_of
 from qat.step import Trainer
 from tests.conftest import wandb_records
 
 
 @pytest.fixture(scope="module")
 def mirrored(configure, tmp_path_factory):
-    """(a finished run that was stopped before step 6 and resumed after step 4, the W&B records of both sessions)"""
+    """(a finished run that was stopped before step 6 and resumed after step 4, its configuration, the W&B records of
+    the folder after the stop and after the end)"""
     words = ("experiment=exp8", "logger=wandb", "budget.steps=8", "budget.accumulation=1")
     cfg = configure(tmp_path_factory.mktemp("mirrored"), *words)
     real = Trainer.step
@@ -25,19 +30,27 @@ def mirrored(configure, tmp_path_factory):
             raise KeyboardInterrupt
         return real(self, number, batches, **how)
 
+    loop.train(dataclasses.replace(baseline_of(cfg), logger=LoggerConfig(name="local")))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", step)
         loop.train(cfg)
+    stopped = wandb_records(Run.of(cfg).path)
     run = loop.train(cfg)
-    return run, wandb_records(run.path)
+    return run, cfg, [*stopped, *wandb_records(run.path)]
 
 
 def of_kind(records: list[dict], kind: str) -> list[dict]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
+def history(records: list[dict]) -> list[dict]:
+    """The rows of a session, without the times that W&B adds."""
+    rows = [record["item"] for record in of_kind(records, "history")]
+    return [{key: value for key, value in row.items() if key not in ("_runtime", "_timestamp")} for row in rows]
+
+
 def test_both_sessions_are_one_run_and_say_what_it_is(mirrored):
-    run, sessions = mirrored
+    run, _, sessions = mirrored
     assert len(sessions) == 2
     for records in sessions:
         about = of_kind(records, "run")[0]
@@ -48,20 +61,70 @@ def test_both_sessions_are_one_run_and_say_what_it_is(mirrored):
         assert recorded == run.config()
 
 
-def test_every_step_is_one_row(mirrored):
-    run, sessions = mirrored
-    rows = [[record["item"] for record in of_kind(records, "history")] for records in sessions]
-    assert [[row["_step"] for row in each] for each in rows] == [[1, 2, 3, 4, 5], [5, 6, 7, 8]]
-    final = {row["_step"]: row for each in rows for row in each}
-    for metrics in run.metrics():
+def test_every_session_holds_every_step_once(mirrored):
+    run, _, sessions = mirrored
+    assert [[row["_step"] for row in history(each)] for each in sessions] == [[1, 2, 3, 4, 5], [*range(1, 9)]]
+    for metrics, row in zip(run.metrics(), history(sessions[-1]), strict=True):
         kept = {f"train/{key}": value for key, value in metrics.items() if key != "step" and value is not None}
-        assert {key: value for key, value in final[metrics["step"]].items() if key.startswith("train/")} == kept
-    assert all("train/overshoot_max" in final[step] for step in range(2, 9)) and "train/overshoot_max" not in final[1]
+        assert {key: value for key, value in row.items() if key.startswith("train/")} == kept
+        assert ("train/overshoot_max" in row) == (metrics["step"] > 1)
+
+
+def test_every_step_is_compared_with_the_baseline(mirrored):
+    run, cfg, sessions = mirrored
+    losses = [[row["loss"] for row in each.metrics()] for each in (run, Run.of(baseline_of(cfg)))]
+    rows = history(sessions[-1])
+    assert [row["compare/loss_difference"] for row in rows] == [q - b for q, b in zip(*losses, strict=True)]
+    errors = [row["compare/loss_error_percent"] for row in rows]
+    assert sum(errors) / len(errors) == pytest.approx(loss_ape(*losses)) and errors[-1] > 0
+
+
+def test_telemetry_is_a_few_numbers_a_role_at_the_steps_that_have_it(mirrored):
+    run, _, sessions = mirrored
+    rows = {row["_step"]: row for row in history(sessions[-1])}
+    assert [step for step in rows if any(key.startswith("telemetry/") for key in rows[step])] == [2, 6, 8]
+    assert sum(key.startswith("telemetry/") for key in rows[8]) == 3 * 9 + 3
+    for step in (2, 6, 8):
+        probed = [row for row in run.telemetry() if row["step"] == step]
+        of_role = [row for row in probed if row.get("role") == "gradient"]
+        shown = {key.rpartition("/")[2]: value for key, value in rows[step].items() if "y/gradient/" in key}
+        assert shown["overshoot_max"] == max(row["overshoot"] for row in of_role)
+        assert shown["overshoot_share"] == sum(row["overshoot"] > 1.000001 for row in of_role) / len(of_role)
+        assert shown["sqnr_db_min"] == min(row["sqnr_db"] for row in of_role)
+        assert shown["tier2"] == pytest.approx(sum(row["tier2"] for row in of_role) / len(of_role))
+        (updated,) = (row["updated"] for row in probed if "updated" in row)
+        assert rows[step]["telemetry/lost_updates/bf16"] == 1 - updated["bf16"]
 
 
 def test_a_stopped_session_is_marked_as_failed(mirrored):
-    codes = [of_kind(records, "exit")[0].get("exit_code", 0) for records in mirrored[1]]
-    assert codes == [1, 0]
+    assert [of_kind(records, "exit")[0].get("exit_code", 0) for records in mirrored[2]] == [1, 0]
+
+
+def test_a_folder_is_sent_again_from_its_files_alone(mirrored, main):
+    run, _, sessions = mirrored
+    shutil.rmtree(run.path / "wandb")
+    for _ in range(2):
+        code, said, _ = main("dashboard.py", f"run={run.path}")
+        assert code == 0 and said.strip().endswith(f"wandb sync {run.path}/wandb/offline-run-*")
+    (again,) = wandb_records(run.path)
+    assert history(again) == history(sessions[-1])
+    about, before = (of_kind(records, "run")[0] for records in (again, sessions[-1]))
+    assert all(about[key] == before[key] for key in ("run_id", "display_name", "project", "run_group", "tags"))
+    assert of_kind(again, "exit")[0].get("exit_code", 0) == 0
+
+
+def test_results_are_the_comparison_as_flat_numbers(config):
+    cfg = config("experiment=exp8")
+    run = Run.of(cfg)
+    run.create(cfg)
+    row = {"mode": "w8a8", "task": "mmlu", "score": 24.0, "points": -1.0, "relative_drop": 4.0, "p_value": 0.5}
+    text = {"mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02}
+    other = row | {"task": "arc_easy", "relative_drop": None}  # the baseline had none right
+    run.write_json("comparison.json", {"loss": {"ape": 0.2}, "tasks": [row, other], "heldout": [text]})
+    mmlu = {f"w8a8/mmlu/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
+    easy = {f"w8a8/arc_easy/{key}": row[key] for key in ("score", "points", "p_value")}
+    heldout = {f"w8a8/heldout/{key}": text[key] for key in ("loss", "difference", "kl")}
+    assert tracking.results(run, cfg) == {"warnings": 0, "loss_ape_percent": 0.2} | mmlu | easy | heldout
 
 
 @pytest.mark.parametrize("changes", [{"logger.name": "local"}, {"logger.name": "wandb", "logger.mode": "disabled"}])
@@ -71,8 +134,7 @@ def test_without_a_logger_wandb_is_not_even_imported(config, changes, monkeypatc
     run = Run.of(cfg)
     run.create(cfg)
     with tracking.mirror(run, cfg) as log:
-        log({"loss": 1.0}, 1)
-        log.summary({"points": 2.0})
+        log({"step": 1, "loss": 1.0}, [])
     assert not (run.path / "wandb").exists()
 
 
@@ -82,7 +144,10 @@ def asked(monkeypatch):
     calls = []
 
     class Session:
-        def finish(self, **_):
+        def __init__(self):
+            self.summary = {}
+
+        def finish(self, exit_code):
             calls[-1]["finished"] = True
 
     def init(**given):

@@ -1,0 +1,45 @@
+"""Make the Weights & Biases workspace that compares the runs, or send a run folder again from scratch.
+
+python scripts/dashboard.py [dashboard.out=dashboard.json] [benchmark=paper]
+python scripts/dashboard.py run=runs/<id> [logger.mode=online] [benchmark=paper]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat import cli
+
+
+def main(config, _) -> None:
+    if config.run:
+        _send(config)
+        return
+    from qat import dashboard, files
+
+    out = config.dashboard.out
+    entity = "entity" if out else dashboard.entity()  # a specification names none
+    workspace = dashboard.workspace(entity, config.logger.project, config.benchmark.tasks)
+    if out:
+        files.replace(Path(out), dashboard.specification(workspace))
+    print(f"dashboard: {out or dashboard.save(workspace)}")
+
+
+def _send(config) -> None:
+    from qat.runs import Run, config_of
+    from qat.tracking import send
+
+    name, mode = config.logger.name, config.logger.mode
+    if name == "local" or mode == "disabled":
+        raise cli.ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
+    cfg = config_of(config.run)
+    cfg.logger, cfg.benchmark = config.logger, config.benchmark
+    run = Run.of(cfg)
+    send(run, cfg)
+    if mode == "offline":
+        print(f"mirrored offline; send it: wandb sync {run.path}/wandb/offline-run-*")
+
+
+if __name__ == "__main__":
+    cli.entry("train", main)
