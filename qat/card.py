@@ -28,7 +28,7 @@ def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
         cfg=cfg,
         config=config,
         run=run.id,
-        base=_hub_id(cfg) or cfg.model.name,
+        base=_base(cfg),
         sizes=sizes(model),
         making=_making(cfg, run),
         results=table(comparison) if comparison else None,
@@ -58,6 +58,11 @@ def _header(cfg: Config) -> ModelCardData:
 def _hub_id(cfg: Config) -> str | None:
     """The base model's name on the hub; None for one out of a package or a folder of somebody's machine."""
     return cfg.model.path if cfg.model.source == "hub" and not Path(cfg.model.path).exists() else None
+
+
+def _base(cfg: Config) -> str:
+    origin = {"package": f" (out of the package {cfg.model.path})", "random": " (random weights)", "hub": ""}
+    return _hub_id(cfg) or cfg.model.name + origin[cfg.model.source]
 
 
 def _making(cfg: Config, run: Run) -> dict[str, str]:

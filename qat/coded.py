@@ -55,8 +55,9 @@ class CodesConfig(QuantConfig, QuantizationConfigMixin):
 class CodedLinear(nn.Module):
     """The linear of an exported model, for inference: no gradient flows through it.
 
-    weight: uint8 codes [out, in], decoded anew for each call, so that they stay at a byte each in memory; or the
-    parameter of `linear` with quant.weights=false. weight_scale, input_scale: 0-dim FP32. Blank until they are loaded.
+    weight: uint8 codes [out, in], decoded anew for each call: a byte each in memory, and a slower generation, token by
+    token, than with values; with quant.weights=false the parameter of `linear`. weight_scale, input_scale: 0-dim FP32.
+    Blank until they are loaded.
     """
 
     def __init__(self, linear: nn.Linear, config: CodesConfig):

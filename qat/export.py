@@ -45,7 +45,7 @@ def export(cfg: Config) -> Path:
     _refuse_foreign(out, run)
     model, tokenizer = subject.build()
     config = _coded(model, cfg, run)
-    temporary = out.with_name(f".{out.name}.writing")
+    temporary = out.absolute().with_name(f".{out.absolute().name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)  # a kill left it
     try:
         with files.naming(temporary):

@@ -88,10 +88,11 @@ def test_so_it_has_under_current_scaling_of_all_linears(scored, configure, tmp_p
 
 def test_and_in_the_other_arithmetic(scored, folder):
     reference = evaluated(scored)
-    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32}["fp32" if scored.budget.arithmetic == "bf16" else "bf16"]
+    other = "fp32" if scored.budget.arithmetic == "bf16" else "bf16"
+    wanted = {"bf16": torch.bfloat16, "fp32": torch.float32}[other]
     for parameter in reference.parameters():
         parameter.data = parameter.data.to(wanted)
-    model, _ = load(folder, "bf16" if wanted is torch.bfloat16 else "fp32")
+    model, _ = load(folder, other)
     assert model.dtype is wanted and same(logits(model), logits(reference))
 
 
@@ -196,6 +197,8 @@ def test_the_card_tells_what_it_is_and_what_it_scored(scored, folder):
     _, header, body = text.split("---\n", 2)
     assert yaml.safe_load(header)["tags"] == ["hif8", "w8a8", "quantization-aware-training"]
     assert compare.table(Run.of(scored).comparison()) in body and "W8A8" in body
+    title = f"# {Run.of(scored).id}"
+    assert body.lstrip().startswith(f"{title}\n\ntiny (random weights) after quantization-aware training.")
     for words in ("Experiment: exp8, protocol paper, seed 0", "3 steps of 4 × 32", "Scales multiply before rounding"):
         assert words in body
     assert Run.of(scored).environment()["git"]["commit"] in body
