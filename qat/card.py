@@ -9,9 +9,9 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from qat.coded import CodedLinear, CodesConfig
-from qat.compare import table
 from qat.config import ROLES, Config
 from qat.runs import Run
+from qat.wording import table
 
 _TEMPLATE = Path(__file__).with_name("card.md")
 _HUB_LICENCES = ("apache-2.0", "mit")  # of the hub's identifiers, those of models that come with this project

@@ -13,7 +13,7 @@ from qat import cli
 
 def main(config, _) -> None:
     if config.run:
-        raise cli.ConfigError(f"run={config.run}: only eval.py takes a run folder; the words that made a run resume it")
+        raise cli.ConfigError(f"run={config.run}: training takes no run folder; the words that made a run resume it")
     from qat.loop import train_with_baseline  # heavy imports only after the configuration proved sound
 
     train_with_baseline(config)

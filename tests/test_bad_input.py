@@ -153,7 +153,10 @@ OVERRIDES = [
         "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M",
     ),
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
-    Case("model=tiny run=runs", "run=runs: only eval.py takes a run folder; the words that made a run resume it"),
+    Case(
+        "model=tiny run=runs",
+        "run=runs: training takes no run folder; the words that made a run resume it",
+    ),
     Case("report.experiments=[exp9]", "experiment=exp9: unknown choice; did you mean 'exp8'?", script="report"),
     Case("report.experiments=[exp7]", "report.experiments=['exp7']: name two, as in", script="diff"),
     Case("report.experiments=[exp7,exp88]", "experiment=exp88: unknown choice; did you mean 'exp8'?", script="diff"),
