@@ -170,6 +170,11 @@ class ReportConfig:
 
 
 @dataclass
+class StudyConfig:
+    seeds: list[int] | None = None  # of every cell of factorial.py and audit.py; null: the run's own
+
+
+@dataclass
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
     parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])
@@ -186,6 +191,7 @@ class Config:
     run: str | None = None  # eval.py: a run folder, instead of the words that describe it
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

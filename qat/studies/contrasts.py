@@ -1,0 +1,265 @@
+"""Effects with their intervals, and verdicts on claims.
+
+An effect is a contrast: a weighted sum over cells. Where its noise is taken from depends on what there is:
+
+- several seeds: a linear model of one mean a cell and one shift a seed, ordinary least squares on one number a run. Its
+  residual is the noise between runs, and intervals say what further seeds would give.
+- one seed, and a response sampled in units (held-out sequences, questions) that all cells share: the contrast is made
+  within each unit, where what the units have in common cancels, and gets Student's interval over units. It says what
+  further text would give *of these very runs*; how much another seed would differ is not in it.
+- one seed and one number a run: a linear model that lacks the cells' highest interaction, whose residual then stands
+  for the noise. Without such a model the fit is saturated, and there is an estimate but no interval.
+
+A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported` when
+the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and else
+not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k, which hold together with 95 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from scipy.stats import shapiro
+from statsmodels.regression.linear_model import OLS
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
+
+from qat.compare import interval, signed
+from qat.paired import LEVEL
+from qat.studies.cells import Key
+
+SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not decidable at this scale"
+Weights = Mapping[Key, float]
+
+
+@dataclass
+class Estimate:
+    """The value of a contrast, its interval of `level` and its p-value against zero, both None where there is no noise
+    to be had; n: how many units (`of`: sequences, questions, runs) it comes from."""
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+    of: str
+    level: float = 1 - LEVEL
+
+
+@dataclass
+class Response:
+    """A quantity measured in the runs of a study.
+
+    values: {(cell, seed): FP64 [units]}, one unit where `sampled` is empty; unit, digits: for display; log: values are
+    logarithms, shown as what they are of; model: {cell: FP64 [parameters]}, the design of the model for one seed.
+    """
+
+    name: str
+    unit: str
+    digits: int
+    values: dict[tuple[Key, int], np.ndarray]
+    sampled: str = ""
+    log: bool = False
+    model: Mapping[Key, np.ndarray] | None = None
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, seed in self.values})
+
+    @cached_property
+    def cells(self) -> list[Key]:
+        return list(dict.fromkeys(key for key, _ in self.values))
+
+    @property
+    def within_units(self) -> bool:
+        """Whether noise is that between units, for want of seeds."""
+        return len(self.seeds) == 1 and bool(self.sampled)
+
+    def contrast(self, weights: Weights, level: float = 1 - LEVEL) -> Estimate | None:
+        """The weighted sum over cells; None where one of them is missing."""
+        weights = {key: weight for key, weight in weights.items() if weight}
+        if not weights or not set(weights) <= set(self.cells):
+            return None
+        return self._over_units(weights, level) if self.within_units else self._over_runs(weights, level)
+
+    def _over_units(self, weights: Weights, level: float) -> Estimate:
+        (seed,) = self.seeds
+        units = sum(weight * self.values[key, seed] for key, weight in weights.items())
+        value, n = float(np.mean(units)), len(units)
+        if self.sampled == "questions":
+            # As if one more question had moved as far as it can either way (Bonett and Price 2012, for a pair): where
+            # few answers differ their variance says too little, and where none does it says nothing.
+            reach = 100 * sum(abs(weight) for weight in weights.values())
+            units = np.append(units, [-reach, reach])
+        if len(units) < 2:
+            return Estimate(value, None, None, None, n, self.sampled, level)
+        sample = DescrStatsW(units)
+        if not np.ptp(units):  # the very same numbers in every unit
+            return Estimate(value, value, value, float(value == 0), n, self.sampled, level)
+        low, high = map(float, sample.tconfint_mean(alpha=1 - level))
+        return Estimate(value, low, high, float(sample.ttest_mean(0)[1]), n, self.sampled, level)
+
+    def _over_runs(self, weights: Weights, level: float) -> Estimate:
+        row = sum(weight * self._rows[key] for key, weight in weights.items())
+        row = np.append(row, np.zeros(self._fit.model.exog.shape[1] - len(row)))  # seeds shift all cells alike
+        test, n = self._fit.t_test(row), len(self.values)
+        value = float(np.squeeze(test.effect))
+        if self._fit.df_resid < 1:
+            return Estimate(value, None, None, None, n, "runs", level)
+        low, high = map(float, np.squeeze(test.conf_int(alpha=1 - level)))
+        p = float(np.squeeze(test.pvalue))
+        return Estimate(value, low, high, p if math.isfinite(p) else None, n, "runs", level)
+
+    @cached_property
+    def _rows(self) -> Mapping[Key, np.ndarray]:
+        """The design of every cell, seeds left out."""
+        if len(self.seeds) == 1 and self.model:
+            return self.model
+        return dict(zip(self.cells, np.eye(len(self.cells)), strict=True))
+
+    @cached_property
+    def _fit(self):
+        shifts = dict(
+            zip(self.seeds, np.vstack([np.eye(len(self.seeds) - 1), -np.ones(len(self.seeds) - 1)]), strict=True)
+        )
+        design = [np.append(self._rows[key], shifts[seed]) for key, seed in self.values]
+        return OLS([float(np.mean(units)) for units in self.values.values()], np.array(design)).fit()
+
+    def noise(self) -> str:
+        """One sentence: what intervals are made of, and whether the residuals look as they should."""
+        if not self.values:
+            return "Nothing was measured."
+        if self.within_units:
+            units = len(next(iter(self.values.values())))
+            return f"One seed: intervals are sampling noise of {units} {self.sampled} only, not noise between runs."
+        left = int(self._fit.df_resid)
+        if left < 1:
+            return "One seed and one number a run: the model is saturated, so there are no intervals."
+        source = (
+            f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "One seed: the three-way interaction is the noise"
+        )
+        residuals = np.asarray(self._fit.resid)
+        spread = math.sqrt(self._fit.mse_resid)
+        if spread < 1e-9 * max(1e-9, float(np.abs(self._fit.model.endog).max())):
+            return f"{source}; no residual is left."
+        worst = int(np.argmax(np.abs(residuals)))
+        key, seed = list(self.values)[worst]
+        normal = f"Shapiro-Wilk p {shapiro(residuals).pvalue:.2g}" if len(residuals) > 2 else ""
+        return (
+            f"{source}; residual standard deviation {spread:.3g} on {left} degrees of freedom, {normal}, the largest "
+            f"residual is {residuals[worst] / spread:+.1f} of it ({', '.join(key)}, seed {seed})."
+        )
+
+    def text(self, estimate: Estimate | None) -> str:
+        """An estimate with its interval, for a table."""
+        if estimate is None:
+            return "–"
+        if self.log:
+            value, *ends = (v if v is None else math.exp(v) for v in (estimate.value, estimate.low, estimate.high))
+            return f"{value:.{self.digits}f} " + ("[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends))
+        ends = None if estimate.low is None else (estimate.low, estimate.high)
+        return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}"
+
+
+def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
+    """The estimates' p-values after Holm's correction, where they have one."""
+    given = [e.p for e in estimates if e is not None and e.p is not None]
+    corrected = iter(multipletests(given, method="holm")[1].tolist() if given else [])
+    return [None if e is None or e.p is None else next(corrected) for e in estimates]
+
+
+# -------------------------------------------------------------------------------------------------- verdicts
+
+
+@dataclass
+class Statement:
+    """That a contrast lies between `low` and `high` (None: no end), in the response's unit.
+
+    estimate: function of a level; None: the contrast of `weights`.
+    """
+
+    what: str
+    response: Response
+    weights: Weights = field(default_factory=dict)
+    low: float | None = None
+    high: float | None = None
+    estimate: Callable[[float], Estimate | None] | None = None
+
+    def judge(self, level: float) -> dict:
+        """The estimate, the region and the verdict, JSON-able."""
+        response = self.response
+        estimate = self.estimate(level) if self.estimate else response.contrast(self.weights, level)
+        low, high = (end if end is None or not response.log else math.log(end) for end in (self.low, self.high))
+        return {
+            "statement": self.what,
+            "response": response.name,
+            "unit": response.unit,
+            "estimate": None if estimate is None else vars(estimate),
+            "text": response.text(estimate),
+            "region": [self.low, self.high],
+            "verdict": judge(estimate, -math.inf if low is None else low, math.inf if high is None else high),
+        }
+
+
+def judge(estimate: Estimate | None, low: float, high: float) -> str:
+    """Whether the whole interval lies in (low, high), outside of it, or neither."""
+    if estimate is None or estimate.low is None:
+        return OPEN
+    if low < estimate.low and estimate.high < high:
+        return SUPPORTED
+    if estimate.high <= low or estimate.low >= high:
+        return CONTRADICTED
+    return OPEN
+
+
+@dataclass
+class Claim:
+    """A claim, in whose words it is made, and the statements it rests on: on all of them, or on any."""
+
+    claim: str
+    says: str
+    statements: list[Statement] = field(default_factory=list)
+    needs: str = "all"
+
+    def judge(self) -> dict:
+        """{claim, says, statements, verdict, why}, JSON-able."""
+        level = 1 - LEVEL / max(1, len(self.statements))
+        found = [statement.judge(level) for statement in self.statements]
+        verdicts = [each["verdict"] for each in found]
+        decided, other = (CONTRADICTED, SUPPORTED) if self.needs == "all" else (SUPPORTED, CONTRADICTED)
+        verdict = decided if decided in verdicts else other if verdicts and set(verdicts) == {other} else OPEN
+        return {
+            "claim": self.claim,
+            "says": self.says,
+            "verdict": verdict,
+            "why": _why(verdict, found),
+            "statements": found,
+        }
+
+
+def _why(verdict: str, found: Sequence[dict]) -> str:
+    """One sentence: which statement decided it, or what stands in the way."""
+    if not found:
+        return "Nothing was measured that could tell."
+    same = [each for each in found if each["verdict"] == verdict]
+    if verdict != OPEN:
+        which = "every statement is" if len(same) == len(found) > 1 else f"“{same[0]['statement']}” is"
+        return f"{which} {verdict}: {same[0]['text']} {same[0]['unit']}."
+    each = same[0]
+    if each["estimate"] is None:
+        return f"“{each['statement']}”: a cell that it needs is missing."
+    if each["estimate"]["low"] is None:
+        return f"“{each['statement']}”: {each['text']} {each['unit']}, and one run a cell leaves no interval."
+    return f"“{each['statement']}”: {each['text']} {each['unit']} reaches over the edge of {region(each['region'])}."
+
+
+def region(ends: Sequence[float | None]) -> str:
+    """A region in words."""
+    low, high = ends
+    if low is None:
+        return f"below {high:.4g}"
+    return f"above {low:.4g}" if high is None else f"{low:.4g} to {high:.4g}"
