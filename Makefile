@@ -69,9 +69,15 @@ sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup; LAU
 
 # More seeds than one give intervals that hold for further runs: make factorial SEEDS=0,1,2
 SEEDS ?= $(SEED)
-factorial audit: $(READY) ## the paper's claims: all factors crossed; the released code's switches, one at a time
-	$(if $(filter-out 1,$(RANKS)),$(ON_RANKS) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS))
-	$(PY) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS)
+define STUDY
+$(if $(filter-out 1,$(RANKS)),$(ON_RANKS) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS))
+$(PY) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS)
+endef
+factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its claims -> report/factorial/
+	$(STUDY)
+
+audit: $(READY) ## what the released code did otherwise, one switch at a time -> report/audit/
+	$(STUDY)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }

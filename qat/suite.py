@@ -23,7 +23,7 @@ def cells(experiment: str, overrides: list[str]) -> list[Config]:
 
 
 def variant(experiment: str, overrides: list[str], changes: list[str]) -> Config:
-    """An experiment under command-line overrides and then `changes`, inside a Hydra entry; its own sweep is left out."""
+    """An experiment under command-line overrides and then `changes`, without its own sweep, inside a Hydra entry."""
     return _compose([f"experiment={experiment}", *_shared(overrides), *changes])
 
 

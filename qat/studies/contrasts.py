@@ -10,9 +10,10 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 - one seed and one number a run: a linear model that lacks the cells' highest interaction, whose residual then stands
   for the noise. Without such a model the fit is saturated, and there is an estimate but no interval.
 
-A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported` when
-the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and else
-not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k, which hold together with 95 %.
+A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported`
+when the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and
+else not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k: together they hold with
+95 %.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from qat.compare import interval, signed
+from qat.compare import interval, p_text, signed
 from qat.paired import LEVEL
 from qat.studies.cells import Key
 
@@ -123,35 +124,30 @@ class Response:
 
     @cached_property
     def _fit(self):
-        shifts = dict(
-            zip(self.seeds, np.vstack([np.eye(len(self.seeds) - 1), -np.ones(len(self.seeds) - 1)]), strict=True)
-        )
+        shifts = sum_coded(self.seeds)
         design = [np.append(self._rows[key], shifts[seed]) for key, seed in self.values]
         return OLS([float(np.mean(units)) for units in self.values.values()], np.array(design)).fit()
 
     def noise(self) -> str:
-        """One sentence: what intervals are made of, and whether the residuals look as they should."""
+        """A sentence or two: what intervals are made of, and whether the residuals look as they should."""
         if not self.values:
             return "Nothing was measured."
+        seeds, units = len(self.seeds), len(next(iter(self.values.values())))
         if self.within_units:
-            units = len(next(iter(self.values.values())))
-            return f"One seed: intervals are sampling noise of {units} {self.sampled} only, not noise between runs."
-        left = int(self._fit.df_resid)
-        if left < 1:
+            return f"One seed: intervals are the noise of {units} {self.sampled} only, not that between runs."
+        if self._fit.df_resid < 1:
             return "One seed and one number a run: the model is saturated, so there are no intervals."
-        source = (
-            f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "One seed: the three-way interaction is the noise"
-        )
-        residuals = np.asarray(self._fit.resid)
-        spread = math.sqrt(self._fit.mse_resid)
-        if spread < 1e-9 * max(1e-9, float(np.abs(self._fit.model.endog).max())):
-            return f"{source}; no residual is left."
+        source = f"{seeds} seeds." if seeds > 1 else "One seed: the three-way interaction is taken for the noise."
+        spread, residuals = math.sqrt(self._fit.mse_resid), np.asarray(self._fit.resid)
+        if np.allclose(residuals, 0, atol=1e-9 * float(np.abs(self._fit.model.endog).max())):
+            return f"{source} Nothing is left of it."
         worst = int(np.argmax(np.abs(residuals)))
         key, seed = list(self.values)[worst]
-        normal = f"Shapiro-Wilk p {shapiro(residuals).pvalue:.2g}" if len(residuals) > 2 else ""
+        normal = p_text(float(shapiro(residuals).pvalue))
         return (
-            f"{source}; residual standard deviation {spread:.3g} on {left} degrees of freedom, {normal}, the largest "
-            f"residual is {residuals[worst] / spread:+.1f} of it ({', '.join(key)}, seed {seed})."
+            f"{source} Residuals: standard deviation {spread:.2g} on {int(self._fit.df_resid)} degrees of freedom, "
+            f"Shapiro-Wilk p {normal}, the largest {residuals[worst] / spread:+.1f} of "
+            f"them ({', '.join(key)}, seed {seed})."
         )
 
     def text(self, estimate: Estimate | None) -> str:
@@ -163,6 +159,11 @@ class Response:
             return f"{value:.{self.digits}f} " + ("[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends))
         ends = None if estimate.low is None else (estimate.low, estimate.high)
         return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}"
+
+
+def sum_coded(levels: Sequence) -> dict:
+    """A row of -1, 0 and 1 for each level of a factor, which add up to zero over the levels."""
+    return dict(zip(levels, np.vstack([np.eye(len(levels) - 1), -np.ones(len(levels) - 1)]), strict=True))
 
 
 def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:

@@ -20,19 +20,20 @@ from qat.studies.contrasts import Estimate, Response, region
 from qat.studies.measures import MODES, Measured
 
 READING = (
-    "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's correction "
-    "over its column. A verdict asks whether the whole interval lies where the statement is true (supported), wholly "
-    f"outside (contradicted), or neither. Marks: {APE_MARK:g} % of the loss, {DROP_MARK:g} % of a score."
+    "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
+    "correction over its column. A verdict asks whether the whole interval lies where the statement is true (supported), "
+    f"wholly outside (contradicted), or neither. Marks: {APE_MARK:g} % of the loss, {DROP_MARK:g} % of a score."
 )
 
 
 def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cfg: Config, out: Path) -> Path:
     """Write `factorial.md`, `.json` and `.png` into `out`; returns the path of the first."""
+    out.mkdir(parents=True, exist_ok=True)
     claims, effects = factorial.claims(measured), factorial.effects(measured)
     cells, header = _cells(measured)
     forgetting = factorial.forgetting(measured)
     parts = ["# Scaling × learning rate × BF16 warmup", _summary(claims), READING, _facts(measured, cfg)]
-    parts += _missing(missing) + [_short_runs(cfg)] + _claims(claims)
+    parts += [*_missing(missing), _short_runs(cfg), *_claims(claims)]
     if measured:
         png(_interactions(measured), 2, out / "factorial.png")
         parts += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", markdown(header, cells)]
@@ -46,6 +47,7 @@ def write_audit(
     measured: Sequence[Measured], missing: Mapping[str, str], left_out: Mapping[str, str], cfg: Config, out: Path
 ) -> Path:
     """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
+    out.mkdir(parents=True, exist_ok=True)
     claims, effects = audit.claims(measured), audit.effects(measured)
     parts = ["# The switches between the paper's text and its released code", _summary(claims), READING]
     parts += [_facts(measured, cfg), *_missing(missing | left_out), *_claims(claims)]
@@ -68,18 +70,17 @@ def write_audit(
 
 _NOTE_FORGETTING = "The BF16 baselines less the untouched checkpoint. No scaling rule or warmup has a part in it."
 _NOTE_EFFECTS = (
-    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors; × is an interaction, the change of "
-    "the one effect by the other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
+    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors; × is an interaction, the change "
+    "of the one effect by the other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
 )
 _NOTE_SWITCHES = (
-    "What each changes: the cell with it, less its own baseline, less the same of the cell it is thrown in. Row: of the "
-    "table of disagreements. Forgetting: the switch's own baseline less the other's, in points over all questions; – where "
-    "they share one. Effects on the loss APE are ratios."
+    "What each changes: the cell with it, less its own baseline, less the same of the cell it is thrown in. Row: of "
+    "the table of disagreements. Forgetting: the switch's own baseline less the other's, in points over all questions; "
+    "– where they share one. Effects on the loss APE are ratios."
 )
 
 
 def _write(out: Path, name: str, parts: Sequence[str], content: Mapping) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
     path = out / f"{name}.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -131,7 +132,7 @@ def _short_runs(cfg: Config) -> str:
     quantized = cfg.steps - cfg.bf16_warmup_steps
     if quantized > 17:
         return ""
-    return f"Only {cfg.steps} steps: a window of 16 never forgets anything, so max w16 and max w64 are the same numbers here."
+    return f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here."
 
 
 def _claims(claims: Sequence[Mapping]) -> list[str]:
