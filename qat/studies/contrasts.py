@@ -101,8 +101,10 @@ class Response:
         sample = DescrStatsW(units)
         if not np.ptp(units):  # the very same numbers in every unit
             return Estimate(value, value, value, float(value == 0), n, self.sampled, level)
-        low, high = map(float, sample.tconfint_mean(alpha=1 - level))
-        return Estimate(value, low, high, float(sample.ttest_mean(0)[1]), n, self.sampled, level)
+        low, high = sample.tconfint_mean(alpha=1 - level)
+        if self.sampled == "questions":  # no interval leads beyond what all answers together could do
+            low, high = max(low, -reach), min(high, reach)
+        return Estimate(value, float(low), float(high), float(sample.ttest_mean(0)[1]), n, self.sampled, level)
 
     def _over_runs(self, weights: Weights, level: float) -> Estimate:
         row = sum(weight * self._rows[key] for key, weight in weights.items())
@@ -143,10 +145,10 @@ class Response:
             return f"{source} Nothing is left of it."
         worst = int(np.argmax(np.abs(residuals)))
         key, seed = list(self.values)[worst]
-        normal = p_text(float(shapiro(residuals).pvalue))
+        normal = f"Shapiro-Wilk p {p_text(float(shapiro(residuals).pvalue))}, " if seeds > 1 else ""
         return (
             f"{source} Residuals: standard deviation {spread:.2g} on {int(self._fit.df_resid)} degrees of freedom, "
-            f"Shapiro-Wilk p {normal}, the largest {residuals[worst] / spread:+.1f} of "
+            f"{normal}the largest {residuals[worst] / spread:+.1f} of "
             f"them ({', '.join(key)}, seed {seed})."
         )
 
@@ -219,37 +221,43 @@ def judge(estimate: Estimate | None, low: float, high: float) -> str:
 
 @dataclass
 class Claim:
-    """A claim, in whose words it is made, and the statements it rests on: on all of them, or on any."""
+    """A claim, what the paper says to it, and the statements it rests on: on all of them, or on any. Without its
+    premises it is about nothing, and nothing is decided."""
 
     claim: str
     says: str
-    statements: list[Statement] = field(default_factory=list)
+    statements: list[Statement]
     needs: str = "all"
+    premises: list[Statement] = field(default_factory=list)
 
     def judge(self) -> dict:
-        """{claim, says, statements, verdict, why}, JSON-able."""
-        level = 1 - LEVEL / max(1, len(self.statements))
-        found = [statement.judge(level) for statement in self.statements]
+        """{claim, says, verdict, why, premises, statements}, JSON-able."""
+        premises = [premise.judge(1 - LEVEL / len(self.premises)) for premise in self.premises]
+        found = [statement.judge(1 - LEVEL / len(self.statements)) for statement in self.statements]
+        if unmet := next((each for each in premises if each["verdict"] != SUPPORTED), None):
+            verdict, why = OPEN, f"It was not seen that {unmet['statement']}: {unmet['text']} {unmet['unit']}."
+        else:
+            verdict = self._verdict(found)
+            why = _why(verdict, found)
+        if verdict != OPEN and any(statement.response.within_units for statement in self.statements):
+            why += " Of one seed: noise between runs is not in it."
+        about = {"claim": self.claim, "says": self.says, "verdict": verdict, "why": why}
+        return about | {"premises": premises, "statements": found}
+
+    def _verdict(self, found: Sequence[dict]) -> str:
         verdicts = [each["verdict"] for each in found]
         decided, other = (CONTRADICTED, SUPPORTED) if self.needs == "all" else (SUPPORTED, CONTRADICTED)
-        verdict = decided if decided in verdicts else other if verdicts and set(verdicts) == {other} else OPEN
-        return {
-            "claim": self.claim,
-            "says": self.says,
-            "verdict": verdict,
-            "why": _why(verdict, found),
-            "statements": found,
-        }
+        if decided in verdicts:
+            return decided
+        return other if set(verdicts) == {other} else OPEN
 
 
 def _why(verdict: str, found: Sequence[dict]) -> str:
     """One sentence: which statement decided it, or what stands in the way."""
-    if not found:
-        return "Nothing was measured that could tell."
     same = [each for each in found if each["verdict"] == verdict]
     if verdict != OPEN:
-        which = "every statement is" if len(same) == len(found) > 1 else f"“{same[0]['statement']}” is"
-        return f"{which} {verdict}: {same[0]['text']} {same[0]['unit']}."
+        first = f"“{same[0]['statement']}” is {verdict}: {same[0]['text']} {same[0]['unit']}"
+        return f"{first}; so are all." if len(same) == len(found) > 1 else f"{first}."
     each = same[0]
     if each["estimate"] is None:
         return f"“{each['statement']}”: a cell that it needs is missing."
@@ -262,5 +270,5 @@ def region(ends: Sequence[float | None]) -> str:
     """A region in words."""
     low, high = ends
     if low is None:
-        return f"below {high:.4g}"
-    return f"above {low:.4g}" if high is None else f"{low:.4g} to {high:.4g}"
+        return f"below {high + 0.0:.4g}"  # no negative zero
+    return f"above {low + 0.0:.4g}" if high is None else f"{low:.4g} to {high:.4g}"

@@ -11,7 +11,8 @@ has an interval; its 1 % of a score is asked of each task and of all questions t
 - forgetting: BF16 training at lr 1e-4 loses more of the checkpoint's answers than the mark, at lr 1e-5 less. It is a
   matter of the baselines alone, so no scaling rule has a part in it.
 - orthogonal: what the max window and the warmup do to the held-out loss (run less baseline) is the same at either
-  learning rate, and what the one does does not depend on the other: all three interactions are within the mark.
+  learning rate, and what the one does does not depend on the other: all three interactions are within the mark. Where
+  neither damage nor forgetting was seen there is nothing to be orthogonal.
 - necessary, for each fix: the recipe without it misses a mark. For the max window and the warmup: of held-out loss or
   of all questions, against the baseline. For the learning rate, whose baseline forgets too: against the checkpoint.
 - sufficient: the recipe keeps every mark, and loses no more of the checkpoint's answers than the mark.
@@ -192,6 +193,10 @@ def _orthogonal(measured: Sequence[Measured], found: Mapping[str, Response]) -> 
         "Saturation and forgetting are orthogonal",
         "Two failures with separate causes and separate fixes; never crossed",
         [Statement(what, response, each, -mark, mark) for what, each in crossed.items()],
+        premises=[
+            Statement("scaling by the last amax does damage", response, weights(scaling={"most_recent": 1}), low=0),
+            Statement("BF16 at lr 1e-4 forgets", forgetting(measured)["points"], {("1e-4",): 1}, high=0),
+        ],
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -21,8 +20,9 @@ from qat.studies.measures import MODES, Measured
 
 READING = (
     "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
-    "correction over its column. A verdict asks whether the whole interval lies where the statement is true (supported), "
-    f"wholly outside (contradicted), or neither. Marks: {APE_MARK:g} % of the loss, {DROP_MARK:g} % of a score."
+    "correction over its column. A verdict asks whether the whole interval lies where the statement is true "
+    "(supported), wholly outside (contradicted), or neither. "
+    f"Marks: {APE_MARK:g} % of the loss, {DROP_MARK:g} % of a score."
 )
 
 
@@ -117,7 +117,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> str:
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len(measured)}, seeds {seeds}",
         "Hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
-        "Command": f"python {shlex.join(environment['command'].split())}",
+        "Command": f"python {environment['command']}",
         "Date": str(date.today()),
     }
     return "\n".join(f"- {label}: {text}" for label, text in lines.items())
@@ -132,7 +132,10 @@ def _short_runs(cfg: Config) -> str:
     quantized = cfg.steps - cfg.bf16_warmup_steps
     if quantized > 17:
         return ""
-    return f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here."
+    return (
+        f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here, "
+        "which an interaction that is taken for the noise counts twice."
+    )
 
 
 def _claims(claims: Sequence[Mapping]) -> list[str]:
@@ -149,7 +152,7 @@ def _claims(claims: Sequence[Mapping]) -> list[str]:
             each["verdict"],
         ]
         for claim in claims
-        for each in claim["statements"]
+        for each in (*claim["premises"], *claim["statements"])
     ]
     header = ["Claim", "Statement", "Response", "Estimate [interval]", "True where", "Verdict"]
     return ["## Claims", markdown(["Claim", "The paper", "Verdict", "Why"], rows), markdown(header, details)]
@@ -227,9 +230,9 @@ def _interaction(response: Response, title: str, legend: bool) -> Panel:
         axes.tick_params(axis="x", length=0, labelcolor=INK)
         axes.grid(axis="y")
         if legend:
-            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.42))
+            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.36))
 
-    return Panel(title, draw, width=430, height=310, margins=(62, 14, 32, 82))
+    return Panel(title, draw, width=430, height=300, margins=(62, 14, 32, 72))
 
 
 def _whiskers(axes: Axes, found: Sequence[tuple[float, Estimate]], response: Response, colour: str) -> None:
