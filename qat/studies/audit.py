@@ -29,10 +29,11 @@ _ALL = 'quant.scope=["mlp.*","self_attn.*"]'
 
 @dataclass(frozen=True)
 class Switch:
-    """One change: its name, the row of the table of disagreements, what it changes, and what it is changed from."""
+    """One change: its name, its row in the table of disagreements (None: it has none), what it changes, and what it is
+    changed from."""
 
     name: str
-    row: int
+    row: int | None
     words: list[str] = field(default_factory=list)
     bases: tuple[str, ...] = ("exp8",)
 
@@ -51,8 +52,8 @@ SWITCHES = (
     Switch("attention too, all blocks", 6, [_ALL, "quant.bf16_blocks=0"], ("exp8", "exp3")),
     Switch("no master weights", 9, ["optim.master_weights=false"]),
     Switch("every micro-batch twice", 10, ["data.duplicate_workers=2"]),
-    Switch("operands descaled first", 2, ["quant.operands=descaled"]),
-    Switch("gradients to 224", 2, ["quant.target_gradient=224"]),
+    Switch("operands descaled first", None, ["quant.operands=descaled"]),
+    Switch("gradients to 224", None, ["quant.target_gradient=224"]),
 )
 SCOPES = (PLAIN, "MLP of all blocks", "attention too", "attention too, all blocks")
 

@@ -19,6 +19,7 @@ else not decidable at this scale. A claim of k statements uses intervals of leve
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from scipy.stats import shapiro
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
+from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
 from qat.compare import interval, p_text, signed
 from qat.paired import LEVEL
@@ -109,10 +111,10 @@ class Response:
     def _over_runs(self, weights: Weights, level: float) -> Estimate:
         row = sum(weight * self._rows[key] for key, weight in weights.items())
         row = np.append(row, np.zeros(self._fit.model.exog.shape[1] - len(row)))  # seeds shift all cells alike
-        test, n = self._fit.t_test(row), len(self.values)
-        value = float(np.squeeze(test.effect))
+        value, n = float(row @ self._fit.params), len(self.values)
         if self._fit.df_resid < 1:
             return Estimate(value, None, None, None, n, "runs", level)
+        test = self._fit.t_test(row)
         low, high = map(float, np.squeeze(test.conf_int(alpha=1 - level)))
         p = float(np.squeeze(test.pvalue))
         return Estimate(value, low, high, p if math.isfinite(p) else None, n, "runs", level)
@@ -128,7 +130,10 @@ class Response:
     def _fit(self):
         shifts = sum_coded(self.seeds)
         design = [np.append(self._rows[key], shifts[seed]) for key, seed in self.values]
-        return OLS([float(np.mean(units)) for units in self.values.values()], np.array(design)).fit()
+        means = [float(np.mean(units)) for units in self.values.values()]
+        with warnings.catch_warnings():  # where cells are missing, those that are there still have their means
+            warnings.simplefilter("ignore", SingularMatrixWarning)
+            return OLS(means, np.array(design)).fit()
 
     def noise(self) -> str:
         """A sentence or two: what intervals are made of, and whether the residuals look as they should."""

@@ -20,6 +20,7 @@ has an interval; its 1 % of a score is asked of each task and of all questions t
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -57,10 +58,14 @@ _CONTRASTS = {
 def design(words: Sequence[str]) -> list[Cell]:
     """The grid's distinct runs under command-line words, those of one learning rate together."""
     refuse(words, _SET, "factorial")
+    levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
+    composed = {name: suite.variant("exp8", list(words), changes) for name, changes in levels.items()}
     cells = []
     for rate, warmup, scaling in itertools.product(RATES, WARMUPS, SCALINGS):
-        changes = [*SCALINGS[scaling], *RATES[rate], *WARMUPS[warmup]]
-        cells.append(Cell((scaling, rate, warmup), suite.variant("exp8", list(words), changes)))
+        # Each factor is a group of its own, so a cell takes one from each; composing all would take long.
+        cfg = copy.deepcopy(composed[scaling])
+        cfg.optim, cfg.warmup = copy.deepcopy((composed[rate].optim, composed[warmup].warmup))
+        cells.append(Cell((scaling, rate, warmup), cfg))
     return cells
 
 

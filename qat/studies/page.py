@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from qat import runtime
 from qat.compare import APE_MARK, DROP_MARK, markdown, p_text
@@ -52,18 +53,19 @@ def write_audit(
     parts = ["# The switches between the paper's text and its released code", _summary(claims), READING]
     parts += [_facts(measured, cfg), *_missing(missing | left_out), *_claims(claims)]
     if effects:
-        png([_forest(effects), _scopes(measured)], 2, out / "audit.png")
+        height = max(300, 80 + 20 * len(effects))
+        png([_forest(effects, height), _scopes(measured, height)], 2, out / "audit.png")
         names = list(effects[0]["effects"])
         units = {name: "ratio" if r.log else r.unit for name, r in audit.responses(measured).items()}
         rows = [
-            [str(row["row"]), row["switch"], row["base"], str(row["linears"])]
+            ["–" if row["row"] is None else str(row["row"]), row["switch"], row["base"], str(row["linears"])]
             + [_with_p(row["effects"][name]["text"], row["effects"][name]["p_holm"]) for name in names]
             for row in effects
         ]
         header = ["Row", "Switch", "Off", "Linears", *(f"{name}, {units[name]}" for name in names)]
         parts += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
         parts += [markdown(header, rows)]
-        parts += [f"- {name}: {response.noise()}" for name, response in audit.responses(measured).items()]
+        parts += ["\n".join(f"- {name}: {each.noise()}" for name, each in audit.responses(measured).items())]
     content = {"claims": claims, "effects": effects, "missing": missing, "left_out": left_out, "runs": _runs(measured)}
     return _write(out, "audit", parts, content)
 
@@ -245,7 +247,7 @@ def _shown(value: float, response: Response) -> float:
     return math.exp(value) if response.log else value
 
 
-def _forest(effects: Sequence[Mapping]) -> Panel:
+def _forest(effects: Sequence[Mapping], height: float) -> Panel:
     """The effect of every switch on the held-out loss in W8A8."""
 
     def draw(axes: Axes) -> None:
@@ -262,12 +264,13 @@ def _forest(effects: Sequence[Mapping]) -> Panel:
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("Change of run − BF16 (nats)")
 
-    return Panel("Held-out loss in W8A8", draw, width=520, height=_height(effects), margins=(206, 14, 32, 44))
+    return Panel("Held-out loss in W8A8", draw, width=520, height=height, margins=(206, 14, 32, 44))
 
 
-def _scopes(measured: Sequence[Measured]) -> Panel:
+def _scopes(measured: Sequence[Measured], height: float) -> Panel:
     """Loss APE against the number of quantized linears."""
 
     def draw(axes: Axes) -> None:
@@ -281,10 +284,4 @@ def _scopes(measured: Sequence[Measured]) -> Panel:
         axes.grid(axis="y")
         axes.legend()
 
-    title = "Loss APE by scope"
-    height = max(300, 80 + 20 * len(audit.SWITCHES))
-    return Panel(title, draw, width=520, height=height, margins=(62, 14, 32, 44))
-
-
-def _height(effects: Sequence[Mapping]) -> float:
-    return max(300, 80 + 20 * len(effects))
+    return Panel("Loss APE by scope", draw, width=520, height=height, margins=(62, 14, 32, 44))
