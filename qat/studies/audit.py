@@ -1,0 +1,253 @@
+"""The switches between the paper's text and its released code (experiments/paper.yaml), thrown one at a time.
+
+Every cell is exp8 or exp3 under protocol=paper with one change. What a switch does is the difference between the cell
+with it and the cell without, each less its own matched baseline: a switch that changes training itself (labels, master
+weights, duplicates) has a baseline of its own, and what it does to forgetting is baseline against baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from statsmodels.regression.linear_model import OLS
+
+from qat import ranks, suite
+from qat.compare import APE_MARK, DROP_MARK
+from qat.config import Config, ConfigError
+from qat.runs import Run
+from qat.studies import measures
+from qat.studies.cells import Cell, Key, refuse
+from qat.studies.contrasts import Claim, Estimate, Response, Statement, holm
+from qat.studies.measures import Measured
+
+PLAIN = "as the text"
+SPLIT = "exp8, a sequence a call"  # exp8 with a step's sequences in as many calls: a tick a call is then another thing
+_ALL = 'quant.scope=["mlp.*","self_attn.*"]'
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One change: its name, its row in the table of disagreements (None: it has none), what it changes, and what it is
+    changed from."""
+
+    name: str
+    row: int | None
+    words: list[str] = field(default_factory=list)
+    bases: tuple[str, ...] = ("exp8",)
+
+
+SWITCHES = (
+    Switch("labels shifted twice", 1, ["data.label_shift=twice"], ("exp8", "exp3")),
+    Switch("overflow saturates", 2, ["quant.overflow=saturate"], ("exp8", "exp3")),
+    Switch("overflow to Inf", 2, ["quant.overflow=inf"], ("exp8", "exp3")),
+    Switch("a tick a call", 3, ["scaling.tick=call"], (SPLIT,)),
+    Switch("ranks not synchronized", 3, ["scaling.sync=none"]),
+    Switch("warmup not observed", 4, ["scaling.observe_in_warmup=false"]),
+    Switch("warmup's history kept", 4, ["scaling.discard_after_warmup=false"]),
+    Switch("scales held for 10 ticks", 5, ["scaling.update_every=10", "scaling.settle=0.1"], ("exp3",)),
+    Switch("MLP of all blocks", 6, ["quant.bf16_blocks=0"], ("exp8", "exp3")),
+    Switch("attention too", 6, [_ALL], ("exp8", "exp3")),
+    Switch("attention too, all blocks", 6, [_ALL, "quant.bf16_blocks=0"], ("exp8", "exp3")),
+    Switch("no master weights", 9, ["optim.master_weights=false"]),
+    Switch("every micro-batch twice", 10, ["data.duplicate_workers=2"]),
+    Switch("operands descaled first", None, ["quant.operands=descaled"]),
+    Switch("gradients to 224", None, ["quant.target_gradient=224"]),
+)
+SCOPES = (PLAIN, "MLP of all blocks", "attention too", "attention too, all blocks")
+
+
+def design(words: Sequence[str]) -> tuple[list[Cell], dict[str, str]]:
+    """The cells under command-line words, and {switch: why it is left out}. A key is (base, switch)."""
+    own = {word.partition("=")[0] for switch in SWITCHES for word in switch.words}
+    refuse(words, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
+    if any(word.startswith("protocol=") and word != "protocol=paper" for word in words):
+        raise ConfigError("protocol=released: the audit throws its switches one at a time; set protocol=paper")
+    words = list(words)
+    plain = {name: suite.variant(name, words, []) for name in ("exp8", "exp3")}
+    bases = {name: (name, words) for name in plain}
+    left_out = {}
+    split = _split(plain["exp8"])
+    if split is None:
+        left_out["a tick a call"] = "a step is one sequence, so calls are steps; set budget.micro_batch=2 or more"
+    else:
+        bases[SPLIT] = ("exp8", words + split)
+    cells = [Cell((base, PLAIN), suite.variant(name, own, [])) for base, (name, own) in bases.items()]
+    for switch in SWITCHES:
+        for base in (each for each in switch.bases if each in bases):
+            name, own = bases[base]
+            cell = Cell((base, switch.name), suite.variant(name, own, switch.words))
+            if cell.cfg.scaling.sync == "none" and ranks.count() == 1 and not Run.of(cell.cfg).finished:
+                left_out[switch.name] = "one rank has nobody to synchronize with; train it with RANKS=2 or more"
+                continue
+            cells.append(cell)
+    return cells, left_out
+
+
+def _split(cfg: Config) -> list[str] | None:
+    """What makes a step of several calls, on the same sequences; nothing where it is, None where it cannot be."""
+    micro, accumulation = cfg.batch
+    if accumulation > 1:
+        return []
+    return ["budget.micro_batch=1", f"budget.accumulation={micro}"] if micro > 1 else None
+
+
+# --------------------------------------------------------------------------------------------------- effects
+
+
+def effects(measured: Sequence[Measured]) -> list[dict]:
+    """One row a switch and base: its effect on each response, with Holm's correction over switches; JSON-able."""
+    keys = list(dict.fromkeys(m.key for m in measured if m.key[1] != PLAIN))
+    found = responses(measured)
+    columns = {}
+    for name, response in found.items():
+        estimates = [_effect(measured, name, response, key) for key in keys]
+        columns[name] = list(zip(estimates, holm(estimates), strict=True))
+    return [
+        {
+            "base": base,
+            "switch": switch,
+            "row": next(each.row for each in SWITCHES if each.name == switch),
+            "linears": next(m.linears for m in measured if m.key == (base, switch)),
+            "effects": {
+                name: {"estimate": e and vars(e), "text": found[name].text(e), "p_holm": p}
+                for name, (e, p) in ((name, column[i]) for name, column in columns.items())
+            },
+        }
+        for i, (base, switch) in enumerate(keys)
+    ]
+
+
+def responses(measured: Sequence[Measured]) -> dict[str, Response]:
+    """What a switch may change, by the heading of its column."""
+    return {
+        "Held-out loss, W8A8": measures.heldout(measured, "w8a8"),
+        "Held-out loss, BF16 weights": measures.heldout(measured, "bf16"),
+        "Loss APE": measures.ape(measured),
+        "Points, W8A8": measures.points(measured, "w8a8"),
+        "Forgetting": measures.points(measured, "baseline", "untouched"),
+    }
+
+
+def _effect(measured: Sequence[Measured], name: str, response: Response, key: Key) -> Estimate | None:
+    plain = (key[0], PLAIN)
+    if name == "Forgetting":
+        baselines = [{m.baseline for m in measured if m.key == each} for each in (key, plain)]
+        if baselines[0] == baselines[1]:
+            return None  # the very same baseline
+    return response.contrast({key: 1, plain: -1})
+
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+
+def claims(measured: Sequence[Measured]) -> list[dict]:
+    """The questions of the paper's disagreements, each judged (`qat.studies.contrasts.Claim`)."""
+    if not measured:
+        return []
+    held = measures.heldout(measured, "w8a8")
+    mark = APE_MARK / 100 * float(np.mean([m.losses["baseline"].mean() for m in measured if m.key[1] == PLAIN] or [0]))
+    made = [_labels(measured), _clipping(held, mark), _calls(held, mark), _linears(measured), _modes(measured, mark)]
+    return [claim.judge() for claim in made]
+
+
+def _labels(measured: Sequence[Measured]) -> Claim:
+    forgetting = measures.points(measured, "baseline", "untouched")
+    mark = DROP_MARK * float(np.mean([m.answers("untouched").mean() for m in measured]))
+    once, twice = ("exp3", PLAIN), ("exp3", "labels shifted twice")
+    more = Statement(
+        "BF16 at lr 1e-4 forgets more than the mark beyond what it does with sound labels",
+        forgetting,
+        {twice: 1, once: -1},
+        high=-mark,
+    )
+    share = Response("Share of the forgetting", "of it", 2, {})
+    explains = Statement(
+        "the double shift explains more than half of the forgetting",
+        share,
+        low=0.5,
+        estimate=lambda level: explained(forgetting, once, twice, level),
+    )
+    return Claim(
+        "The double label shift explains the forgetting at lr 1e-4",
+        "The text is silent; 16.7 points of MMLU lie between lr 1e-5 and lr 1e-4",
+        [more, explains],
+    )
+
+
+def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Estimate | None:
+    """1 - once / twice: the share of what twice-shifted labels forget that sound labels do not, with the interval of
+    its linearization (delta method). None where it is not clear that anything is forgotten."""
+    sides = [forgetting.contrast({key: 1}) for key in (once, twice)]
+    if any(side is None or side.high is None for side in sides) or sides[1].high >= 0:
+        return None
+    ratio = sides[0].value / sides[1].value
+    slope = forgetting.contrast({once: 1 / sides[1].value, twice: -ratio / sides[1].value}, level)
+    half = (slope.high - slope.low) / 2
+    return Estimate(1 - ratio, 1 - ratio - half, 1 - ratio + half, None, slope.n, slope.of, level)
+
+
+def _clipping(held: Response, mark: float) -> Claim:
+    return Claim(
+        "Clipping at the target costs more than the mark",
+        "The text clips to 15; the code does not, and its values go on to the next tier",
+        [
+            Statement(f"{base}: {how} is better than clipping", held, {(base, how): 1, (base, PLAIN): -1}, high=-mark)
+            for base in ("exp8", "exp3")
+            for how in ("overflow saturates", "overflow to Inf")
+        ],
+        needs="any",
+    )
+
+
+def _calls(held: Response, mark: float) -> Claim:
+    change = {(SPLIT, "a tick a call"): 1, (SPLIT, PLAIN): -1}
+    return Claim(
+        "A window counted in calls is as good as one in steps",
+        "“64 steps”; in the code 64 calls, which are 8 steps",
+        [Statement("the difference is within the mark", held, change, -mark, mark)],
+    )
+
+
+def _linears(measured: Sequence[Measured]) -> Claim:
+    exponent = Response("Loss APE against linears", "as a power", 2, {})
+    return Claim(
+        "Loss APE follows the number of quantized linears",
+        "182 linears: 0.19 to 0.21 %, 147: 0.113 %, 63: 0.115 %; read as the merit of the max window",
+        [
+            Statement(
+                "APE rises with a power of the number above 0",
+                exponent,
+                low=0,
+                estimate=lambda level: power_of_linears(measured, level),
+            )
+        ],
+    )
+
+
+def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | None:
+    """b of APE = a * linears ^ b, the factor a of each base and seed its own, by least squares on the logarithms. None
+    with fewer than two scopes."""
+    runs = [m for m in measured if m.key[0] in ("exp8", "exp3") and m.key[1] in SCOPES and m.ape > 0]
+    groups = list(dict.fromkeys((m.key[0], m.seed) for m in runs))
+    if len({m.linears for m in runs}) < 2:
+        return None
+    design = [[np.log(m.linears), *(float((m.key[0], m.seed) == group) for group in groups)] for m in runs]
+    fit = OLS(np.log([m.ape for m in runs]), np.array(design)).fit()
+    if fit.df_resid < 1:
+        return Estimate(float(fit.params[0]), None, None, None, len(runs), "runs", level)
+    low, high = map(float, fit.conf_int(alpha=1 - level)[0])
+    return Estimate(float(fit.params[0]), low, high, float(fit.pvalues[0]), len(runs), "runs", level)
+
+
+def _modes(measured: Sequence[Measured], mark: float) -> Claim:
+    between = measures.heldout(measured, "w8a8", "bf16")
+    return Claim(
+        "Scores of BF16 weights stand for those of W8A8",
+        "Results are called W8A8; benchmarks ran without any quantizer",
+        [
+            Statement(f"{base}: the same held-out loss in either mode", between, {(base, PLAIN): 1}, -mark, mark)
+            for base in ("exp8", "exp3")
+        ],
+    )

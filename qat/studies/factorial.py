@@ -1,0 +1,243 @@
+"""The paper's factors crossed: scaling rule and window, learning rate, BF16 warmup. Were its claims true?
+
+The grid is {current, most_recent, exp_smooth, max} x {window 1, 16, 64} x {lr 1e-4, 1e-5} x {BF16 warmup 0, 5 %} around
+exp8, of 48 cells. Only `max` reads its window, and of window 1 it is `most_recent` to the bit, so they come to 20 runs:
+five levels of scaling by two by two. The quantized runs of one learning rate share their BF16 baseline.
+
+The marks are the paper's (section 1). Its 0.5 % of the training loss (APE) is also asked of the held-out loss, which
+has an interval; its 1 % of a score is asked of each task and of all questions together. What the claims come to:
+
+- saturation: by the last amax more tensors exceed their prediction, and more elements are clipped, than by `max`.
+- forgetting: BF16 training at lr 1e-4 loses more of the checkpoint's answers than the mark, at lr 1e-5 less. It is a
+  matter of the baselines alone, so no scaling rule has a part in it.
+- orthogonal: what the max window and the warmup do to the held-out loss (run less baseline) is the same at either
+  learning rate, and what the one does does not depend on the other: all three interactions are within the mark. Where
+  neither damage nor forgetting was seen there is nothing to be orthogonal.
+- necessary, for each fix: the recipe without it misses a mark. For the max window and the warmup: of held-out loss or
+  of all questions, against the baseline. For the learning rate, whose baseline forgets too: against the checkpoint.
+- sufficient: the recipe keeps every mark, and loses no more of the checkpoint's answers than the mark.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qat import suite
+from qat.compare import APE_MARK, DROP_MARK
+from qat.studies import measures
+from qat.studies.cells import Cell, Key, refuse
+from qat.studies.contrasts import Claim, Response, Statement, Weights, holm, sum_coded
+from qat.studies.measures import MODES, Measured
+
+SCALINGS = {
+    "current": ["scaling=current"],
+    "most_recent": ["scaling=most_recent"],  # also: max, window 1
+    "exp_smooth": ["scaling=exp_smooth"],
+    "max w16": ["scaling=max", "window=w16"],
+    "max w64": ["scaling=max", "window=w64"],
+}
+RATES = {"1e-4": ["lr=lr1e-4"], "1e-5": ["lr=lr1e-5"]}
+WARMUPS = {"0": ["warmup=none"], "5 %": ["warmup=bf16_500"]}
+FACTORS = {"scaling": SCALINGS, "lr": RATES, "warmup": WARMUPS}
+_SET = ("experiment", *FACTORS, "window", "quant", "scaling.algo", "scaling.window", "optim.lr", "warmup.bf16")
+RECIPE = ("max w64", "1e-5", "5 %")
+
+# What each factor is contrasted by: label -> weights of its levels.
+_MAX = {"max w64": 1, "most_recent": -1}
+_CONTRASTS = {
+    "scaling": {level: {level: 1, "most_recent": -1} for level in SCALINGS if level != "most_recent"},
+    "lr": {"lr 1e-5": {"1e-5": 1, "1e-4": -1}},
+    "warmup": {"warmup": {"5 %": 1, "0": -1}},
+}
+
+
+def design(words: Sequence[str]) -> list[Cell]:
+    """The grid's distinct runs under command-line words, those of one learning rate together."""
+    refuse(words, _SET, "factorial")
+    levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
+    composed = {name: suite.variant("exp8", list(words), changes) for name, changes in levels.items()}
+    cells = []
+    for rate, warmup, scaling in itertools.product(RATES, WARMUPS, SCALINGS):
+        # Each factor is a group of its own, so a cell takes one from each; composing all would take long.
+        cfg = copy.deepcopy(composed[scaling])
+        cfg.optim, cfg.warmup = copy.deepcopy((composed[rate].optim, composed[warmup].warmup))
+        cells.append(Cell((scaling, rate, warmup), cfg))
+    return cells
+
+
+def weights(**given: Mapping[str, float]) -> Weights:
+    """Weights of the cells: the products of those given by factor and level, the mean over every other factor."""
+    sides = [given.get(name) or {level: 1 / len(levels) for level in levels} for name, levels in FACTORS.items()]
+    return {
+        tuple(level for level, _ in picked): float(np.prod([weight for _, weight in picked]))
+        for picked in itertools.product(*(side.items() for side in sides))
+    }
+
+
+def contrasts() -> dict[str, Weights]:
+    """Main effects and two-way interactions, each against most_recent, lr 1e-4, no warmup."""
+    found = {}
+    for count in (1, 2):
+        for names in itertools.combinations(_CONTRASTS, count):
+            for picked in itertools.product(*(_CONTRASTS[name].items() for name in names)):
+                label = " × ".join(label for label, _ in picked)
+                found[label] = weights(**{name: w for name, (_, w) in zip(names, picked, strict=True)})
+    return found
+
+
+def two_way() -> dict[Key, np.ndarray]:
+    """The design of a model of main effects and two-way interactions, [16] parameters for each cell."""
+    codes = [sum_coded(list(levels)) for levels in FACTORS.values()]
+    rows = {}
+    for key in itertools.product(*FACTORS.values()):
+        sides = [code[level] for code, level in zip(codes, key, strict=True)]
+        pairs = [np.outer(a, b).ravel() for a, b in itertools.combinations(sides, 2)]
+        rows[key] = np.concatenate([[1.0], *sides, *pairs])
+    return rows
+
+
+def responses(measured: Sequence[Measured]) -> dict[str, Response]:
+    """Everything that the factors may change, by a short name."""
+    alone = {"model": two_way()}
+    return {
+        **{f"heldout {mode}": measures.heldout(measured, mode) for mode in MODES},
+        **{f"points {mode}": measures.points(measured, mode) for mode in MODES},
+        "ape": measures.ape(measured, **alone),
+        "overshoot": measures.overshoot(measured, **alone),
+        "clipped": measures.clipped(measured, **alone),
+    }
+
+
+def effects(measured: Sequence[Measured]) -> list[dict]:
+    """For each response its effects, with Holm's correction over them, and what their noise is; JSON-able."""
+    found = []
+    for response in responses(measured).values():
+        estimates = {label: response.contrast(each) for label, each in contrasts().items()}
+        rows = [
+            {"effect": label, "estimate": None if e is None else vars(e), "text": response.text(e), "p_holm": p}
+            for (label, e), p in zip(estimates.items(), holm(list(estimates.values())), strict=True)
+        ]
+        about = {"response": response.name, "unit": response.unit, "log": response.log, "noise": response.noise()}
+        found.append(about | {"effects": rows})
+    return found
+
+
+def forgetting(measured: Sequence[Measured]) -> dict[str, Response]:
+    """The BF16 baselines less the untouched checkpoint, one cell a learning rate: answers and held-out loss."""
+    key = {"key": lambda m: (m.key[1],)}
+    return {
+        "points": measures.points(measured, "baseline", "untouched", **key),
+        "heldout": measures.heldout(measured, "baseline", "untouched", **key),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+
+def claims(measured: Sequence[Measured]) -> list[dict]:
+    """The paper's claims, each judged (`qat.studies.contrasts.Claim`)."""
+    if not measured:
+        return []
+    found = responses(measured)
+    made = [_saturation(found), _forgets(measured), _orthogonal(measured, found)]
+    made += [_necessary(measured, found, fix) for fix in _WITHOUT]
+    made += [_sufficient(measured, mode) for mode in MODES]
+    return [claim.judge() for claim in made]
+
+
+def _marks(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
+    """(held-out loss in nats, points over all questions) that the marks come to beside a cell's baseline."""
+    those = [m for m in measured if m.key[1] == key[1]] or measured
+    loss = float(np.mean([m.losses["baseline"].mean() for m in those]))
+    return APE_MARK / 100 * loss, _drop(those, "baseline")
+
+
+def _drop(measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
+    """The 1 % mark in points."""
+    return DROP_MARK * float(np.mean([(m.right[scored][task] if task else m.answers(scored)).mean() for m in measured]))
+
+
+def _saturation(found: Mapping[str, Response]) -> Claim:
+    less = weights(scaling=_MAX)
+    return Claim(
+        "Scaling by the last amax saturates; the max window prevents it",
+        "Exps 3 to 6 saturate, exps 7 and 8 do not",
+        [
+            Statement("fewer tensors exceed their predicted amax with max w64", found["overshoot"], less, high=0),
+            Statement("fewer elements are beyond the target with max w64", found["clipped"], less, high=0),
+        ],
+    )
+
+
+def _forgets(measured: Sequence[Measured]) -> Claim:
+    points, mark = forgetting(measured)["points"], _drop(measured, "untouched")
+    return Claim(
+        "Training at lr 1e-4 forgets, at lr 1e-5 it does not",
+        "MMLU of the BF16 runs: 26.66 % at lr 1e-4, 43.36 % at lr 1e-5; the untouched checkpoint was not scored",
+        [
+            Statement("BF16 at lr 1e-4 loses more than the mark", points, {("1e-4",): 1}, high=-mark),
+            Statement("BF16 at lr 1e-5 loses less than the mark", points, {("1e-5",): 1}, low=-mark),
+        ],
+    )
+
+
+def _orthogonal(measured: Sequence[Measured], found: Mapping[str, Response]) -> Claim:
+    mark, _ = _marks(measured)
+    rate, warm = _CONTRASTS["lr"]["lr 1e-5"], _CONTRASTS["warmup"]["warmup"]
+    crossed = {
+        "the max window does the same at either learning rate": weights(scaling=_MAX, lr=rate),
+        "the warmup does the same at either learning rate": weights(warmup=warm, lr=rate),
+        "the max window does the same with and without warmup": weights(scaling=_MAX, warmup=warm),
+    }
+    response = found["heldout w8a8"]
+    return Claim(
+        "Saturation and forgetting are orthogonal",
+        "Two failures with separate causes and separate fixes; never crossed",
+        [Statement(what, response, each, -mark, mark) for what, each in crossed.items()],
+        premises=[
+            Statement("scaling by the last amax does damage", response, weights(scaling={"most_recent": 1}), low=0),
+            Statement("BF16 at lr 1e-4 forgets", forgetting(measured)["points"], {("1e-4",): 1}, high=0),
+        ],
+    )
+
+
+_WITHOUT = {
+    "the max window": ("most_recent", "1e-5", "5 %"),
+    "the BF16 warmup": ("max w64", "1e-5", "0"),
+    "the low learning rate": ("max w64", "1e-4", "5 %"),
+}
+
+
+def _necessary(measured: Sequence[Measured], found: Mapping[str, Response], fix: str) -> Claim:
+    cell = _WITHOUT[fix]
+    loss, drop = _marks(measured, cell)
+    held, points = found["heldout w8a8"], found["points w8a8"]
+    statements = [
+        Statement("without it the held-out loss is over the mark", held, {cell: 1}, low=loss),
+        Statement("without it the answers are over the mark", points, {cell: 1}, high=-drop),
+    ]
+    if cell[1] != RECIPE[1]:
+        lost, mark = measures.points(measured, "w8a8", "untouched"), _drop(measured, "untouched")
+        what = "without it more of the checkpoint's answers are lost than the mark"
+        statements = [Statement(what, lost, {cell: 1}, high=-mark)]
+    return Claim(f"Necessary: {fix}", "Never left out alone", statements, needs="any")
+
+
+def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
+    loss, _ = _marks(measured)
+    those = [m for m in measured if m.key[1] == RECIPE[1]] or measured
+    at = {RECIPE: 1}
+    kept = [Statement("held-out loss within the mark", measures.heldout(measured, mode), at, high=loss)]
+    if mode == "w8a8":  # of the training, however it is scored afterwards
+        kept.append(Statement("loss APE within the mark", responses(measured)["ape"], at, high=APE_MARK))
+    for task in measured[0].right["baseline"]:
+        points = measures.points(measured, mode, task=task)
+        kept.append(Statement(f"{task} within the mark", points, at, low=-_drop(those, "baseline", task)))
+    lost = measures.points(measured, mode, "untouched")
+    kept.append(Statement("the checkpoint's answers are kept", lost, at, low=-_drop(measured, "untouched")))
+    says = "Exp 8: APE 0.11 %, drops of 0.43, 0.58, 1.06 and 0.22 %; scored on BF16 weights, against its baseline"
+    return Claim(f"Sufficient: the recipe keeps every mark ({MODES[mode]})", says, kept)

@@ -1,0 +1,139 @@
+"""What the finished runs of a study measured, each beside its matched baseline and the untouched checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qat.compare import compare
+from qat.config import UserError
+from qat.runs import Run, baseline_of, untouched_of
+from qat.studies.cells import Cell, Key
+from qat.studies.contrasts import Response
+
+MODES = {"w8a8": "W8A8", "bf16": "BF16 weights"}
+
+
+@dataclass
+class Measured:
+    """The numbers of one run. Keys of `losses` and `right` are what was scored: w8a8 and bf16 (the run in either mode),
+    baseline, untouched.
+
+    losses: FP64 [held-out sequences], nats a token; right: by task, FP64 [questions], 1 or 0; ape: percent;
+    overshoot: share of tensors beyond their predicted amax, over quantized steps; clipped: share of elements beyond the
+    target, over probed steps and tensors; linears: how many are quantized.
+    """
+
+    key: Key
+    seed: int
+    run: str
+    baseline: str
+    losses: dict[str, np.ndarray]
+    right: dict[str, dict[str, np.ndarray]]
+    ape: float
+    overshoot: float
+    clipped: float
+    linears: int
+
+    def answers(self, scored: str) -> np.ndarray:
+        """All tasks' questions in one row."""
+        return np.concatenate(list(self.right[scored].values()))
+
+
+def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
+    """What the cells measured, and {label: why not} of those that cannot be read."""
+    found, missing = [], {}
+    for cell in cells:
+        try:
+            found.append(_read(cell))
+        except UserError as reason:
+            missing[cell.label] = str(reason)
+    return found, missing
+
+
+def _read(cell: Cell) -> Measured:
+    cfg, benchmark = cell.cfg, cell.cfg.benchmark.name
+    run, base, origin = (Run.of(each) for each in (cfg, baseline_of(cfg), untouched_of(cfg)))
+    comparison = compare(Path(run.path), Path(base.path), benchmark, Path(origin.path))  # refuses what is unlike
+    scored = {"w8a8": (run, "w8a8"), "bf16": (run, "bf16"), "baseline": (base, "bf16"), "untouched": (origin, "bf16")}
+    losses, right = {}, {}
+    for name, (owner, mode) in scored.items():
+        record = owner.evaluations()[benchmark][mode]
+        losses[name] = np.concatenate([text["sequence_losses"] for text in record["heldout"].values()])
+        right[name] = {
+            task: np.array([float(row["correct"]) for row in owner.samples(benchmark, mode, task)])
+            for task in record["tasks"]
+        }
+    return Measured(
+        key=cell.key,
+        seed=cfg.seed,
+        run=run.id,
+        baseline=base.id,
+        losses=losses,
+        right=right,
+        ape=comparison["loss"]["ape"],
+        overshoot=_mean(row["overshoot_share"] for row in run.metrics() if row.get("overshoot_share") is not None),
+        clipped=_mean(row["beyond"] for row in run.telemetry() if "beyond" in row),
+        linears=len(run.coverage().get("linears", ())),
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else float("nan")
+
+
+# ------------------------------------------------------------------------------------------------- responses
+
+
+def heldout(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
+    """Held-out loss of what `ours` names less that of `theirs`."""
+    name = f"Held-out loss, {_versus(ours, theirs)}"
+    return _response(measured, name, "nats", 4, lambda m: m.losses[ours] - m.losses[theirs], "sequences", **more)
+
+
+def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", task: str | None = None, **more):
+    """Percentage points of right answers of `ours` less those of `theirs`, over all questions or those of one task."""
+
+    def change(m: Measured) -> np.ndarray:
+        sides = ((m.right[s][task] if task else m.answers(s)) for s in (ours, theirs))
+        return 100 * np.subtract(*sides)
+
+    name = f"{task or 'All questions'}, {_versus(ours, theirs)}"
+    return _response(measured, name, "points", 2, change, "questions", **more)
+
+
+def ape(measured: Sequence[Measured], **more) -> Response:
+    """Logarithm of the loss APE: its effects are factors."""
+    with np.errstate(divide="ignore"):  # a run that equals its baseline has none, and is left out
+        return _response(measured, "Loss APE", "%", 3, lambda m: np.log([m.ape]), log=True, **more)
+
+
+def overshoot(measured: Sequence[Measured], **more) -> Response:
+    return _response(measured, "Tensors beyond their predicted amax", "%", 2, lambda m: [100 * m.overshoot], **more)
+
+
+def clipped(measured: Sequence[Measured], **more) -> Response:
+    name = "Elements beyond the target"
+    return _response(measured, name, "in a million", 2, lambda m: [1e6 * m.clipped], **more)
+
+
+def _versus(ours: str, theirs: str) -> str:
+    return f"{MODES.get(ours, ours)} less {MODES.get(theirs, theirs)}"
+
+
+def _response(
+    measured: Sequence[Measured],
+    name: str,
+    unit: str,
+    digits: int,
+    of: Callable[[Measured], Sequence[float]],
+    sampled: str = "",
+    key: Callable[[Measured], Key] = lambda m: m.key,
+    **more,
+) -> Response:
+    values = {(key(m), m.seed): np.asarray(of(m), float) for m in measured}
+    return Response(name, unit, digits, {k: v for k, v in values.items() if np.isfinite(v).all()}, sampled, **more)

@@ -1,0 +1,288 @@
+"""A study as Markdown, JSON and a picture, in a folder that stands alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from qat import runtime
+from qat.compare import APE_MARK, DROP_MARK
+from qat.config import Config
+from qat.report.plots import ACCENT, BASE, INK, MUTED, PAPER, WARM, Panel, png
+from qat.studies import audit, factorial, measures
+from qat.studies.contrasts import Estimate, Response, region
+from qat.studies.measures import MODES, Measured
+from qat.wording import markdown, p_text
+
+READING = (
+    "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
+    "correction over its column. A verdict asks whether the whole interval lies where the statement is true "
+    "(supported), wholly outside (contradicted), or neither. "
+    f"Marks: {APE_MARK:g} % of the loss, {DROP_MARK:g} % of a score."
+)
+
+
+def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cfg: Config, out: Path) -> Path:
+    """Write `factorial.md`, `.json` and `.png` into `out`; returns the path of the first."""
+    out.mkdir(parents=True, exist_ok=True)
+    claims, effects = factorial.claims(measured), factorial.effects(measured)
+    cells, header = _cells(measured)
+    forgetting = factorial.forgetting(measured)
+    parts = ["# Scaling × learning rate × BF16 warmup", _summary(claims), READING, _facts(measured, cfg)]
+    parts += [*_missing(missing), _short_runs(cfg), *_claims(claims)]
+    if measured:
+        png(_interactions(measured), 2, out / "factorial.png")
+        parts += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", markdown(header, cells)]
+        parts += ["## Forgetting", _NOTE_FORGETTING, *_levels(forgetting.values()), "## Effects", _NOTE_EFFECTS]
+        parts += [part for each in effects for part in _effects(each)]
+    content = {"claims": claims, "effects": effects, "missing": missing, "runs": _runs(measured)}
+    return _write(out, "factorial", parts, content)
+
+
+def write_audit(
+    measured: Sequence[Measured], missing: Mapping[str, str], left_out: Mapping[str, str], cfg: Config, out: Path
+) -> Path:
+    """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
+    out.mkdir(parents=True, exist_ok=True)
+    claims, effects = audit.claims(measured), audit.effects(measured)
+    parts = ["# The switches between the paper's text and its released code", _summary(claims), READING]
+    parts += [_facts(measured, cfg), *_missing(missing | left_out), *_claims(claims)]
+    if effects:
+        height = max(300, 80 + 20 * len(effects))
+        png([_forest(effects, height), _scopes(measured, height)], 2, out / "audit.png")
+        names = list(effects[0]["effects"])
+        units = {name: "ratio" if r.log else r.unit for name, r in audit.responses(measured).items()}
+        rows = [
+            ["–" if row["row"] is None else str(row["row"]), row["switch"], row["base"], str(row["linears"])]
+            + [_with_p(row["effects"][name]["text"], row["effects"][name]["p_holm"]) for name in names]
+            for row in effects
+        ]
+        header = ["Row", "Switch", "Off", "Linears", *(f"{name}, {units[name]}" for name in names)]
+        parts += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
+        parts += [markdown(header, rows)]
+        parts += ["\n".join(f"- {name}: {each.noise()}" for name, each in audit.responses(measured).items())]
+    content = {"claims": claims, "effects": effects, "missing": missing, "left_out": left_out, "runs": _runs(measured)}
+    return _write(out, "audit", parts, content)
+
+
+_NOTE_FORGETTING = "The BF16 baselines less the untouched checkpoint. No scaling rule or warmup has a part in it."
+_NOTE_EFFECTS = (
+    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors; × is an interaction, the change "
+    "of the one effect by the other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
+)
+_NOTE_SWITCHES = (
+    "What each changes: the cell with it, less its own baseline, less the same of the cell it is thrown in. Row: of "
+    "the table of disagreements. Forgetting: the switch's own baseline less the other's, in points over all questions; "
+    "– where they share one. Effects on the loss APE are ratios."
+)
+
+
+def _write(out: Path, name: str, parts: Sequence[str], content: Mapping) -> Path:
+    (out / f"{name}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
+    path = out / f"{name}.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _json(value):
+    """JSON has no infinity and no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def _summary(claims: Sequence[Mapping]) -> str:
+    verdicts = [claim["verdict"] for claim in claims]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
+    return f"**Of {len(claims)} claims: {', '.join(counts)}.**" if claims else "**Nothing has been measured yet.**"
+
+
+def _facts(measured: Sequence[Measured], cfg: Config) -> str:
+    environment, (micro, accumulation) = runtime.environment(), cfg.batch
+    seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
+    sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
+    asked = "; ".join(f"{sequences} held-out sequences, {questions} questions" for sequences, questions in sizes)
+    lines = {
+        "Model": cfg.model.name,
+        "Data": cfg.data.name,
+        "Budget": f"{cfg.budget.name}, {cfg.steps:,} steps of {micro * accumulation} × {cfg.budget.seq_len} tokens",
+        "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
+        "Runs": f"{len(measured)}, seeds {seeds}",
+        "Hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
+        "Command": f"python {environment['command']}",
+        "Date": str(date.today()),
+    }
+    return "\n".join(f"- {label}: {text}" for label, text in lines.items())
+
+
+def _missing(missing: Mapping[str, str]) -> list[str]:
+    lines = [f"- {label}: {reason}" for label, reason in missing.items()]
+    return ["## Missing", "\n".join(lines)] if lines else []
+
+
+def _short_runs(cfg: Config) -> str:
+    quantized = cfg.steps - cfg.bf16_warmup_steps
+    if quantized > 17:
+        return ""
+    return (
+        f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here, "
+        "which an interaction that is taken for the noise counts twice."
+    )
+
+
+def _claims(claims: Sequence[Mapping]) -> list[str]:
+    if not claims:
+        return []
+    rows = [[claim["claim"], claim["says"], f"**{claim['verdict']}**", claim["why"]] for claim in claims]
+    details = [
+        [
+            claim["claim"],
+            each["statement"],
+            f"{each['response']}, {each['unit']}",
+            each["text"],
+            region(each["region"]),
+            each["verdict"],
+        ]
+        for claim in claims
+        for each in (*claim["premises"], *claim["statements"])
+    ]
+    header = ["Claim", "Statement", "Response", "Estimate [interval]", "True where", "Verdict"]
+    return ["## Claims", markdown(["Claim", "The paper", "Verdict", "Why"], rows), markdown(header, details)]
+
+
+def _cells(measured: Sequence[Measured]) -> tuple[list[list[str]], list[str]]:
+    """One row a cell, over its seeds."""
+    found = factorial.responses(measured)
+    rows = [
+        [*key, *(response.text(response.contrast({key: 1})) for response in found.values())]
+        for key in dict.fromkeys(m.key for m in measured)
+    ]
+    return rows, [*factorial.FACTORS, *(f"{response.name}, {response.unit}" for response in found.values())]
+
+
+def _levels(responses: Sequence[Response]) -> list[str]:
+    rates = {f"lr {rate}": {(rate,): 1} for rate in factorial.RATES} | {"lr 1e-5 − 1e-4": {("1e-5",): 1, ("1e-4",): -1}}
+    responses = list(responses)
+    rows = [[label, *(each.text(each.contrast(weights)) for each in responses)] for label, weights in rates.items()]
+    return [markdown(["", *(f"{each.name}, {each.unit}" for each in responses)], rows)]
+
+
+def _effects(each: Mapping) -> list[str]:
+    rows = [
+        [row["effect"], row["text"], "–" if row["p_holm"] is None else p_text(row["p_holm"])] for row in each["effects"]
+    ]
+    unit = "ratio" if each["log"] else each["unit"]
+    return [f"### {each['response']}", each["noise"], markdown(["Effect", f"{unit} [95 % CI]", "p, Holm"], rows)]
+
+
+def _with_p(text: str, p: float | None) -> str:
+    return text if p is None else f"{text}, p {p_text(p)}"
+
+
+def _runs(measured: Sequence[Measured]) -> list[dict]:
+    """The folders that everything was read from, with their plain numbers."""
+    return [
+        {"cell": m.key, "seed": m.seed, "run": m.run, "baseline": m.baseline, "ape_percent": m.ape}
+        | {"overshoot": m.overshoot, "clipped": m.clipped, "linears": m.linears}
+        | {f"heldout_{mode}": float((m.losses[mode] - m.losses["baseline"]).mean()) for mode in MODES}
+        for m in measured
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def _interactions(measured: Sequence[Measured]) -> list[Panel]:
+    """Every cell's mean and interval over the scalings, a line for each learning rate and warmup."""
+    return [
+        _interaction(measures.heldout(measured, "w8a8"), "Held-out loss in W8A8, run less BF16 (nats)", legend=True),
+        _interaction(measures.ape(measured, model=factorial.two_way()), "Loss APE (%)", legend=False),
+    ]
+
+
+def _interaction(response: Response, title: str, legend: bool) -> Panel:
+    def draw(axes: Axes) -> None:
+        shifts = iter((-0.18, -0.06, 0.06, 0.18))
+        for rate, colour in zip(factorial.RATES, (WARM, ACCENT), strict=True):
+            for warmup, fill, dash in (("0", PAPER, (3, 2)), ("5 %", colour, (None, None))):
+                shift = next(shifts)
+                found = [
+                    (x + shift, estimate)
+                    for x, scaling in enumerate(factorial.SCALINGS)
+                    if (estimate := response.contrast({(scaling, rate, warmup): 1})) is not None
+                ]
+                _whiskers(axes, found, response, colour)
+                line = [[x for x, _ in found], [_shown(e.value, response) for _, e in found]]
+                label = f"lr {rate}, {'BF16 warmup' if warmup != '0' else 'no warmup'}"
+                style = {"color": colour, "markerfacecolor": fill, "markersize": 5, "linewidth": 1.0, "dashes": dash}
+                axes.plot(*line, marker="o", label=label, **style)
+        if not response.log:
+            axes.axhline(0, color=BASE, linewidth=1.4, zorder=0)
+        axes.set_xticks(range(len(factorial.SCALINGS)), list(factorial.SCALINGS))
+        axes.tick_params(axis="x", length=0, labelcolor=INK)
+        axes.grid(axis="y")
+        if legend:
+            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.36))
+
+    return Panel(title, draw, width=430, height=300, margins=(62, 14, 32, 72))
+
+
+def _whiskers(axes: Axes, found: Sequence[tuple[float, Estimate]], response: Response, colour: str) -> None:
+    for x, estimate in found:
+        if estimate.low is not None:
+            axes.vlines(x, _shown(estimate.low, response), _shown(estimate.high, response), color=colour, linewidth=1.2)
+
+
+def _shown(value: float, response: Response) -> float:
+    return math.exp(value) if response.log else value
+
+
+def _forest(effects: Sequence[Mapping], height: float) -> Panel:
+    """The effect of every switch on the held-out loss in W8A8."""
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=BASE, linewidth=1.4)
+        for y, row in zip(range(len(effects))[::-1], effects, strict=True):
+            estimate = row["effects"]["Held-out loss, W8A8"]["estimate"]
+            if estimate is None:
+                continue
+            if estimate["low"] is not None:
+                axes.hlines(y, estimate["low"], estimate["high"], color=ACCENT, linewidth=1.3)
+            axes.plot(estimate["value"], y, "o", color=ACCENT, markersize=5)
+        labels = [f"{row['switch']} ({row['base'].partition(',')[0]})" for row in effects]
+        axes.set_yticks(range(len(effects))[::-1], labels)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("Change of run − BF16 (nats)")
+
+    return Panel("Held-out loss in W8A8", draw, width=520, height=height, margins=(206, 14, 32, 44))
+
+
+def _scopes(measured: Sequence[Measured], height: float) -> Panel:
+    """Loss APE against the number of quantized linears."""
+
+    def draw(axes: Axes) -> None:
+        for base, colour in (("exp8", ACCENT), ("exp3", WARM)):
+            found = sorted((m.linears, m.ape) for m in measured if m.key[0] == base and m.key[1] in audit.SCOPES)
+            if found:
+                axes.plot(*zip(*found, strict=True), "o-", color=colour, markersize=5, linewidth=1.0, label=base)
+        axes.set_xlabel("Quantized linears")
+        axes.set_ylabel("Loss APE (%)", color=MUTED)
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend()
+
+    return Panel("Loss APE by scope", draw, width=520, height=height, margins=(62, 14, 32, 44))

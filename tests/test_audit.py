@@ -1,0 +1,140 @@
+"""The audit: one switch a cell, each against its own baseline, and planted answers to its questions."""
+
+import copy
+import json
+
+import pytest
+from hydra import initialize_config_dir
+from scipy import stats
+
+from qat import cli
+from qat.compare import differences
+from qat.config import ConfigError, register
+from qat.runs import baseline_of, identity, run_id
+from qat.studies import audit, measures, page
+from qat.studies.audit import PLAIN, SPLIT, SWITCHES
+from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
+from tests.studies import WORDS, invent, write
+
+KEYS = [(base, PLAIN) for base in ("exp8", "exp3", SPLIT)] + [(base, s.name) for s in SWITCHES for base in s.bases]
+LINEARS = {"MLP of all blocks": 90, "attention too": 175, "attention too, all blocks": 210}
+
+
+@pytest.fixture(scope="module")
+def design():
+    register()
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        return audit.design([*WORDS, "budget.micro_batch=4", "budget.accumulation=1", "protocol=paper"])
+
+
+def test_every_cell_is_one_switch_away_from_its_base(design):
+    cells, left_out = design
+    by_key = {cell.key: cell.cfg for cell in cells}
+    assert set(by_key) == {key for key in KEYS if key[1] != "ranks not synchronized"} and len(by_key) == len(cells)
+    assert list(left_out) == ["ranks not synchronized"] and "RANKS=2" in left_out["ranks not synchronized"]
+    for (base, name), cfg in by_key.items():
+        if name != PLAIN:
+            words = next(switch.words for switch in SWITCHES if switch.name == name)
+            changed = differences(identity(by_key[base, PLAIN]), identity(cfg))
+            assert set(changed) == {word.partition("=")[0] for word in words}, name
+    assert by_key[SPLIT, PLAIN].batch == (1, 4) and by_key["exp8", PLAIN].batch == (4, 1)
+
+
+def test_only_a_switch_of_training_has_a_baseline_of_its_own(design):
+    by_key = {cell.key: cell.cfg for cell in design[0]}
+    own = {
+        name
+        for (base, name), cfg in by_key.items()
+        if run_id(baseline_of(cfg)) != run_id(baseline_of(by_key[base, PLAIN]))
+    }
+    assert own == {"labels shifted twice", "no master weights", "every micro-batch twice"}
+
+
+def test_a_step_of_one_sequence_has_no_calls_to_tick(monkeypatch):
+    register()
+    monkeypatch.setattr(audit, "SWITCHES", [switch for switch in SWITCHES if switch.name == "a tick a call"])
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        cells, left_out = audit.design([*WORDS, "budget.micro_batch=1", "budget.accumulation=1"])
+    assert [cell.key for cell in cells] == [("exp8", PLAIN), ("exp3", PLAIN)]
+    assert "budget.micro_batch=2" in left_out["a tick a call"]
+
+
+@pytest.mark.parametrize("word", ["protocol=released", "quant.overflow=inf", "lr=lr1e-5"])
+def test_what_the_audit_sets_is_refused_on_the_command_line(word):
+    with pytest.raises(ConfigError, match=word.partition("=")[0]):
+        audit.design([word])
+
+
+def answers(**planted) -> dict[str, dict]:
+    planted = {"sequences": 32, "linears": lambda key: LINEARS.get(key[1], 75)} | planted
+    return {claim["claim"]: claim for claim in audit.claims(invent(KEYS, **planted))}
+
+
+def test_the_share_of_forgetting_that_the_labels_explain():
+    """60 questions: 30 forgotten with labels shifted twice, 6 with sound ones: four fifths."""
+
+    def lost(key) -> float:
+        return 0.5 if key == ("exp3", "labels shifted twice") else 0.1
+
+    claim = answers(lost=lost)["The double label shift explains the forgetting at lr 1e-4"]
+    more, share = claim["statements"]
+    assert claim["verdict"] == SUPPORTED and more["estimate"]["value"] == pytest.approx(-40)
+    assert share["estimate"]["value"] == pytest.approx(0.8)
+    assert 0.5 < share["estimate"]["low"] < 0.75 and 0.85 < share["estimate"]["high"] < 1.1
+    nothing = answers()["The double label shift explains the forgetting at lr 1e-4"]
+    assert nothing["verdict"] == OPEN and nothing["statements"][1]["text"] == "–"
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.03, SUPPORTED), (0.0, CONTRADICTED), (0.0148, OPEN)])
+def test_what_clipping_costs(gain, verdict):
+    """The mark is 0.5 % of 3.1 nats: 0.0155."""
+
+    def damage(key, seed) -> float:
+        return 0.05 - gain * (key == ("exp3", "overflow to Inf"))
+
+    claim = answers(damage=damage, noise=0.003)["Clipping at the target costs more than the mark"]
+    assert claim["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(0.6, SUPPORTED), (0.0, OPEN), (-0.6, CONTRADICTED)])
+def test_the_power_of_the_number_of_linears(power, verdict):
+    """Each base has a factor of its own; two per cent of noise, the same for both."""
+    wobble = {PLAIN: 1.02, "MLP of all blocks": 0.98, "attention too": 1.02}
+
+    def ape(key) -> float:
+        return (0.2 if key[0] == "exp3" else 0.1) * (LINEARS.get(key[1], 75) / 75) ** power * wobble.get(key[1], 1)
+
+    claim = answers(ape=ape)["Loss APE follows the number of quantized linears"]
+    (statement,) = claim["statements"]
+    assert claim["verdict"] == verdict and statement["estimate"]["n"] == 8
+    assert statement["estimate"]["low"] < power < statement["estimate"]["high"]
+
+
+def test_an_effect_is_what_the_switch_changes_of_the_difference():
+    key, plain = ("exp8", "gradients to 224"), ("exp8", PLAIN)
+    measured = invent(
+        KEYS, damage=lambda each, _: 0.02 if each == key else 0.01, ape=lambda each: 0.4 if each == key else 0.2
+    )
+    rows = {(row["base"], row["switch"]): row["effects"] for row in audit.effects(measured)}
+    with_it, without = (next(m for m in measured if m.key == each) for each in (key, plain))
+    by_hand = stats.ttest_rel(*(m.losses["w8a8"] - m.losses["baseline"] for m in (with_it, without)))
+    found = rows[key]["Held-out loss, W8A8"]["estimate"]
+    assert (found["low"], found["high"]) == pytest.approx(tuple(by_hand.confidence_interval()))
+    assert found["value"] == pytest.approx(0.01, abs=0.001) and rows[key]["Held-out loss, W8A8"]["p_holm"] < 0.001
+    assert rows[key]["Loss APE"]["text"] == "2.000 [-]"
+    assert rows[key]["Forgetting"]["text"] == "–"  # the same baseline
+
+
+def test_the_page_names_what_was_left_out(design, tmp_path):
+    cells, left_out = copy.deepcopy(design)
+    cells = [cell for cell in cells if cell.key in (("exp8", PLAIN), ("exp8", "no master weights"))]
+    for cell in cells:
+        cell.cfg.runs_dir = str(tmp_path)
+    write(cells, invent([cell.key for cell in cells]))
+    measured, missing = measures.read(cells)
+    assert len(measured) == 2 and not missing
+    path = page.write_audit(measured, missing, left_out, cells[0].cfg, tmp_path / "out")
+    text, kept = path.read_text(), json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert "- ranks not synchronized: one rank" in text and "| 9   | no master weights | exp8 | 75" in text
+    assert [row["switch"] for row in kept["effects"]] == ["no master weights"] and len(kept["claims"]) == 5
+    assert (tmp_path / "out" / "audit.png").stat().st_size > 10_000

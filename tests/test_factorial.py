@@ -1,0 +1,348 @@
+"""The factorial: which runs it has, planted effects that it finds again, and verdicts that need enough data."""
+
+import copy
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hydra import initialize_config_dir
+from scipy import stats
+
+from qat import cli, suite
+from qat.config import ConfigError, ScalingConfig, UserError, register
+from qat.runs import Run, baseline_of, run_id
+from qat.scaling import Phase, ScaleBank
+from qat.studies import cells, factorial, measures, page
+from qat.studies.cells import Cell
+from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED, Claim, Response, Statement, holm, judge
+from tests.conftest import typed
+from tests.studies import WORDS, invent, write
+
+A, B = ("a",), ("b",)
+KEYS = list(itertools.product(*factorial.FACTORS.values()))
+
+
+@pytest.fixture(scope="module")
+def grid() -> list[Cell]:
+    register()
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        return factorial.design([*WORDS, "study.seeds=[0,1]", "report.out=elsewhere"])
+
+
+def placed(grid, folder) -> list[Cell]:
+    """The grid with its runs in `folder`."""
+    made = copy.deepcopy(grid)
+    for cell in made:
+        cell.cfg.runs_dir = str(folder)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- design
+
+
+def test_the_grid_has_each_distinct_run_once(grid):
+    assert len(grid) == 20 == len({run_id(cell.cfg) for cell in grid})
+    assert {cell.key for cell in grid} == set(KEYS)
+    assert len({run_id(baseline_of(cell.cfg)) for cell in grid}) == 2
+    recipe = next(cell.cfg for cell in grid if cell.key == factorial.RECIPE)
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        assert run_id(recipe) == run_id(suite.cells("exp8", [*WORDS])[0])
+    replicated = cells.replicated(grid, [0, 1, 2])
+    assert len({run_id(cell.cfg) for cell in replicated}) == 60
+    assert len({run_id(baseline_of(cell.cfg)) for cell in replicated}) == 6
+
+
+def test_only_max_reads_its_window_and_of_window_1_it_is_most_recent(grid):
+    by_key = {cell.key: cell.cfg for cell in grid}
+    for scaling in ("current", "most_recent", "exp_smooth"):
+        other = copy.deepcopy(by_key[scaling, "1e-5", "0"])
+        other.scaling.window = 16
+        assert run_id(other) == run_id(by_key[scaling, "1e-5", "0"])
+
+    def scales(algo: str) -> list[torch.Tensor]:
+        cfg = copy.deepcopy(by_key["most_recent", "1e-5", "0"])
+        cfg.scaling = ScalingConfig(algo=algo, window=1)
+        bank, seen = ScaleBank(["a", "b"], [15.0, 15.0], cfg), []
+        for step, amax in enumerate(torch.rand(9, 2, generator=torch.Generator().manual_seed(0)), start=1):
+            bank.begin_step(step, 1)
+            bank.observed.copy_(amax)
+            bank.commit(step)
+            seen.append(bank.scale.clone())
+        assert bank.phase is Phase.ON
+        return seen
+
+    assert all(torch.equal(a, b) for a, b in zip(scales("max"), scales("most_recent"), strict=True))
+
+
+@pytest.mark.parametrize("word", ["lr=lr1e-5", "optim.lr=3e-5", "scaling.window=8", "experiment=exp3", "quant=bf16"])
+def test_what_the_grid_sets_is_refused_on_the_command_line(word):
+    with pytest.raises(ConfigError, match=f"{word}: the factorial sets this itself; leave it out"):
+        factorial.design([word])
+
+
+def test_seeds_must_differ(tmp_path):
+    with pytest.raises(ConfigError, match=r"study.seeds=\[1, 1\]: must be different seeds"):
+        typed(tmp_path, *WORDS, "study.seeds=[1,1]")
+
+
+def test_baselines_come_first_and_a_failure_stops_only_what_needs_it(grid, tmp_path, monkeypatch, capsys):
+    made = placed(grid, tmp_path)
+    trained = []
+    bad_cell = next(run_id(cell.cfg) for cell in made if cell.key == ("max w64", "1e-4", "0"))
+    bad_baseline = run_id(baseline_of(next(cell.cfg for cell in made if cell.key[1] == "1e-5")))
+
+    def train(cfg):
+        trained.append(run_id(cfg))
+        if trained[-1] == bad_baseline:
+            raise UserError("the gradient is not finite")
+        if trained[-1] == bad_cell:
+            raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(cells, "train_with_baseline", train)
+    monkeypatch.setattr(cells, "evaluate", lambda cfg: None)
+    failed = cells.complete(made)
+    assert len(trained) == 12 and set(trained[:2]) == {run_id(baseline_of(cell.cfg)) for cell in made}
+    assert failed.pop(bad_baseline) == "the gradient is not finite"
+    assert failed.pop(bad_cell) == "RuntimeError: out of memory"
+    assert set(failed) == {run_id(cell.cfg) for cell in made if cell.key[1] == "1e-5"}
+    assert set(failed.values()) == {"its baseline failed: the gradient is not finite"}
+    with pytest.raises(UserError, match="10 runs failed"):
+        cells.report(failed)
+    out = capsys.readouterr().out
+    assert all(f"  failed  {name}  its baseline failed: " in out for name in failed)
+
+
+# ------------------------------------------------------------------------------------------------- contrasts
+
+
+def test_a_contrast_over_sequences_is_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    common = rng.normal(0, 1, 12)
+    values = {(A, 0): common + rng.normal(0.1, 0.05, 12), (B, 0): common + rng.normal(0, 0.05, 12)}
+    found = Response("x", "nats", 4, values, "sequences").contrast({A: 1, B: -1}, 0.9)
+    test = stats.ttest_rel(values[A, 0], values[B, 0])
+    low, high = test.confidence_interval(0.9)
+    assert (found.value, found.low, found.high, found.p) == pytest.approx(
+        (np.mean(values[A, 0] - values[B, 0]), low, high, test.pvalue)
+    )
+    assert (found.n, found.of) == (12, "sequences")
+
+
+def test_a_contrast_over_seeds_of_two_cells_is_a_paired_t_test():
+    """Two cells and a shift a seed: the residual is that of the differences."""
+    rng = np.random.default_rng(1)
+    values = {(key, seed): rng.normal(seed, 1, 8) for key in (A, B) for seed in range(4)}
+    found = Response("x", "nats", 4, values, "sequences").contrast({A: 1, B: -1})
+    means = {key: [values[key, seed].mean() for seed in range(4)] for key in (A, B)}
+    test = stats.ttest_rel(means[A], means[B])
+    low, high = test.confidence_interval()
+    assert (found.value, found.low, found.high, found.p) == pytest.approx(
+        (np.subtract(means[A], means[B]).mean(), low, high, test.pvalue)
+    )
+    assert (found.n, found.of) == (8, "runs")
+
+
+def test_few_answers_that_differ_are_not_taken_for_certainty():
+    """By hand: Bonett and Price's interval, with Student's quantile."""
+    n, lost = 100, 3
+    flips = np.where(np.arange(n) < lost, -100.0, 0.0)
+    found = Response("x", "points", 2, {(A, 0): flips}, "questions").contrast({A: 1})
+    one, other = (lost + 1) / (n + 2), 1 / (n + 2)
+    error = math.sqrt((one + other - (other - one) ** 2) / (n + 1))
+    half = 100 * stats.t.ppf(0.975, n + 1) * error
+    assert found.value == -3 and found.n == n
+    assert (found.low, found.high) == pytest.approx((100 * (other - one) - half, 100 * (other - one) + half))
+    none = Response("x", "points", 2, {(A, 0): np.zeros(1)}, "questions").contrast({A: 1})
+    assert (none.value, none.low, none.high) == (0, -100, 100)  # and no further
+
+
+def test_a_missing_cell_leaves_only_what_needs_it_without_an_estimate():
+    response = Response("x", "nats", 4, {(A, 0): np.arange(3.0)}, "sequences")
+    assert response.contrast({A: 1, B: -1}) is None and response.contrast({A: 1, B: 0}).value == 1
+    assert response.text(None) == "–"
+
+
+def test_a_saturated_model_has_estimates_and_no_intervals():
+    response = Response("x", "%", 3, {(A, 0): np.log([0.2]), (B, 0): np.log([0.1])}, log=True)
+    found = response.contrast({A: 1, B: -1})
+    assert math.exp(found.value) == pytest.approx(2) and found.low is None
+    assert response.text(found) == "2.000 [-]" and "saturated" in response.noise()
+    assert judge(found, -1, 1) == OPEN
+
+
+def test_holm_agrees_with_a_calculation_by_hand():
+    made = [
+        Response("x", "", 1, {(A, 0): np.array(v)}, "sequences").contrast({A: 1}) for v in ([1, 1.1, 0.9], [1, 3, 2])
+    ]
+    p = [each.p for each in made]
+    assert holm([made[1], None, made[0]]) == [pytest.approx(max(p[1], 2 * p[0])), None, pytest.approx(2 * p[0])]
+
+
+def test_a_verdict_needs_the_whole_interval():
+    estimate = Response("x", "", 1, {(A, 0): np.array([1.0, 1.2, 0.8])}, "sequences").contrast({A: 1})
+    assert 0.4 < estimate.low < 0.6 < 1.4 < estimate.high < 1.6
+    assert [judge(estimate, *ends) for ends in ((0, 2), (0, 1), (2, 3), (-3, 0.1))] == [
+        SUPPORTED, OPEN, CONTRADICTED, CONTRADICTED,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("needs", "highs", "verdict"),
+    [
+        ("all", (2, 2), SUPPORTED),
+        ("all", (2, 1), OPEN),
+        ("all", (2, 0.1), CONTRADICTED),
+        ("any", (2, 0.1), SUPPORTED),
+        ("any", (1, 0.1), OPEN),
+        ("any", (0.1, 0.1), CONTRADICTED),
+    ],
+)
+def test_a_claim_rests_on_all_or_any_of_its_statements(needs, highs, verdict):
+    response = Response("x", "nats", 1, {(A, 0): np.array([1.0, 1.1, 0.9])}, "sequences")
+    statements = [Statement(f"below {high}", response, {A: 1}, high=high) for high in highs]
+    judged = Claim("c", "s", statements, needs).judge()
+    assert judged["verdict"] == verdict and judged["why"]
+    assert {each["estimate"]["level"] for each in judged["statements"]} == {0.975}
+    unmet = Claim("c", "s", statements, needs, premises=[Statement("it falls", response, {A: 1}, high=0)]).judge()
+    assert unmet["verdict"] == OPEN and unmet["why"].startswith("It was not seen that it falls: +1.0")
+
+
+# -------------------------------------------------------------------------------------------------- analysis
+
+
+def planted(key, seed=0) -> float:
+    """most_recent does 0.03 nats of damage, max w64 0.005; most_recent 0.04 more at lr 1e-4; warmup does nothing."""
+    scaling, rate, _ = key
+    extra = 0.04 if (scaling, rate) == ("most_recent", "1e-4") else 0
+    return {"most_recent": 0.03, "max w64": 0.005}.get(scaling, 0.01) + extra + 0.002 * seed
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_planted_effects_are_found_within_their_intervals(seeds):
+    measured = invent(KEYS, seeds, damage=planted, noise=0.002)
+    response = factorial.responses(measured)["heldout w8a8"]
+    contrasts = factorial.contrasts()
+    assert len(contrasts) == 6 + 9
+    truth = {
+        "max w64": 0.005 - 0.05,
+        "lr 1e-5": -0.04 / 5,
+        "warmup": 0,
+        "max w64 × lr 1e-5": 0.04,
+        "lr 1e-5 × warmup": 0,
+    }
+    for label, value in truth.items():
+        found = response.contrast(contrasts[label], 0.999)
+        assert found.low < value < found.high and found.high - found.low < 0.012, label
+        by_hand = sum(
+            w * np.mean([response.values[key, s].mean() for s in seeds]) for key, w in contrasts[label].items()
+        )
+        assert found.value == pytest.approx(by_hand)
+    assert found.of == ("sequences" if len(seeds) == 1 else "runs")
+    rows = {row["effect"]: row for row in factorial.effects(measured)[0]["effects"]}
+    assert rows["max w64 × lr 1e-5"]["p_holm"] < 0.001 and rows["lr 1e-5 × warmup"]["p_holm"] > 0.05
+    assert orthogonal(measured)["statements"][0]["verdict"] == CONTRADICTED
+
+
+def orthogonal(measured) -> dict:
+    return next(claim for claim in factorial.claims(measured) if "orthogonal" in claim["claim"])
+
+
+def forgets(key) -> float:
+    return 0.4 if key[1] == "1e-4" else 0.0
+
+
+def test_no_interaction_is_supported_only_with_enough_data():
+    """No interaction is planted; damage and forgetting are."""
+    much, little = (
+        orthogonal(invent(KEYS, damage=lambda key, _: 0.02, lost=forgets, sequences=n, noise=noise))
+        for n, noise in ((64, 0.01), (3, 0.05))
+    )
+    assert much["verdict"] == SUPPORTED and "Of one seed" in much["why"]
+    assert little["verdict"] == OPEN
+
+
+def test_without_damage_or_forgetting_nothing_is_orthogonal():
+    claim = orthogonal(invent(KEYS, damage=lambda key, _: 0.02))
+    assert {each["verdict"] for each in claim["statements"]} == {SUPPORTED}
+    assert claim["verdict"] == OPEN and claim["why"].startswith("It was not seen that BF16 at lr 1e-4 forgets")
+
+
+def test_the_papers_claims_are_judged_by_the_marks():
+    """The max window is needed and saves the recipe; the warmup is not; lr 1e-4 forgets two fifths of it all."""
+    measured = invent(
+        KEYS,
+        damage=lambda key, _: 0.1 if key[0] == "most_recent" else 0.001,
+        ape=lambda key: 0.6 if key[0] == "most_recent" else 0.1,
+        overshoot=lambda key: 0.4 if key[0] == "most_recent" else 0.05 + (0.001 if key == factorial.RECIPE else 0),
+        lost=forgets,
+    )
+    claims = {claim["claim"]: claim for claim in factorial.claims(measured)}
+    verdicts = {name: claim["verdict"] for name, claim in claims.items()}
+    assert verdicts["Scaling by the last amax saturates; the max window prevents it"] == SUPPORTED
+    assert verdicts["Necessary: the max window"] == SUPPORTED
+    assert verdicts["Necessary: the low learning rate"] == SUPPORTED
+    warmup = claims["Necessary: the BF16 warmup"]
+    assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, OPEN]  # 60 questions are too few
+    sufficient = claims["Sufficient: the recipe keeps every mark (W8A8)"]["statements"]
+    assert [each["verdict"] for each in sufficient] == [SUPPORTED, SUPPORTED, OPEN, OPEN, OPEN]
+    assert sufficient[1]["text"].startswith("0.100 [")
+    high = claims["Training at lr 1e-4 forgets, at lr 1e-5 it does not"]["statements"][0]
+    assert high["verdict"] == SUPPORTED and high["estimate"]["value"] == pytest.approx(-40)
+
+
+def test_the_three_way_interaction_is_the_noise_of_one_number_a_run():
+    """Factors that multiply the loss APE are found, and a planted three-way interaction is what is left."""
+    factors = {"most_recent": 2.0, "1e-4": 1.5, "5 %": 0.5}
+
+    def ape(key) -> float:
+        return 0.2 * math.prod(factors.get(level, 1) for level in key) * math.exp(0.1 * (key == factorial.RECIPE))
+
+    measured = invent(KEYS, ape=ape)
+    response = factorial.responses(measured)["ape"]
+    found = response.contrast(factorial.contrasts()["max w64"], 0.99)
+    assert math.exp(found.low) < 0.5 < math.exp(found.high) < 0.7
+    rest = np.zeros((5, 2, 2))
+    rest[-1, 1, 1] = 0.1
+    for axis in range(3):
+        rest -= rest.mean(axis, keepdims=True)
+    left = math.sqrt((rest**2).sum() / 4)
+    assert f"standard deviation {left:.2g} on 4 degrees of freedom" in response.noise()
+
+
+# ------------------------------------------------------------------------------------------------------ page
+
+
+def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
+    """Of a part of the grid, one run of which has failed."""
+    wanted = set(itertools.product(("most_recent", "max w64"), factorial.RATES, ("5 %",)))
+    made = [cell for cell in placed(grid, tmp_path) if cell.key in wanted]
+    written = invent([cell.key for cell in made], damage=planted, lost=forgets)
+    write(made, written)
+    status = Run.of(made[0].cfg).path / "status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "failed", "reason": "a full disk"}))
+    measured, missing = measures.read(made)
+    assert list(missing) == [made[0].label]
+    for ours, theirs in zip(measured, written[1:], strict=True):
+        assert (ours.key, ours.seed, ours.run, ours.baseline, ours.linears) == (
+            theirs.key, theirs.seed, theirs.run, theirs.baseline, theirs.linears,
+        )  # fmt: skip
+        assert [ours.ape, ours.overshoot, ours.clipped] == pytest.approx([theirs.ape, theirs.overshoot, theirs.clipped])
+        for scored, losses in theirs.losses.items():
+            assert ours.losses[scored] == pytest.approx(losses)
+            assert np.array_equal(ours.answers(scored), theirs.answers(scored))
+    path = page.write_factorial(measured, missing, made[-1].cfg, tmp_path / "out")
+    text, kept = path.read_text(), json.loads((tmp_path / "out" / "factorial.json").read_text())
+    assert f"- {made[0].label}: {Run.of(made[0].cfg).id} is failed at step 12 of 12 (a full disk)" in text
+    assert "max w16 and max w64 are the same numbers here" in text
+    for claim in kept["claims"]:
+        assert claim["claim"] in text and f"**{claim['verdict']}**" in text and claim["why"] in text
+    assert len(kept["runs"]) == 3 and len(kept["effects"]) == 7
+    assert (tmp_path / "out" / "factorial.png").stat().st_size > 10_000
+
+
+def test_before_any_run_there_is_a_page(grid, tmp_path):
+    path = page.write_factorial([], {"all": "not started"}, grid[0].cfg, tmp_path)
+    assert "Nothing has been measured yet" in path.read_text() and "- all: not started" in path.read_text()
