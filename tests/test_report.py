@@ -131,7 +131,7 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
     # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     cells = [str(cell) for cell in row]
-    assert cells[:2] == ["exp8", "3"] and cells[2].startswith("+5.000 [")
+    assert cells[:2] == ["exp8", "3"] and cells[2].startswith("5.000 [")
     assert cells[3] == f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]" and cells[4] == f"{half:.4f}"
     assert cells[5] == "+0.00 [+0.00, +0.00]" and float(cells[6]) > 0
     html, markdown = write([experiment], tmp_path / "out", {})
@@ -140,17 +140,26 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
 
 def test_what_a_run_warned_of_is_a_caution(tmp_path):
     base = write_run(tmp_path / "base", config(), losses(1, 4, 1e-5))
-    rows = [{"step": step, "warning": "the update left 90% of the weights as they were"} for step in (1, 9)]
+    lost = [{"kind": "lost updates", "step": step, "warning": f"{share} % lost"} for step, share in ((1, 30), (9, 90))]
+    lag = {"kind": "lagging scales", "step": 5, "layer": "layers.3", "warning": "scales lag"}
+    rows = [
+        lost[0],
+        *({**lag, "role": role, "warning": f"{role} scales lag"} for role in ("weight", "gradient")),
+        lost[1],
+    ]
     (base / "warnings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = [json.loads(line) | {"skipped": False} for line in (base / "metrics.jsonl").read_text().splitlines()]
     metrics[-1] |= {"skipped": True, "loss": None}
     (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     html, markdown = write([Experiment("exp1", [Run(base)], [], [])], tmp_path / "out", {})
     for line in (
-        "base warned 2 times, first at step 1: the update left 90% of the weights as they were.",
-        f"base skipped 1 steps without a finite gradient, first step {metrics[-1]['step']}.",
+        "base, step 9: 90 % lost.",
+        "base, step 5: weight scales lag.",
+        "base, step 5: gradient scales lag.",
+        f"base skipped steps without a finite gradient: {metrics[-1]['step']}.",
     ):
         assert line in Page(html).text and line in markdown.read_text()
+    assert "30 % lost" not in markdown.read_text()
 
 
 def test_nothing_at_all(tmp_path):

@@ -100,14 +100,11 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
 
 def _warnings(run: Run) -> list[str]:
     """What the run itself noticed while it trained."""
-    lines, warnings = [], run.warnings()
-    skipped = [row["step"] for row in run.metrics() if row.get("skipped")]
-    if skipped:
-        lines.append(f"{run.id} skipped {len(skipped)} steps without a finite gradient, first step {skipped[0]}.")
-    if warnings:
-        first = warnings[0]
-        lines.append(f"{run.id} warned {len(warnings)} times, first at step {first['step']}: {first['warning']}.")
-    return lines
+    skipped = [str(row["step"]) for row in run.metrics() if row.get("skipped")]
+    lines = [f"{run.id} skipped steps without a finite gradient: {', '.join(skipped)}."] if skipped else []
+    # It repeats itself only to say that something became twice as bad: the last of a kind is the worst.
+    worst = {(row.get("kind"), row.get("role")): row for row in run.warnings()}
+    return lines + [f"{run.id}, step {row['step']}: {row['warning']}." for row in worst.values()]
 
 
 def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:

@@ -219,7 +219,11 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
             continue
         held = [next(row for row in c["heldout"] if row["mode"] == "w8a8") for c in found]
         pooled = [next((row for row in c.get("pooled", []) if row["mode"] == "w8a8"), None) for c in found]
-        cells = [pairs[0].label.partition(" seed ")[0], str(len(found)), _spread([c["loss"]["ape"] for c in found], 3)]
+        cells = [
+            pairs[0].label.partition(" seed ")[0],
+            str(len(found)),
+            _spread([c["loss"]["ape"] for c in found], 3, ""),
+        ]
         cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
         scored = all(pooled)
         cells += [_spread([row["points"] for row in pooled], 2) if scored else "–"]
@@ -228,9 +232,10 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
     return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
     mean, half = sum(values) / len(values), half_width(values)
-    return f"{signed(mean, digits)} {interval([mean - half, mean + half], digits)}"
+    low, high = (signed(mean + side * half, digits, plus) for side in (-1, 1))
+    return f"{signed(mean, digits, plus)} [{low}, {high}]"
 
 
 def _half_interval(rows: Sequence[Mapping], digits: int) -> str:
