@@ -218,6 +218,7 @@ def _evaluate(
     This calls what `simple_evaluate` calls, which also reseeds all random states and spends seconds on facts about the
     machine.
     """
+    import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -229,10 +230,20 @@ def _evaluate(
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            self.longest = max(len(choice) for _, _, choice in requests)
             truncated.update(
                 texts for texts, context, choice in requests if len(context) + len(choice) > max_length + 1
             )
             return super()._loglikelihood_tokens(requests, not progress, override_bs)
+
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            """Logits of the choices' tokens only, which are all that lm-eval reads; it counts them from the end.
+
+            Rows are padded with 0 on the right; where 0 is a token of the text, a few positions more are kept.
+            """
+            padding = int((inps.flip(1).cumsum(1) == 0).sum(1).max())
+            with torch.no_grad():
+                return self.model(inps, logits_to_keep=min(self.longest + padding, inps.shape[1])).logits
 
     with _quiet():
         lm = LanguageModel(

@@ -119,6 +119,22 @@ def test_batch_size_does_not_matter(model, tokenizer, cache, scores):
             assert one["logprobs"] == pytest.approx(four["logprobs"], abs=1e-3)
 
 
+def test_logits_that_are_not_made_are_not_missed(model, tokenizer, cache, scores, monkeypatch):
+    forward, kept, made = model.forward, [], []
+
+    def whole(inputs, logits_to_keep):
+        kept.append(logits_to_keep)
+        made.append(inputs.shape[1])
+        return forward(inputs)
+
+    monkeypatch.setattr(model, "forward", whole)
+    again = run(model, tokenizer, cache, SMALL)
+    assert sum(kept) < 0.7 * sum(made)
+    for name, rows in again.samples.items():
+        for row, expected in zip(rows, scores.samples[name], strict=True):
+            assert row["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)
+
+
 def test_nothing_is_left_changed(model, tokenizer, cache, monkeypatch, capfd):
     """Modes, weights, tokenizer and random states are as before; no network is tried; nothing is printed."""
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was tried"))
