@@ -136,6 +136,9 @@ class BudgetConfig:
     arithmetic: str = "auto"  # auto: BF16 where the processor has it, else FP32
     parallel: str = "ddp"  # under torchrun: ddp, or fsdp (FSDP2: parameters and Adam moments sharded over the ranks)
     compile: bool = False  # torch.compile of the forward and backward pass; needs a C++ compiler on a CPU
+    activation_checkpointing: bool = (
+        False  # keep only what enters each block, and compute the rest again for its gradients
+    )
     largest_logits: int = 2**28  # elements; more are made in pieces
     checkpoint_every: int = 100  # steps
     telemetry_every: int = 10  # steps

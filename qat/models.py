@@ -86,6 +86,20 @@ def attend_causally(model) -> None:
         model.set_attn_implementation("sdpa_causal")
 
 
+def checkpoint_activations(model) -> None:
+    """Let training keep only what enters each block, and run the block again in the backward pass.
+
+    The scale bank is as it would be without: what is seen again has the same amax, and the largest counts. Errors:
+    UserError when the model's class cannot.
+    """
+    # Compiled, the block that runs again notes nothing, which dynamo wants to be told is meant.
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"budget.activation_checkpointing=true: {error}; set it to false") from error
+
+
 def blocks(model) -> list[torch.nn.Module]:
     """The transformer blocks, as their Hugging Face class names them."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]

@@ -51,7 +51,7 @@ def identity(cfg: Config) -> dict:
         "accumulation": accumulation,
         "seq_len": cfg.budget.seq_len,
         "arithmetic": runtime.arithmetic(cfg.budget.arithmetic),
-    } | {k: v for k, v in _chosen(cfg.budget).items() if k in ("compile", "largest_logits")}
+    } | {k: v for k, v in _chosen(cfg.budget).items() if k in ("compile", "activation_checkpointing", "largest_logits")}
     if cfg.budget.compile:  # steps that telemetry looks at are not compiled
         parts["budget"]["telemetry_every"] = cfg.budget.telemetry_every
     parts["seed"] = cfg.seed

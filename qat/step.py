@@ -48,6 +48,8 @@ class Trainer:
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
         models.attend_causally(model)
+        if cfg.budget.activation_checkpointing:
+            models.checkpoint_activations(model)
         losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits, cfg.budget.compile)
         self.losses = ranks.distribute(losses, models.blocks(model), cfg.budget.parallel)
         self.arithmetic = runtime.arithmetic(cfg.budget.arithmetic)
@@ -73,7 +75,8 @@ class Trainer:
         lr = self._update(number, sound)
         if self.bank is not None and self.cfg.scaling.tick == "step":
             overshoot = self._commit(number, overshoot, sound)
-        self._round_weights()  # for the next step, while a GPU has yet to finish this one
+        if not probed:  # telemetry is to see the weights of this step only
+            self._round_weights()  # for the next step, while a GPU has yet to finish this one
         return StepResult(loss, grad_norm, sound, lr, tokens, overshoot)
 
     def _accumulate(self, number: int, micro_batches: list[torch.Tensor], probed: bool):

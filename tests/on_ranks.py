@@ -33,9 +33,9 @@ STOP = 3  # the step before which an interrupted run stops
 # reduction of amaxes.
 RUNS = {
     "one": (1, (), {}),
-    "ddp2": (2, (), {}),
+    "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
     "ddp4": (4, (), {}),
-    "fsdp2": (2, ("budget.parallel=fsdp",), {}),
+    "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
     "compiled": (2, ("budget.compile=true",), {"stop": True}),

@@ -16,6 +16,7 @@ from qat.convert import convert
 from qat.loop import train
 from qat.runs import Run, baseline_of
 from qat.step import Trainer, learning_rate
+from qat.telemetry import Probe
 
 
 def build(cfg) -> Trainer:
@@ -100,6 +101,23 @@ def test_accumulated_gradients_are_those_of_one_large_batch(config, shift):
     assert {result.tokens for result in results} == {4 * (32 if shift == "once" else 31)}
     other = build(cfg).step(1, [batch[:2]])
     assert abs(other.loss - results[0].loss) > 1e-4  # one micro-batch alone has another mean
+
+
+def test_activation_checkpointing_changes_no_bit_of_weights_scales_or_telemetry(config):
+    seen = []
+    for checkpointing in (False, True):
+        options = {"warmup.bf16": 0.0, "optim.lr": 1e-3, "budget.activation_checkpointing": checkpointing}
+        trainer, entered = build(config("experiment=exp8", **options)), []
+        trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, entered=entered: entered.append(1))
+        for number in (1, 2, 3):
+            probe = Probe(trainer.model, trainer.bank, trainer.cfg)
+            with probe.attached():
+                result = trainer.step(number, [tokens(2), tokens(2, seed=number)], probed=True)
+        state = result.loss, trainer.bank.state_dict(), trainer.model.state_dict()
+        seen.append((state, probe.rows(3), len(entered)))
+    (plain, rows, once), (checkpointed, again, twice) = seen
+    assert again == [pytest.approx(row) for row in rows] and twice == 2 * once
+    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
 
 
 def test_a_micro_batch_of_more_sequences_weighs_more(config):
