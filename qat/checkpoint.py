@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,6 +29,35 @@ VERSION = 2
 
 class Damaged(UserError):
     """A checkpoint that does not hold what was written."""
+
+
+class Writer:
+    """Saves checkpoints in the background, one at a time. What goes wrong is raised by the next `save` or `wait`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._pending = folder, None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
+        """`save` of a copy of `tensors`, which may change when this returns; the one before is waited for."""
+        self.wait()
+        copies = {
+            name: {key: t.detach().to("cpu", copy=True) for key, t in group.items()} for name, group in tensors.items()
+        }
+        self._pending = self._thread.submit(save, self.folder, step, copies, facts)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._thread.shutdown()  # whoever reads the folder next finds nothing half done
+        self.wait()
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict, keep: int = 2) -> Path:

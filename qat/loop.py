@@ -126,6 +126,7 @@ class _Session:
             run.append("warnings.jsonl") as warnings,
             _bar(self) as bar,
             stops.noticed() as signalled,
+            checkpoint.Writer(run.checkpoints) as self.writer,
         ):
             for step in range(self.done + 1, cfg.steps + 1):
                 self._announce(step, bar)
@@ -261,7 +262,7 @@ class _Session:
             return
         for name in _ROWS:  # a checkpoint must not outlive the rows before it
             flush(self.run.path / name)
-        checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(data=self.stream.state()))
+        self.writer.save(self.done, tensors, self._facts(data=self.stream.state()))
         self.run.set_status("running", self.done, self.cfg.steps)
 
     def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -277,6 +278,7 @@ class _Session:
     def _finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
         tensors = self._trained()
+        self.writer.wait()
         if ranks.first() and self.final:  # stopped while the others went: there may be no other, so it stays as it is
             checkpoint.keep_newest(self.run.checkpoints, 1)
         elif ranks.first():

@@ -122,17 +122,28 @@ def before_step(number, monkeypatch):
 
 
 def before_checkpoint(number, monkeypatch):
-    real = checkpoint.save
+    real = checkpoint.Writer.save
 
-    def save(folder, step, *rest, **more):
+    def save(writer, step, *rest):
         if step == number:
             raise KeyboardInterrupt
-        return real(folder, step, *rest, **more)
+        real(writer, step, *rest)
 
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint.Writer, "save", save)
 
 
 def after_checkpoint(number, monkeypatch):
+    real = checkpoint.Writer.save
+
+    def save(writer, step, *rest):
+        real(writer, step, *rest)
+        if step == number:
+            raise KeyboardInterrupt  # while it is written, maybe
+
+    monkeypatch.setattr(checkpoint.Writer, "save", save)
+
+
+def after_last_checkpoint(number, monkeypatch):
     real = checkpoint.save
 
     def save(folder, step, *rest, **more):
@@ -175,7 +186,7 @@ def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, c
     cfg = config(*PAPER)
     run = Run.of(cfg)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        after_checkpoint(cfg.steps, patch)
+        after_last_checkpoint(cfg.steps, patch)
         loop.train(cfg)
     assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["final"]
     monkeypatch.setattr(checkpoint, "save", lambda *_, **__: pytest.fail("the only checkpoint was written again"))
