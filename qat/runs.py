@@ -32,6 +32,7 @@ _IRRELEVANT = {
     "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": (),
 }
+_OF_TRAINING = ("gradients", "target_gradient", "ste")  # of `quant`, what a forward pass does not know of
 
 
 def identity(cfg: Config) -> dict:
@@ -97,15 +98,25 @@ def untouched_of(cfg: Config) -> Config:
     return untouched
 
 
+def ptq_mode(quant: QuantConfig) -> str:
+    """Under which name a baseline's folder keeps the scores of its weights under a quantization: all runs that quantize
+    the forward pass alike share them."""
+    parts = {name: value for name, value in _chosen(quant).items() if name not in _OF_TRAINING}
+    return f"ptq-{_digest(parts)}"
+
+
 def run_id(cfg: Config) -> str:
     """Readable slug plus a hash of `identity`. Characters: letters, digits, '.', '_', '-'."""
     if cfg.budget.steps == 0:
         parts, slug = _untouched_identity(cfg), [cfg.model.name, "untouched"]
     else:
         parts, slug = identity(cfg), [cfg.model.name, *_slug(cfg)]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
     safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(slug))
-    return f"{safe[:80]}-{digest}"
+    return f"{safe[:80]}-{_digest(parts)}"
+
+
+def _digest(parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _untouched_identity(cfg: Config) -> dict:
