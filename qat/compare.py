@@ -79,7 +79,7 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
     """
     run, baseline = Run(run), Run(baseline)
     _refuse_unmatched(run, baseline)
-    loss, command = _loss(run, baseline), eval_command(run, benchmark)
+    loss, command = training_loss(run, baseline), eval_command(run, benchmark)
     reference = Scored(baseline, benchmark, "bf16", command)
     origin = Scored(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
     ptq = Scored(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
@@ -107,6 +107,32 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
             for mode in (own if len(tasks) > 1 else ())
         ],
     }
+
+
+def training_loss(run: Run, baseline: Run) -> dict:
+    """How far the training losses of two finished runs are apart: loss APE in percent, of all steps and of the last
+    tenth; the largest |difference| and the final losses, in nats a token. Errors: UserError when they have different
+    steps or were trained on other text."""
+    ours, theirs = run.metrics(), baseline.metrics()
+    steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
+    if steps[0] != steps[1]:
+        raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
+    for q, b in zip(ours, theirs, strict=True):
+        if q.get("batch", b.get("batch")) != b.get("batch", q.get("batch")):  # rows of earlier versions have none
+            raise UserError(
+                f"{run.id} and {baseline.id} were trained on other text from step {q['step']} on (the data set changed "
+                f"in between); delete the older folder and train it again"
+            )
+    # A step whose loss was not finite, in either, has none to compare.
+    pairs = [(q["loss"], b["loss"]) for q, b in zip(ours, theirs, strict=True)]
+    pairs = [pair for pair in pairs if None not in pair]
+    q, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    ape = loss_ape(q, b)
+    tail = max(1, round(len(q) / 10))
+    largest = max(abs(mine - other) for mine, other in pairs)
+    last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
+    skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
+    return {"steps": len(q), "skipped": skipped, "ape": ape, "largest": largest, **last, "passes": ape < APE_MARK}
 
 
 def train_command(run: Run) -> str:
@@ -142,28 +168,6 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
             reason = f" ({status['reason']})" if status.get("reason") else ""
             progress = f"{candidate.id} is {state} at step {step} of {steps}{reason}"
             raise UserError(f"{progress}; finish it: {train_command(candidate)}")
-
-
-def _loss(run: Run, baseline: Run) -> dict:
-    ours, theirs = run.metrics(), baseline.metrics()
-    steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
-    if steps[0] != steps[1]:
-        raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
-    for q, b in zip(ours, theirs, strict=True):
-        if q.get("batch", b.get("batch")) != b.get("batch", q.get("batch")):  # rows of earlier versions have none
-            raise UserError(
-                f"{run.id} and {baseline.id} were trained on other text from step {q['step']} on (the data set changed "
-                f"in between); delete the older folder and train it again"
-            )
-    # A step whose loss was not finite, in either, has none to compare.
-    pairs = [(q["loss"], b["loss"]) for q, b in zip(ours, theirs, strict=True)]
-    pairs = [pair for pair in pairs if None not in pair]
-    q, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    ape = loss_ape(q, b)
-    tail = max(1, round(len(q) / 10))
-    last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
-    skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
-    return {"steps": len(q), "skipped": skipped, "ape": ape, **last, "passes": ape < APE_MARK}
 
 
 def _heldout(text: str, mode: str, scored: Scored, reference: Scored, origin: Scored | None) -> dict:

@@ -21,9 +21,10 @@ from qat import benchmarks, checkpoint, data, models, ptq, ranks, runtime, track
 from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
+from qat.floor import floor, original
 from qat.runs import Run, baseline_of, ptq_mode, untouched_of
 from qat.scaling import Phase
-from qat.wording import table
+from qat.wording import FLOOR_HEADER, floor_cells, markdown, table
 
 _HELDOUT_BATCH = 4  # sequences a forward call
 
@@ -105,6 +106,8 @@ def evaluate(cfg: Config) -> dict | None:
     scorer = _Scorer(cfg, reference)
     for subject in subjects:
         scorer.score(subject)
+    if cfg.repeat:
+        _print_floor([reference.run, run] if cfg.quantized else [run], cfg.benchmark.name)
     if not cfg.quantized:
         return None
     comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
@@ -113,6 +116,13 @@ def evaluate(cfg: Config) -> dict | None:
     tracking.send(run, cfg)
     print(f"\n{table(comparison)}", flush=True)
     return comparison
+
+
+def _print_floor(repeats: list[Run], benchmark: str) -> None:
+    """Repetitions beside their originals, as far as these exist."""
+    found = [floor(original(repeat), repeat, benchmark) for repeat in repeats if original(repeat).finished]
+    if found:
+        print(f"\n{markdown(FLOOR_HEADER, [floor_cells(row) for row in found])}", flush=True)
 
 
 class _Scorer:

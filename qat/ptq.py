@@ -16,7 +16,7 @@ from qat.config import Config, ScalingConfig
 from qat.runs import baseline_of
 from qat.scaling import ScaleBank
 
-SEQUENCES = 32  # of the run's first training text that calibrate, at its own length, in its own micro-batches
+SEQUENCES = 16  # of the run's first training text that calibrate, at its own length, in its own micro-batches
 
 
 def ptq_of(cfg: Config) -> Config:

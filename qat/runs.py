@@ -55,7 +55,7 @@ def identity(cfg: Config) -> dict:
     } | {k: v for k, v in _chosen(cfg.budget).items() if k in ("compile", "largest_logits")}
     if cfg.budget.compile:  # steps that telemetry looks at are not compiled
         parts["budget"]["telemetry_every"] = cfg.budget.telemetry_every
-    parts["seed"] = cfg.seed
+    parts |= {"seed": cfg.seed} | ({"repeat": cfg.repeat} if cfg.repeat else {})
     if cfg.quantized:
         parts["quant"] = _chosen(cfg.quant)
         parts["scaling"] = _effective_scaling(cfg)
@@ -133,7 +133,8 @@ def _slug(cfg: Config) -> list[str]:
         words += [f"w{cfg.scaling.window}"] if cfg.scaling.algo == "max" else []
         words += [f"warm{cfg.bf16_warmup_steps}"]
     words += ["twice"] if cfg.data.label_shift == "twice" else []
-    return [*words, f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}"]
+    repeat = [f"r{cfg.repeat}"] if cfg.repeat else []
+    return [*words, f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}", *repeat]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 %
 TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
 HELDOUT_HEADER = ["Held-out text", "Mode", "Untouched, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
 HELDOUT_HEADER += ["KL, nats", "Sequences"]
+FLOOR_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
+FLOOR_HEADER += ["Answers flipped", "In words"]
 
 
 def task_cells(row: dict) -> list[str]:
@@ -46,6 +48,15 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
         ]
         for row in comparison["heldout"]
     ]
+
+
+def floor_cells(row: Mapping) -> list[str]:
+    """What a run and its repetition differ by (`qat.floor.floor`), a cell for each entry of `FLOOR_HEADER`."""
+    heldout = "; ".join(f"{signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"])
+    flipped = "-" if row["n"] is None else f"{row['flipped']} of {row['n']}"
+    words = "bit-identical: every loss equal" if row["identical"] else "not bit-identical"
+    cells = [row["run"], str(row["repeat"]), str(row["steps"]), f"{row['ape']:.5f}", f"{row['largest']:.6f}"]
+    return [*cells, heldout or "-", flipped, words if row["heldout"] else f"{words}; not scored"]
 
 
 def resolved(row: dict) -> bool:

@@ -147,6 +147,7 @@ def test_compare_by_hand(runs):
         "steps": 2,
         "skipped": 0,
         "ape": pytest.approx(35),
+        "largest": 1.0,
         "ape_last_tenth": pytest.approx(50),
         "final": 3.0,
         "final_baseline": 2.0,

@@ -239,6 +239,17 @@ def test_another_calibration_is_scored_anew(scored, monkeypatch):
     assert asked
 
 
+def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
+    cfg = dataclasses.replace(silent(scored[0]), repeat=1)
+    assert not Run.of(cfg).path.exists() and Run.of(untouched_of(cfg)).path == Run.of(untouched_of(scored[0])).path
+    loop.train_with_baseline(cfg)
+    comparison = score(cfg)
+    assert comparison["baseline"] == Run.of(baseline_of(cfg)).id != Run.of(baseline_of(scored[0])).id
+    rows = [line for line in capsys.readouterr().out.splitlines() if "bit-identical" in line]
+    assert len(rows) == 2 and all("bit-identical: every loss equal" in row and "not bit" not in row for row in rows)
+    assert Run.of(scored[0]).id in rows[1] and Run.of(baseline_of(scored[0])).id in rows[0]
+
+
 @pytest.mark.parametrize("key", ["benchmark.split", "budget.heldout_tokens"])
 def test_other_questions_or_another_text_are_scored_anew(scored, monkeypatch, key):
     cfg = copy.deepcopy(silent(scored[0]))

@@ -48,6 +48,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "score_legend": score_legend(),
         "resolution": tables.resolution(experiments),
         "seeds": tables.seeds(experiments),
+        "floor": tables.floor(experiments),
         "cautions": _cautions(experiments),
         "baselines": tables.baselines(experiments, paper),
         "experiments": _experiments(experiments, paper["experiments"]),

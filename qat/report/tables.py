@@ -9,12 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
+from qat.config import UserError
+from qat.floor import floor as floor_of
+from qat.floor import repeats
 from qat.paired import half_width
 from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, untouched
 from qat.runs import Run, identity
 from qat.wording import (
+    FLOOR_HEADER,
     HELDOUT_HEADER,
     TASK_HEADER,
+    floor_cells,
     heldout_rows,
     interval,
     markdown,
@@ -255,6 +260,21 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
         rows.append([*cells, _half_interval(pooled, 2) if scored else "–"])
     header = ["", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
     return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
+
+
+def floor(experiments: Sequence[Experiment]) -> Table:
+    """Every run and baseline that was repeated, beside its repetitions; or why they cannot be compared."""
+    runs = {
+        run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
+    }
+    rows = []
+    for run, config in runs.values():
+        for number, repeat in enumerate(repeats(run), start=1):
+            try:
+                rows.append(floor_cells(floor_of(run, repeat, config["benchmark"]["name"])))
+            except UserError as reason:
+                rows.append([run.id, str(number), *["–"] * (len(FLOOR_HEADER) - 3), str(reason)])
+    return _table(FLOOR_HEADER, rows)
 
 
 def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
