@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, t, ttest_1samp
 from scipy.stats import bootstrap as bootstrap_of_scipy
+from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
+from statsmodels.stats.multitest import multipletests
 
 from qat.compare import compare, loss_ape
 from qat.config import UserError
@@ -61,9 +63,16 @@ def test_mcnemar_is_the_binomial_test_of_the_flips():
     assert mcnemar(3000, 3200) == pytest.approx(binomtest(3000, 6200).pvalue)
 
 
+@pytest.mark.parametrize(("lost", "gained"), [(9, 1), (0, 6), (4, 4), (30, 41), (300, 410)])
+def test_mcnemar_is_statsmodels_exact_one(lost, gained):
+    wanted = mcnemar_of_statsmodels([[50, lost], [gained, 40]], exact=True).pvalue
+    assert mcnemar(lost, gained) == pytest.approx(wanted, rel=1e-9)
+
+
 @pytest.mark.parametrize(("lost", "gained", "n"), [(9, 1, 100), (1, 0, 44), (30, 41, 1172), (0, 5, 200), (7, 7, 50)])
 def test_tango_inverts_the_score_test(lost, gained, n):
-    """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force."""
+    """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force: statsmodels has
+    no interval for the difference of paired proportions."""
     share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions lost, under a given change
     for limit in tango(lost, gained, n):
         rates = share + limit, share, 1 - 2 * share - limit
@@ -133,10 +142,28 @@ def test_half_width_is_student_t():
     assert half_width([1.0]) is None
 
 
+def test_half_width_is_that_of_scipys_t_test():
+    for n in (2, 16, 400):
+        values = np.random.default_rng(n).normal(0.01, 0.3, n)
+        wanted = ttest_1samp(values, 0).confidence_interval(0.95)
+        assert [values.mean() + side * half_width(values.tolist()) for side in (-1, 1)] == pytest.approx(wanted)
+
+
 def test_holm_counts_from_the_smallest():
     assert holm([0.001, 0.02, 0.04]) == 3
     assert holm([0.001, 0.03, 0.04]) == 1
     assert holm([0.03, 0.04]) == 0
+
+
+def test_holm_rejects_what_statsmodels_does():
+    draw, seen = np.random.default_rng(0), set()
+    for size in (1, 2, 8, 56):
+        for _ in range(50):
+            p_values = np.sort(draw.beta(0.2, 2, size)).tolist()
+            rejected = multipletests(p_values, alpha=0.05, method="holm")[0]
+            assert holm(p_values) == rejected.sum()
+            seen.add(int(rejected.sum()))
+    assert len(seen) > 10  # none, some and many
 
 
 def test_compare_by_hand(runs):

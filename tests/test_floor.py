@@ -20,7 +20,7 @@ def write_repeat(root, repeat: int, losses=(2.5, 2.0), right=RIGHT, text=TEXT, *
     """A quantized run in the folder of its own name."""
     settings = config(**HIF8, repeat=repeat)
     named = Run(write_run(root / "unnamed", settings)).typed_config()
-    answers, texts = ({mode: given for mode in ("bf16", "w8a8")} for given in ({"arc_easy": right}, {"t": text}))
+    answers, texts = (dict.fromkeys(("bf16", "w8a8"), given) for given in ({"arc_easy": right}, {"t": text}))
     return Run(write_run(root / run_id(named), settings, losses, answers, texts, **more))
 
 
