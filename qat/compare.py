@@ -1,7 +1,8 @@
 """How far a quantized run is from its matched BF16 baseline, and which of the differences are more than noise.
 
 Both runs saw the same batches and answered the same questions, so everything here is paired: loss step by step,
-held-out loss sequence by sequence, answers question by question. Unlike things are refused, not compared.
+held-out loss sequence by sequence, answers question by question. Unlike things are refused, not compared. The baseline
+in W8A8 without QAT (`qat.ptq`) stands beside the run: what QAT recovers is what PTQ loses and the run does not.
 
 Points are absolute percentage points (run - baseline); a relative drop is (baseline - run) / baseline, the paper's
 measure, in percent. The paper's marks: a relative drop below 1 % a task and a loss APE below 0.5 %.
@@ -15,17 +16,17 @@ from operator import attrgetter
 from pathlib import Path
 
 from qat.config import Config, UserError
-from qat.paired import Answers, bootstrap, detectable, detectable_mean, half_width, mcnemar, tango
-from qat.runs import Run, identity
+from qat.paired import Answers, bootstrap, detectable, mcnemar, tango
+from qat.runs import Run, identity, ptq_mode
+from qat.scored import Scored
 
 APE_MARK = 0.5  # percent, paper section 1
 DROP_MARK = 1.0  # percent, paper section 1
 TASKS = {"mmlu": "MMLU", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
-MODES = {"w8a8": "W8A8", "bf16": "BF16 weights"}
+MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights"}
 
 _UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks
 _STATUS = (("state", "not started"), ("step", 0), ("steps", "?"))
-_TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
 
 
 def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
@@ -71,35 +72,67 @@ def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
 def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = None) -> dict:
     """Compare a finished, evaluated quantized run with its BF16 baseline; the result is JSON-able.
 
-    `untouched` is a run folder that holds the evaluation of the checkpoint both started from. Scores, points and
-    intervals are in percent, losses and KL in nats a token. Raises `UserError` of one line for unfinished runs,
-    missing evaluations, and whatever differs between the two besides quantization.
+    `untouched` is a run folder that holds the evaluation of the checkpoint both started from. Without an evaluation of
+    the baseline under PTQ (an earlier version made none) its rows are left out. Scores, points and intervals are in
+    percent, losses and KL in nats a token. Raises `UserError` of one line for unfinished runs, missing evaluations, and
+    whatever differs between the two besides quantization.
     """
     run, baseline = Run(run), Run(baseline)
-    untouched = Run(untouched) if untouched is not None else None
     _refuse_unmatched(run, baseline)
-    loss = _loss(run, baseline)
-    reference = evaluation(baseline, benchmark, "bf16")
-    own = {mode: evaluation(run, benchmark, mode) for mode in MODES}
-    for record in own.values():
-        _refuse_unlike(run, record, baseline, reference)
-    origin = evaluation(untouched, benchmark, "bf16") if untouched else None
-    if origin:
-        _refuse_unlike(untouched, origin, baseline, reference)
-    result = {"run": run.id, "baseline": baseline.id, "untouched": untouched.id if untouched else None}
-    result |= {"benchmark": benchmark, "loss": loss, "heldout": [], "tasks": [], "pooled": []}
-    for text in reference["heldout"]:
-        result["heldout"] += [_heldout(text, mode, own[mode], reference) for mode in own]
-    answers = {
-        (task, mode): _answers(run, baseline, benchmark, mode, task) for task in reference["tasks"] for mode in own
+    loss, command = training_loss(run, baseline), eval_command(run, benchmark)
+    reference = Scored(baseline, benchmark, "bf16", command)
+    origin = Scored(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
+    ptq = Scored(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
+    own = {mode: ptq if mode == "ptq" else Scored(run, benchmark, mode, command) for mode in MODES}
+    if not ptq.exists:
+        del own["ptq"]
+    for scored in (*own.values(), *([origin] if origin else [])):
+        scored.refuse_unlike(reference)
+    texts, tasks = reference.record["heldout"], reference.record["tasks"]
+    answers = {(task, mode): scored.answers(task, reference) for task in tasks for mode, scored in own.items()}
+    return {
+        "run": run.id,
+        "baseline": baseline.id,
+        "untouched": origin.run.id if origin else None,
+        "ptq": ptq.mode if ptq.exists else None,
+        "benchmark": benchmark,
+        "loss": loss,
+        "heldout": [_heldout(text, mode, own[mode], reference, origin) for text in texts for mode in own],
+        "qat": [_recovered(text, own, reference) for text in texts] if ptq.exists else [],
+        "tasks": [
+            _task(task, mode, own[mode], reference, origin, counted) for (task, mode), counted in answers.items()
+        ],
+        "pooled": [
+            {"mode": mode, "untouched": _all_questions(origin)} | _pooled([answers[task, mode] for task in tasks])
+            for mode in (own if len(tasks) > 1 else ())
+        ],
     }
-    for (task, mode), counted in answers.items():
-        start = 100 * origin["tasks"][task]["score"] if origin else None
-        row = _task(own[mode]["tasks"][task], reference["tasks"][task], counted)
-        result["tasks"].append({"task": task, "mode": mode, "untouched": start} | row)
-    for mode in own if len(reference["tasks"]) > 1 else ():
-        result["pooled"].append({"mode": mode} | _pooled([answers[task, mode] for task in reference["tasks"]]))
-    return result
+
+
+def training_loss(run: Run, baseline: Run) -> dict:
+    """How far the training losses of two finished runs are apart: loss APE in percent, of all steps and of the last
+    tenth; the largest |difference| and the final losses, in nats a token. Errors: UserError when they have different
+    steps or were trained on other text."""
+    ours, theirs = run.metrics(), baseline.metrics()
+    steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
+    if steps[0] != steps[1]:
+        raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
+    for q, b in zip(ours, theirs, strict=True):
+        if q.get("batch", b.get("batch")) != b.get("batch", q.get("batch")):  # rows of earlier versions have none
+            raise UserError(
+                f"{run.id} and {baseline.id} were trained on other text from step {q['step']} on (the data set changed "
+                f"in between); delete the older folder and train it again"
+            )
+    # A step whose loss was not finite, in either, has none to compare.
+    pairs = [(q["loss"], b["loss"]) for q, b in zip(ours, theirs, strict=True)]
+    pairs = [pair for pair in pairs if None not in pair]
+    q, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    ape = loss_ape(q, b)
+    tail = max(1, round(len(q) / 10))
+    largest = max(abs(mine - other) for mine, other in pairs)
+    last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
+    skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
+    return {"steps": len(q), "skipped": skipped, "ape": ape, "largest": largest, **last, "passes": ape < APE_MARK}
 
 
 def train_command(run: Run) -> str:
@@ -111,15 +144,6 @@ def train_command(run: Run) -> str:
 def eval_command(run: Run, benchmark: str) -> str:
     """The command that evaluates `run`."""
     return f"python scripts/eval.py run={run.path} benchmark={benchmark}"
-
-
-def evaluation(run: Run, benchmark: str, mode: str) -> dict:
-    """The record of `run` for a benchmark and mode; raises `UserError` naming the command that makes a missing one."""
-    try:
-        return run.evaluations()[benchmark][mode]
-    except KeyError:
-        missing = f"{run.id} has no {benchmark} evaluation in mode {mode}"
-        raise UserError(f"{missing}; make it: {eval_command(run, benchmark)}") from None
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict:
@@ -146,85 +170,34 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
             raise UserError(f"{progress}; finish it: {train_command(candidate)}")
 
 
-def _refuse_unlike(run: Run, own: dict, baseline: Run, reference: dict) -> None:
-    facts = [("lm-eval version", own["lm_eval"], reference["lm_eval"])]
-    facts.append(("tasks", sorted(own["tasks"]), sorted(reference["tasks"])))
-    facts.append(("held-out texts", sorted(own["heldout"]), sorted(reference["heldout"])))
-    for what, ours, theirs in facts:
-        _refuse_unequal(run, baseline, what, ours, theirs)
-    for task, record in own["tasks"].items():
-        for key in _TASK_IDENTITY:
-            _refuse_unequal(run, baseline, f"{task} {key}", record[key], reference["tasks"][task][key])
-    for text, record in own["heldout"].items():
-        other = reference["heldout"][text]
-        _refuse_unequal(run, baseline, f"held-out {text} text_hash", record["text_hash"], other["text_hash"])
-        counts = len(record["sequence_losses"]), len(other["sequence_losses"])
-        _refuse_unequal(run, baseline, f"held-out {text} sequences", *counts)
+def _heldout(text: str, mode: str, scored: Scored, reference: Scored, origin: Scored | None) -> dict:
+    ours, theirs = scored.record["heldout"][text], reference.record["heldout"][text]
+    start = origin.record["heldout"][text]["loss"] if origin else None
+    row = {"text": text, "mode": mode, "untouched": start, "loss": ours["loss"], "baseline": theirs["loss"]}
+    return row | {"kl": ours["kl"]} | scored.heldout(text, reference)
 
 
-def _refuse_unequal(run: Run, baseline: Run, what: str, ours, theirs) -> None:
-    if ours != theirs:
-        raise UserError(f"{what} differs: {ours} in {run.id}, {theirs} in {baseline.id}; evaluate both in the same way")
+def _recovered(text: str, own: Mapping[str, Scored], reference: Scored) -> dict:
+    """What W8A8 costs with QAT and without, over the BF16 baseline, and how much of it QAT recovers."""
+    costs = {mode: own[mode].heldout(text, reference)["difference"] for mode in ("ptq", "w8a8")}
+    paired = own["ptq"].heldout(text, own["w8a8"])
+    return {"text": text, **costs, "recovered": paired["difference"], "ci": paired["ci"]}
 
 
-def _loss(run: Run, baseline: Run) -> dict:
-    ours, theirs = run.metrics(), baseline.metrics()
-    steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
-    if steps[0] != steps[1]:
-        raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
-    for q, b in zip(ours, theirs, strict=True):
-        if q.get("batch", b.get("batch")) != b.get("batch", q.get("batch")):  # rows of earlier versions have none
-            raise UserError(
-                f"{run.id} and {baseline.id} were trained on other text from step {q['step']} on (the data set changed "
-                f"in between); delete the older folder and train it again"
-            )
-    # A step whose loss was not finite, in either, has none to compare.
-    pairs = [(q["loss"], b["loss"]) for q, b in zip(ours, theirs, strict=True)]
-    pairs = [pair for pair in pairs if None not in pair]
-    q, b = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    ape = loss_ape(q, b)
-    tail = max(1, round(len(q) / 10))
-    last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
-    skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
-    return {"steps": len(q), "skipped": skipped, "ape": ape, **last, "passes": ape < APE_MARK}
-
-
-def _heldout(text: str, mode: str, own: dict, reference: dict) -> dict:
-    ours, theirs = own["heldout"][text], reference["heldout"][text]
-    change = ours["loss"] - theirs["loss"]
-    paired = [a - b for a, b in zip(ours["sequence_losses"], theirs["sequence_losses"], strict=True)]
-    half = half_width(paired)
-    row = {"text": text, "mode": mode, "loss": ours["loss"], "baseline": theirs["loss"], "difference": change}
-    row |= {"kl": ours["kl"], "sequences": len(paired)}
-    if half is None:
-        return row | {"ci": None, "detectable": None}
-    return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}
-
-
-def _answers(run: Run, baseline: Run, benchmark: str, mode: str, task: str) -> Answers:
-    """The questions of a task, counted. Errors: UserError when the two were asked other ones."""
-    ours, theirs = run.samples(benchmark, mode, task), baseline.samples(benchmark, "bf16", task)
-    for owner, samples, where in ((run, ours, mode), (baseline, theirs, "bf16")):
-        record = evaluation(owner, benchmark, where)["tasks"][task]
-        right = sum(bool(s["correct"]) for s in samples)
-        if len(samples) != record["n"] or abs(right - record["score"] * record["n"]) > 0.5:
-            stale = f"{right} of {len(samples)} right, eval.json says {record['score']:.4f} of {record['n']}"
-            raise UserError(
-                f"{owner.id} samples of {task} in {where}: {stale}; redo it: {eval_command(owner, benchmark)}"
-            )
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
-        for key in ("doc_hash", "prompt_hash"):
-            _refuse_unequal(run, baseline, f"{task} question {number} {key}", a[key], b[key])
-    pairs = [(bool(b["correct"]), bool(a["correct"])) for a, b in zip(ours, theirs, strict=True)]
-    return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
-
-
-def _task(record: dict, reference: dict, answers: Answers) -> dict:
-    chance = reference["chance"]
-    row = {"metric": record["metric"]} | _scores([answers], 100 * reference["score"], 100 * record["score"])
+def _task(task: str, mode: str, scored: Scored, reference: Scored, origin: Scored | None, answers: Answers) -> dict:
+    ours, theirs = scored.record["tasks"][task], reference.record["tasks"][task]
+    start, chance = 100 * origin.record["tasks"][task]["score"] if origin else None, theirs["chance"]
+    row = {"task": task, "mode": mode, "untouched": start, "metric": ours["metric"]}
+    row |= _scores([answers], 100 * theirs["score"], 100 * ours["score"])
     # Below chance a drop says as little as at chance, so this is one-sided.
-    near = reference["score"] - chance <= 2 * reference["stderr"]
+    near = theirs["score"] - chance <= 2 * theirs["stderr"]
     return row | {"chance": 100 * chance, "near_chance": near}
+
+
+def _all_questions(scored: Scored | None) -> float | None:
+    """Percent right of the questions of all tasks."""
+    tasks = scored.record["tasks"].values() if scored else ()
+    return 100 * sum(t["score"] * t["n"] for t in tasks) / sum(t["n"] for t in tasks) if tasks else None
 
 
 def _pooled(tasks: Sequence[Answers]) -> dict:

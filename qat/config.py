@@ -201,6 +201,7 @@ class Config:
     experiment: str | None = None
     protocol: str = "paper"
     seed: int = 0
+    repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -1,8 +1,9 @@
 """Score a finished run: benchmarks through lm-eval, held-out loss, and KL divergence to the matched baseline.
 
-Four things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, and the run both ways:
-its weights in BF16 without quantizers (`bf16`, what the paper reports), and W8A8 with frozen scales (`w8a8`). Every
-model is scored as it would be exported, with its parameters in BF16. Nothing is written into a checkpoint.
+Five things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, that baseline in W8A8
+without QAT (`qat.ptq`), and the run both ways: its weights in BF16 without quantizers (`bf16`, what the paper reports),
+and W8A8 with frozen scales (`w8a8`). Every model is scored as it would be exported, with its parameters in BF16.
+Nothing is written into a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,28 +17,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat import benchmarks, checkpoint, data, models, ranks, runtime, tracking
+from qat import benchmarks, checkpoint, data, models, ptq, ranks, runtime, tracking
 from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
-from qat.runs import Run, baseline_of, untouched_of
+from qat.floor import floor, original
+from qat.runs import Run, baseline_of, ptq_mode, untouched_of
 from qat.scaling import Phase
-from qat.wording import table
+from qat.wording import FLOOR_HEADER, floor_cells, markdown, table
 
 _HELDOUT_BATCH = 4  # sequences a forward call
 
 
 @dataclass
 class Subject:
-    """One model to score: the configuration and folder of its run, and how its linears run."""
+    """One model to score: its configuration, the run folder with its weights, and how its linears run."""
 
     cfg: Config
     run: Run
-    mode: str  # bf16 or w8a8
+    mode: str  # bf16; w8a8, with the run's own scales; or `qat.runs.ptq_mode`, with calibrated ones
 
     @property
     def trained(self) -> bool:
         return self.cfg.budget.steps > 0
+
+    @property
+    def calibrated(self) -> bool:
+        return self.mode not in ("bf16", "w8a8")
 
     def build(self) -> tuple[nn.Module, object]:
         """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
@@ -51,12 +57,17 @@ class Subject:
                 saved = checkpoint.matched(tensors, "model", parameters)
         for name, parameter in parameters.items():
             parameter.data = saved[name].detach().to(parameter.device).bfloat16().to(stored)
-        if self.mode == "w8a8":
-            bank, _ = convert(model, self.cfg)
+        model.eval()
+        if self.mode == "bf16":
+            return model, tokenizer
+        bank, _ = convert(model, self.cfg)
+        if self.calibrated:
+            ptq.calibrate(model, bank, self.cfg, tokenizer)
+        else:
             with checkpoint.restoring(self.run.checkpoints):
                 bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
-            bank.phase = Phase.FROZEN
-        return model.eval(), tokenizer
+        bank.phase = Phase.FROZEN
+        return model, tokenizer
 
     def check(self) -> None:
         """Raise `UserError` when there is nothing to score yet."""
@@ -88,12 +99,15 @@ def evaluate(cfg: Config) -> dict | None:
     reference = Subject(baseline, Run.of(baseline), "bf16")
     subjects = [untouched, reference]
     if cfg.quantized:
+        subjects += [Subject(ptq.ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
     for subject in subjects:
         subject.check()
     scorer = _Scorer(cfg, reference)
     for subject in subjects:
         scorer.score(subject)
+    if cfg.repeat:
+        _print_floor([reference.run, run] if cfg.quantized else [run], cfg.benchmark.name)
     if not cfg.quantized:
         return None
     comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
@@ -104,27 +118,36 @@ def evaluate(cfg: Config) -> dict | None:
     return comparison
 
 
+def _print_floor(repeats: list[Run], benchmark: str) -> None:
+    """Repetitions beside their originals, as far as these exist."""
+    found = [floor(original(repeat), repeat, benchmark) for repeat in repeats if original(repeat).finished]
+    if found:
+        print(f"\n{markdown(FLOOR_HEADER, [floor_cells(row) for row in found])}", flush=True)
+
+
 class _Scorer:
     """Scores subjects with one benchmark and one held-out text, and writes the results to their folders."""
 
     def __init__(self, cfg: Config, reference: Subject):
         self.cfg, self.reference = cfg, reference
-        # A result counts only for what was asked: other questions or another text are scored anew.
-        self.asked = {
-            "benchmark": dataclasses.asdict(cfg.benchmark),
-            "heldout": {"path": cfg.data.path, "subset": cfg.data.subset, "tokens": cfg.budget.heldout_tokens}
-            | ({"revision": cfg.data.revision} if cfg.data.revision else {}),
-        }
+
+    def _asked(self, subject: Subject) -> dict:
+        """A result counts only for what was asked: other questions, text or calibration are scored anew."""
+        data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
+        heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens}
+        heldout |= {"revision": data.revision} if data.revision else {}
+        calibrated = {"calibration_sequences": ptq.SEQUENCES} if subject.calibrated else {}
+        return {"benchmark": benchmark, "heldout": heldout} | calibrated
 
     @functools.cached_property
     def _baseline(self) -> nn.Module:
-        """The matched baseline, built once for both ways of scoring a quantized run."""
+        """The matched baseline, built once for all that is compared with its predictions."""
         return self.reference.build()[0]
 
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
-        done = subject.run.evaluations().get(name, {}).get(mode, {})
-        if done.get("asked") == self.asked:
+        done, asked = subject.run.evaluations().get(name, {}).get(mode, {}), self._asked(subject)
+        if done.get("asked") == asked:
             print(f"{subject.run.id} ({mode}): scored already", flush=True)
             return
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
@@ -139,7 +162,7 @@ class _Scorer:
             "tasks": scores.tasks,
             "heldout": {self.cfg.data.name: heldout},
             "lm_eval": scores.lm_eval,
-            "asked": self.asked,
+            "asked": asked,
             "seconds": round(time.perf_counter() - started, 1),
         }
         with subject.run.lock():

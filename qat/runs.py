@@ -32,6 +32,7 @@ _IRRELEVANT = {
     "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": (),
 }
+_OF_TRAINING = ("gradients", "target_gradient", "ste")  # of `quant`, what a forward pass does not know of
 
 
 def identity(cfg: Config) -> dict:
@@ -54,7 +55,7 @@ def identity(cfg: Config) -> dict:
     } | {k: v for k, v in _chosen(cfg.budget).items() if k in ("compile", "activation_checkpointing", "largest_logits")}
     if cfg.budget.compile:  # steps that telemetry looks at are not compiled
         parts["budget"]["telemetry_every"] = cfg.budget.telemetry_every
-    parts["seed"] = cfg.seed
+    parts |= {"seed": cfg.seed} | ({"repeat": cfg.repeat} if cfg.repeat else {})
     if cfg.quantized:
         parts["quant"] = _chosen(cfg.quant)
         parts["scaling"] = _effective_scaling(cfg)
@@ -97,15 +98,25 @@ def untouched_of(cfg: Config) -> Config:
     return untouched
 
 
+def ptq_mode(quant: QuantConfig) -> str:
+    """Under which name a baseline's folder keeps the scores of its weights under a quantization: all runs that quantize
+    the forward pass alike share them."""
+    parts = {name: value for name, value in _chosen(quant).items() if name not in _OF_TRAINING}
+    return f"ptq-{_digest(parts)}"
+
+
 def run_id(cfg: Config) -> str:
     """Readable slug plus a hash of `identity`. Characters: letters, digits, '.', '_', '-'."""
     if cfg.budget.steps == 0:
         parts, slug = _untouched_identity(cfg), [cfg.model.name, "untouched"]
     else:
         parts, slug = identity(cfg), [cfg.model.name, *_slug(cfg)]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
     safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(slug))
-    return f"{safe[:80]}-{digest}"
+    return f"{safe[:80]}-{_digest(parts)}"
+
+
+def _digest(parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _untouched_identity(cfg: Config) -> dict:
@@ -122,7 +133,8 @@ def _slug(cfg: Config) -> list[str]:
         words += [f"w{cfg.scaling.window}"] if cfg.scaling.algo == "max" else []
         words += [f"warm{cfg.bf16_warmup_steps}"]
     words += ["twice"] if cfg.data.label_shift == "twice" else []
-    return [*words, f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}"]
+    repeat = [f"r{cfg.repeat}"] if cfg.repeat else []
+    return [*words, f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}", *repeat]
 
 
 @contextlib.contextmanager

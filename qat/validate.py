@@ -31,6 +31,7 @@ def validate(cfg: Config) -> None:
 _INF = float("inf")
 _RANGES = [
     ("seed", 0, 2**31 - 1),
+    ("repeat", 0, _INF),
     ("data.duplicate_workers", 1, 64),
     ("data.tokenizer_threads", 1, 256),
     ("budget.heldout_tokens", 1, _INF),

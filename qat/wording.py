@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
 from qat.paired import holm
 
-TASK_HEADER = ["Task", "Mode", "BF16 %", "Run %", "Points [95 % CI]", "Rel. drop % [95 % CI]", "Lost/gained of n", "p"]
-TASK_HEADER += ["Detectable, points", "Remark"]
+TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
+TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
+HELDOUT_HEADER = ["Held-out text", "Mode", "Untouched, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
+HELDOUT_HEADER += ["KL, nats", "Sequences"]
+FLOOR_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
+FLOOR_HEADER += ["Answers flipped", "In words"]
 
 
 def task_cells(row: dict) -> list[str]:
@@ -19,8 +23,9 @@ def task_cells(row: dict) -> list[str]:
         drop += f" {interval(row['relative_drop_ci'])}"
     flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
     name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"
-    cells = [name, MODES[row["mode"]], f"{row['baseline']:.2f}", f"{row['score']:.2f}"]
-    cells += [f"{signed(row['points'])} {interval(row['ci'])}", drop, flips, p_text(row["p_value"])]
+    scores = (number(row.get("untouched")), number(row["baseline"]), number(row["score"]))
+    cells = [name, MODES[row["mode"]], *scores, f"{signed(row['points'])} {interval(row['ci'])}"]
+    cells += [drop, flips, p_text(row["p_value"])]
     # A comparison made by an earlier version has neither this nor the interval of the drop.
     return [*cells, f"{row['detectable']:.1f}" if "detectable" in row else "-", remark(row)]
 
@@ -28,6 +33,30 @@ def task_cells(row: dict) -> list[str]:
 def task_rows(comparison: Mapping) -> list[list[str]]:
     """Every task in every mode, and all questions together, as `task_cells`."""
     return [task_cells(row) for row in (*comparison["tasks"], *comparison.get("pooled", []))]
+
+
+def heldout_rows(comparison: Mapping) -> list[list[str]]:
+    """Every held-out text in every mode as text, a cell for each entry of `HELDOUT_HEADER`."""
+    return [
+        [
+            row["text"],
+            MODES[row["mode"]],
+            *(number(row.get(key), 4) for key in ("untouched", "baseline", "loss")),
+            f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
+            number(row["kl"], 4),
+            str(row["sequences"]),
+        ]
+        for row in comparison["heldout"]
+    ]
+
+
+def floor_cells(row: Mapping) -> list[str]:
+    """What a run and its repetition differ by (`qat.floor.floor`), a cell for each entry of `FLOOR_HEADER`."""
+    heldout = "; ".join(f"{signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"])
+    flipped = "-" if row["n"] is None else f"{row['flipped']} of {row['n']}"
+    words = "bit-identical: every loss equal" if row["identical"] else "not bit-identical"
+    cells = [row["run"], str(row["repeat"]), str(row["steps"]), f"{row['ape']:.5f}", f"{row['largest']:.6f}"]
+    return [*cells, heldout or "-", flipped, words if row["heldout"] else f"{words}; not scored"]
 
 
 def resolved(row: dict) -> bool:
@@ -41,6 +70,11 @@ def remark(row: dict) -> str:
     words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_MARK:g} %"]
     words += [] if resolved(row) else ["unresolved"]
     return ", ".join(words + (["near chance"] if row.get("near_chance") else []))
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float, digits: int = 2, plus: str = "+") -> str:
@@ -69,20 +103,13 @@ def loss_text(comparison: dict) -> str:
     )
 
 
-def heldout_text(row: dict) -> str:
-    """One sentence on one held-out text."""
-    kl = "" if row["kl"] is None else f", KL {row['kl']:.4f} nats"
-    change = f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}"
-    return f"Held-out {row['text']}, {MODES[row['mode']]}: {row['loss']:.4f} nats a token, {change} from BF16{kl}."
-
-
 def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
     """One sentence on the held-out losses of several comparisons in W8A8; empty where there are none."""
     rows = [row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8"]
     if not rows:
         return ""
     low, high = (signed(end(row["difference"] for row in rows), 4) for end in (min, max))
-    clear = sum(row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0 for row in rows)
+    clear = sum(map(_beyond_noise, rows))
     span = f"{low} to {high}" if len(rows) > 1 else low
     return (
         f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token; "
@@ -90,16 +117,51 @@ def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
     )
 
 
+def qat_verdict(comparisons: Iterable[Mapping]) -> str:
+    """Whether QAT was needed: held-out loss in W8A8 with it and without (PTQ of the baseline). Empty where no PTQ was
+    scored."""
+    rows = [row for comparison in comparisons for row in comparison.get("qat", [])]
+    if len(rows) < 2:
+        return _recovered(rows[0]) if rows else ""
+    better = sum(_beyond_noise(row) and row["recovered"] > 0 for row in rows)
+    worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
+    spans = {}
+    for key in ("ptq", "recovered"):
+        low, high = (signed(end(row[key] for row in rows), 4) for end in (min, max))
+        spans[key] = f"{low} to {high}"
+    return (
+        f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {spans['ptq']} nats a token, of which QAT recovers "
+        f"{spans['recovered']}: beyond noise (95 %) in {better} of {len(rows)} runs"
+        f"{f', and in {worse} it costs more than PTQ' if worse else ''}."
+    )
+
+
+def _beyond_noise(row: Mapping) -> bool:
+    return row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0
+
+
+def _recovered(row: Mapping) -> str:
+    ptq, qat = (signed(row[key], 4) for key in ("ptq", "w8a8"))
+    costs = f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {ptq} nats a token of held-out text, with QAT {qat}"
+    change = f"{signed(row['recovered'], 4)} {interval(row['ci'], 4)}"
+    if not _beyond_noise(row):
+        return f"{costs}; the difference, {change}, is not beyond noise, so this does not show that QAT was needed."
+    return f"{costs}: QAT recovers {change}." if row["recovered"] > 0 else f"{costs}: QAT does harm, {change}."
+
+
 def verdict(comparisons: Mapping[str, dict]) -> str:
-    """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests."""
-    rows = [
-        (f"{label + ': ' if label else ''}{TASKS.get(r['task'], r['task'])} in {MODES[r['mode']]}", r)
-        for label, comparison in comparisons.items()
-        for r in comparison["tasks"]
-    ]
-    if not rows:
+    """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests. Runs of one
+    baseline share its PTQ, which is tested once."""
+    tests = {}
+    for label, comparison in comparisons.items():
+        for row in comparison["tasks"]:
+            shared = row["mode"] == "ptq"
+            of = (comparison["baseline"], comparison["ptq"]) if shared else (comparison["run"], row["mode"])
+            name = f"{label + ': ' if label else ''}{TASKS.get(row['task'], row['task'])} in {MODES[row['mode']]}"
+            tests.setdefault((*of, row["task"]), (name, row))
+    if not tests:
         return "No benchmark task was compared."
-    rows.sort(key=lambda pair: pair[1]["p_value"])
+    rows = sorted(tests.values(), key=lambda pair: pair[1]["p_value"])
     real = holm([row["p_value"] for _, row in rows])
     name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
     reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name})"
@@ -128,5 +190,6 @@ def table(comparison: dict) -> str:
     """A comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
     parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
     parts += [markdown(TASK_HEADER, task_rows(comparison)), ""]
-    parts += [loss_text(comparison), *(heldout_text(row) for row in comparison["heldout"])]
-    return "\n".join([*parts, verdict({"": comparison})]) + "\n"
+    parts += [markdown(HELDOUT_HEADER, heldout_rows(comparison)), ""] if comparison["heldout"] else []
+    sentences = [loss_text(comparison), qat_verdict([comparison]), verdict({"": comparison})]
+    return "\n".join([*parts, *filter(None, sentences)]) + "\n"

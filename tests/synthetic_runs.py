@@ -12,12 +12,13 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.config import Config
+from qat.config import Config, QuantConfig
 from qat.report import Experiment
-from qat.runs import Run
+from qat.runs import Run, ptq_mode, run_id, untouched_of
 
 TASKS = {"mmlu": (228, 0.26), "hellaswag": (200, 0.43), "arc_easy": (200, 0.58), "arc_challenge": (200, 0.35)}
 ROLES = ("activation", "weight", "gradient")
+PTQ = ptq_mode(QuantConfig(format="hif8"))
 
 
 def config(**changes) -> dict:
@@ -69,6 +70,11 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
         entry = {mode: _evaluation(folder, mode, right, texts.get(mode, {})) for mode, right in answers.items()}
         _json(folder / "eval.json", {"quick": entry})
     return folder
+
+
+def untouched_beside(run: Path) -> Path:
+    """The folder that the untouched checkpoint of a run has."""
+    return run.parent / run_id(untouched_of(Run(run).typed_config()))
 
 
 def edit(path: Path, change) -> None:
@@ -168,7 +174,7 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
             ("exp8-bf16", 1e-5, 4, {}),
         )
     )
-    write_run(root / "untouched", config(), [], {"bf16": answers(5)}, slow.heldout)
+    write_run(untouched_beside(slow.folder), config(), [], {"bf16": answers(5)}, slow.texts)
     recipes = {
         "exp2": [(probe, "current", 1, 0), (probe, "most_recent", 30, 0)],
         "exp3": [(main, "most_recent", 30, 0)],
@@ -200,10 +206,12 @@ class _Baseline:
         self.losses = losses(7, 18 if changes else 36, lr)
         if lr > 1e-3:
             self.losses += 0.015 * np.arange(36) ** 1.3
-        self.answers = answers(seed)
-        self.heldout = {"bf16": {"wikipedia": 3.2 + 0.3 * np.random.default_rng(9).random(16)}}
+        self.answers, rng = answers(seed), np.random.default_rng(seed)
+        same = 3.2 + 0.3 * np.random.default_rng(9).random(16)
+        self.texts = {"bf16": {"wikipedia": same}, PTQ: {"wikipedia": same + rng.normal(0.006, 0.004, 16)}}
         settings = config(experiment=folder.name[:4], **self.changes)
-        write_run(folder, settings, self.losses, {"bf16": self.answers}, self.heldout)
+        given = {"bf16": self.answers, PTQ: _flipped(self.answers, 0.03, rng)}
+        write_run(folder, settings, self.losses, given, self.texts)
 
     def quantize(self, folder: Path, experiment: str, recipe: tuple, seed: int) -> Path:
         algo, window, warmup = recipe
@@ -211,12 +219,9 @@ class _Baseline:
         settings = {"experiment": experiment, "quant.format": "hif8", "scaling.algo": algo, "scaling.window": window}
         noise = rng.normal(4e-4, 1.5e-3, len(self.losses)) * (np.arange(len(self.losses)) >= start)
         shares = {"bf16": 0.01, "w8a8": 0.03}
-        same = self.heldout["bf16"]["wikipedia"]
+        same = self.texts["bf16"]["wikipedia"]
         texts = {mode: {"wikipedia": same + rng.normal(0.004, 0.004, 16)} for mode in shares}
-        flipped = {
-            mode: {task: [right ^ (rng.random() < share) for right in given] for task, given in self.answers.items()}
-            for mode, share in shares.items()
-        }
+        flipped = {mode: _flipped(self.answers, share, rng) for mode, share in shares.items()}
         return write_run(
             folder,
             config(**self.changes, **settings, **{"warmup.bf16": warmup}),
@@ -224,3 +229,7 @@ class _Baseline:
             None if experiment == "exp7" else flipped,
             texts,
         )
+
+
+def _flipped(answers: dict, share: float, rng: np.random.Generator) -> dict:
+    return {task: [right ^ (rng.random() < share) for right in given] for task, given in answers.items()}

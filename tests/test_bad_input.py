@@ -137,6 +137,7 @@ OVERRIDES = [
     Case("quant.weights=maybe", "quant.weights=maybe: must be true or false"),
     Case("quant.scope=mlp.*", "quant.scope=mlp.*: must be a list, as in quant.scope=[mlp.*]"),
     Case("seed=-1", "seed=-1: must lie in [0, 2147483647]; the nearest valid value is 0"),
+    Case("repeat=-1", "repeat=-1: must lie in [0, inf]; the nearest valid value is 0"),
     Case("protocol=papr", "protocol=papr: unknown choice; did you mean 'paper'?"),
     Case("quant.format=hif9", "quant.format=hif9: unknown value; did you mean 'hif8'?"),
     Case(

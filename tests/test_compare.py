@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, t
+from scipy.stats import binomtest, t, ttest_1samp
 from scipy.stats import bootstrap as bootstrap_of_scipy
+from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
+from statsmodels.stats.multitest import multipletests
 
 from qat.compare import compare, loss_ape
 from qat.config import UserError
 from qat.paired import Answers, bootstrap, detectable, detectable_mean, half_width, holm, mcnemar, tango
-from qat.wording import heldout_verdict, table, verdict
-from tests.synthetic_runs import config, edit, write_run
+from qat.wording import heldout_verdict, qat_verdict, table, verdict
+from tests.synthetic_runs import PTQ, config, edit, write_run
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64, "warmup.bf16": 0.05}
 RIGHT = [True] * 60 + [False] * 40
@@ -61,9 +63,16 @@ def test_mcnemar_is_the_binomial_test_of_the_flips():
     assert mcnemar(3000, 3200) == pytest.approx(binomtest(3000, 6200).pvalue)
 
 
+@pytest.mark.parametrize(("lost", "gained"), [(9, 1), (0, 6), (4, 4), (30, 41), (300, 410)])
+def test_mcnemar_is_statsmodels_exact_one(lost, gained):
+    wanted = mcnemar_of_statsmodels([[50, lost], [gained, 40]], exact=True).pvalue
+    assert mcnemar(lost, gained) == pytest.approx(wanted, rel=1e-9)
+
+
 @pytest.mark.parametrize(("lost", "gained", "n"), [(9, 1, 100), (1, 0, 44), (30, 41, 1172), (0, 5, 200), (7, 7, 50)])
 def test_tango_inverts_the_score_test(lost, gained, n):
-    """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force."""
+    """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force: statsmodels has
+    no interval for the difference of paired proportions."""
     share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions lost, under a given change
     for limit in tango(lost, gained, n):
         rates = share + limit, share, 1 - 2 * share - limit
@@ -133,10 +142,28 @@ def test_half_width_is_student_t():
     assert half_width([1.0]) is None
 
 
+def test_half_width_is_that_of_scipys_t_test():
+    for n in (2, 16, 400):
+        values = np.random.default_rng(n).normal(0.01, 0.3, n)
+        wanted = ttest_1samp(values, 0).confidence_interval(0.95)
+        assert [values.mean() + side * half_width(values.tolist()) for side in (-1, 1)] == pytest.approx(wanted)
+
+
 def test_holm_counts_from_the_smallest():
     assert holm([0.001, 0.02, 0.04]) == 3
     assert holm([0.001, 0.03, 0.04]) == 1
     assert holm([0.03, 0.04]) == 0
+
+
+def test_holm_rejects_what_statsmodels_does():
+    draw, seen = np.random.default_rng(0), set()
+    for size in (1, 2, 8, 56):
+        for _ in range(50):
+            p_values = np.sort(draw.beta(0.2, 2, size)).tolist()
+            rejected = multipletests(p_values, alpha=0.05, method="holm")[0]
+            assert holm(p_values) == rejected.sum()
+            seen.add(int(rejected.sum()))
+    assert len(seen) > 10  # none, some and many
 
 
 def test_compare_by_hand(runs):
@@ -147,6 +174,7 @@ def test_compare_by_hand(runs):
         "steps": 2,
         "skipped": 0,
         "ape": pytest.approx(35),
+        "largest": 1.0,
         "ape_last_tenth": pytest.approx(50),
         "final": 3.0,
         "final_baseline": 2.0,
@@ -274,6 +302,7 @@ def test_table(runs):
     assert [cell.strip() for cell in lines[4].split("|")[1:-1]] == [
         "ARC-Easy",
         "W8A8",
+        "-",
         "60.00",
         "52.00",
         "-8.00 [-15.41, -2.26]",
@@ -283,7 +312,7 @@ def test_table(runs):
         "8.8",
         "over 1 %",
     ]
-    assert [cell.strip() for cell in lines[5].split("|")[4:-1]] == [
+    assert [cell.strip() for cell in lines[5].split("|")[5:-1]] == [
         "60.00",
         "+0.00 [-3.70, +3.70]",
         "0.00",
@@ -293,12 +322,74 @@ def test_table(runs):
         "pass, unresolved",
     ]
     assert len({len(line) for line in lines[2:6]}) == 1
-    assert lines[7] == (
+    assert [cell.strip() for cell in lines[9].split("|")[1:-1]] == [
+        "wikipedia",
+        "W8A8",
+        "-",
+        "3.2000",
+        "3.3000",
+        "+0.1000 [-0.1484, +0.3484]",
+        "0.0021",
+        "3",
+    ]
+    assert lines[12] == (
         "Loss APE 35.000 % (over the 0.5 % mark), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
     )
-    assert lines[8] == (
-        "Held-out wikipedia, W8A8: 3.3000 nats a token, +0.1000 [-0.1484, +0.3484] from BF16, KL 0.0021 nats."
+
+
+def with_ptq(runs, losses: list[float], lost: int = 20) -> dict:
+    """The comparison, with a PTQ of the baseline that has these held-out losses and lost so many answers."""
+    answers = {"bf16": {"arc_easy": RIGHT}, PTQ: {"arc_easy": flipped(lost, 0)}}
+    write_run(runs[1], config(), [2.5, 2.0], answers, TEXT | {PTQ: {"wikipedia": losses}})
+    return compare(*runs, "quick")
+
+
+def test_ptq_of_the_baseline_stands_beside_the_run(runs):
+    result = with_ptq(runs, [3.2, 3.5, 3.6])
+    assert result["ptq"] == PTQ and [row["mode"] for row in result["tasks"]] == ["w8a8", "ptq", "bf16"]
+    ptq = result["tasks"][1]
+    assert (ptq["lost"], ptq["gained"], ptq["baseline"], ptq["score"]) == (20, 0, 60, 40)
+    held = {row["mode"]: row for row in result["heldout"]}
+    assert held["ptq"]["difference"] == pytest.approx(0.7 / 3) and held["ptq"]["ci"][0] > 0
+    (qat,) = result["qat"]
+    half = half_width([0.1, 0.1, 0.2])  # paired with the run's own sequences: 3.1, 3.4, 3.4
+    assert (qat["ptq"], qat["w8a8"], qat["recovered"]) == pytest.approx((0.7 / 3, 0.1, 0.4 / 3))
+    assert qat["ci"] == pytest.approx([0.4 / 3 - half, 0.4 / 3 + half])
+    assert json.loads(json.dumps(result)) == result
+    assert "| W8A8 by PTQ " in table(result) and "2 of 3 paired tests differ" in verdict({"": result})
+    assert verdict({"a": result, "b": dict(result, run="other")}).startswith("1 of 5 paired")  # they share one PTQ
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ([3.3, 3.61, 3.6], "costs +0.3033 nats a token of held-out text, with QAT +0.1000: QAT recovers +0.2033 [+0.1"),
+        ([3.2, 3.5, 3.4], "with QAT +0.1000; the difference, +0.0667 [-0.0768, +0.2101], is not beyond noise, so"),
+        (
+            [3.0, 3.31, 3.3],
+            "W8A8 costs +0.0033 nats a token of held-out text, with QAT +0.1000: QAT does harm, -0.0967",
+        ),
+    ],
+)
+def test_whether_qat_was_needed_is_said_in_words(runs, losses, says):
+    result = with_ptq(runs, losses)
+    assert says in qat_verdict([result]) and says in table(result)
+
+
+def test_qat_of_several_runs_is_counted(runs):
+    results = [with_ptq(runs, losses) for losses in ([3.3, 3.61, 3.6], [3.2, 3.5, 3.4], [3.0, 3.31, 3.3])]
+    assert qat_verdict(results) == (
+        "Without QAT (PTQ of the BF16 baseline) W8A8 costs +0.0033 to +0.3033 nats a token, of which QAT recovers "
+        "-0.0967 to +0.2033: beyond noise (95 %) in 1 of 3 runs, and in 1 it costs more than PTQ."
     )
+    assert qat_verdict([compare(*runs, "quick") | {"qat": []}]) == ""
+
+
+def test_a_stale_ptq_is_refused_by_name(runs):
+    with_ptq(runs, [3.2, 3.5, 3.6])
+    edit(runs[1] / "eval.json", lambda record: record["quick"][PTQ].update(lm_eval="old"))
+    with pytest.raises(UserError, match=rf"lm-eval version differs: old in base \({PTQ}\), 0.4.13 in base;"):
+        compare(*runs, "quick")
 
 
 def test_tasks_are_pooled_question_by_question(tmp_path):

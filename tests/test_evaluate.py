@@ -10,14 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat import benchmarks, checkpoint, compare, dashboard, data, evaluate, loop, tracking
+from qat import benchmarks, checkpoint, compare, dashboard, data, evaluate, loop, ptq, tracking
 from qat.compare import differences
 from qat.config import TaskConfig, UserError
 from qat.convert import quantized_linears
 from qat.evaluate import Subject
 from qat.evaluate import evaluate as score
 from qat.linear import Quantizer
-from qat.runs import Run, baseline_of, untouched_of
+from qat.runs import Run, baseline_of, ptq_mode, untouched_of
 from qat.scaling import ScaleBank
 from tests.conftest import RUNS, TINY, wandb_records
 from tests.test_dashboard import parts
@@ -48,12 +48,13 @@ def scored(configure, tmp_path_factory):
 def subjects(cfg) -> dict[str, Subject]:
     untouched, baseline = untouched_of(cfg), baseline_of(cfg)
     named = {
-        "untouched": (untouched, "bf16"),
-        "baseline": (baseline, "bf16"),
-        "bf16": (cfg, "bf16"),
-        "w8a8": (cfg, "w8a8"),
+        "untouched": (untouched, untouched, "bf16"),
+        "baseline": (baseline, baseline, "bf16"),
+        "ptq": (ptq.ptq_of(cfg), baseline, ptq_mode(cfg.quant)),
+        "bf16": (cfg, cfg, "bf16"),
+        "w8a8": (cfg, cfg, "w8a8"),
     }
-    return {name: Subject(each, Run.of(each), mode) for name, (each, mode) in named.items()}
+    return {name: Subject(each, Run.of(owner), mode) for name, (each, owner, mode) in named.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
@@ -74,6 +75,7 @@ def test_every_subject_has_its_scores_and_samples(scored):
         assert heldout["loss"] == pytest.approx(sum(heldout["sequence_losses"]) / 2)
         assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
     assert Run.of(cfg).evaluations()["smoke"].keys() == {"bf16", "w8a8"}
+    assert Run.of(baseline_of(cfg)).evaluations()["smoke"].keys() == {"bf16", ptq_mode(cfg.quant)}
     untouched = Run.of(untouched_of(cfg))
     assert untouched.status() == {} and untouched.typed_config() == silent(untouched_of(cfg))
 
@@ -84,9 +86,11 @@ def test_the_comparison_is_written_beside_the_run(scored):
     assert (comparison["run"], comparison["baseline"]) == (Run.of(cfg).id, Run.of(baseline_of(cfg)).id)
     assert comparison["untouched"] == Run.of(untouched_of(cfg)).id
     assert {(row["task"], row["mode"]) for row in comparison["tasks"]} == {
-        (t, m) for t in TASKS for m in ("bf16", "w8a8")
+        (t, m) for t in TASKS for m in ("bf16", "w8a8", "ptq")
     }
-    assert [row["mode"] for row in comparison["heldout"]] == ["w8a8", "bf16"] and comparison["loss"]["steps"] == 12
+    assert [row["mode"] for row in comparison["heldout"]] == ["w8a8", "ptq", "bf16"] and comparison["loss"][
+        "steps"
+    ] == 12
     losses = [[row["loss"] for row in Run.of(each).metrics()] for each in (cfg, baseline_of(cfg))]
     assert comparison["loss"]["ape"] == compare.loss_ape(*losses) > 0
 
@@ -149,8 +153,9 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
     saved = checkpoint.latest(Run.of(cfg).checkpoints)[0]
     models = {name: subject.build() for name, subject in subjects(cfg).items()}
     for name, (model, tokenizer) in models.items():
-        assert not model.training and len(quantized_linears(model)) == (9 if name == "w8a8" else 0)
-        assert bool(quantizers(model)) == (name == "w8a8")
+        rounded = name in ("w8a8", "ptq")
+        assert not model.training and len(quantized_linears(model)) == (9 if rounded else 0)
+        assert bool(quantizers(model)) == rounded
         tokens, _ = data.heldout(cfg.data, tokenizer, 256)
         with torch.no_grad():
             logits = model(input_ids=tokens[:, :-1]).logits.float()
@@ -203,8 +208,46 @@ def test_scoring_again_scores_nothing(scored, monkeypatch, capsys):
     capsys.readouterr()
     assert json.loads(json.dumps(score(again))) == json.loads(json.dumps(comparison))
     assert score(baseline_of(again)) is None
-    assert capsys.readouterr().out.count("scored already") == 4 + 2
+    assert capsys.readouterr().out.count("scored already") == 5 + 2
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in runs} == before
+
+
+def test_runs_that_quantize_alike_share_one_ptq(scored, config):
+    """Of exp8 and exp7 at its learning rate the baseline is one, and so is its PTQ."""
+    cfg = scored[0]
+    other = copy.deepcopy(cfg)
+    other.scaling.algo, other.quant.ste, other.quant.gradients = "current", "masked", False
+    assert Run.of(other).path != Run.of(cfg).path and Run.of(baseline_of(other)).path == Run.of(baseline_of(cfg)).path
+    assert ptq_mode(other.quant) == ptq_mode(cfg.quant)
+    for key, value in {"scope": ["mlp.down_proj"], "operands": "descaled", "target_weight": 14.0}.items():
+        changed = copy.deepcopy(cfg)
+        setattr(changed.quant, key, value)
+        assert ptq_mode(changed.quant) != ptq_mode(cfg.quant)
+
+
+def test_another_calibration_is_scored_anew(scored, monkeypatch):
+    monkeypatch.setattr(ptq, "SEQUENCES", 4)
+    asked = []
+
+    def stop(*_, **__):
+        asked.append(True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score(silent(scored[0]))
+    assert asked
+
+
+def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
+    cfg = dataclasses.replace(silent(scored[0]), repeat=1)
+    assert not Run.of(cfg).path.exists() and Run.of(untouched_of(cfg)).path == Run.of(untouched_of(scored[0])).path
+    loop.train_with_baseline(cfg)
+    comparison = score(cfg)
+    assert comparison["baseline"] == Run.of(baseline_of(cfg)).id != Run.of(baseline_of(scored[0])).id
+    rows = [line for line in capsys.readouterr().out.splitlines() if "bit-identical" in line]
+    assert len(rows) == 2 and all("bit-identical: every loss equal" in row and "not bit" not in row for row in rows)
+    assert Run.of(scored[0]).id in rows[1] and Run.of(baseline_of(scored[0])).id in rows[0]
 
 
 @pytest.mark.parametrize("key", ["benchmark.split", "budget.heldout_tokens"])

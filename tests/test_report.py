@@ -14,7 +14,7 @@ from qat.compare import compare
 from qat.report import Experiment, tables, write
 from qat.report.experiment import Curve, Telemetry, published
 from qat.runs import Run
-from tests.synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
+from tests.synthetic_runs import ROLES, config, edit, losses, suite, untouched_beside, write_run, write_telemetry
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
 CONTEXT = {"Hardware": "2 cores <of> one CPU", "Versions": {"torch": "2.13.0"}, "Command": "make suite"}
@@ -48,11 +48,12 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple[Page, str, Path]:
-    """The whole suite, exp8 compared beforehand beside the untouched checkpoint."""
+    """The whole suite, exp8 compared beforehand."""
     root = tmp_path_factory.mktemp("suite")
     experiments = suite(root)
     last = experiments[-1]
-    last.comparisons.append(compare(last.runs[0].path, last.baselines[0].path, "quick", root / "untouched"))
+    run, base = last.runs[0].path, last.baselines[0].path
+    last.comparisons.append(compare(run, base, "quick", untouched_beside(run)))
     html, markdown = write(experiments, root / "out", CONTEXT)
     return Page(html), markdown.read_text(), html.parent
 
@@ -77,13 +78,16 @@ def test_both_formats_hold_everything(report):
         assert f"exp{k}" in page.ids and f"## exp{k}: " in markdown
     shared = [
         "0.5 % mark in 6 of 6 compared runs",
-        "None of 48 paired tests",
+        "None of 60 paired tests",  # PTQ of three baselines, each counted once
         "Not compared: exp7.",
         "42.51 → 41.25",
         "exp8-max against exp8-bf16",
         "One seed a cell",
         "MMLU is near chance",
         "untouched checkpoint",
+        "ours, untouched",
+        "ours, W8A8 by PTQ",
+        "W8A8 costs +0.00",
         "torch 2.13.0",
         "Loss APE 0.",
         "Held-out loss in W8A8 differs from BF16 by +0.00",
@@ -160,6 +164,31 @@ def test_what_a_run_warned_of_is_a_caution(tmp_path):
     ):
         assert line in Page(html).text and line in markdown.read_text()
     assert "30 % lost" not in markdown.read_text()
+
+
+def test_what_an_earlier_version_compared_is_shown(tmp_path):
+    """It scored no PTQ, and wrote less about the untouched checkpoint."""
+    run, base = (Run(path) for path in _compared(tmp_path))
+    comparison = compare(run.path, base.path, "quick")
+    del comparison["ptq"], comparison["qat"]
+    for row in (*comparison["heldout"], *comparison["pooled"]):
+        del row["untouched"]
+    html, markdown = write([Experiment("exp8", [run], [base], [comparison])], tmp_path / "out", {})
+    for text in (Page(html).text, markdown.read_text()):
+        assert "ours, W8A8" in text and "ours, W8A8 by PTQ" not in text and "costs" not in text
+        assert (
+            "PTQ) was not scored beside exp8, so whether QAT was needed is unknown; scripts/eval.py scores it" in text
+        )
+    assert "untouched" not in tables.glance([Experiment("exp8", [run], [base], [comparison])], published()).header
+
+
+def _compared(folder: Path) -> tuple[Path, Path]:
+    answers, text = {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}, {"wikipedia": [3.0, 3.2, 3.4]}
+    base = write_run(folder / "base", config(), [2.0], {"bf16": answers}, {"bf16": text})
+    modes = ("w8a8", "bf16")
+    return write_run(
+        folder / "run", config(**HIF8), [2.1], dict.fromkeys(modes, answers), dict.fromkeys(modes, text)
+    ), base
 
 
 def test_nothing_at_all(tmp_path):

@@ -28,6 +28,7 @@ def renamed(config, words: tuple[str, ...] = (), **changes) -> bool:
 
 CHANGES = {
     "seed": 1,
+    "repeat": 1,
     "model.path": "elsewhere",
     "model.revision": "abc",
     "data.path": "elsewhere",
@@ -140,6 +141,9 @@ def test_names_are_readable(config):
     released = config("experiment=exp3", "protocol=released", seed=7)
     assert run_id(released).startswith("tiny-hif8-most_recent-warm0-twice-lr0.0001-12steps-s7-")
     assert run_id(untouched_of(released)).startswith("tiny-untouched-")
+    again = config("experiment=exp8", repeat=2)
+    assert "-12steps-s0-r2-" in run_id(again) and "-12steps-s0-r2-" in run_id(baseline_of(again))
+    assert run_id(untouched_of(again)) == run_id(untouched_of(config("experiment=exp8")))
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a b\nc", "..", ".hidden/../..", "x" * 500, "ünïcode"])

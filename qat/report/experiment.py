@@ -14,7 +14,7 @@ import yaml
 
 from qat.compare import TASKS, compare, mismatches
 from qat.config import UserError
-from qat.runs import Run
+from qat.runs import Run, run_id, untouched_of
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
@@ -93,8 +93,9 @@ class Experiment:
         config = pair.run.typed_config()
         pair.baseline = next((b for b in self.bf16 if not mismatches(config, b.typed_config())), None)
         candidate = pair.baseline or self.bf16[0]
+        benchmark, origin = pair.config["benchmark"]["name"], untouched(pair.run)
         try:
-            pair.comparison = compare(pair.run.path, candidate.path, pair.config["benchmark"]["name"])
+            pair.comparison = compare(pair.run.path, candidate.path, benchmark, origin and origin.path)
         except UserError as reason:
             pair.missing = str(reason)
 
@@ -166,6 +167,12 @@ class Telemetry:
         means = {key: float(np.mean([row[key] for row in rows])) for key in SHARES}
         decibel = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
         return means | {"sqnr_db": float(np.mean(decibel)) if decibel else float("nan")}
+
+
+def untouched(run: Run) -> Run | None:
+    """The checkpoint that a run started from, in the folder beside it; None where it was not scored."""
+    origin = Run(run.path.parent / run_id(untouched_of(run.typed_config())))
+    return origin if origin.evaluations() else None
 
 
 def tasks_of(records) -> list[str]:

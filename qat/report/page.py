@@ -17,7 +17,7 @@ from qat.report.experiment import Experiment, Pair, scientific
 from qat.report.panels import score_legend
 from qat.report.plots import PALETTE, svg
 from qat.runs import Run
-from qat.wording import heldout_verdict, loss_text, verdict
+from qat.wording import heldout_verdict, loss_text, qat_verdict, verdict
 
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
 
@@ -48,6 +48,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "score_legend": score_legend(),
         "resolution": tables.resolution(experiments),
         "seeds": tables.seeds(experiments),
+        "floor": tables.floor(experiments),
         "cautions": _cautions(experiments),
         "baselines": tables.baselines(experiments, paper),
         "experiments": _experiments(experiments, paper["experiments"]),
@@ -69,7 +70,8 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
         absent += [pair.label for pair in e.pairs if not pair.comparison]
         absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
     gaps = f"Not compared: {', '.join(absent)}." if absent else ""
-    return [line for line in (loss, heldout_verdict(compared.values()), verdict(compared), gaps) if line]
+    lines = (loss, heldout_verdict(compared.values()), qat_verdict(compared.values()), verdict(compared), gaps)
+    return [line for line in lines if line]
 
 
 def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
@@ -94,6 +96,12 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
         found.append("One seed a cell: intervals cover the choice of questions, not the noise between training runs.")
     if rows and all(row["untouched"] is None for row in rows):
         found.append("The untouched checkpoint was not evaluated, so what BF16 training itself changed is unknown.")
+    without = [label for label, comparison in _compared(experiments).items() if not comparison.get("ptq")]
+    if without:
+        found.append(
+            f"W8A8 without QAT (PTQ) was not scored beside {', '.join(without)}, so whether QAT was needed is unknown; "
+            "scripts/eval.py scores it."
+        )
     runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs}
     return found + [line for run in runs.values() for line in _warnings(run)]
 
@@ -158,7 +166,7 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
         "recipe": _recipe(pair),
         "runs": f"{pair.run.id} against {pair.baseline.id}" if pair.baseline else pair.run.id,
         "same_as": first if again else "",
-        "sentences": [loss_text(compared), verdict({"": compared})] if compared else [],
+        "sentences": [loss_text(compared), qat_verdict([compared]), verdict({"": compared})] if compared else [],
         "tasks": tables.tasks(compared) if compared and not again else None,
         "heldout": tables.heldout(compared) if compared and compared["heldout"] and not again else None,
         "loss": [] if again else pictures.of_loss(pair),

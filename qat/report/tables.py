@@ -9,10 +9,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
+from qat.config import UserError
+from qat.floor import floor as floor_of
+from qat.floor import repeats
 from qat.paired import half_width
-from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
+from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, untouched
 from qat.runs import Run, identity
-from qat.wording import TASK_HEADER, interval, markdown, p_text, resolved, signed, task_rows
+from qat.wording import (
+    FLOOR_HEADER,
+    HELDOUT_HEADER,
+    TASK_HEADER,
+    floor_cells,
+    heldout_rows,
+    interval,
+    markdown,
+    p_text,
+    resolved,
+    signed,
+    task_rows,
+)
 
 PASS, FAIL = "✓", "✗"
 
@@ -47,7 +62,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Relative drops and APE of every quantized run in both modes, beneath the paper's."""
+    """Relative drops and APE of every quantized run in every mode and of the checkpoint, beneath the paper's."""
     compared = [pair.comparison for e in experiments for pair in e.pairs if pair.comparison]
     entries = {e.name: paper["experiments"].get(e.name, {}) for e in experiments}
     tasks = tasks_of([[row["task"] for row in c["tasks"]] for c in compared])
@@ -65,19 +80,33 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
 
 
 def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """One row a compared run, in W8A8: loss APE beside the paper's, held-out loss against BF16, points a task."""
+    """One row a compared run, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and that of PTQ and of
+    the untouched checkpoint, where any was scored), points a task."""
     pairs = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
+    beside = {key: [_beside(pair.comparison, key) for _, pair in pairs] for key in ("PTQ", "untouched")}
+    beside = {key: cells for key, cells in beside.items() if any(cell.text != "–" for cell in cells)}
     tasks = tasks_of([[row["task"] for row in pair.comparison["tasks"]] for _, pair in pairs])
     rows = []
-    for name, pair in pairs:
+    for row, (name, pair) in enumerate(pairs):
         loss, entry = pair.comparison["loss"], paper["experiments"].get(name, {})
-        held = next(row for row in pair.comparison["heldout"] if row["mode"] == "w8a8")
+        held = next(each for each in pair.comparison["heldout"] if each["mode"] == "w8a8")
         points = {row["task"]: row for row in pair.comparison["tasks"] if row["mode"] == "w8a8"}
         cells = [Cell(pair.label), Cell(str(entry.get("ape", entry.get("ape_log", "–")))), Cell(f"{loss['ape']:.3f}")]
-        cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4)), Cell(f"{held['kl']:.4f}")]
+        cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
+        cells += [found[row] for found in beside.values()] + [Cell(f"{held['kl']:.4f}")]
         rows.append(cells + [Cell(signed(points[t]["points"], 1), interval(points[t]["ci"], 1)) for t in tasks])
-    header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", "KL, nats"]
+    header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", *beside, "KL, nats"]
     return Table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
+
+
+def _beside(comparison: Mapping, what: str) -> Cell:
+    """Held-out loss less the baseline's, of what a quantized run is to be seen beside."""
+    rows = {row["mode"]: row for row in comparison["heldout"]}
+    if what == "PTQ":
+        row = rows.get("ptq")
+        return Cell(signed(row["difference"], 4), interval(row["ci"], 4)) if row else Cell("–")
+    start = rows["w8a8"].get("untouched")
+    return Cell("–" if start is None else signed(start - rows["w8a8"]["baseline"], 4))
 
 
 def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
@@ -100,10 +129,21 @@ def _pair_rows(experiment: Experiment, pair: Pair, tasks: Sequence[str]) -> list
     loss, found = pair.comparison["loss"], {(r["task"], r["mode"]): r for r in pair.comparison["tasks"]}
     rows = []
     for mode, name in MODES.items():
+        if mode == "ptq" and not pair.comparison.get("ptq"):
+            continue
         ape = Cell(f"{loss['ape']:.3f}", "", _mark(loss["passes"])) if mode == "w8a8" else Cell("")
         cells = [_drop(found[task, mode]) if (task, mode) in found else Cell("–") for task in tasks]
         rows.append([Cell(""), Cell(f"ours, {name}", which), ape, *cells])
+    if any(row.get("untouched") is not None for row in found.values()):
+        cells = [_untouched_drop(found[task, "w8a8"]) if (task, "w8a8") in found else Cell("–") for task in tasks]
+        rows.append([Cell(""), Cell("ours, untouched", which), Cell(""), *cells])
     return rows
+
+
+def _untouched_drop(row: Mapping) -> Cell:
+    """What the checkpoint lacks of the score that BF16 training led to."""
+    start, trained = row["untouched"], row["baseline"]
+    return Cell(signed(100 * (trained - start) / trained, plus="") if trained else "–", f"{trained:.2f} → {start:.2f}")
 
 
 def _drop(row: Mapping) -> Cell:
@@ -119,26 +159,13 @@ def _mark(passes: bool, sure: bool = True) -> str:
 
 
 def tasks(comparison: Mapping) -> Table:
-    """Every task of a comparison in both modes, and all questions together."""
+    """Every task of a comparison in every mode, and all questions together."""
     return _table(TASK_HEADER, task_rows(comparison))
 
 
 def heldout(comparison: Mapping) -> Table:
     """Loss on text never trained on, and the divergence from the baseline's predictions."""
-    header = ["Held-out text", "Mode", "BF16, nats", "Run, nats", "Difference [95 % CI]", "KL, nats", "Sequences"]
-    rows = [
-        [
-            row["text"],
-            MODES[row["mode"]],
-            f"{row['baseline']:.4f}",
-            f"{row['loss']:.4f}",
-            f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
-            "–" if row["kl"] is None else f"{row['kl']:.4f}",
-            str(row["sequences"]),
-        ]
-        for row in comparison["heldout"]
-    ]
-    return _table(header, rows)
+    return _table(HELDOUT_HEADER, heldout_rows(comparison))
 
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
@@ -152,32 +179,35 @@ def _value(value) -> str:
 
 
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Scores (percent, with standard errors) and final losses of the BF16 runs and the untouched checkpoint."""
+    """Scores (percent, with standard errors) and losses of the untouched checkpoint and the BF16 runs."""
     runs = {run.id: run for e in experiments for run in e.bf16}
-    configs = {name: config for e in experiments for name, config in e.configs.items()}
-    records = {name: _record(run, configs[name]["benchmark"]["name"]) for name, run in runs.items()}
-    compared = [row for e in experiments for pair in e.pairs if pair.comparison for row in pair.comparison["tasks"]]
-    start = {row["task"]: f"{row['untouched']:.2f}" for row in compared if row["untouched"] is not None}
-    names = tasks_of([start, *records.values()]) or tasks_of([TASKS])
-    rows = [["untouched checkpoint", "–", "–", *(start.get(task, "–") for task in names)]] if start else []
-    for name, run in runs.items():
-        loss = Curve.of(run).loss
-        scores = {task: f"{100 * r['score']:.2f} ± {100 * r['stderr']:.2f}" for task, r in records[name].items()}
-        cells = [scientific(configs[name]["optim"]["lr"]), f"{loss[-1]:.4f}" if len(loss) else "–"]
-        rows.append([name, *cells, *(scores.get(task, "–") for task in names)])
+    starts = {run.id: run for run in map(untouched, runs.values()) if run}
+    configs = {name: run.config() for name, run in (starts | runs).items()}
+    records = {name: _record(run, configs[name]["benchmark"]["name"]) for name, run in (starts | runs).items()}
+    names = tasks_of(record.get("tasks", {}) for record in records.values()) or tasks_of([TASKS])
+    rows = []
+    for name, record in records.items():
+        loss = Curve.of(runs[name]).loss if name in runs else []
+        scores = {t: f"{100 * r['score']:.2f} ± {100 * r['stderr']:.2f}" for t, r in record.get("tasks", {}).items()}
+        held = ", ".join(f"{text['loss']:.4f}" for text in record.get("heldout", {}).values())
+        cells = [scientific(configs[name]["optim"]["lr"]) if name in runs else "–"]
+        cells += [f"{loss[-1]:.4f}" if len(loss) else "–", held or "–"]
+        label = name if name in runs else "untouched checkpoint"
+        rows.append([label, *cells, *(scores.get(task, "–") for task in names)])
     for name in ("exp1", "exp8"):
         entry = paper["experiments"][name]
         scores = {task: "/".join(f"{v:.2f}" for v in _listed(r["bf16"])) for task, r in entry["scores"].items()}
-        cells = [scientific(entry["lr"][-1]), f"{entry['loss']['bf16']:.4f}"]
+        cells = [scientific(entry["lr"][-1]), f"{entry['loss']['bf16']:.4f}", "–"]
         rows.append([f"paper, {name} BF16", *cells, *(scores.get(task, "–") for task in names)])
-    return _table(["Weights", "Learning rate", "Final loss, nats", *(f"{TASKS.get(t, t)} %" for t in names)], rows)
+    header = ["Weights", "Learning rate", "Final loss, nats", "Held-out loss, nats"]
+    return _table([*header, *(f"{TASKS.get(t, t)} %" for t in names)], rows)
 
 
 def _record(run: Run, benchmark: str) -> Mapping:
-    """A BF16 run's tasks in a benchmark, or in whichever it has."""
+    """A BF16 run's scores in a benchmark, or in whichever it has."""
     found = run.evaluations()
     chosen = found.get(benchmark) or next(iter(found.values()), {})
-    return chosen.get("bf16", {}).get("tasks", {})
+    return chosen.get("bf16", {})
 
 
 def _listed(value) -> list:
@@ -230,6 +260,21 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
         rows.append([*cells, _half_interval(pooled, 2) if scored else "–"])
     header = ["", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
     return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
+
+
+def floor(experiments: Sequence[Experiment]) -> Table:
+    """Every run and baseline that was repeated, beside its repetitions; or why they cannot be compared."""
+    runs = {
+        run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
+    }
+    rows = []
+    for run, config in runs.values():
+        for number, repeat in enumerate(repeats(run), start=1):
+            try:
+                rows.append(floor_cells(floor_of(run, repeat, config["benchmark"]["name"])))
+            except UserError as reason:
+                rows.append([run.id, str(number), *["–"] * (len(FLOOR_HEADER) - 3), str(reason)])
+    return _table(FLOOR_HEADER, rows)
 
 
 def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:

@@ -1,0 +1,90 @@
+"""The scores of one model as its run folder keeps them, paired with another's. Unlike things are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from qat.config import UserError
+from qat.paired import Answers, detectable_mean, half_width
+from qat.runs import Run
+
+_TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The evaluation of `run` on a benchmark in a mode: bf16, w8a8, or PTQ's (`qat.runs.ptq_mode`).
+
+    command: what makes it anew. Whatever is missing or stale raises a `UserError` of one line that names it.
+    """
+
+    run: Run
+    benchmark: str
+    mode: str
+    command: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.id} ({self.mode})" if self.mode.startswith("ptq-") else self.run.id
+
+    @property
+    def exists(self) -> bool:
+        return self.mode in self.run.evaluations().get(self.benchmark, {})
+
+    @cached_property
+    def record(self) -> dict:
+        """Its entry of `eval.json`."""
+        if not self.exists:
+            missing = f"{self.run.id} has no {self.benchmark} evaluation in mode {self.mode}"
+            raise UserError(f"{missing}; make it: {self.command}")
+        return self.run.evaluations()[self.benchmark][self.mode]
+
+    def refuse_unlike(self, other: Scored) -> None:
+        """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
+        ours, theirs = self.record, other.record
+        facts = [("lm-eval version", ours["lm_eval"], theirs["lm_eval"])]
+        facts.append(("tasks", sorted(ours["tasks"]), sorted(theirs["tasks"])))
+        facts.append(("held-out texts", sorted(ours["heldout"]), sorted(theirs["heldout"])))
+        for what, a, b in facts:
+            self._refuse_unequal(other, what, a, b)
+        for task, record in ours["tasks"].items():
+            for key in _TASK_IDENTITY:
+                self._refuse_unequal(other, f"{task} {key}", record[key], theirs["tasks"][task][key])
+        for text, record in ours["heldout"].items():
+            reference = theirs["heldout"][text]
+            self._refuse_unequal(other, f"held-out {text} text_hash", record["text_hash"], reference["text_hash"])
+            counts = len(record["sequence_losses"]), len(reference["sequence_losses"])
+            self._refuse_unequal(other, f"held-out {text} sequences", *counts)
+
+    def _refuse_unequal(self, other: Scored, what: str, a, b) -> None:
+        if a != b:
+            raise UserError(f"{what} differs: {a} in {self.name}, {b} in {other.name}; evaluate both in the same way")
+
+    def heldout(self, text: str, other: Scored) -> dict:
+        """Loss less the other's on a held-out text, in nats a token, paired over its sequences: the difference, its
+        95 % interval (None of fewer than two sequences) and the smallest difference that could have been detected."""
+        ours, theirs = (each.record["heldout"][text] for each in (self, other))
+        change = ours["loss"] - theirs["loss"]
+        paired = [a - b for a, b in zip(ours["sequence_losses"], theirs["sequence_losses"], strict=True)]
+        half, row = half_width(paired), {"difference": change, "sequences": len(paired)}
+        if half is None:
+            return row | {"ci": None, "detectable": None}
+        return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}
+
+    def answers(self, task: str, other: Scored) -> Answers:
+        """The questions of a task, counted by who is right; lost are those that only the other has right."""
+        ours, theirs = self._samples(task), other._samples(task)
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
+            for key in ("doc_hash", "prompt_hash"):
+                self._refuse_unequal(other, f"{task} question {number} {key}", a[key], b[key])
+        pairs = [(bool(b["correct"]), bool(a["correct"])) for a, b in zip(ours, theirs, strict=True)]
+        return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
+
+    def _samples(self, task: str) -> list[dict]:
+        samples, record = self.run.samples(self.benchmark, self.mode, task), self.record["tasks"][task]
+        right = sum(bool(sample["correct"]) for sample in samples)
+        if len(samples) != record["n"] or abs(right - record["score"] * record["n"]) > 0.5:
+            stale = f"{right} of {len(samples)} right, eval.json says {record['score']:.4f} of {record['n']}"
+            raise UserError(f"{self.run.id} samples of {task} in {self.mode}: {stale}; redo it: {self.command}")
+        return samples
