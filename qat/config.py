@@ -200,6 +200,7 @@ class Config:
     seed: int = 0
     runs_dir: str = "runs"
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
+    runs: list[str] | None = None  # report.py: the run folders to show, instead of the experiments
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -50,7 +50,8 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     _json(folder / "status.json", {"state": state, "step": len(losses), "steps": settings["budget"]["steps"]})
-    _json(folder / "environment.json", {"cpu": "synthetic", "versions": {"torch": "0.0"}})
+    machine = {"gpu": None, "processor": "an <odd> one", "cores": 2, "packages": {"torch": "2.13.0", "numpy": "2.0"}}
+    _json(folder / "environment.json", machine | {"git": {"commit": "0123456789abcdef", "modified": True}})
     quantized, start = settings["quant"]["format"] != "none", round(settings["warmup"]["bf16"] * len(losses))
     rows = [
         {

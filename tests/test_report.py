@@ -17,7 +17,7 @@ from qat.runs import Run
 from tests.synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
-CONTEXT = {"Hardware": "2 cores <of> one CPU", "Versions": {"torch": "2.13.0"}, "Command": "make suite"}
+CONTEXT = {"Command": "make suite"}
 
 
 class Page(HTMLParser):
@@ -84,7 +84,8 @@ def test_both_formats_hold_everything(report):
         "One seed a cell",
         "MMLU is near chance",
         "untouched checkpoint",
-        "torch 2.13.0",
+        "torch 2.13.0, numpy 2.0",
+        "0123456789, modified",
         "Loss APE 0.",
         "Held-out loss in W8A8 differs from BF16 by +0.00",
         "of 6 intervals (95 %) exclude zero",
@@ -98,7 +99,7 @@ def test_both_formats_hold_everything(report):
     for words in shared:
         assert words in text, words
         assert words in markdown, words
-    assert CONTEXT["Hardware"] in page.text and "&lt;of&gt;" in page.source
+    assert "an <odd> one, 2 cores" in page.text and "&lt;odd&gt;" in page.source
     for name in ("loss.png", "overshoot.png", "deltas.png"):
         assert f"]({name})" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("| ARC-Easy")]
@@ -189,7 +190,7 @@ def test_every_stage_of_incompleteness(tmp_path):
         "exp1 has not been run yet; make it: make exp1",
         "nowhere has not been run yet; make it: make exp3",
         "begun is running at step 0 of 36; finish it: python scripts/train.py experiment=exp8",
-        "lone has no BF16 baseline yet; make it: make exp5",
+        "lone has no BF16 baseline yet; make it: python scripts/train.py experiment=exp8",
         "base is no matched baseline of other: optim.lr=1e-05 there, optim.lr=0.0001 here",
     ):
         assert line in page.text, line
@@ -203,7 +204,8 @@ def test_siblings_are_told_apart_by_what_differs(tmp_path):
 
     assert labels({"scaling.algo": "current"}, {"scaling.window": 30}) == ["exp2 current", "exp2 max"]
     assert labels({"scaling.window": 16}, {"scaling.window": 30}) == ["exp2 window 16", "exp2 window 30"]
-    assert labels({"quant.ste": "masked"}, {}) == ["exp2 0", "exp2 1"]  # the ids
+    assert labels({"quant.ste": "masked"}, {}) == ["exp2 ste masked", "exp2 ste pass_through"]
+    assert labels({}, {}) == ["exp2 0", "exp2 1"]  # the ids
     assert labels({}) == ["exp2"]
     assert labels({"optim.lr": 2.5e-4, "seed": 1}, {"optim.lr": 2.5e-4}, {"optim.lr": 1e-3}) == [
         "exp2 lr 2.5e-4 seed 1",

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
 
-from qat.compare import TASKS, compare, mismatches
+from qat.compare import TASKS, compare, differences, mismatches, train_command
 from qat.config import UserError
 from qat.runs import Run
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
-_TOLD_APART_BY = (  # what a label says where it differs
-    lambda config: config["scaling"]["algo"],
-    lambda config: f"window {config['scaling']['window']}",
-    lambda config: f"lr {scientific(config['optim']['lr'])}",
-    lambda config: f"seed {config['seed']}",
-)
+_SAID = {  # how a label puts a setting; the usual ones, and in this order before all others
+    "scaling.algo": str,
+    "scaling.window": "window {}".format,
+    "optim.lr": lambda lr: f"lr {scientific(lr)}",
+    "seed": "seed {}".format,
+}
+# What is about commands and folders, not about a run.
+_OF_COMMANDS = re.compile(r"(runs?|runs_dir|experiment)$|(report|study|bench|export|dashboard)\.")
 
 
 def published() -> dict:
@@ -42,8 +45,11 @@ class Experiment:
 
     @cached_property
     def configs(self) -> dict[str, dict]:
-        """The configuration of each of its runs whose folder exists, read once; {run id: config}."""
-        return {run.id: config for run in (*self.runs, *self.baselines) if (config := run.config())}
+        """The configuration of each of its runs whose folder exists, read once; {run id: config}. What a run of an
+        earlier version did not have is at its default."""
+        runs = {run.id: run for run in (*self.runs, *self.baselines) if run.config()}
+        typed = {name: OmegaConf.structured(run.typed_config()) for name, run in runs.items()}
+        return {name: OmegaConf.to_container(config) for name, config in typed.items()}
 
     @cached_property
     def absent(self) -> list[str]:
@@ -59,19 +65,8 @@ class Experiment:
     def pairs(self) -> list[Pair]:
         """Its quantized runs, each with its baseline and its comparison or the reason why there is none."""
         runs = [run for run in self.runs if self._quantized(run)]
-        labels = self.labels(runs)
-        return [self._pair(run, f"{self.name} {label}".strip()) for run, label in zip(runs, labels, strict=True)]
-
-    def labels(self, runs: Sequence[Run]) -> list[str]:
-        """What tells runs of this experiment apart: the first settings that suffice, or else their ids."""
-        names = [""] * len(runs)
-        for describe in _TOLD_APART_BY:
-            if len(set(names)) == len(names):
-                return names
-            words = [describe(self.configs[run.id]) for run in runs]
-            if len(set(words)) > 1:
-                names = [f"{name} {word}".strip() for name, word in zip(names, words, strict=True)]
-        return names if len(set(names)) == len(names) else [run.id for run in runs]
+        labels = told_apart({run.id: self.configs[run.id] for run in runs})
+        return [self._pair(run, f"{self.name} {labels[run.id]}".strip()) for run in runs]
 
     def _quantized(self, run: Run) -> bool | None:
         """None for a run that does not exist yet."""
@@ -85,7 +80,7 @@ class Experiment:
         elif self.bf16:
             self._compare(pair)
         else:
-            pair.missing = f"{run.id} has no BF16 baseline yet; make it: make {self.name}"
+            pair.missing = f"{run.id} has no BF16 baseline yet; make it: {train_command(run)}"
         return pair
 
     def _compare(self, pair: Pair) -> None:
@@ -166,6 +161,25 @@ class Telemetry:
         means = {key: float(np.mean([row[key] for row in rows])) for key in SHARES}
         decibel = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
         return means | {"sqnr_db": float(np.mean(decibel)) if decibel else float("nan")}
+
+
+def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:
+    """The dotted settings in which configs differ: {key: {name: value}}; null where a config has none."""
+    flat = {name: {key: value for key, (_, value) in differences({}, c).items()} for name, c in configs.items()}
+    keys = [key for key in dict.fromkeys(key for each in flat.values() for key in each) if not _OF_COMMANDS.match(key)]
+    rows = {key: {name: each.get(key) for name, each in flat.items()} for key in keys}
+    return {key: row for key, row in rows.items() if len({str(value) for value in row.values()}) > 1}
+
+
+def told_apart(configs: Mapping[str, Mapping]) -> dict[str, str]:
+    """What tells configs apart: the first settings that suffice, the usual ones first, or else their names."""
+    labels, rows = dict.fromkeys(configs, ""), unlike(configs)
+    for key in [*(key for key in _SAID if key in rows), *(key for key in rows if key not in _SAID)]:
+        if len(set(labels.values())) == len(labels):
+            break
+        say = _SAID.get(key, f"{key.rpartition('.')[2]} {{}}".format)
+        labels = {name: f"{label} {say(rows[key][name])}".strip() for name, label in labels.items()}
+    return labels if len(set(labels.values())) == len(labels) else {name: name for name in configs}
 
 
 def tasks_of(records) -> list[str]:

@@ -40,7 +40,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
     return {
         "title": TITLE,
         "lead": _lead(experiments),
-        "provenance": _provenance(experiments) | {label: _plain(value) for label, value in context.items()},
+        "provenance": _provenance(experiments) | context,
         "paper": paper["paper"],
         "glance": tables.glance(experiments, paper),
         "summary": tables.summary(experiments, paper),
@@ -110,6 +110,8 @@ def _warnings(run: Run) -> list[str]:
 def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
     """What the runs' own configs say; several values where they differ."""
     configs = [config for e in experiments for config in e.configs.values()]
+    runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines)}
+    environments = [found for run in runs.values() if (found := run.environment())]
     lines = {
         "Model": [c["model"]["name"] for c in configs],
         "Data": [c["data"]["name"] for c in configs],
@@ -117,6 +119,10 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
+        "Hardware": [e["gpu"] or f"{e['processor']}, {e['cores']} cores" for e in environments],
+        "Arithmetic": [c["budget"]["arithmetic"].upper() for c in configs],
+        "Versions": [", ".join(map(" ".join, e["packages"].items())) for e in environments],
+        "Code": [_code(e["git"]) for e in environments if e["git"]],
     }
     return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
 
@@ -124,6 +130,10 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
 def _budget(budget: Mapping) -> str:
     batch = budget["micro_batch"] * budget["accumulation"]
     return f"{budget['name']}, {budget['steps']:,} steps of {batch} × {budget['seq_len']} tokens"
+
+
+def _code(git: Mapping) -> str:
+    return f"{git['commit'][:10]}{', modified' if git['modified'] else ''}"
 
 
 def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[dict]:
@@ -180,12 +190,6 @@ def _recipe(pair: Pair) -> str:
 def _details(run: Run, config: Mapping) -> str:
     parts = {"config": config, "environment": run.environment(), "status": run.status()}
     return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
-
-
-def _plain(value) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _command(line: str) -> Markup:

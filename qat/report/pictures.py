@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qat.config import ROLES
 from qat.report import panels
-from qat.report.experiment import Curve, Experiment, Pair, tasks_of
+from qat.report.experiment import Curve, Experiment, Pair, tasks_of, told_apart
 from qat.report.plots import Panel, png
 
 
@@ -45,7 +45,8 @@ def of_learning_rates(experiment: Experiment) -> list[Panel]:
     """Training loss of the BF16 runs of an experiment that has no other, one line a learning rate."""
     runs = [] if experiment.pairs else experiment.bf16
     runs = sorted(runs, key=lambda run: experiment.configs[run.id]["optim"]["lr"], reverse=True)
-    curves = {label or "BF16": Curve.of(run) for label, run in zip(experiment.labels(runs), runs, strict=True)}
+    labels = told_apart({run.id: experiment.configs[run.id] for run in runs})
+    curves = {labels[run.id] or "BF16": Curve.of(run) for run in runs}
     curves = {label: curve for label, curve in curves.items() if len(curve.steps)}
     return [panels.losses(curves, "Training loss in BF16")] if curves else []
 
