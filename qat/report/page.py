@@ -44,7 +44,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "paper": paper["paper"],
         "glance": tables.glance(experiments, paper),
         "summary": tables.summary(experiments, paper),
-        "scores": pictures.of_scores(experiments, paper),
+        "forests": [*pictures.of_differences(experiments), *pictures.of_scores(experiments, paper)],
         "score_legend": score_legend(),
         "resolution": tables.resolution(experiments),
         "seeds": tables.seeds(experiments),

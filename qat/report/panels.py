@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
+from qat.compare import APE_MARK, DROP_MARK, MODES
 from qat.report.experiment import SHARES, Curve, Telemetry
 from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
 
@@ -131,11 +132,23 @@ def updates(telemetry: Telemetry) -> Panel:
     return Panel("Weights that an update changes", draw, margins=(56, 16, 54, 40))
 
 
-def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], float | None]], reach: float) -> Panel:
-    """Forest plot of one task; a row is (label, comparison row by mode, the paper's difference in points or None).
+class Estimate(NamedTuple):
+    """A difference from BF16 with its 95 % interval, and the value at which a mark is just missed."""
 
-    `reach` is the end of the axis, in points, so that panels can share it.
+    value: float
+    ci: Sequence[float] | None
+    mark: float | None = None
+
+
+def forest(
+    title: str, rows: Sequence[tuple[str, Mapping[str, Estimate], float | None]], unit: str, reach: float | None = None
+) -> Panel:
+    """Forest plot of differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
+
+    `reach` is the end of the axis, in `unit`, so that panels can share it; None: what the rows need.
     """
+    ends = [abs(end) for _, modes, _ in rows for each in modes.values() for end in (each.value, *(each.ci or ()))]
+    reach = reach or 1.04 * max(ends) or 1.0
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=BASE, linewidth=1.4)
@@ -143,22 +156,22 @@ def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], f
         for mode, shift, fill in (("w8a8", 0.16, ACCENT), ("bf16", -0.16, PAPER)):
             found = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
             _intervals(axes, found, fill)
-        paper = [(points, y) for y, (_, _, points) in zip(places, rows, strict=True) if points is not None]
+        paper = [(value, y) for y, (_, _, value) in zip(places, rows, strict=True) if value is not None]
         axes.plot(*np.array(paper).reshape(-1, 2).T, "x", color=WARM, markersize=6, markeredgewidth=1.8)
         axes.set_yticks(places, [label for label, _, _ in rows])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlim=(-reach, reach), ylim=(-0.6, len(rows) - 0.4))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        axes.set_xlabel("Run − BF16 (percentage points)")
+        axes.set_xlabel(f"Run − BF16 ({unit})")
 
-    name = TASKS.get(task, task)
     longest = max(len(label) for label, _, _ in rows)
-    return Panel(name, draw, height=76 + 27 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
+    return Panel(title, draw, height=76 + 27 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
 
 
 def score_legend() -> dict[str, str]:
-    """What the marks of `score_differences` mean."""
+    """What the marks of `forest` mean."""
     return {
         "●": f"{MODES['w8a8']}, 95 % interval",
         "○": f"{MODES['bf16']}, 95 % interval",
@@ -167,11 +180,14 @@ def score_legend() -> dict[str, str]:
     }
 
 
-def _intervals(axes: Axes, rows: Sequence[tuple[dict, float]], fill: str) -> None:
-    heights = [y for _, y in rows]
-    axes.hlines(heights, *zip(*(row["ci"] for row, _ in rows), strict=True), color=ACCENT, linewidth=1.3)
-    axes.plot([row["points"] for row, _ in rows], heights, "o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
-    axes.plot([-row["baseline"] * DROP_MARK / 100 for row, _ in rows], heights, "|", color=MUTED, markersize=7)
+def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], fill: str) -> None:
+    for each, y in rows:
+        if each.ci:
+            axes.hlines(y, *each.ci, color=ACCENT, linewidth=1.3)
+        if each.mark is not None:
+            axes.plot(each.mark, y, "|", color=MUTED, markersize=7)
+    values, heights = [each.value for each, _ in rows], [y for _, y in rows]
+    axes.plot(values, heights, "o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
 
 
 def _line_styles(count: int) -> list[tuple[str, float]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qat.compare import DROP_MARK, TASKS
 from qat.config import ROLES
 from qat.report import panels
 from qat.report.experiment import Curve, Experiment, Pair, tasks_of, told_apart
@@ -51,6 +52,27 @@ def of_learning_rates(experiment: Experiment) -> list[Panel]:
     return [panels.losses(curves, "Training loss in BF16")] if curves else []
 
 
+def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
+    """Forest plots of every compared run in both modes: held-out loss a text, and all questions of all tasks."""
+    compared = [pair for e in experiments for pair in e.pairs if pair.comparison]
+    texts = dict.fromkeys(row["text"] for pair in compared for row in pair.comparison["heldout"])
+    found = []
+    for text in texts:
+        rows = [
+            (pair.label, {r["mode"]: panels.Estimate(r["difference"], r["ci"]) for r in shown}, None)
+            for pair in compared
+            if (shown := [row for row in pair.comparison["heldout"] if row["text"] == text])
+        ]
+        name = "Held-out loss" if len(texts) == 1 else f"Held-out loss, {text}"
+        found.append(panels.forest(name, rows, "nats a token"))
+    pooled = [
+        (pair.label, {row["mode"]: _points(row) for row in pair.comparison["pooled"]}, None)
+        for pair in compared
+        if pair.comparison.get("pooled")
+    ]
+    return found + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
+
+
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
     """A forest plot a task: every compared run in both modes, beside the paper's difference."""
     compared = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
@@ -59,11 +81,15 @@ def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
     for task in tasks_of([row["task"] for row in pair.comparison["tasks"]] for _, pair in compared):
         rows = []
         for name, pair in compared:
-            modes = {row["mode"]: row for row in pair.comparison["tasks"] if row["task"] == task}
+            modes = {row["mode"]: _points(row) for row in pair.comparison["tasks"] if row["task"] == task}
             score = paper["experiments"].get(name, {}).get("scores", {}).get(task, {})
             rows.append((pair.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
-        found.append(panels.score_differences(task, rows, 1.04 * max(limits)))
+        found.append(panels.forest(TASKS.get(task, task), rows, "percentage points", 1.04 * max(limits)))
     return found
+
+
+def _points(row: Mapping) -> panels.Estimate:
+    return panels.Estimate(row["points"], row["ci"], -row["baseline"] * DROP_MARK / 100)
 
 
 def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:
