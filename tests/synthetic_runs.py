@@ -123,7 +123,9 @@ def write_telemetry(run: Path, blocks=range(3, 28), every=1, spread=0.08, start=
 
 def _tensor(step: int, layer: str, role: str, r: int, overshoot: float) -> dict:
     tiers = [(0.72, 0.25, 0.027, 0.003), (0.93, 0.065, 0.005, 0.0), (0.18, 0.42, 0.33, 0.07)][r]
-    row = {"step": step, "layer": layer, "role": role, "amax": 3.0, "scale": 5.0, "overshoot": overshoot}
+    amax = (3.0, 0.5, 2e-4)[r] * (1 + 1 / step)
+    row = {"step": step, "layer": layer, "role": role, "amax": amax}
+    row |= {"scale": 15.0 * overshoot / amax, "overshoot": overshoot}
     row |= dict(zip(("tier3", "tier2", "tier1", "tier0"), tiers, strict=True))
     return row | {"beyond": 1e-6 * overshoot, "underflow": (1e-4, 1e-6, 0.02)[r], "sqnr_db": (31.0, 32.2, 26.5)[r]}
 

@@ -19,6 +19,7 @@ from qat.runs import Run
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
+_LISTED = 48  # logged steps of a tensor that the page can draw
 _SAID = {  # how a label puts a setting; the usual ones, and in this order before all others
     "scaling.algo": str,
     "scaling.window": "window {}".format,
@@ -154,6 +155,35 @@ class Telemetry:
             at = line[_block(row["layer"])], column[row["step"]]
             grid[at] = np.fmax(grid[at], row["overshoot"])
         return np.array(steps, int), [name for _, name in blocks], grid
+
+    def histories(self, targets: Mapping[str, float]) -> dict:
+        """Amax and predicted amax (target / scale) of every tensor, to four digits, for the page's script: {"steps",
+        "layers": {layer: {role: [amaxes, predicted amaxes]}}}, null where a step has none. Of more than `_LISTED`
+        steps, every second, third ..."""
+        steps = sorted({row["step"] for rows in self.tensors.values() for row in rows})
+        steps = steps[:: max(1, -(-len(steps) // _LISTED))]
+        column, layers = {step: i for i, step in enumerate(steps)}, defaultdict(dict)
+        for role, rows in self.tensors.items():
+            for row in (row for row in rows if row["step"] in column):
+                lines = layers[row["layer"]].setdefault(role, [[None] * len(steps) for _ in range(2)])
+                for line, value in zip(lines, (row["amax"], targets[role] / row["scale"]), strict=True):
+                    line[column[row["step"]]] = float(f"{value:.4g}") if np.isfinite(value) else None
+        return {"steps": steps, "layers": dict(layers)}
+
+    def worst(self) -> dict[str, float]:
+        """The largest overshoot of each layer that has one, over its roles and all logged steps."""
+        worst = {}
+        for row in (row for rows in self.tensors.values() for row in rows if row["overshoot"] is not None):
+            worst[row["layer"]] = max(row["overshoot"], worst.get(row["layer"], 0.0))
+        return worst
+
+    def shares(self, role: str) -> tuple[list[str], dict[str, np.ndarray]]:
+        """(blocks, {each of the `SHARES`: its mean over a block's linears and the logged steps})."""
+        rows = defaultdict(list)
+        for row in self.tensors[role]:
+            rows[_block(row["layer"])].append(row)
+        means = {key: np.array([np.mean([row[key] for row in rows[block]]) for block in sorted(rows)]) for key in SHARES}
+        return [name for _, name in sorted(rows)], means
 
     def means(self, role: str) -> dict[str, float]:
         """Means over a role's tensors and logged steps: the `SHARES`, and `sqnr_db` in dB."""

@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 
 from qat.compare import APE_MARK, TASKS
 from qat.report import pictures, tables
-from qat.report.experiment import Experiment, Pair, scientific
-from qat.report.panels import score_legend
+from qat.report.experiment import Experiment, Pair, scientific, told_apart
+from qat.report.panels import score_legend, share_legend
 from qat.report.plots import PALETTE, svg
 from qat.runs import Run
 from qat.wording import heldout_verdict, loss_text, verdict
@@ -28,6 +28,7 @@ def render(experiments: Sequence[Experiment], paper: Mapping, context: Mapping, 
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
     page = environment.overlay(autoescape=True)
+    page.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     page.filters["minus"] = _minus
     page.filters["command"] = _command
     numbers = itertools.count(1)
@@ -52,6 +53,8 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "baselines": tables.baselines(experiments, paper),
         "experiments": _experiments(experiments, paper["experiments"]),
         "disagreements": tables.disagreements(paper),
+        "configurations": _configurations(experiments),
+        "share_legend": share_legend(),
     }
 
 
@@ -72,13 +75,19 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     return [line for line in (loss, heldout_verdict(compared.values()), verdict(compared), gaps) if line]
 
 
-def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
-    """{label: comparison}, a run that several experiments share once, under all their names."""
-    labels, found = {}, {}
-    for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
+def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:
+    """{run id: label}; a run that several experiments share is under all their names."""
+    labels = {}
+    for pair in (pair for e in experiments for pair in e.pairs):
         labels[pair.run.id] = f"{labels[pair.run.id]}/{pair.label}" if pair.run.id in labels else pair.label
-        found[pair.run.id] = pair.comparison
-    return {labels[run_id]: comparison for run_id, comparison in found.items()}
+    plain = told_apart({run.id: e.configs[run.id] for e in experiments for run in e.bf16})
+    return labels | {name: f"BF16 {label}".strip() for name, label in plain.items()}
+
+
+def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
+    """{label: comparison}, each run once."""
+    labels = _labels(experiments)
+    return {labels[pair.run.id]: pair.comparison for e in experiments for pair in e.pairs if pair.comparison}
 
 
 def _cautions(experiments: Sequence[Experiment]) -> list[str]:
@@ -160,6 +169,11 @@ def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -
     }
 
 
+def _configurations(experiments: Sequence[Experiment]) -> tables.Table:
+    configs = {name: config for e in experiments for name, config in e.configs.items()}
+    return tables.configurations({label: configs[name] for name, label in _labels(experiments).items()})
+
+
 def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     compared, first = pair.comparison, shown.setdefault(pair.run.id, experiment.name)
     again = first != experiment.name
@@ -173,9 +187,22 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
         "heldout": tables.heldout(compared) if compared and compared["heldout"] and not again else None,
         "loss": [] if again else pictures.of_loss(pair),
         "overshoot": [] if again else pictures.of_overshoot(pair),
+        "amax": None if again else _amax(pair),
         "precision": [] if again else pictures.of_precision(pair),
+        "blocks": [] if again else pictures.of_blocks(pair),
         "settings": tables.settings(pair.config, experiment.configs[pair.baseline.id]) if pair.baseline else None,
     }
+
+
+def _amax(pair: Pair) -> dict | None:
+    """What the page's script draws, and its layers with their largest overshoot; None for current scaling, which
+    predicts nothing."""
+    worst = pair.telemetry.worst()
+    if pair.config["scaling"]["algo"] == "current" or not worst or not len(pair.curve.steps):
+        return None
+    targets = {role: pair.config["quant"][f"target_{role}"] for role in pair.telemetry.tensors}
+    data = pair.telemetry.histories(targets) | {"last": int(pair.curve.steps[-1])}
+    return {"data": data, "worst": worst, "chosen": max(worst, key=worst.get)}
 
 
 def _recipe(pair: Pair) -> str:

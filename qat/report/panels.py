@@ -98,8 +98,7 @@ def mantissa_bits(telemetry: Telemetry) -> Panel:
         left, rows = np.zeros(len(roles)), np.arange(len(roles))[::-1]
         for key, name in zip(SHARES, _SHARE_NAMES, strict=True):
             width = np.array([100 * mean[key] for mean in means])
-            colour = PALETTE[key if key in PALETTE else "base"][0]
-            axes.barh(rows, width, left=left, height=0.52, color=colour, label=name)
+            axes.barh(rows, width, left=left, height=0.52, color=PALETTE[key][0], label=name)
             for y, x, w in zip(rows, left, width, strict=True):
                 if w >= 9:
                     axes.text(x + w / 2, y, f"{w:.0f} %", ha="center", va="center", color=_on(key), fontsize=9.5)
@@ -111,6 +110,28 @@ def mantissa_bits(telemetry: Telemetry) -> Panel:
         _legend_above(axes, handlelength=0.8)
 
     return Panel("Mantissa bits left", draw, margins=(78, 16, 54, 40))
+
+
+def mantissa_bits_by_block(telemetry: Telemetry, role: str) -> Panel:
+    """The shares of `mantissa_bits` in each block, for one role."""
+    blocks, means = telemetry.shares(role)
+
+    def draw(axes: Axes) -> None:
+        bottom, edges = np.zeros(len(blocks)), np.arange(len(blocks) + 1) - 0.5
+        for key, share in means.items():
+            top = bottom + 100 * share
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=PALETTE[key][0])
+            bottom = top
+        shown = range(0, len(blocks), -(-len(blocks) // 6))
+        axes.set_xticks(shown, [blocks[i] for i in shown])
+        axes.set(xlim=edges[[0, -1]], ylim=(0, 100), xlabel="Block", ylabel="Nonzero elements (%)")
+
+    return Panel(role.capitalize(), draw, width=340, height=210, margins=(44, 52, 32, 40))
+
+
+def share_legend() -> dict[str, str]:
+    """What the colours of `mantissa_bits` mean, {colour: meaning}."""
+    return dict(zip(SHARES, _SHARE_NAMES, strict=True))
 
 
 def updates(telemetry: Telemetry) -> Panel:

@@ -42,6 +42,11 @@ def of_precision(pair: Pair) -> list[Panel]:
     return found + ([panels.updates(pair.telemetry)] if pair.telemetry.updates else [])
 
 
+def of_blocks(pair: Pair) -> list[Panel]:
+    """Mantissa bits left in each block, a panel a role."""
+    return [panels.mantissa_bits_by_block(pair.telemetry, role) for role in pair.telemetry.tensors]
+
+
 def of_learning_rates(experiment: Experiment) -> list[Panel]:
     """Training loss of the BF16 runs of an experiment that has no other, one line a learning rate."""
     runs = [] if experiment.pairs else experiment.bf16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
 from qat.paired import half_width
-from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of
+from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, unlike
 from qat.runs import Run, identity
 from qat.wording import TASK_HEADER, interval, markdown, p_text, resolved, signed, task_rows
 
@@ -145,6 +145,12 @@ def settings(run: Mapping, baseline: Mapping) -> Table:
     """The settings in which the configs of a run and its baseline differ."""
     found = differences(run, baseline)
     return _table(["Setting", "Run", "Baseline"], [[key, *map(_value, values)] for key, values in found.items()])
+
+
+def configurations(configs: Mapping[str, Mapping]) -> Table:
+    """The settings in which any of the configs {label: config} differ, a column each."""
+    rows = unlike(configs)
+    return _table(["Setting", *configs], [[key, *map(_value, row.values())] for key, row in rows.items()])
 
 
 def _value(value) -> str:
