@@ -182,7 +182,9 @@ class Telemetry:
         rows = defaultdict(list)
         for row in self.tensors[role]:
             rows[_block(row["layer"])].append(row)
-        means = {key: np.array([np.mean([row[key] for row in rows[block]]) for block in sorted(rows)]) for key in SHARES}
+        means = {
+            key: np.array([np.mean([row[key] for row in rows[block]]) for block in sorted(rows)]) for key in SHARES
+        }
         return [name for _, name in sorted(rows)], means
 
     def means(self, role: str) -> dict[str, float]:

@@ -22,8 +22,11 @@ from qat.wording import heldout_verdict, loss_text, verdict
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
 
 
-def render(experiments: Sequence[Experiment], paper: Mapping, context: Mapping, images: Mapping) -> tuple[str, str]:
-    """The report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}."""
+def render(
+    experiments: Sequence[Experiment], paper: Mapping, context: Mapping, images: Mapping, studies: Sequence[Mapping]
+) -> tuple[str, str]:
+    """The report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}; `studies` are of
+    `studies_in`."""
     folder = Path(__file__).parent
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
@@ -33,7 +36,7 @@ def render(experiments: Sequence[Experiment], paper: Mapping, context: Mapping, 
     page.filters["command"] = _command
     numbers = itertools.count(1)
     page.filters["svg"] = lambda panel: svg(panel, next(numbers))
-    view = _view(experiments, paper, context) | {"images": images, "palette": PALETTE}
+    view = _view(experiments, paper, context) | {"images": images, "studies": studies, "palette": PALETTE}
     return page.get_template("template.html").render(view), environment.get_template("template.md").render(view)
 
 
