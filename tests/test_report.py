@@ -1,8 +1,11 @@
 """The report: complete, self-contained, the same in both formats, and never stopped by what is missing."""
 
+import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,9 +14,14 @@ import pytest
 from scipy.stats import t
 
 from qat.compare import compare
+from qat.config import UserError
 from qat.report import Experiment, tables, write
-from qat.report.experiment import Curve, Telemetry, published
+from qat.report.experiment import SHARES, Curve, Telemetry, published
 from qat.runs import Run
+from qat.studies import factorial
+from qat.studies.page import write_factorial
+from tests.conftest import typed
+from tests.studies import WORDS, invent
 from tests.synthetic_runs import ROLES, config, edit, losses, suite, write_run, write_telemetry
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
@@ -61,11 +69,11 @@ def test_page_stands_alone(report):
     page, _, folder = report
     assert page.open == []
     assert all(link.startswith(("#", "data:image/png")) for link in page.links)
-    assert not re.search(r"https?:|@import|<script|<link|url\((?!#)", page.source)
+    assert not re.search(r"https?:|@import|<script[^>]* src|<link|url\((?!#)", page.source)
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert len(page.source) < 3_000_000
-    assert not re.search(r"#[0-9a-f]{6}", page.source.split("</style>")[1])  # every colour follows the theme
+    assert not re.search(r"#[0-9a-f]{6}", page.source.partition("</style>")[2])  # every colour follows the theme
     assert all((folder / name).stat().st_size > 10_000 for name in ("loss.png", "overshoot.png", "deltas.png"))
 
 
@@ -95,16 +103,65 @@ def test_both_formats_hold_everything(report):
         "paper, exp8 BF16",
         "KL, nats",
         "data.label_shift",
+        "Settings that differ between runs",
     ]
     for words in shared:
         assert words in text, words
         assert words in markdown, words
+    assert all(f'aria-label="{title}"' in page.source for title in ("Held-out loss", "All questions of all tasks"))
     assert "an <odd> one, 2 cores" in page.text and "&lt;odd&gt;" in page.source
     for name in ("loss.png", "overshoot.png", "deltas.png"):
         assert f"]({name})" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("| ARC-Easy")]
     cells = {cell.strip() for line in rows for cell in line.split("|")}
     assert len(cells) > 30 and all(cell in text for cell in cells)
+
+
+def test_what_a_reader_can_pick_is_there(report):
+    """Layers of the run with telemetry, the one with the worst overshoot chosen; and every run."""
+    page, _, _ = report
+    (figure,) = re.findall(r'<figure class="amax">(.*?)</figure>', page.source, re.DOTALL)
+    data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", figure, re.DOTALL)[1])
+    options = re.findall(r'<option value="([^"]+)"( selected)?>[^<]*overshoot up to ([\d.]+)', figure)
+    assert [layer for layer, _, _ in options] == list(data["layers"]) and len(options) == 3 * 25
+    (chosen,) = [float(most) for _, mark, most in options if mark]
+    assert chosen == max(float(most) for *_, most in options)
+    for lines in data["layers"].values():
+        assert list(lines) == list(ROLES) and {len(line) for role in lines.values() for line in role} == {3}
+    assert (data["steps"], data["last"]) == ([12, 24, 36], 36)
+    settings = page.source.partition('<section id="differences">')[2].partition("</section>")[0]
+    header = re.findall(r'<th scope="col">(.*?)</th>', settings)
+    names = ["exp2 current", "exp2 most_recent", "exp3", "exp4/exp6", "exp5", "exp7", "exp8"]
+    assert header[:8] == ["Setting", *names] and len(header) == 12
+    assert re.findall(r'<option value="(\d+)">(.*?)</option>', settings) == 2 * list(
+        zip(map(str, range(12)), ["all runs", *header[1:]], strict=True)
+    )
+
+
+@pytest.mark.skipif(not (CHROMIUM := shutil.which("chromium")), reason="needs chromium")
+def test_a_browser_draws_what_the_reader_picks(report, tmp_path):
+    page, _, _ = report
+    pick = """<script>
+    const choose = (select, value) => { select.value = value; select.dispatchEvent(new Event("change")); };
+    choose(document.querySelector(".amax select"), "model.layers.3.mlp.up_proj");
+    document.querySelectorAll("#differences select").forEach((select, i) => choose(select, [5, 7][i]));
+    for (const hidden of document.querySelectorAll("#differences [hidden]")) hidden.remove();
+    </script></body>"""
+    (tmp_path / "page.html").write_text(page.source.replace("</body>", pick))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    figure = shown.partition('<figure class="amax">')[2].partition("</figure>")[0]
+    assert [f"{role}: amax and predicted amax" for role in ("Activation", "Weight", "Gradient")] == re.findall(
+        r'aria-label="([^"]+)"', figure
+    )
+    assert figure.count("<circle") >= 9 and "NaN" not in figure and "undefined" not in figure
+    rows = re.findall(
+        r"<tr.*?</tr>", shown.partition('<section id="differences">')[2].partition("</table>")[0], re.DOTALL
+    )
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in rows]
+    assert cells[0] == ["Setting", "exp5", "exp8"] and ["scaling.window", "1", "64"] in cells
+    assert all(ours != theirs for _, ours, theirs in cells) and len(cells) == 5
 
 
 def test_what_is_missing_names_its_command(report):
@@ -226,6 +283,55 @@ def test_overshoot_is_the_largest_of_a_block(tmp_path):
     seen = [r["overshoot"] for r in telemetry.tensors["gradient"] if r["step"] == 4 and ".12." in r["layer"]]
     assert len(seen) == 3 and grid[1, 1] == max(seen)
     assert telemetry.means("weight")["tier3"] == pytest.approx(0.93)
+
+
+def test_amax_stands_beside_what_was_predicted():
+    def row(step, amax, overshoot, layer="layers.1", role="weight"):
+        return {"step": step, "layer": layer, "role": role, "amax": amax, "overshoot": overshoot}
+
+    rows = [row(1, 3.0, 1.5), row(2, 1 / 3, 0.25), row(2, 1.0, 0.1, "layers.2"), row(3, math.inf, math.inf)]
+    found = Telemetry([*rows, row(3, 1.0, None, role="gradient"), {"step": 3, "updated": {}}])
+    weight = [[3.0, 0.3333, None], [2.0, 1.333, None]]
+    assert found.histories() == {
+        "steps": [1, 2, 3],
+        "layers": {"layers.1": {"weight": weight}, "layers.2": {"weight": [[None, 1.0, None], [None, 10.0, None]]}},
+    }
+    assert found.worst() == {"layers.1": math.inf, "layers.2": 0.1}
+    assert Telemetry([row(step, 1.0, 1.0) for step in range(1, 101)]).histories()["steps"] == list(range(1, 101, 3))
+
+
+def test_mantissa_bits_are_means_of_a_block():
+    shares = dict.fromkeys(SHARES, 0.0)
+    rows = [
+        {"step": step, "layer": f"layers.{block}.mlp", "role": "weight", "overshoot": 1.0, **shares, "tier3": share}
+        for block, step, share in ((10, 1, 0.5), (10, 2, 0.7), (9, 1, 1.0))
+    ]
+    blocks, means = Telemetry(rows).shares("weight")
+    assert blocks == ["9", "10"] and list(means["tier3"]) == pytest.approx([1.0, 0.6]) and not means["tier0"].any()
+
+
+def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
+    keys = list(itertools.product(*factorial.FACTORS.values()))
+    measured = invent(keys, damage=lambda key, _: 0.02 if key[0] == "max w64" else 0.01)
+    write_factorial(measured, {}, typed(tmp_path, *WORDS, "experiment=exp8"), tmp_path / "factorial")
+    html, markdown = write([], tmp_path, CONTEXT)
+    page, kept = Page(html), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
+    assert page.ids.count("factorial") == 1 and "audit" not in page.ids
+    for words in (
+        "Sufficient: the recipe keeps every mark (W8A8)",
+        "Model: tiny",
+        *kept["claims"][0]["says"].split(","),
+    ):
+        assert words in page.text and words in markdown.read_text()
+    means = {(cell["scaling"], cell["lr"], cell["warmup"]): cell for cell in kept["interactions"][0]["cells"]}
+    assert list(means) == keys and all(cell["low"] < cell["value"] < cell["high"] for cell in means.values())
+    assert means["max w64", "1e-5", "0"]["value"] == pytest.approx(0.02, abs=0.002)
+    assert kept["interactions"][1]["cells"][0]["value"] == pytest.approx(0.2)  # percent, not its logarithm
+    assert all(f'aria-label="{each["title"]}"' in page.source for each in kept["interactions"])
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "audit.json").write_text('{"claims": 3}')
+    with pytest.raises(UserError, match=r"audit\.json is damaged \(.*\); write it again: make audit"):
+        write([], tmp_path, CONTEXT)
 
 
 def test_curves_are_compared_where_both_have_steps(tmp_path):

@@ -62,6 +62,14 @@ def test_the_command_shows_any_runs(main, folders, tmp_path):
     assert "exp8 against base" in tables and "base is no matched baseline of own" in tables and "## exp3" not in tables
 
 
+def test_the_differences_of_two_runs_are_printed(main, folders):
+    code, stdout, stderr = main("diff.py", "runs=[exp3,exp8]")
+    assert (code, stderr) == (0, "")
+    assert stdout == "exp3  exp8\n  experiment: exp3 -> exp8\n  scaling.algo: most_recent -> max\n"
+    code, _, stderr = main("diff.py", "runs=[exp3]")
+    assert code == 2 and "runs=['exp3']: name two, as in runs=[runs/a,runs/b]" in stderr
+
+
 @pytest.mark.parametrize(
     ("word", "wanted"),
     [

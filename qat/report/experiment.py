@@ -156,24 +156,25 @@ class Telemetry:
             grid[at] = np.fmax(grid[at], row["overshoot"])
         return np.array(steps, int), [name for _, name in blocks], grid
 
-    def histories(self, targets: Mapping[str, float]) -> dict:
-        """Amax and predicted amax (target / scale) of every tensor, to four digits, for the page's script: {"steps",
-        "layers": {layer: {role: [amaxes, predicted amaxes]}}}, null where a step has none. Of more than `_LISTED`
-        steps, every second, third ..."""
+    def histories(self) -> dict:
+        """Amax and predicted amax of every tensor, to four digits, for the page's script: {"steps", "layers": {layer:
+        {role: [amaxes, predicted amaxes]}}}, null where a step has none. Of more than `_LISTED` steps, every second,
+        third ..."""
         steps = sorted({row["step"] for rows in self.tensors.values() for row in rows})
         steps = steps[:: max(1, -(-len(steps) // _LISTED))]
         column, layers = {step: i for i, step in enumerate(steps)}, defaultdict(dict)
         for role, rows in self.tensors.items():
-            for row in (row for row in rows if row["step"] in column):
+            for row in (row for row in rows if row["step"] in column and row["overshoot"]):
                 lines = layers[row["layer"]].setdefault(role, [[None] * len(steps) for _ in range(2)])
-                for line, value in zip(lines, (row["amax"], targets[role] / row["scale"]), strict=True):
+                # By the overshoot, as `scale` may be what the step left behind for the next one.
+                for line, value in zip(lines, (row["amax"], row["amax"] / row["overshoot"]), strict=True):
                     line[column[row["step"]]] = float(f"{value:.4g}") if np.isfinite(value) else None
         return {"steps": steps, "layers": dict(layers)}
 
     def worst(self) -> dict[str, float]:
-        """The largest overshoot of each layer that has one, over its roles and all logged steps."""
+        """The largest overshoot of each layer of `histories`, over its roles and all logged steps."""
         worst = {}
-        for row in (row for rows in self.tensors.values() for row in rows if row["overshoot"] is not None):
+        for row in (row for rows in self.tensors.values() for row in rows if row["overshoot"]):
             worst[row["layer"]] = max(row["overshoot"], worst.get(row["layer"], 0.0))
         return worst
 

@@ -203,8 +203,7 @@ def _amax(pair: Pair) -> dict | None:
     worst = pair.telemetry.worst()
     if pair.config["scaling"]["algo"] == "current" or not worst or not len(pair.curve.steps):
         return None
-    targets = {role: pair.config["quant"][f"target_{role}"] for role in pair.telemetry.tensors}
-    data = pair.telemetry.histories(targets) | {"last": int(pair.curve.steps[-1])}
+    data = pair.telemetry.histories() | {"last": int(pair.curve.steps[-1])}
     return {"data": data, "worst": worst, "chosen": max(worst, key=worst.get)}
 
 

@@ -20,7 +20,7 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
 
     Errors: ConfigError for none, for what is no run folder, and for two of one name.
     """
-    runs = _named(folders)
+    runs = named(folders)
     configs = {run.id: run.typed_config() for run in runs}
     plain = {run: configs[run.id] for run in runs if not configs[run.id].quantized}
     groups = defaultdict(list)
@@ -35,7 +35,8 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
     return experiments
 
 
-def _named(folders: Sequence[str]) -> list[Run]:
+def named(folders: Sequence[str]) -> list[Run]:
+    """The run folders, each once. Errors: as of `selected`."""
     runs = {}
     for path in dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders):
         if not (path / "config.yaml").is_file():
