@@ -68,7 +68,7 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
             for pair in compared
             if (shown := [row for row in pair.comparison["heldout"] if row["text"] == text])
         ]
-        name = "Held-out loss" if len(texts) == 1 else f"Held-out loss, {text}"
+        name = "Loss on held-out text" + (f", {text}" if len(texts) > 1 else "")
         found.append(panels.forest(name, rows, "nats a token"))
     pooled = [
         (pair.label, {row["mode"]: _points(row) for row in pair.comparison["pooled"]}, None)
