@@ -10,7 +10,7 @@ from hydra import compose
 from qat.cli import typed
 from qat.config import Config
 
-_OWN = ("experiment=", "report.", "bench.", "study.", "run=")
+_OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=")
 
 
 def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:

@@ -20,7 +20,7 @@ class Probe:
     def __init__(self, model: torch.nn.Module, bank, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
         self.seen: dict[int, torch.Tensor] = {}  # index -> statistics summed over micro-batches, FP64
-        self.scales: dict[int, tuple[torch.Tensor, ...]] = {}  # index -> (last scale, largest amax, largest overshoot)
+        self.scales: dict[int, tuple[torch.Tensor, ...]] = {}  # index -> (scale, largest amax, largest overshoot)
 
     @contextlib.contextmanager
     def attached(self):
@@ -40,7 +40,7 @@ class Probe:
         self.seen[index] = self.seen.get(index, 0) + kernels.statistics(x, scale, q.format, q.overflow, target)
         overshoot = amax * scale / target
         _, largest, worst = self.scales.get(index, (scale, amax, overshoot))
-        self.scales[index] = scale, torch.maximum(largest, amax), torch.maximum(worst, overshoot)
+        self.scales[index] = scale.clone(), torch.maximum(largest, amax), torch.maximum(worst, overshoot)
 
     def rows(self, step: int) -> list[dict]:
         """One row a tensor: layer, role, amax, scale, overshoot, share of elements in each tier (of those not zero),

@@ -1,6 +1,7 @@
-"""Print what differs between two experiments, key by key.
+"""Print what differs between two experiments, or two runs, key by key.
 
 python scripts/diff.py report.experiments=[exp7,exp8] [protocol=released any.key=value]
+python scripts/diff.py runs=[runs/a,runs/b]
 """
 
 import sys
@@ -17,11 +18,17 @@ def main(config, _) -> None:
 
     from qat import suite
     from qat.compare import differences
+    from qat.report.selection import named
 
-    names = config.report.experiments
+    key, names, example = "report.experiments", config.report.experiments, "[exp7,exp8]"
+    if config.runs is not None:
+        key, names, example = "runs", config.runs, "[runs/a,runs/b]"
     if len(names) != 2:
-        raise cli.ConfigError(f"report.experiments={names}: name two, as in report.experiments=[exp7,exp8]")
-    cells = [suite.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
+        raise cli.ConfigError(f"{key}={names}: name two, as in {key}={example}")
+    if config.runs is not None:
+        cells = [[run.typed_config()] for run in named(names)]
+    else:
+        cells = [suite.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
     for one in cells[0]:
         for other in cells[1]:
             plain = [OmegaConf.to_container(OmegaConf.structured(cell)) for cell in (one, other)]

@@ -1,6 +1,7 @@
-"""Write the report of the experiments from their run folders.
+"""Write the report of the experiments, or of any runs, from their run folders.
 
 python scripts/report.py [report.experiments=[exp8]] [report.out=report] [the words that trained them]
+python scripts/report.py runs=[runs/a,runs/b,runs/c] [report.out=report]
 """
 
 import sys
@@ -15,25 +16,17 @@ from qat import cli
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qat import runtime, suite
-    from qat.report import Experiment, write
+    from qat import suite
+    from qat.report import Experiment, selected, write
     from qat.runs import Run, baseline_of
 
-    words = list(HydraConfig.get().overrides.task)
-    experiments = []
-    for name in config.report.experiments:
-        cells = suite.cells(name, words, config.report.seeds)
+    experiments = [] if config.runs is None else selected(config.runs)
+    for name in config.report.experiments if config.runs is None else ():
+        cells = suite.cells(name, list(HydraConfig.get().overrides.task), config.report.seeds)
         runs = [Run.of(cell) for cell in cells]
         baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
         experiments.append(Experiment(name, runs, baselines, [run.comparison() for run in runs if run.comparison()]))
-    environment = runtime.environment()
-    context = {
-        "Hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
-        "Arithmetic": config.budget.arithmetic.upper(),
-        "Versions": environment["packages"],
-        "Command": f"python {environment['command']}",
-        "Date": str(date.today()),
-    }
+    context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
     page, tables = write(experiments, Path(config.report.out), context)
     print(f"report: {page} and {tables}")
 

@@ -51,7 +51,8 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     _json(folder / "status.json", {"state": state, "step": len(losses), "steps": settings["budget"]["steps"]})
-    _json(folder / "environment.json", {"cpu": "synthetic", "versions": {"torch": "0.0"}})
+    machine = {"gpu": None, "processor": "an <odd> one", "cores": 2, "packages": {"torch": "2.13.0", "numpy": "2.0"}}
+    _json(folder / "environment.json", machine | {"git": {"commit": "0123456789abcdef", "modified": True}})
     quantized, start = settings["quant"]["format"] != "none", round(settings["warmup"]["bf16"] * len(losses))
     rows = [
         {
@@ -128,7 +129,9 @@ def write_telemetry(run: Path, blocks=range(3, 28), every=1, spread=0.08, start=
 
 def _tensor(step: int, layer: str, role: str, r: int, overshoot: float) -> dict:
     tiers = [(0.72, 0.25, 0.027, 0.003), (0.93, 0.065, 0.005, 0.0), (0.18, 0.42, 0.33, 0.07)][r]
-    row = {"step": step, "layer": layer, "role": role, "amax": 3.0, "scale": 5.0, "overshoot": overshoot}
+    amax = (3.0, 0.5, 2e-4)[r] * (1 + 1 / step)
+    row = {"step": step, "layer": layer, "role": role, "amax": amax}
+    row |= {"scale": 15.0 * overshoot / amax, "overshoot": overshoot}
     row |= dict(zip(("tier3", "tier2", "tier1", "tier0"), tiers, strict=True))
     return row | {"beyond": 1e-6 * overshoot, "underflow": (1e-4, 1e-6, 0.02)[r], "sqnr_db": (31.0, 32.2, 26.5)[r]}
 

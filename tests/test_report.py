@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from qat.runs import Run
 from tests.synthetic_runs import ROLES, config, edit, losses, suite, untouched_beside, write_run, write_telemetry
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
-CONTEXT = {"Hardware": "2 cores <of> one CPU", "Versions": {"torch": "2.13.0"}, "Command": "make suite"}
+CONTEXT = {"Command": "make suite"}
 
 
 class Page(HTMLParser):
@@ -62,11 +64,11 @@ def test_page_stands_alone(report):
     page, _, folder = report
     assert page.open == []
     assert all(link.startswith(("#", "data:image/png")) for link in page.links)
-    assert not re.search(r"https?:|@import|<script|<link|url\((?!#)", page.source)
+    assert not re.search(r"https?:|@import|<script[^>]* src|<link|url\((?!#)", page.source)
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     assert len(page.source) < 3_000_000
-    assert not re.search(r"#[0-9a-f]{6}", page.source.split("</style>")[1])  # every colour follows the theme
+    assert not re.search(r"#[0-9a-f]{6}", page.source.partition("</style>")[2])  # every colour follows the theme
     assert all((folder / name).stat().st_size > 10_000 for name in ("loss.png", "overshoot.png", "deltas.png"))
 
 
@@ -88,7 +90,8 @@ def test_both_formats_hold_everything(report):
         "ours, untouched",
         "ours, W8A8 by PTQ",
         "W8A8 costs +0.00",
-        "torch 2.13.0",
+        "torch 2.13.0, numpy 2.0",
+        "0123456789, modified",
         "Loss APE 0.",
         "Held-out loss in W8A8 differs from BF16 by +0.00",
         "of 6 intervals (95 %) exclude zero",
@@ -98,16 +101,67 @@ def test_both_formats_hold_everything(report):
         "paper, exp8 BF16",
         "KL, nats",
         "data.label_shift",
+        "Settings that differ between runs",
     ]
     for words in shared:
         assert words in text, words
         assert words in markdown, words
-    assert CONTEXT["Hardware"] in page.text and "&lt;of&gt;" in page.source
+    assert all(
+        f'aria-label="{title}"' in page.source for title in ("Loss on held-out text", "All questions of all tasks")
+    )
+    assert "an <odd> one, 2 cores" in page.text and "&lt;odd&gt;" in page.source
     for name in ("loss.png", "overshoot.png", "deltas.png"):
         assert f"]({name})" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("| ARC-Easy")]
     cells = {cell.strip() for line in rows for cell in line.split("|")}
     assert len(cells) > 30 and all(cell in text for cell in cells)
+
+
+def test_what_a_reader_can_pick_is_there(report):
+    """Layers of the run with telemetry, the one with the worst overshoot chosen; and every run."""
+    page, _, _ = report
+    (figure,) = re.findall(r'<figure class="amax">(.*?)</figure>', page.source, re.DOTALL)
+    data = json.loads(re.search(r"<script[^>]*>(.*?)</script>", figure, re.DOTALL)[1])
+    options = re.findall(r'<option value="([^"]+)"( selected)?>[^<]*overshoot up to ([\d.]+)', figure)
+    assert [layer for layer, _, _ in options] == list(data["layers"]) and len(options) == 3 * 25
+    (chosen,) = [float(most) for _, mark, most in options if mark]
+    assert chosen == max(float(most) for *_, most in options)
+    for lines in data["layers"].values():
+        assert list(lines) == list(ROLES) and {len(line) for role in lines.values() for line in role} == {3}
+    assert (data["steps"], data["last"]) == ([12, 24, 36], 36)
+    settings = page.source.partition('<section id="differences">')[2].partition("</section>")[0]
+    header = re.findall(r'<th scope="col">(.*?)</th>', settings)
+    names = ["exp2 current", "exp2 most_recent", "exp3", "exp4/exp6", "exp5", "exp7", "exp8"]
+    assert header[:8] == ["Setting", *names] and len(header) == 12
+    assert re.findall(r'<option value="(\d+)">(.*?)</option>', settings) == 2 * list(
+        zip(map(str, range(12)), ["all runs", *header[1:]], strict=True)
+    )
+
+
+@pytest.mark.skipif(not (CHROMIUM := shutil.which("chromium")), reason="needs chromium")
+def test_a_browser_draws_what_the_reader_picks(report, tmp_path):
+    page, _, _ = report
+    pick = """<script>
+    const choose = (select, value) => { select.value = value; select.dispatchEvent(new Event("change")); };
+    choose(document.querySelector(".amax select"), "model.layers.3.mlp.up_proj");
+    document.querySelectorAll("#differences select").forEach((select, i) => choose(select, [5, 7][i]));
+    for (const hidden of document.querySelectorAll("#differences [hidden]")) hidden.remove();
+    </script></body>"""
+    (tmp_path / "page.html").write_text(page.source.replace("</body>", pick))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--dump-dom", f"file://{tmp_path / 'page.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    figure = shown.partition('<figure class="amax">')[2].partition("</figure>")[0]
+    assert [f"{role}: amax and predicted amax" for role in ("Activation", "Weight", "Gradient")] == re.findall(
+        r'aria-label="([^"]+)"', figure
+    )
+    assert figure.count("<circle") >= 9 and "NaN" not in figure and "undefined" not in figure
+    rows = re.findall(
+        r"<tr.*?</tr>", shown.partition('<section id="differences">')[2].partition("</table>")[0], re.DOTALL
+    )
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in rows]
+    assert cells[0] == ["Setting", "exp5", "exp8"] and ["scaling.window", "1", "64"] in cells
+    assert all(ours != theirs for _, ours, theirs in cells) and len(cells) == 5
 
 
 def test_what_is_missing_names_its_command(report):
@@ -218,7 +272,7 @@ def test_every_stage_of_incompleteness(tmp_path):
         "exp1 has not been run yet; make it: make exp1",
         "nowhere has not been run yet; make it: make exp3",
         "begun is running at step 0 of 36; finish it: python scripts/train.py experiment=exp8",
-        "lone has no BF16 baseline yet; make it: make exp5",
+        "lone has no BF16 baseline yet; make it: python scripts/train.py experiment=exp8",
         "base is no matched baseline of other: optim.lr=1e-05 there, optim.lr=0.0001 here",
     ):
         assert line in page.text, line
@@ -232,7 +286,8 @@ def test_siblings_are_told_apart_by_what_differs(tmp_path):
 
     assert labels({"scaling.algo": "current"}, {"scaling.window": 30}) == ["exp2 current", "exp2 max"]
     assert labels({"scaling.window": 16}, {"scaling.window": 30}) == ["exp2 window 16", "exp2 window 30"]
-    assert labels({"quant.ste": "masked"}, {}) == ["exp2 0", "exp2 1"]  # the ids
+    assert labels({"quant.ste": "masked"}, {}) == ["exp2 ste masked", "exp2 ste pass_through"]
+    assert labels({}, {}) == ["exp2 0", "exp2 1"]  # the ids
     assert labels({}) == ["exp2"]
     assert labels({"optim.lr": 2.5e-4, "seed": 1}, {"optim.lr": 2.5e-4}, {"optim.lr": 1e-3}) == [
         "exp2 lr 2.5e-4 seed 1",

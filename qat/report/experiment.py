@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
 
-from qat.compare import TASKS, compare, mismatches
+from qat.compare import TASKS, compare, differences, mismatches, train_command
 from qat.config import UserError
 from qat.runs import Run, run_id, untouched_of
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
-_TOLD_APART_BY = (  # what a label says where it differs
-    lambda config: config["scaling"]["algo"],
-    lambda config: f"window {config['scaling']['window']}",
-    lambda config: f"lr {scientific(config['optim']['lr'])}",
-    lambda config: f"seed {config['seed']}",
-)
+_LISTED = 48  # logged steps of a tensor that the page can draw
+_SAID = {  # how a label puts a setting; the usual ones, and in this order before all others
+    "scaling.algo": str,
+    "scaling.window": "window {}".format,
+    "optim.lr": lambda lr: f"lr {scientific(lr)}",
+    "seed": "seed {}".format,
+}
+# What is about commands and folders, not about a run.
+_OF_COMMANDS = re.compile(r"(runs?|runs_dir|experiment)$|(report|study|bench|export|dashboard)\.")
 
 
 def published() -> dict:
@@ -42,8 +46,11 @@ class Experiment:
 
     @cached_property
     def configs(self) -> dict[str, dict]:
-        """The configuration of each of its runs whose folder exists, read once; {run id: config}."""
-        return {run.id: config for run in (*self.runs, *self.baselines) if (config := run.config())}
+        """The configuration of each of its runs whose folder exists, read once; {run id: config}. What a run of an
+        earlier version did not have is at its default."""
+        runs = {run.id: run for run in (*self.runs, *self.baselines) if run.config()}
+        typed = {name: OmegaConf.structured(run.typed_config()) for name, run in runs.items()}
+        return {name: OmegaConf.to_container(config) for name, config in typed.items()}
 
     @cached_property
     def absent(self) -> list[str]:
@@ -59,19 +66,8 @@ class Experiment:
     def pairs(self) -> list[Pair]:
         """Its quantized runs, each with its baseline and its comparison or the reason why there is none."""
         runs = [run for run in self.runs if self._quantized(run)]
-        labels = self.labels(runs)
-        return [self._pair(run, f"{self.name} {label}".strip()) for run, label in zip(runs, labels, strict=True)]
-
-    def labels(self, runs: Sequence[Run]) -> list[str]:
-        """What tells runs of this experiment apart: the first settings that suffice, or else their ids."""
-        names = [""] * len(runs)
-        for describe in _TOLD_APART_BY:
-            if len(set(names)) == len(names):
-                return names
-            words = [describe(self.configs[run.id]) for run in runs]
-            if len(set(words)) > 1:
-                names = [f"{name} {word}".strip() for name, word in zip(names, words, strict=True)]
-        return names if len(set(names)) == len(names) else [run.id for run in runs]
+        labels = told_apart({run.id: self.configs[run.id] for run in runs})
+        return [self._pair(run, f"{self.name} {labels[run.id]}".strip()) for run in runs]
 
     def _quantized(self, run: Run) -> bool | None:
         """None for a run that does not exist yet."""
@@ -85,7 +81,7 @@ class Experiment:
         elif self.bf16:
             self._compare(pair)
         else:
-            pair.missing = f"{run.id} has no BF16 baseline yet; make it: make {self.name}"
+            pair.missing = f"{run.id} has no BF16 baseline yet; make it: {train_command(run)}"
         return pair
 
     def _compare(self, pair: Pair) -> None:
@@ -161,6 +157,38 @@ class Telemetry:
             grid[at] = np.fmax(grid[at], row["overshoot"])
         return np.array(steps, int), [name for _, name in blocks], grid
 
+    def histories(self) -> dict:
+        """Amax and predicted amax of every tensor, to four digits, for the page's script: {"steps", "layers": {layer:
+        {role: [amaxes, predicted amaxes]}}}, null where a step has none. Of more than `_LISTED` steps, every second,
+        third ..."""
+        steps = sorted({row["step"] for rows in self.tensors.values() for row in rows})
+        steps = steps[:: max(1, -(-len(steps) // _LISTED))]
+        column, layers = {step: i for i, step in enumerate(steps)}, defaultdict(dict)
+        for role, rows in self.tensors.items():
+            for row in (row for row in rows if row["step"] in column and row["overshoot"]):
+                lines = layers[row["layer"]].setdefault(role, [[None] * len(steps) for _ in range(2)])
+                # By the overshoot, as `scale` may be what the step left behind for the next one.
+                for line, value in zip(lines, (row["amax"], row["amax"] / row["overshoot"]), strict=True):
+                    line[column[row["step"]]] = float(f"{value:.4g}") if np.isfinite(value) else None
+        return {"steps": steps, "layers": dict(layers)}
+
+    def worst(self) -> dict[str, float]:
+        """The largest overshoot of each layer of `histories`, over its roles and all logged steps."""
+        worst = {}
+        for row in (row for rows in self.tensors.values() for row in rows if row["overshoot"]):
+            worst[row["layer"]] = max(row["overshoot"], worst.get(row["layer"], 0.0))
+        return worst
+
+    def shares(self, role: str) -> tuple[list[str], dict[str, np.ndarray]]:
+        """(blocks, {each of the `SHARES`: its mean over a block's linears and the logged steps})."""
+        rows = defaultdict(list)
+        for row in self.tensors[role]:
+            rows[_block(row["layer"])].append(row)
+        means = {
+            key: np.array([np.mean([row[key] for row in rows[block]]) for block in sorted(rows)]) for key in SHARES
+        }
+        return [name for _, name in sorted(rows)], means
+
     def means(self, role: str) -> dict[str, float]:
         """Means over a role's tensors and logged steps: the `SHARES`, and `sqnr_db` in dB."""
         rows = self.tensors[role]
@@ -173,6 +201,25 @@ def untouched(run: Run) -> Run | None:
     """The checkpoint that a run started from, in the folder beside it; None where it was not scored."""
     origin = Run(run.path.parent / run_id(untouched_of(run.typed_config())))
     return origin if origin.evaluations() else None
+
+
+def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:
+    """The dotted settings in which configs differ: {key: {name: value}}; null where a config has none."""
+    flat = {name: {key: value for key, (_, value) in differences({}, c).items()} for name, c in configs.items()}
+    keys = [key for key in dict.fromkeys(key for each in flat.values() for key in each) if not _OF_COMMANDS.match(key)]
+    rows = {key: {name: each.get(key) for name, each in flat.items()} for key in keys}
+    return {key: row for key, row in rows.items() if len({str(value) for value in row.values()}) > 1}
+
+
+def told_apart(configs: Mapping[str, Mapping]) -> dict[str, str]:
+    """What tells configs apart: the first settings that suffice, the usual ones first, or else their names."""
+    labels, rows = dict.fromkeys(configs, ""), unlike(configs)
+    for key in [*(key for key in _SAID if key in rows), *(key for key in rows if key not in _SAID)]:
+        if len(set(labels.values())) == len(labels):
+            break
+        say = _SAID.get(key, f"{key.rpartition('.')[2]} {{}}".format)
+        labels = {name: f"{label} {say(rows[key][name])}".strip() for name, label in labels.items()}
+    return labels if len(set(labels.values())) == len(labels) else {name: name for name in configs}
 
 
 def tasks_of(records) -> list[str]:

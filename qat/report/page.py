@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 
 from qat.compare import APE_MARK, TASKS
 from qat.report import pictures, tables
-from qat.report.experiment import Experiment, Pair, scientific
-from qat.report.panels import score_legend
+from qat.report.experiment import Experiment, Pair, scientific, told_apart
+from qat.report.panels import score_legend, share_legend
 from qat.report.plots import PALETTE, svg
 from qat.runs import Run
 from qat.wording import heldout_verdict, loss_text, qat_verdict, verdict
@@ -22,17 +22,21 @@ from qat.wording import heldout_verdict, loss_text, qat_verdict, verdict
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
 
 
-def render(experiments: Sequence[Experiment], paper: Mapping, context: Mapping, images: Mapping) -> tuple[str, str]:
-    """The report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}."""
+def render(
+    experiments: Sequence[Experiment], paper: Mapping, context: Mapping, images: Mapping, studies: Sequence[Mapping]
+) -> tuple[str, str]:
+    """The report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}; `studies` are of
+    `studies_in`."""
     folder = Path(__file__).parent
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
     page = environment.overlay(autoescape=True)
+    page.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     page.filters["minus"] = _minus
     page.filters["command"] = _command
     numbers = itertools.count(1)
     page.filters["svg"] = lambda panel: svg(panel, next(numbers))
-    view = _view(experiments, paper, context) | {"images": images, "palette": PALETTE}
+    view = _view(experiments, paper, context) | {"images": images, "studies": studies, "palette": PALETTE}
     return page.get_template("template.html").render(view), environment.get_template("template.md").render(view)
 
 
@@ -40,11 +44,11 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
     return {
         "title": TITLE,
         "lead": _lead(experiments),
-        "provenance": _provenance(experiments) | {label: _plain(value) for label, value in context.items()},
+        "provenance": _provenance(experiments) | context,
         "paper": paper["paper"],
         "glance": tables.glance(experiments, paper),
         "summary": tables.summary(experiments, paper),
-        "scores": pictures.of_scores(experiments, paper),
+        "forests": [*pictures.of_differences(experiments), *pictures.of_scores(experiments, paper)],
         "score_legend": score_legend(),
         "resolution": tables.resolution(experiments),
         "seeds": tables.seeds(experiments),
@@ -53,6 +57,8 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "baselines": tables.baselines(experiments, paper),
         "experiments": _experiments(experiments, paper["experiments"]),
         "disagreements": tables.disagreements(paper),
+        "configurations": _configurations(experiments),
+        "share_legend": share_legend(),
     }
 
 
@@ -74,13 +80,19 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     return [line for line in lines if line]
 
 
-def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
-    """{label: comparison}, a run that several experiments share once, under all their names."""
-    labels, found = {}, {}
-    for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
+def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:
+    """{run id: label}; a run that several experiments share is under all their names."""
+    labels = {}
+    for pair in (pair for e in experiments for pair in e.pairs):
         labels[pair.run.id] = f"{labels[pair.run.id]}/{pair.label}" if pair.run.id in labels else pair.label
-        found[pair.run.id] = pair.comparison
-    return {labels[run_id]: comparison for run_id, comparison in found.items()}
+    plain = told_apart({run.id: e.configs[run.id] for e in experiments for run in e.bf16})
+    return labels | {name: f"BF16 {label}".strip() for name, label in plain.items()}
+
+
+def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
+    """{label: comparison}, each run once."""
+    labels = _labels(experiments)
+    return {labels[pair.run.id]: pair.comparison for e in experiments for pair in e.pairs if pair.comparison}
 
 
 def _cautions(experiments: Sequence[Experiment]) -> list[str]:
@@ -118,6 +130,8 @@ def _warnings(run: Run) -> list[str]:
 def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
     """What the runs' own configs say; several values where they differ."""
     configs = [config for e in experiments for config in e.configs.values()]
+    runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines)}
+    environments = [found for run in runs.values() if (found := run.environment())]
     lines = {
         "Model": [c["model"]["name"] for c in configs],
         "Data": [c["data"]["name"] for c in configs],
@@ -125,6 +139,10 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
+        "Hardware": [e["gpu"] or f"{e['processor']}, {e['cores']} cores" for e in environments],
+        "Arithmetic": [c["budget"]["arithmetic"].upper() for c in configs],
+        "Versions": [", ".join(map(" ".join, e["packages"].items())) for e in environments],
+        "Code": [_code(e["git"]) for e in environments if e["git"]],
     }
     return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
 
@@ -132,6 +150,10 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
 def _budget(budget: Mapping) -> str:
     batch = budget["micro_batch"] * budget["accumulation"]
     return f"{budget['name']}, {budget['steps']:,} steps of {batch} × {budget['seq_len']} tokens"
+
+
+def _code(git: Mapping) -> str:
+    return f"{git['commit'][:10]}{', modified' if git['modified'] else ''}"
 
 
 def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[dict]:
@@ -158,6 +180,11 @@ def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -
     }
 
 
+def _configurations(experiments: Sequence[Experiment]) -> tables.Table:
+    configs = {name: config for e in experiments for name, config in e.configs.items()}
+    return tables.configurations({label: configs[name] for name, label in _labels(experiments).items()})
+
+
 def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     compared, first = pair.comparison, shown.setdefault(pair.run.id, experiment.name)
     again = first != experiment.name
@@ -171,9 +198,21 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
         "heldout": tables.heldout(compared) if compared and compared["heldout"] and not again else None,
         "loss": [] if again else pictures.of_loss(pair),
         "overshoot": [] if again else pictures.of_overshoot(pair),
+        "amax": None if again else _amax(pair),
         "precision": [] if again else pictures.of_precision(pair),
+        "blocks": [] if again else pictures.of_blocks(pair),
         "settings": tables.settings(pair.config, experiment.configs[pair.baseline.id]) if pair.baseline else None,
     }
+
+
+def _amax(pair: Pair) -> dict | None:
+    """What the page's script draws, and its layers with their largest overshoot; None for current scaling, which
+    predicts nothing."""
+    worst = pair.telemetry.worst()
+    if pair.config["scaling"]["algo"] == "current" or not worst or not len(pair.curve.steps):
+        return None
+    data = pair.telemetry.histories() | {"last": int(pair.curve.steps[-1])}
+    return {"data": data, "worst": worst, "chosen": max(worst, key=worst.get)}
 
 
 def _recipe(pair: Pair) -> str:
@@ -188,12 +227,6 @@ def _recipe(pair: Pair) -> str:
 def _details(run: Run, config: Mapping) -> str:
     parts = {"config": config, "environment": run.environment(), "status": run.status()}
     return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
-
-
-def _plain(value) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _command(line: str) -> Markup:

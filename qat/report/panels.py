@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
+from qat.compare import APE_MARK, DROP_MARK, MODES
 from qat.report.experiment import SHARES, Curve, Telemetry
 from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
 
@@ -97,8 +98,7 @@ def mantissa_bits(telemetry: Telemetry) -> Panel:
         left, rows = np.zeros(len(roles)), np.arange(len(roles))[::-1]
         for key, name in zip(SHARES, _SHARE_NAMES, strict=True):
             width = np.array([100 * mean[key] for mean in means])
-            colour = PALETTE[key if key in PALETTE else "base"][0]
-            axes.barh(rows, width, left=left, height=0.52, color=colour, label=name)
+            axes.barh(rows, width, left=left, height=0.52, color=PALETTE[key][0], label=name)
             for y, x, w in zip(rows, left, width, strict=True):
                 if w >= 9:
                     axes.text(x + w / 2, y, f"{w:.0f} %", ha="center", va="center", color=_on(key), fontsize=9.5)
@@ -110,6 +110,28 @@ def mantissa_bits(telemetry: Telemetry) -> Panel:
         _legend_above(axes, handlelength=0.8)
 
     return Panel("Mantissa bits left", draw, margins=(78, 16, 54, 40))
+
+
+def mantissa_bits_by_block(telemetry: Telemetry, role: str) -> Panel:
+    """The shares of `mantissa_bits` in each block, for one role."""
+    blocks, means = telemetry.shares(role)
+
+    def draw(axes: Axes) -> None:
+        bottom, edges = np.zeros(len(blocks)), np.arange(len(blocks) + 1) - 0.5
+        for key, share in means.items():
+            top = bottom + 100 * share
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=PALETTE[key][0])
+            bottom = top
+        shown = range(0, len(blocks), -(-len(blocks) // 6))
+        axes.set_xticks(shown, [blocks[i] for i in shown])
+        axes.set(xlim=edges[[0, -1]], ylim=(0, 100), xlabel="Block", ylabel="Nonzero elements (%)")
+
+    return Panel(role.capitalize(), draw, width=340, height=210, margins=(44, 52, 32, 40))
+
+
+def share_legend() -> dict[str, str]:
+    """What the colours of `mantissa_bits` mean, {colour: meaning}."""
+    return dict(zip(SHARES, _SHARE_NAMES, strict=True))
 
 
 def updates(telemetry: Telemetry) -> Panel:
@@ -131,11 +153,23 @@ def updates(telemetry: Telemetry) -> Panel:
     return Panel("Weights that an update changes", draw, margins=(56, 16, 54, 40))
 
 
-def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], float | None]], reach: float) -> Panel:
-    """Forest plot of one task; a row is (label, comparison row by mode, the paper's difference in points or None).
+class Estimate(NamedTuple):
+    """A difference from BF16 with its 95 % interval, and the value at which a mark is just missed."""
 
-    `reach` is the end of the axis, in points, so that panels can share it.
+    value: float
+    ci: Sequence[float] | None
+    mark: float | None = None
+
+
+def forest(
+    title: str, rows: Sequence[tuple[str, Mapping[str, Estimate], float | None]], unit: str, reach: float | None = None
+) -> Panel:
+    """Forest plot of differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
+
+    `reach` is the end of the axis, in `unit`, so that panels can share it; None: what the rows need.
     """
+    ends = [abs(end) for _, modes, _ in rows for each in modes.values() for end in (each.value, *(each.ci or ()))]
+    reach = reach or 1.04 * max(ends) or 1.0
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=BASE, linewidth=1.4)
@@ -143,22 +177,22 @@ def score_differences(task: str, rows: Sequence[tuple[str, Mapping[str, dict], f
         for mode, shift, fill in (("w8a8", 0.16, ACCENT), ("bf16", -0.16, PAPER)):
             found = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
             _intervals(axes, found, fill)
-        paper = [(points, y) for y, (_, _, points) in zip(places, rows, strict=True) if points is not None]
+        paper = [(value, y) for y, (_, _, value) in zip(places, rows, strict=True) if value is not None]
         axes.plot(*np.array(paper).reshape(-1, 2).T, "x", color=WARM, markersize=6, markeredgewidth=1.8)
         axes.set_yticks(places, [label for label, _, _ in rows])
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set(xlim=(-reach, reach), ylim=(-0.6, len(rows) - 0.4))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        axes.set_xlabel("Run − BF16 (percentage points)")
+        axes.set_xlabel(f"Run − BF16 ({unit})")
 
-    name = TASKS.get(task, task)
     longest = max(len(label) for label, _, _ in rows)
-    return Panel(name, draw, height=76 + 27 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
+    return Panel(title, draw, height=76 + 27 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
 
 
 def score_legend() -> dict[str, str]:
-    """What the marks of `score_differences` mean."""
+    """What the marks of `forest` mean."""
     return {
         "●": f"{MODES['w8a8']}, 95 % interval",
         "○": f"{MODES['bf16']}, 95 % interval",
@@ -167,11 +201,14 @@ def score_legend() -> dict[str, str]:
     }
 
 
-def _intervals(axes: Axes, rows: Sequence[tuple[dict, float]], fill: str) -> None:
-    heights = [y for _, y in rows]
-    axes.hlines(heights, *zip(*(row["ci"] for row, _ in rows), strict=True), color=ACCENT, linewidth=1.3)
-    axes.plot([row["points"] for row, _ in rows], heights, "o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
-    axes.plot([-row["baseline"] * DROP_MARK / 100 for row, _ in rows], heights, "|", color=MUTED, markersize=7)
+def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], fill: str) -> None:
+    for each, y in rows:
+        if each.ci:
+            axes.hlines(y, *each.ci, color=ACCENT, linewidth=1.3)
+        if each.mark is not None:
+            axes.plot(each.mark, y, "|", color=MUTED, markersize=7)
+    values, heights = [each.value for each, _ in rows], [y for _, y in rows]
+    axes.plot(values, heights, "o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
 
 
 def _line_styles(count: int) -> list[tuple[str, float]]:

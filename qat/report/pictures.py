@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qat.compare import DROP_MARK, TASKS
 from qat.config import ROLES
 from qat.report import panels
-from qat.report.experiment import Curve, Experiment, Pair, tasks_of
+from qat.report.experiment import Curve, Experiment, Pair, tasks_of, told_apart
 from qat.report.plots import Panel, png
 
 
@@ -41,13 +42,40 @@ def of_precision(pair: Pair) -> list[Panel]:
     return found + ([panels.updates(pair.telemetry)] if pair.telemetry.updates else [])
 
 
+def of_blocks(pair: Pair) -> list[Panel]:
+    """Mantissa bits left in each block, a panel a role."""
+    return [panels.mantissa_bits_by_block(pair.telemetry, role) for role in pair.telemetry.tensors]
+
+
 def of_learning_rates(experiment: Experiment) -> list[Panel]:
     """Training loss of the BF16 runs of an experiment that has no other, one line a learning rate."""
     runs = [] if experiment.pairs else experiment.bf16
     runs = sorted(runs, key=lambda run: experiment.configs[run.id]["optim"]["lr"], reverse=True)
-    curves = {label or "BF16": Curve.of(run) for label, run in zip(experiment.labels(runs), runs, strict=True)}
+    labels = told_apart({run.id: experiment.configs[run.id] for run in runs})
+    curves = {labels[run.id] or "BF16": Curve.of(run) for run in runs}
     curves = {label: curve for label, curve in curves.items() if len(curve.steps)}
     return [panels.losses(curves, "Training loss in BF16")] if curves else []
+
+
+def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
+    """Forest plots of every compared run in both modes: held-out loss a text, and all questions of all tasks."""
+    compared = [pair for e in experiments for pair in e.pairs if pair.comparison]
+    texts = dict.fromkeys(row["text"] for pair in compared for row in pair.comparison["heldout"])
+    found = []
+    for text in texts:
+        rows = [
+            (pair.label, {r["mode"]: panels.Estimate(r["difference"], r["ci"]) for r in shown}, None)
+            for pair in compared
+            if (shown := [row for row in pair.comparison["heldout"] if row["text"] == text])
+        ]
+        name = "Loss on held-out text" + (f", {text}" if len(texts) > 1 else "")
+        found.append(panels.forest(name, rows, "nats a token"))
+    pooled = [
+        (pair.label, {row["mode"]: _points(row) for row in pair.comparison["pooled"]}, None)
+        for pair in compared
+        if pair.comparison.get("pooled")
+    ]
+    return found + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
 
 
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
@@ -58,11 +86,15 @@ def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
     for task in tasks_of([row["task"] for row in pair.comparison["tasks"]] for _, pair in compared):
         rows = []
         for name, pair in compared:
-            modes = {row["mode"]: row for row in pair.comparison["tasks"] if row["task"] == task}
+            modes = {row["mode"]: _points(row) for row in pair.comparison["tasks"] if row["task"] == task}
             score = paper["experiments"].get(name, {}).get("scores", {}).get(task, {})
             rows.append((pair.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
-        found.append(panels.score_differences(task, rows, 1.04 * max(limits)))
+        found.append(panels.forest(TASKS.get(task, task), rows, "percentage points", 1.04 * max(limits)))
     return found
+
+
+def _points(row: Mapping) -> panels.Estimate:
+    return panels.Estimate(row["points"], row["ci"], -row["baseline"] * DROP_MARK / 100)
 
 
 def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from qat.config import UserError
 from qat.floor import floor as floor_of
 from qat.floor import repeats
 from qat.paired import half_width
-from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, untouched
+from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, unlike, untouched
 from qat.runs import Run, identity
 from qat.wording import (
     FLOOR_HEADER,
@@ -172,6 +172,12 @@ def settings(run: Mapping, baseline: Mapping) -> Table:
     """The settings in which the configs of a run and its baseline differ."""
     found = differences(run, baseline)
     return _table(["Setting", "Run", "Baseline"], [[key, *map(_value, values)] for key, values in found.items()])
+
+
+def configurations(configs: Mapping[str, Mapping]) -> Table:
+    """The settings in which any of the configs {label: config} differ, a column each."""
+    rows = unlike(configs)
+    return _table(["Setting", *configs], [[key, *map(_value, row.values())] for key, row in rows.items()])
 
 
 def _value(value) -> str:

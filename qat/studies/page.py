@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,10 @@ from matplotlib.ticker import MaxNLocator
 from qat import runtime
 from qat.compare import APE_MARK, DROP_MARK
 from qat.config import Config
-from qat.report.plots import ACCENT, BASE, INK, MUTED, PAPER, WARM, Panel, png
+from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
+from qat.report.studies import TITLES, interaction
 from qat.studies import audit, factorial, measures
-from qat.studies.contrasts import Estimate, Response, region
+from qat.studies.contrasts import Response, region
 from qat.studies.measures import MODES, Measured
 from qat.wording import markdown, p_text
 
@@ -34,15 +36,16 @@ def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cf
     claims, effects = factorial.claims(measured), factorial.effects(measured)
     cells, header = _cells(measured)
     forgetting = factorial.forgetting(measured)
-    parts = ["# Scaling × learning rate × BF16 warmup", _summary(claims), READING, _facts(measured, cfg)]
+    parts = [f"# {TITLES['factorial']}", _summary(claims), READING, _listed(_facts(measured, cfg))]
     parts += [*_missing(missing), _short_runs(cfg), *_claims(claims)]
+    interactions = _interactions(measured) if measured else []
     if measured:
-        png(_interactions(measured), 2, out / "factorial.png")
+        png([interaction(each, legend=not i) for i, each in enumerate(interactions)], 2, out / "factorial.png")
         parts += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", markdown(header, cells)]
         parts += ["## Forgetting", _NOTE_FORGETTING, *_levels(forgetting.values()), "## Effects", _NOTE_EFFECTS]
         parts += [part for each in effects for part in _effects(each)]
-    content = {"claims": claims, "effects": effects, "missing": missing, "runs": _runs(measured)}
-    return _write(out, "factorial", parts, content)
+    content = {"facts": _facts(measured, cfg), "claims": claims, "interactions": interactions, "effects": effects}
+    return _write(out, "factorial", parts, content | {"missing": missing, "runs": _runs(measured)})
 
 
 def write_audit(
@@ -51,8 +54,8 @@ def write_audit(
     """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
     claims, effects = audit.claims(measured), audit.effects(measured)
-    parts = ["# The switches between the paper's text and its released code", _summary(claims), READING]
-    parts += [_facts(measured, cfg), *_missing(missing | left_out), *_claims(claims)]
+    parts = [f"# {TITLES['audit']}", _summary(claims), READING]
+    parts += [_listed(_facts(measured, cfg)), *_missing(missing | left_out), *_claims(claims)]
     if effects:
         height = max(300, 80 + 20 * len(effects))
         png([_forest(effects, height), _scopes(measured, height)], 2, out / "audit.png")
@@ -67,8 +70,8 @@ def write_audit(
         parts += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
         parts += [markdown(header, rows)]
         parts += ["\n".join(f"- {name}: {each.noise()}" for name, each in audit.responses(measured).items())]
-    content = {"claims": claims, "effects": effects, "missing": missing, "left_out": left_out, "runs": _runs(measured)}
-    return _write(out, "audit", parts, content)
+    content = {"facts": _facts(measured, cfg), "claims": claims, "effects": effects, "missing": missing}
+    return _write(out, "audit", parts, content | {"left_out": left_out, "runs": _runs(measured)})
 
 
 _NOTE_FORGETTING = "The BF16 baselines less the untouched checkpoint. No scaling rule or warmup has a part in it."
@@ -108,12 +111,12 @@ def _summary(claims: Sequence[Mapping]) -> str:
     return f"**Of {len(claims)} claims: {', '.join(counts)}.**" if claims else "**Nothing has been measured yet.**"
 
 
-def _facts(measured: Sequence[Measured], cfg: Config) -> str:
+def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     environment, (micro, accumulation) = runtime.environment(), cfg.batch
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
     asked = "; ".join(f"{sequences} held-out sequences, {questions} questions" for sequences, questions in sizes)
-    lines = {
+    return {
         "Model": cfg.model.name,
         "Data": cfg.data.name,
         "Budget": f"{cfg.budget.name}, {cfg.steps:,} steps of {micro * accumulation} × {cfg.budget.seq_len} tokens",
@@ -123,12 +126,14 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> str:
         "Command": f"python {environment['command']}",
         "Date": str(date.today()),
     }
+
+
+def _listed(lines: Mapping[str, str]) -> str:
     return "\n".join(f"- {label}: {text}" for label, text in lines.items())
 
 
 def _missing(missing: Mapping[str, str]) -> list[str]:
-    lines = [f"- {label}: {reason}" for label, reason in missing.items()]
-    return ["## Missing", "\n".join(lines)] if lines else []
+    return ["## Missing", _listed(missing)] if missing else []
 
 
 def _short_runs(cfg: Config) -> str:
@@ -203,49 +208,27 @@ def _runs(measured: Sequence[Measured]) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def _interactions(measured: Sequence[Measured]) -> list[Panel]:
-    """Every cell's mean and interval over the scalings, a line for each learning rate and warmup."""
-    return [
-        _interaction(measures.heldout(measured, "w8a8"), "Held-out loss in W8A8, run less BF16 (nats)", legend=True),
-        _interaction(measures.ape(measured, model=factorial.two_way()), "Loss APE (%)", legend=False),
-    ]
+def _interactions(measured: Sequence[Measured]) -> list[dict]:
+    """Every cell's mean and interval in two responses, as `qat.report.studies.interaction` draws them."""
+    responses = {
+        "Held-out loss in W8A8, run less BF16 (nats)": measures.heldout(measured, "w8a8"),
+        "Loss APE (%)": measures.ape(measured, model=factorial.two_way()),
+    }
+    drawn = []
+    for title, response in responses.items():
+        means = {key: response.contrast({key: 1}) for key in itertools.product(*factorial.FACTORS.values())}
+        cells = [
+            dict(zip(factorial.FACTORS, key, strict=True))
+            | {end: _shown(getattr(mean, end), response) for end in ("value", "low", "high")}
+            for key, mean in means.items()
+            if mean is not None
+        ]
+        drawn.append({"title": title, "around_zero": not response.log, "cells": cells})
+    return drawn
 
 
-def _interaction(response: Response, title: str, legend: bool) -> Panel:
-    def draw(axes: Axes) -> None:
-        shifts = iter((-0.18, -0.06, 0.06, 0.18))
-        for rate, colour in zip(factorial.RATES, (WARM, ACCENT), strict=True):
-            for warmup, fill, dash in (("0", PAPER, (3, 2)), ("5 %", colour, (None, None))):
-                shift = next(shifts)
-                found = [
-                    (x + shift, estimate)
-                    for x, scaling in enumerate(factorial.SCALINGS)
-                    if (estimate := response.contrast({(scaling, rate, warmup): 1})) is not None
-                ]
-                _whiskers(axes, found, response, colour)
-                line = [[x for x, _ in found], [_shown(e.value, response) for _, e in found]]
-                label = f"lr {rate}, {'BF16 warmup' if warmup != '0' else 'no warmup'}"
-                style = {"color": colour, "markerfacecolor": fill, "markersize": 5, "linewidth": 1.0, "dashes": dash}
-                axes.plot(*line, marker="o", label=label, **style)
-        if not response.log:
-            axes.axhline(0, color=BASE, linewidth=1.4, zorder=0)
-        axes.set_xticks(range(len(factorial.SCALINGS)), list(factorial.SCALINGS))
-        axes.tick_params(axis="x", length=0, labelcolor=INK)
-        axes.grid(axis="y")
-        if legend:
-            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.36))
-
-    return Panel(title, draw, width=430, height=300, margins=(62, 14, 32, 72))
-
-
-def _whiskers(axes: Axes, found: Sequence[tuple[float, Estimate]], response: Response, colour: str) -> None:
-    for x, estimate in found:
-        if estimate.low is not None:
-            axes.vlines(x, _shown(estimate.low, response), _shown(estimate.high, response), color=colour, linewidth=1.2)
-
-
-def _shown(value: float, response: Response) -> float:
-    return math.exp(value) if response.log else value
+def _shown(value: float | None, response: Response) -> float | None:
+    return math.exp(value) if response.log and value is not None else value
 
 
 def _forest(effects: Sequence[Mapping], height: float) -> Panel:

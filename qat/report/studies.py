@@ -1,0 +1,74 @@
+"""The factorial and the audit as the report shows them: read back from the JSON in their folders beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from qat.config import UserError
+from qat.report.plots import ACCENT, BASE, INK, PAPER, WARM, Panel
+from qat.report.tables import Cell, Table
+
+TITLES = {
+    "factorial": "Scaling × learning rate × BF16 warmup",
+    "audit": "The switches between the paper's text and its released code",
+}
+
+
+def studies_in(out: Path) -> list[dict]:
+    """The studies whose result lies in `out`, the report's folder: name, title, facts, claims as a table, panels.
+
+    Errors: UserError for a damaged file.
+    """
+    found = []
+    for name, title in TITLES.items():
+        path = out / name / f"{name}.json"
+        if not path.exists():
+            continue
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            rows = [[claim[key] for key in ("claim", "says", "verdict", "why")] for claim in result["claims"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); write it again: make {name}") from error
+        claims = Table(["Claim", "The paper", "Verdict", "Why"], [[Cell(text) for text in row] for row in rows])
+        # A result of an earlier version has neither facts nor interactions.
+        drawn = [interaction(each, legend=not i) for i, each in enumerate(result.get("interactions", []))]
+        facts = " · ".join(f"{label}: {text}" for label, text in result.get("facts", {}).items())
+        found.append({"name": name, "title": title, "facts": facts, "claims": claims, "panels": drawn})
+    return found
+
+
+def interaction(response: Mapping, legend: bool) -> Panel:
+    """Every cell's mean and interval over the scalings, a line for each learning rate and warmup.
+
+    response: {"title", "around_zero": whether 0 is no effect, "cells": [{"scaling", "lr", "warmup", "value", "low" and
+    "high" (null without noise)}]}.
+    """
+    cells = response["cells"]
+    scalings, rates, warmups = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("scaling", "lr", "warmup"))
+
+    def draw(axes: Axes) -> None:
+        shifts = iter((-0.18, -0.06, 0.06, 0.18))
+        for rate, colour in zip(rates, (WARM, ACCENT), strict=False):
+            for warmup, fill, dash in zip(warmups, (PAPER, colour), ((3, 2), (None, None)), strict=False):
+                shift = next(shifts)
+                line = [cell for cell in cells if (cell["lr"], cell["warmup"]) == (rate, warmup)]
+                places = [scalings.index(cell["scaling"]) + shift for cell in line]
+                for x, cell in zip(places, line, strict=True):
+                    if cell["low"] is not None:
+                        axes.vlines(x, cell["low"], cell["high"], color=colour, linewidth=1.2)
+                label = f"lr {rate}, {'no' if warmup == '0' else 'BF16'} warmup"
+                style = {"color": colour, "markerfacecolor": fill, "markersize": 5, "linewidth": 1.0, "dashes": dash}
+                axes.plot(places, [cell["value"] for cell in line], marker="o", label=label, **style)
+        if response["around_zero"]:
+            axes.axhline(0, color=BASE, linewidth=1.4, zorder=0)
+        axes.set_xticks(range(len(scalings)), scalings)
+        axes.tick_params(axis="x", length=0, labelcolor=INK)
+        axes.grid(axis="y")
+        if legend:
+            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.36))
+
+    return Panel(response["title"], draw, width=430, height=300, margins=(62, 14, 32, 72))
