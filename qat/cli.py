@@ -25,9 +25,10 @@ from qat.validate import validate, validate_surroundings
 CONF = str(ROOT / "conf")
 
 
-def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
-    """Run `work` on each composed configuration of `conf/<config_name>.yaml`, as a script's main function.
+def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None) -> None:
+    """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
 
+    takes: `run` or `runs`, for a script that takes run folders by that key.
     In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.sweeps`).
     Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
@@ -42,7 +43,7 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
         began = True
         try:
             with stops.heeded():
-                sweeps.run(lambda: _mendable(work, cfg))
+                sweeps.run(lambda: _mendable(work, cfg, takes))
         except UserError as error:  # of a single run; Hydra would say more if it saw it
             # Of a bad configuration every rank knows; anything else may have befallen this one alone.
             if ranks.first() or not isinstance(error, ConfigError):
@@ -53,7 +54,7 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
     try:
         with stops.heeded():
             validate_surroundings(sys.argv[1:], os.environ)
-            hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(job)()
+            hydra.main(version_base="1.3", config_path=CONF, config_name="train")(job)()
     except ConfigError as error:
         code, line = 2, f"error: {error}"
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
@@ -71,12 +72,12 @@ def entry(config_name: str, work: Callable[[Config, DictConfig], None]) -> None:
         sys.exit(code or failed)
 
 
-def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig) -> None:
+def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes: str | None) -> None:
     """Do `work`, again after a stop that did not end the process. Errors: UserError for all that the user can mend."""
     try:
         while True:
             try:
-                return work(typed(cfg), cfg)
+                return work(_accepted(typed(cfg), takes), cfg)
             except stops.Preempted as stop:
                 stops.hand_on(stop)
     except (
@@ -85,6 +86,16 @@ def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig) -> No
         OSError,
     ) as error:  # also of another experiment, composed on the way
         raise UserError(explain(error)) from error
+
+
+def _accepted(config: Config, takes: str | None) -> Config:
+    for key in ("run", "runs"):
+        if key != takes and getattr(config, key) is not None:
+            name = Path(sys.argv[0]).name
+            raise ConfigError(
+                f"{key}={getattr(config, key)}: {name} does not take it; give it the words that made a run"
+            )
+    return config
 
 
 def typed(cfg: DictConfig) -> Config:

@@ -12,12 +12,10 @@ from qat import cli
 
 
 def main(config, _) -> None:
-    if config.run:
-        raise cli.ConfigError(f"run={config.run}: training takes no run folder; the words that made a run resume it")
     from qat.loop import train_with_baseline  # heavy imports only after the configuration proved sound
 
     train_with_baseline(config)
 
 
 if __name__ == "__main__":
-    cli.entry("train", main)
+    cli.entry(main)

@@ -156,8 +156,9 @@ OVERRIDES = [
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
     Case(
         "model=tiny run=runs",
-        "run=runs: training takes no run folder; the words that made a run resume it",
+        "run=runs: train.py does not take it; give it the words that made a run",
     ),
+    Case("runs=[runs]", "runs=['runs']: eval.py does not take it; give it the words", script="eval"),
     Case("report.experiments=[exp9]", "experiment=exp9: unknown choice; did you mean 'exp8'?", script="report"),
     Case("report.experiments=[exp7]", "report.experiments=['exp7']: name two, as in", script="diff"),
     Case("report.experiments=[exp7,exp88]", "experiment=exp88: unknown choice; did you mean 'exp8'?", script="diff"),
