@@ -19,6 +19,7 @@ _COLUMNS = 200  # a heat map of more steps shows the largest value of each block
 _REACH = 1.0  # overshoot colours end at a factor of 2 either way
 _FACTORS = {-1: "½×", 0: "1×", 1: "2×"}
 _SHARE_NAMES = ("3 bits", "2 bits", "1 bit", "subnormal", "rounded to 0")
+_MODE_MARKS = {"w8a8": ("●", "o", ACCENT), "ptq": ("◇", "d", PAPER), "bf16": ("○", "o", PAPER)}
 _UPDATES = {"stored": ("as stored", BASE), "bf16": ("seen in BF16", ACCENT), "format": ("seen in the format", WARM)}
 
 
@@ -174,9 +175,9 @@ def forest(
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=BASE, linewidth=1.4)
         places = range(len(rows))[::-1]
-        for mode, shift, fill in (("w8a8", 0.16, ACCENT), ("bf16", -0.16, PAPER)):
+        for shift, (mode, (_, shape, fill)) in zip((0.24, 0.0, -0.24), _MODE_MARKS.items(), strict=True):
             found = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
-            _intervals(axes, found, fill)
+            _intervals(axes, found, shape, fill)
         paper = [(value, y) for y, (_, _, value) in zip(places, rows, strict=True) if value is not None]
         axes.plot(*np.array(paper).reshape(-1, 2).T, "x", color=WARM, markersize=6, markeredgewidth=1.8)
         axes.set_yticks(places, [label for label, _, _ in rows])
@@ -188,27 +189,26 @@ def forest(
         axes.set_xlabel(f"Run − BF16 ({unit})")
 
     longest = max(len(label) for label, _, _ in rows)
-    return Panel(title, draw, height=76 + 27 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
+    return Panel(title, draw, height=76 + 30 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
 
 
 def score_legend() -> dict[str, str]:
     """What the marks of `forest` mean."""
     return {
-        "●": f"{MODES['w8a8']}, 95 % interval",
-        "○": f"{MODES['bf16']}, 95 % interval",
+        **{mark: f"{MODES[mode]}, 95 % interval" for mode, (mark, _, _) in _MODE_MARKS.items()},
         "✕": "paper",
         "|": f"{DROP_MARK:g} % mark: the drop that just fails",
     }
 
 
-def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], fill: str) -> None:
+def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], shape: str, fill: str) -> None:
     for each, y in rows:
         if each.ci:
             axes.hlines(y, *each.ci, color=ACCENT, linewidth=1.3)
         if each.mark is not None:
             axes.plot(each.mark, y, "|", color=MUTED, markersize=7)
     values, heights = [each.value for each, _ in rows], [y for _, y in rows]
-    axes.plot(values, heights, "o", color=ACCENT, markerfacecolor=fill, markersize=5.5)
+    axes.plot(values, heights, shape, color=ACCENT, markerfacecolor=fill, markersize=5.5)
 
 
 def _line_styles(count: int) -> list[tuple[str, float]]:

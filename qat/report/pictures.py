@@ -58,7 +58,7 @@ def of_learning_rates(experiment: Experiment) -> list[Panel]:
 
 
 def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
-    """Forest plots of every compared run in both modes: held-out loss a text, and all questions of all tasks."""
+    """Forest plots of every compared run in all modes: held-out loss a text, and all questions of all tasks."""
     compared = [pair for e in experiments for pair in e.pairs if pair.comparison]
     texts = dict.fromkeys(row["text"] for pair in compared for row in pair.comparison["heldout"])
     found = []
@@ -79,7 +79,7 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
 
 
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
-    """A forest plot a task: every compared run in both modes, beside the paper's difference."""
+    """A forest plot a task: every compared run in all modes, beside the paper's difference."""
     compared = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
     limits = [abs(limit) for _, pair in compared for row in pair.comparison["tasks"] for limit in row["ci"]]
     found = []
