@@ -6,19 +6,26 @@ import functools
 import io
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from qat import data, models, tokens
 from qat.config import DataConfig, ModelConfig, UserError
+from qat.convert import convert
 from qat.loss import token_losses
-from tests.conftest import composed
+from qat.scaling import Phase
+from qat.step import Trainer
+from tests.conftest import ROOT, composed
+from tests.hub import COMMIT, Hub
 
 HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS, HEAD = 32, 64, 2, 4, 2, 8
 THETA, EPS = 4e6, 1e-5  # as openPangu-Embedded-1B's
@@ -283,6 +290,134 @@ def test_a_model_that_cannot_be_reached_is_said_in_one_line(path):
     line = str(caught.value)
     assert line.startswith(f"model.path={path}: cannot be loaded (") and "\n" not in line
     assert line.endswith("give a folder or a reachable hub id")
+
+
+# ------------------------------------------------------------------------------------------------------ from a hub
+
+NAME, OTHER = "Somebody/openPangu", "f" * 40
+LOAD = """
+import json, sys
+from qat import models
+from qat.config import ModelConfig, UserError
+for revision in json.loads(sys.argv[2]):
+    try:
+        model, tokenizer = models.load(ModelConfig(name="m", source="hub", path=sys.argv[1], revision=revision), 0)
+        print(json.dumps([model.lm_head.weight.double().sum().item(), tokenizer("the people").input_ids]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_a_hub_model_is_read_at_one_commit(pangu, loaded, tmp_path):
+    """Also where the branch moves on while it is read. An unpinned one names the commit to pin."""
+    files = {file.name: file.read_bytes() for file in pangu[0].iterdir()}
+    with Hub(NAME, files) as hub:
+        hub.commits = [OTHER, COMMIT]
+
+        def moves_on(request):
+            if request.path.endswith("model.safetensors") and hub.commits[-1] != OTHER:
+                hub.commits.append(OTHER)
+
+        hub.fault = moves_on
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", LOAD, NAME, json.dumps([None, COMMIT, "0" * 40])]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+        asked = {request.path for request in hub.requests if request.sent}
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stdout + done.stderr
+    assert lines[0].startswith(f"warning: model.revision is not pinned, and {NAME} may change under its name: ")
+    assert lines[0].endswith(f"set model.revision={COMMIT}")
+    sound = [loaded[0].lm_head.weight.double().sum().item(), loaded[1]("the people").input_ids]
+    assert [json.loads(line) for line in lines[1:3]] == [sound, sound]
+    assert f"model.path={NAME}: cannot be loaded" in lines[3]
+    assert f"/{NAME}/resolve/{COMMIT}/model.safetensors" in asked and not any(OTHER in path for path in asked)
+    assert not any(path.endswith(".py") for path in asked)
+
+
+# ------------------------------------------------------------------------------------------- other architectures
+
+SIZES = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 256, "initializer_range": 0.2}
+GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+QKV = {f"self_attn.{which}_proj" for which in "qkv"}
+FAMILIES = {  # model_type -> (sizes of its own, linears of the scope mlp.*)
+    "llama": ({}, GATED),
+    "mistral": ({"sliding_window": 16}, GATED),
+    "qwen3": ({"head_dim": 16}, GATED),
+    "gemma2": ({"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 0.5}, GATED),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 16}, GATED),
+    "olmo2": ({}, GATED),
+    "phi3": ({}, {"mlp.gate_up_proj", "mlp.down_proj"}),
+}
+
+
+def saved(folder, kind: str, **sizes):
+    """A random model of another family as a folder, its weights in BF16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | sizes)).bfloat16()
+    model.save_pretrained(folder)
+    models.byte_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_other_families_train_quantized(kind, config, tmp_path):
+    sizes, mlp = FAMILIES[kind]
+    saved(tmp_path / "checkpoint", kind, **sizes)
+    attention = QKV if kind != "phi3" else {"self_attn.qkv_proj"}
+    words = ("model=hub", f"model.path={tmp_path / 'checkpoint'}", "quant.bf16_blocks=1")
+    cfg = config(*words, "quant.scope=[mlp.*,self_attn.*]")
+    assert cfg.model.name == "checkpoint"
+    model, _ = models.load(cfg.model, seed=0)
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.float32, attn_implementation="eager"
+    )
+    batch = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
+    bank, covered = convert(model, cfg)
+    assert set(covered.kinds()) == mlp | attention | {"self_attn.o_proj"} and len(covered.linears) % 2 == 0
+    assert set(convert(models.load(cfg.model, seed=0)[0], config(*words))[1].kinds()) == mlp
+    trainer = Trainer(model, bank, cfg)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch).logits, reference(batch).logits, rtol=1e-3, atol=1e-3)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert all(trainer.step(number, [batch]).sound for number in (1, 2))
+    assert all(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    bank.phase = Phase.FROZEN
+    with torch.no_grad():
+        assert model.eval()(batch).logits.isfinite().all()
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "said"),
+    [
+        ("gpt2", SIZES, "the blocks of GPT2LMHeadModel have no nn.Linear that could be quantized; give another model"),
+        ("gemma3", {"text_config": SIZES | {"head_dim": 8}, "vision_config": VISION}, "Gemma3ForConditionalGeneration"),
+        (
+            "llama",
+            SIZES | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "cannot be loaded (its weights",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_used_is_said_in_one_line(kind, sizes, said, tmp_path):
+    config = AutoConfig.for_model(kind, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        models.load(ModelConfig(name="m", source="hub", path=str(tmp_path)), seed=0)
+    assert str(caught.value).startswith(f"model.path={tmp_path}: {said}") and "\n" not in str(caught.value)
+
+
+def test_a_scope_that_a_family_lacks_says_what_there_is(config, tmp_path):
+    saved(tmp_path, "opt", word_embed_proj_dim=32, ffn_dim=64)
+    cfg = config("model=hub", f"model.path={tmp_path}", "model.name=opt")
+    with pytest.raises(UserError, match=r"^quant\.scope=mlp\.\*: matches no linear of opt; choose one of fc1, fc2, "):
+        convert(models.load(cfg.model, seed=0)[0], cfg)
 
 
 # ---------------------------------------------------------------------------------------------- document separators
