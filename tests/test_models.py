@@ -321,7 +321,7 @@ def test_a_hub_model_is_read_at_one_commit(pangu, loaded, tmp_path):
         hub.fault = moves_on
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-c", LOAD, NAME, json.dumps([None, COMMIT, "0" * 40])]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
         asked = {request.path for request in hub.requests if request.sent}
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done.stdout + done.stderr
