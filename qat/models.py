@@ -170,7 +170,8 @@ def _say_unpinned(path: str, commit: str) -> None:
 
 def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
     """(the sizes in a config.json, whether it is openPangu's, read as a Llama's). Errors: OSError, ValueError."""
-    raw = json.loads(Path(cached_file(folder, "config.json", **kwargs)).read_text())
+    found = cached_file(folder, "config.json", **kwargs)
+    raw = json.loads(Path(found).read_text()) if found else None
     if not isinstance(raw, dict):
         raise ValueError("no config.json with a model's sizes")
     if "quantization_config" in raw:

@@ -65,7 +65,11 @@ def _model(plan: Plan) -> list[str]:
     name = plan.cfg.model.name
     if plan.shape is None:
         return ["", f"model {name}: sizes unknown", f"  {plan.unknown}"]
-    return ["", f"model {name}: {count(plan.shape.parameters)} parameters ({plan.source})", str(plan.coverage)]
+    return [
+        "",
+        f"model {name}: {count(plan.shape.parameters)} parameters ({plan.source})",
+        *str(plan.coverage).split("\n"),
+    ]
 
 
 def _text(plan: Plan) -> list[str]:
@@ -81,11 +85,9 @@ def _text(plan: Plan) -> list[str]:
     times = run / known[0]
     seen = f"read {times:,.1f} times" if times >= 0.95 else f"of which {times:.2g} is read"
     lines.append(_row("the text", f"{count(known[0])} tokens, {seen}", known[2]))
-    return (
-        [*lines, _row("", f"CAUTION: beyond {_MANY} passes, repeated text teaches less and less")]
-        if times >= _MANY
-        else lines
-    )
+    if times > _MANY:
+        lines.append(_row("", f"CAUTION: beyond {_MANY} passes, repeated text teaches less and less"))
+    return lines
 
 
 def _memory(plan: Plan) -> list[str]:
