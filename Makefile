@@ -36,7 +36,7 @@ GPU    := budget=gpu model=openpangu_1b_random
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit floor diff report docs bench gpu test torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit floor diff report docs plan bench gpu test torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -61,6 +61,11 @@ $(TESTED): $(READY)
 $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, compare, report
 	@$(call RUN,$@)
 	$(PY) scripts/report.py "report.experiments=[$@]" report.out=report/$@ "report.seeds=[$(SEEDS)]" $(WORDS)
+
+# Any python will do that has the packages: make plan PY=python3 READY=
+EXP ?= exp8
+plan: $(READY) ## what EXP=exp8 will take before it is paid for: coverage, memory, hours, disk, downloads, what is missing here
+	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(WORDS)
 
 suite: $(READY) ## all eight experiments and one report
 	@failed=""; for e in $(EXPERIMENTS); do \

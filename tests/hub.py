@@ -1,4 +1,4 @@
-"""A Hugging Face hub in a thread: the endpoints that `datasets` asks for one data set, with faults on demand."""
+"""A Hugging Face hub in a thread: what is asked for one data set or model, with faults on demand."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Request(NamedTuple):
 
 
 class Hub:
-    """Serves `files`, {path: bytes}, as the data set `name` on http://127.0.0.1:<port>, at every commit of `commits`;
-    the last of them is the newest.
+    """Serves `files`, {path: bytes}, as the data set and the model `name` on http://127.0.0.1:<port>, at every commit
+    of `commits`; the last of them is the newest.
 
     requests: what was asked for until now.
     fault: called with every request before it is answered; returns None or one of `FAULTS`.
@@ -119,17 +119,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str, query: str, body: bytes) -> None:
         hub = self.hub
-        if match := re.fullmatch(rf"/api/datasets/{hub.name}(?:/revision/([^/]+))?", path):
+        if match := re.fullmatch(rf"/api/(?:datasets|models)/{hub.name}(?:/revision/([^/]+))?", path):
             if self._has(match[1] or "main"):
                 siblings = [{"rfilename": name} for name in hub.files]
                 self._json({"_id": "0", "id": hub.name, "sha": self.commit, "siblings": siblings, "tags": []})
-        elif match := re.fullmatch(rf"/api/datasets/{hub.name}/tree/[^/]+(?:/(.*))?", path):
+        elif match := re.fullmatch(rf"/api/(?:datasets|models)/{hub.name}/tree/[^/]+(?:/(.*))?", path):
             entries = hub.entries(match[1] or "", "recursive=true" in query.lower())
             self._json(entries) if entries else self._missing("EntryNotFound")
-        elif match := re.fullmatch(rf"/api/datasets/{hub.name}/paths-info/[^/]+", path):
+        elif match := re.fullmatch(rf"/api/(?:datasets|models)/{hub.name}/paths-info/[^/]+", path):
             wanted = json.loads(body)["paths"]
             self._json([entry for entry in hub.entries("", True) if entry["path"] in wanted])
-        elif match := re.fullmatch(rf"/datasets/{hub.name}/resolve/([^/]+)/(.*)", path):
+        elif match := re.fullmatch(rf"(?:/datasets)?/{hub.name}/resolve/([^/]+)/(.*)", path):
             if self._has(match[1]):
                 self._file(match[2]) if match[2] in hub.files else self._missing("EntryNotFound")
         else:

@@ -57,6 +57,7 @@ def test_every_option_of_every_group_composes_and_validates():
     assert len(groups) == 11 and all(groups.values())
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
+        words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
         cfg = cli.typed(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}

