@@ -25,4 +25,4 @@ def main(config, composed) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry("train", main)
+    cli.entry(main)

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def scored(self) -> int:
-        """Models that evaluation scores: the checkpoint, the baseline with and without PTQ, and the quantized run in both modes."""
+        """Models that evaluation scores: the checkpoint, the baseline with and without PTQ, the run in both modes."""
         return 5 if self.cfg.quantized else 2
 
 
