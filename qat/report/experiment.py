@@ -144,10 +144,13 @@ class Telemetry:
 
     def __init__(self, rows: list[dict]):
         self.updates = [(row["step"], row["updated"]) for row in rows if "updated" in row]
+        self.texts = defaultdict(list)  # held-out text -> rows
         self.tensors = defaultdict(list)  # role -> rows
         for row in rows:
             if "role" in row:
                 self.tensors[row["role"]].append(row)
+            elif "probe" in row:
+                self.texts[row["probe"]].append(row)
 
     def overshoot(self, role: str) -> tuple[np.ndarray, list[str], np.ndarray]:
         """(steps, blocks, the largest overshoot of a block's linears at a step; NaN where none was recorded)."""
@@ -159,6 +162,12 @@ class Telemetry:
             at = line[_block(row["layer"])], column[row["step"]]
             grid[at] = np.fmax(grid[at], row["overshoot"])
         return np.array(steps, int), [name for _, name in blocks], grid
+
+    def drift(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, change of the loss on a held-out text since the first, in nats a token; NaN where it has none)."""
+        rows = self.texts[text]
+        loss = np.array([row["loss"] for row in rows], float)
+        return np.array([row["step"] for row in rows], int), loss - loss[:1]
 
     def means(self, role: str) -> dict[str, float]:
         """Means over a role's tensors and logged steps: the `SHARES`, and `sqnr_db` in dB."""

@@ -1,0 +1,71 @@
+"""Loss on held-out text while a run trains: of the kind that it trains on, and of another kind, where forgetting shows.
+
+A probe is a forward pass in eval mode and in the arithmetic of training: a quantized run's with its current scales,
+before quantization starts without any. It leaves weights, gradients, scales and random numbers as they are, so a run
+with probes is, bit for bit, the run without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+
+from qat import data, ranks, runtime
+from qat.config import Config
+from qat.scaling import Phase, ScaleBank
+from qat.step import Trainer
+
+
+class TextProbe:
+    """The held-out texts of a run, and its model's loss on them; with probe=none there are none."""
+
+    def __init__(self, trainer: Trainer, tokenizer, cfg: Config):
+        self.trainer, self.cfg = trainer, cfg
+        texts = {}
+        if cfg.probe and ranks.first():  # it alone reads, and all take part: parameters may be spread over the ranks
+            wanted = cfg.budget.probe_tokens
+            texts = {text.name: data.beginnings(text, tokenizer, wanted) for text in (cfg.data, cfg.probe)}
+        self.texts: dict[str, tuple[torch.Tensor, str]] = ranks.shared(texts)
+
+    @torch.no_grad()
+    def rows(self, step: int) -> list[dict]:
+        """One row a text after `step` steps, where it is due: before the first, at every k-th and after the last, so
+        at the same ones in a run and its baseline. Columns: step, probe (the text), loss in nats a token (None where
+        it is not finite), tokens, text_hash."""
+        if step % self.cfg.budget.telemetry_every and step != self.cfg.steps:
+            return []
+        losses = self.trainer.losses.eval()
+        try:
+            with _unnoticed(self.trainer.bank), runtime.autocast(self.trainer.arithmetic):
+                return [self._row(step, name) for name in self.texts]
+        finally:
+            losses.train()
+            if ranks.sharded(losses):  # only a backward pass would take away what the forward pass has gathered
+                losses.reshard()
+
+    def _row(self, step: int, name: str) -> dict:
+        tokens, text_hash = self.texts[name]
+        micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens there is room for
+        at_once = max(1, micro_batch // data.HELDOUT_LENGTH)
+        batches = (runtime.to_device(batch) for batch in tokens.split(at_once))
+        loss = float(torch.cat([self.trainer.losses(batch, eager=True) for batch in batches]).mean())
+        count = tokens.shape[0] * (tokens.shape[1] - 1)
+        loss = loss if math.isfinite(loss) else None
+        return {"step": step, "probe": name, "loss": loss, "tokens": count, "text_hash": text_hash}
+
+
+@contextlib.contextmanager
+def _unnoticed(bank: ScaleBank | None):
+    """Within this context quantizers do what they do in training, and the bank stays as it is."""
+    if bank is None:
+        yield
+        return
+    observed = bank.observed.clone()
+    try:
+        # Without a history yet, tensors scale by their own amax (Phase.FIRST).
+        with bank.frozen() if bank.phase is not Phase.OFF and bank.primed else contextlib.nullcontext():
+            yield
+    finally:
+        bank.observed.copy_(observed)
