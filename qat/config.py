@@ -140,7 +140,7 @@ class BudgetConfig:
     checkpoint_every: int = 100  # steps
     telemetry_every: int = 10  # steps
     heldout_tokens: int = 2048  # tokens of text never trained on, for held-out loss and KL divergence
-    probe_tokens: int = 256  # tokens of each text whose loss is looked at during training
+    probe_tokens: int = 128  # tokens of each text whose loss is looked at during training
 
 
 @dataclass

@@ -164,7 +164,7 @@ class _Scorer:
         cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
         texts = {cfg.data.name: data.heldout(cfg.data, tokenizer, wanted)}
         if cfg.probe:
-            texts[cfg.probe.name] = data.beginnings(cfg.probe, tokenizer, wanted)
+            texts[cfg.probe.name] = data.beginnings(cfg.probe, tokenizer, wanted // 2)
         return {name: self._losses(subject, model, *text) for name, text in texts.items()}
 
     def _losses(self, subject: Subject, model: nn.Module, tokens: torch.Tensor, text_hash: str) -> dict:

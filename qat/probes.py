@@ -34,26 +34,28 @@ class TextProbe:
         """One row a text after `step` steps, where it is due: before the first, at every k-th and after the last, so
         at the same ones in a run and its baseline. Columns: step, probe (the text), loss in nats a token (None where
         it is not finite), tokens, text_hash."""
-        if step % self.cfg.budget.telemetry_every and step != self.cfg.steps:
+        if not self.texts or (step % self.cfg.budget.telemetry_every and step != self.cfg.steps):
             return []
+        rows, losses = [], self._losses().cpu().split([len(tokens) for tokens, _ in self.texts.values()])
+        for (name, (_, text_hash)), of_text in zip(self.texts.items(), losses, strict=True):
+            loss = float(of_text.mean())
+            row = {"step": step, "probe": name, "loss": loss if math.isfinite(loss) else None}
+            rows.append(row | {"tokens": of_text.numel(), "text_hash": text_hash})
+        return rows
+
+    def _losses(self) -> torch.Tensor:
+        """Of every token of all texts, FP32 [sequences, HELDOUT_LENGTH]."""
+        tokens = torch.cat([tokens for tokens, _ in self.texts.values()])
+        micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens that there is room for
+        batches = map(runtime.to_device, tokens.split(max(1, micro_batch // data.HELDOUT_LENGTH)))
         losses = self.trainer.losses.eval()
         try:
             with _unnoticed(self.trainer.bank), runtime.autocast(self.trainer.arithmetic):
-                return [self._row(step, name) for name in self.texts]
+                return torch.cat([losses(batch, eager=True) for batch in batches])
         finally:
             losses.train()
             if ranks.sharded(losses):  # only a backward pass would take away what the forward pass has gathered
                 losses.reshard()
-
-    def _row(self, step: int, name: str) -> dict:
-        tokens, text_hash = self.texts[name]
-        micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens there is room for
-        at_once = max(1, micro_batch // data.HELDOUT_LENGTH)
-        batches = (runtime.to_device(batch) for batch in tokens.split(at_once))
-        loss = float(torch.cat([self.trainer.losses(batch, eager=True) for batch in batches]).mean())
-        count = tokens.shape[0] * (tokens.shape[1] - 1)
-        loss = loss if math.isfinite(loss) else None
-        return {"step": step, "probe": name, "loss": loss, "tokens": count, "text_hash": text_hash}
 
 
 @contextlib.contextmanager

@@ -56,8 +56,8 @@ def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) 
 
 
 def forgetting(run: Telemetry, baseline: Telemetry | None, title: str) -> Panel:
-    """Change of the loss on held-out texts since before training, of a run over its baseline's; dotted: the rise that is
-    warned of."""
+    """Change of the loss on held-out texts since before training, of a run over its baseline's; dotted: the rise that
+    is warned of."""
 
     def draw(axes: Axes) -> None:
         axes.axhline(0, color=MUTED, linewidth=0.9)
