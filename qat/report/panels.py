@@ -66,6 +66,8 @@ def forgetting(run: Telemetry, baseline: Telemetry | None, title: str) -> Panel:
                 axes.plot(*baseline.drift(text), color=BASE, linewidth=3.2)
             axes.plot(*run.drift(text), color=colour, label=text, marker="o", markersize=3.5)
         axes.axhline(FORGOTTEN, color=WARM, linewidth=0.9, dashes=(2, 3))
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate("warned of", (0.01, FORGOTTEN), color=WARM, fontsize=9, **place)
         _step_axis(axes, "Change of held-out loss (nats)")
         axes.plot([], [], color=BASE, linewidth=3.2, label="BF16")
         _legend_above(axes, handlelength=1.2)
