@@ -130,5 +130,5 @@ def test_a_model_that_gets_worse_at_another_text_is_warned_of(config):
     run = loop.train(baseline_of(cfg))
     first, *_ = [row for row in run.warnings() if row.get("kind") == "forgetting"]
     rise = {row["step"]: row["loss"] for row in probed(run) if row["probe"] == "wikipedia"}
-    assert first["size"] == rise[first["step"]] - rise[0] > 0.1
-    assert f"held-out loss on wikipedia is {first['size']:+.2f} nats a token from the untouched" in first["warning"]
+    assert first["size"] == rise[first["step"]] - rise[0] > 0.22
+    assert f"held-out loss on wikipedia is {first['size']:+.2f} ± 0.12 nats a token from" in first["warning"]
