@@ -13,7 +13,7 @@ import math
 import torch
 
 from qat import data, ranks, runtime
-from qat.config import Config
+from qat.config import Config, UserError
 from qat.scaling import Phase, ScaleBank
 from qat.step import Trainer
 
@@ -23,11 +23,8 @@ class TextProbe:
 
     def __init__(self, trainer: Trainer, tokenizer, cfg: Config):
         self.trainer, self.cfg = trainer, cfg
-        texts = {}
-        if cfg.probe and ranks.first():  # it alone reads, and all take part: parameters may be spread over the ranks
-            wanted = cfg.budget.probe_tokens
-            texts = {text.name: data.beginnings(text, tokenizer, wanted) for text in (cfg.data, cfg.probe)}
-        self.texts: dict[str, tuple[torch.Tensor, str]] = ranks.shared(texts)
+        # The first rank alone reads, and all take part: parameters may be spread over them.
+        self.texts = ranks.shared(_texts(cfg, tokenizer) if cfg.probe and ranks.first() else {})
 
     @torch.no_grad()
     def rows(self, step: int) -> list[dict]:
@@ -56,6 +53,16 @@ class TextProbe:
             losses.train()
             if ranks.sharded(losses):  # only a backward pass would take away what the forward pass has gathered
                 losses.reshard()
+
+
+def _texts(cfg: Config, tokenizer) -> dict[str, tuple[torch.Tensor, str]]:
+    """{name: (int64 tokens [sequences, HELDOUT_LENGTH + 1], their hash)}, the training data's own first."""
+    wanted = cfg.budget.probe_tokens
+    own = data.beginnings(cfg.data, tokenizer, wanted)
+    try:
+        return {cfg.data.name: own, cfg.probe.name: data.beginnings(cfg.probe, tokenizer, wanted)}
+    except UserError as error:
+        raise UserError(f"probe={cfg.probe.name}: {error}; or go without: probe=none") from error
 
 
 @contextlib.contextmanager

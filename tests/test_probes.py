@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qat import checkpoint, data, loop, models, runtime
+from qat.config import UserError
 from qat.convert import convert
 from qat.loss import token_losses
 from qat.probes import TextProbe
@@ -123,6 +124,12 @@ def test_another_text_can_be_named_and_renames_no_run(configure, config, texts, 
     assert run_id(cfg) == run_id(plain) and run_id(baseline_of(cfg)) == run_id(baseline_of(plain))
     assert {row["probe"] for row in probed(loop.train(cfg))} == {"embedded", "mine"}
     assert Run.of(cfg).typed_config().probe.name == "mine"
+
+
+def test_a_text_that_is_not_there_is_said_in_one_line(config):
+    cfg = config(*PAPER, **{"probe.name": "mine", "probe.source": "files", "probe.path": "nowhere"})
+    with pytest.raises(UserError, match=r"^probe=mine: .*nowhere: needs a folder.*; or go without: probe=none$"):
+        loop.train(cfg)
 
 
 def test_a_model_that_gets_worse_at_another_text_is_warned_of(config):
