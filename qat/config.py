@@ -144,6 +144,7 @@ class BudgetConfig:
     checkpoint_every: int = 100  # steps
     telemetry_every: int = 10  # steps
     heldout_tokens: int = 2048  # tokens of text never trained on, for held-out loss and KL divergence
+    probe_tokens: int = 128  # tokens of each text whose loss is looked at during training
 
 
 @dataclass
@@ -213,6 +214,7 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    probe: DataConfig | None = None  # text of another kind: its loss rises when a model forgets
     optim: OptimConfig = field(default_factory=OptimConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)

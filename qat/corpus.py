@@ -157,8 +157,8 @@ class Stream(Corpus):
             raise
         except FileNotFoundError as error:  # also said of a README that the hub could not send
             raise error if self.local else ConnectionError(str(error)) from error
-        if "text" not in found.features:
-            raise ValueError("it has no column named text")
+        if getattr(found.features.get("text"), "dtype", None) not in ("string", "large_string"):
+            raise ValueError("it has no column named text that holds strings")
         return found
 
     @functools.cached_property

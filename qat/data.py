@@ -8,13 +8,17 @@ The order of tokens depends on the seed and on nothing else, and a cursor of a f
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from qat import shards
+from qat import shards, wikipedia
 from qat.config import DataConfig, UserError
 from qat.corpus import Corpus, Files, Stream
 from qat.models import document_token
+from qat.runtime import package_path
 from qat.tokens import Tokens, encode
 
 HELDOUT_LENGTH = 128  # tokens a held-out sequence
@@ -69,7 +73,7 @@ def heldout(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]
     """About `wanted` tokens never trained on: (int64 tokens [sequences >= 1, HELDOUT_LENGTH + 1], their hash)."""
     length = HELDOUT_LENGTH + 1
     tokens: list[int] = []
-    for document in corpus(cfg, seed=0).heldout():
+    for document in _heldout(cfg):
         tokens += encode(tokenizer, [document], document_token(tokenizer))[0]
         if len(tokens) >= wanted + length:
             break
@@ -79,4 +83,25 @@ def heldout(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]
             f"data.path={cfg.path}: its held-out text has {len(tokens)} tokens, fewer than one sequence needs"
         )
     packed = torch.tensor(tokens[: sequences * length]).view(sequences, length)
-    return packed, hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:12]
+    return packed, _hash(packed)
+
+
+def beginnings(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]:
+    """As `heldout`, but every sequence begins a document of its own: a few tokens see as much of a text as they can."""
+    length, separator = HELDOUT_LENGTH + 1, document_token(tokenizer)
+    encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
+    found = list(itertools.islice((t[:length] for t in encoded if len(t) >= length), max(1, wanted // HELDOUT_LENGTH)))
+    if not found:
+        raise UserError(f"{cfg.path}: no held-out document has the {length} tokens of a sequence; name another text")
+    return torch.tensor(found), _hash(torch.tensor(found))
+
+
+def _heldout(cfg: DataConfig) -> Iterator[str]:
+    """Documents never trained on, in a fixed order. A MediaWiki dump has no others."""
+    if cfg.source != "hub" and cfg.path.endswith(".bz2"):
+        return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(cfg.path))
+    return corpus(cfg, seed=0).heldout()
+
+
+def _hash(tokens: torch.Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]

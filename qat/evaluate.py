@@ -136,8 +136,9 @@ class _Scorer:
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens}
         heldout |= {"revision": data.revision} if data.revision else {}
+        probe = {"probe": dataclasses.asdict(self.cfg.probe)} if self.cfg.probe else {}
         calibrated = {"calibration_sequences": ptq.SEQUENCES} if subject.calibrated else {}
-        return {"benchmark": benchmark, "heldout": heldout} | calibrated
+        return {"benchmark": benchmark, "heldout": heldout} | probe | calibrated
 
     @functools.cached_property
     def _baseline(self) -> nn.Module:
@@ -160,7 +161,7 @@ class _Scorer:
         heldout = self._heldout(subject, model, tokenizer)
         record = {
             "tasks": scores.tasks,
-            "heldout": {self.cfg.data.name: heldout},
+            "heldout": heldout,
             "lm_eval": scores.lm_eval,
             "asked": asked,
             "seconds": round(time.perf_counter() - started, 1),
@@ -177,13 +178,21 @@ class _Scorer:
             subject.run.write_json("eval.json", results)
         for task, row in scores.tasks.items():
             print(f"  {task}: {100 * row['score']:.1f} % of {row['n']} ({row['metric']}, {row['shots']} shots)")
-        print(f"  held-out loss: {heldout['loss']:.4f} nats a token", flush=True)
+        for name, text in heldout.items():
+            print(f"  held-out loss on {name}: {text['loss']:.4f} nats a token", flush=True)
         if subject.trained and not subject.cfg.quantized:  # a quantized run is mirrored with its comparison
             tracking.send(subject.run, subject.cfg)
 
-    def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict:
-        """Loss on held-out text, and for a quantized run its KL divergence from the baseline's predictions."""
-        tokens, text_hash = data.heldout(self.cfg.data, tokenizer, self.cfg.budget.heldout_tokens)
+    def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict[str, dict]:
+        """By text never trained on: the data's own, and the one of another kind that training was probed with."""
+        cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
+        texts = {cfg.data.name: data.heldout(cfg.data, tokenizer, wanted)}
+        if cfg.probe:
+            texts[cfg.probe.name] = data.beginnings(cfg.probe, tokenizer, wanted // 2)
+        return {name: self._losses(subject, model, *text) for name, text in texts.items()}
+
+    def _losses(self, subject: Subject, model: nn.Module, tokens: torch.Tensor, text_hash: str) -> dict:
+        """Loss on a text, and for a quantized run its KL divergence from the baseline's predictions."""
         batches = tokens.to(runtime.device()).split(_HELDOUT_BATCH)
         baseline = self._baseline if subject.cfg.quantized else None
         losses, divergence = [], []

@@ -16,6 +16,7 @@ from qat.config import Config, UserError
 from qat.convert import convert
 from qat.files import flush
 from qat.formats import TOLERANCE
+from qat.probes import TextProbe
 from qat.runs import Run, baseline_of
 from qat.step import StepResult, Trainer
 from qat.telemetry import Probe, UpdateProbe
@@ -79,6 +80,7 @@ class _Session:
         if ranks.first() and not self.final:  # the others are given theirs
             self.stream = data.stream(cfg.data, cfg.seed, self.tokenizer, cursor)
         self.history = None if self.bank is None else watchdogs.History(self.bank)
+        self.texts = None if self.final else TextProbe(self.trainer, self.tokenizer, cfg)
 
     def _restore(self) -> dict | None:
         """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
@@ -96,7 +98,8 @@ class _Session:
         for row in rows:
             self.skipped = self.skipped + 1 if row.get("skipped") else 0
         for name in _ROWS:
-            self.run.keep_rows(name, self.done)
+            self.run.keep_rows(name, self.done or -1)  # what was seen before the first step comes again, too
+        self.untouched = [row for row in self.run.telemetry() if row["step"] == 0]
         self.warned = [row for row in self.run.warnings() if row["step"] <= self.done]
         return found[1].get("data") if found else None
 
@@ -128,9 +131,14 @@ class _Session:
             stops.noticed() as signalled,
             checkpoint.Writer(run.checkpoints) as self.writer,
         ):
+            if not self.done:
+                self.untouched = self.texts.rows(0)
+                telemetry(self.untouched)
+                log({"step": 0}, self.untouched)
             for step in range(self.done + 1, cfg.steps + 1):
                 self._announce(step, bar)
                 row, probed = self._step(step)
+                probed += self.texts.rows(step)
                 found = self._watch(step, row, probed)
                 metrics([row])
                 telemetry(probed)
@@ -241,6 +249,7 @@ class _Session:
         if probed:
             self._check_agreement()
             found += watchdogs.telemetry(self.cfg, probed, row["lr"])
+            found += watchdogs.forgetting(self.cfg, probed, self.untouched)
             found += self.history.check() if self.history is not None else []
         new = [{"step": step, **each} for each in watchdogs.news(found, self.warned)]
         self.warned += new

@@ -18,7 +18,8 @@ class TokenLosses(nn.Module):
 
     def forward(self, tokens: torch.Tensor, eager: bool = False) -> torch.Tensor:
         losses = token_losses if eager else self._compiled
-        return losses(self.model, tokens, self.label_shift, self.largest_logits)
+        label_shift = self.label_shift if self.training else "once"  # what is measured is language, however trained
+        return losses(self.model, tokens, label_shift, self.largest_logits)
 
 
 def token_losses(

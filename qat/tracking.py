@@ -85,7 +85,7 @@ def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]]
     def log(row: dict, probed: Sequence[dict]) -> None:
         session.log(_points(row, probed, losses.get(row["step"])), step=row["step"])
 
-    for row in run.metrics():
+    for row in ([{"step": 0}] if 0 in telemetry else []) + run.metrics():
         log(row, telemetry[row["step"]])
     return log
 
@@ -94,7 +94,8 @@ def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]]
 
 
 def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[str, float]:
-    """A step as flat numbers: its metrics, its loss against `reference`, the baseline's, and its telemetry."""
+    """A step as flat numbers: its metrics, its loss against `reference`, the baseline's, and its telemetry. Step 0 has
+    only the latter."""
     flat = {f"train/{key}": value for key, value in row.items() if key != "step"}
     if reference is not None and row["loss"] is not None:
         difference = row["loss"] - reference
@@ -104,6 +105,7 @@ def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[
         flat |= {f"telemetry/{role}/{key}": value for key, value in of_role.items()}
     for updated in (each["updated"] for each in probed if "updated" in each):
         flat |= {f"telemetry/lost_updates/{key}": 1 - share for key, share in updated.items() if share is not None}
+    flat |= {f"probe/{each['probe']}": each["loss"] for each in probed if "probe" in each}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -127,10 +129,14 @@ def results(run: Run, cfg: Config) -> dict[str, float]:
             keys = ("score", "points", "relative_drop", "p_value")
             flat |= {f"{row['mode']}/{row.get('task', 'pooled')}/{key}": row[key] for key in keys}
         for row in comparison["heldout"]:
-            flat |= {f"{row['mode']}/heldout/{key}": row[key] for key in ("loss", "difference", "kl")}
+            text = _heldout(row["text"], cfg)
+            flat |= {f"{row['mode']}/{text}/{key}": row[key] for key in ("loss", "difference", "kl")}
     elif not cfg.quantized:
         record = run.evaluations().get(cfg.benchmark.name, {}).get("bf16", {"tasks": {}, "heldout": {}})
         flat |= {f"bf16/{task}/score": 100 * row["score"] for task, row in record["tasks"].items()}
-        for text in record["heldout"].values():
-            flat["bf16/heldout/loss"] = text["loss"]
+        flat |= {f"bf16/{_heldout(name, cfg)}/loss": text["loss"] for name, text in record["heldout"].items()}
     return {key: value for key, value in flat.items() if value is not None}
+
+
+def _heldout(text: str, cfg: Config) -> str:
+    return "heldout" if text == cfg.data.name else f"heldout/{text}"

@@ -24,7 +24,8 @@ def validate(cfg: Config) -> None:
     for seed in cfg.study.seeds or ():
         if not 0 <= seed < 2**31 or cfg.study.seeds.count(seed) > 1:
             raise ConfigError(f"study.seeds={cfg.study.seeds}: must be different seeds from 0 up, as in [0,1,2]")
-    for check in (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_benchmark):
+    checks = (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_probe, _check_benchmark)
+    for check in checks:
         check(cfg)
 
 
@@ -35,6 +36,7 @@ _RANGES = [
     ("data.duplicate_workers", 1, 64),
     ("data.tokenizer_threads", 1, 256),
     ("budget.heldout_tokens", 1, _INF),
+    ("budget.probe_tokens", 1, _INF),
     ("data.shuffle_buffer", 1, _INF),
     ("data.retry_hours", 0, _INF),
     ("optim.lr", 1e-12, 10),
@@ -99,6 +101,7 @@ def _check_names(cfg: Config) -> None:
     keys = ("model.name", "data.name", "benchmark.name", "budget.name", "logger.project")
     names = [(key, attrgetter(key)(cfg)) for key in keys]
     names += [("experiment", cfg.experiment or "none")]
+    names += [("probe.name", cfg.probe.name)] if cfg.probe else []
     names += [("report.experiments", name) for name in cfg.report.experiments]
     names += [("benchmark.tasks", name) for name in cfg.benchmark.tasks]
     for key, name in names:
@@ -216,10 +219,24 @@ def _check_sources(cfg: Config) -> None:
         )
     if cfg.model.source == "random" and not cfg.model.architecture:
         raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
-    if not cfg.data.path:
-        raise ConfigError(f"data.path=null: data.source={cfg.data.source} needs a path, as in data=fineweb")
-    if cfg.data.cache and cfg.data.source != "hub":
-        raise ConfigError(f"data.cache=true: data.source={cfg.data.source} is not streamed; set data.cache=false")
+    for key, text, example in (("data", cfg.data, "fineweb"), ("probe", cfg.probe, "wikipedia")):
+        if text and not text.path:
+            raise ConfigError(f"{key}.path=null: {key}.source={text.source} needs a path, as in {key}={example}")
+        if text and text.cache and text.source != "hub":
+            raise ConfigError(f"{key}.cache=true: {key}.source={text.source} is not streamed; set {key}.cache=false")
+
+
+def _check_probe(cfg: Config) -> None:
+    if cfg.probe is None:
+        return
+    if cfg.probe.source not in CHOICES["data.source"]:
+        fix = nearest(cfg.probe.source, CHOICES["data.source"])
+        raise ConfigError(f"probe.source={cfg.probe.source}: unknown value; {fix}")
+    if cfg.probe.name == cfg.data.name:
+        raise ConfigError(
+            f"probe.name={cfg.probe.name}: is the text trained on, not one of another kind; give it another name, or "
+            f"go without by probe=none"
+        )
 
 
 def _check_benchmark(cfg: Config) -> None:

@@ -65,6 +65,6 @@ def _write(cfg: Config, losses: Sequence[float], m: Measured, scored: dict[str, 
     run = Run.of(cfg)
     if not run.path.exists():
         settings = OmegaConf.to_container(OmegaConf.structured(cfg))
-        texts = {mode: {"text": m.losses[name]} for mode, name in scored.items()}
+        texts = {mode: {cfg.data.name: m.losses[name]} for mode, name in scored.items()}
         write_run(run.path, settings, losses, {mode: m.right[name] for mode, name in scored.items()}, texts)
     return run

@@ -127,6 +127,19 @@ def write_telemetry(run: Path, blocks=range(3, 28), every=1, spread=0.08, start=
     _lines(run / "telemetry.jsonl", rows)
 
 
+def write_probes(run: Path, every=1, noise=0.004, **drift: float) -> None:
+    """Losses on held-out texts, added to the telemetry: each drifts from before training to the last step."""
+    steps = len((run / "metrics.jsonl").read_text().splitlines())
+    rng, file = np.random.default_rng(len(run.name)), run / "telemetry.jsonl"
+    rows = [
+        {"step": t, "probe": text, "loss": 3.0 + change * t / steps + rng.normal(0, noise), "tokens": 128}
+        | {"text_hash": text}
+        for t in range(0, steps + 1, every)
+        for text, change in drift.items()
+    ]
+    _lines(file, [json.loads(line) for line in file.read_text().splitlines()] + rows if file.exists() else rows)
+
+
 def _tensor(step: int, layer: str, role: str, r: int, overshoot: float) -> dict:
     tiers = [(0.72, 0.25, 0.027, 0.003), (0.93, 0.065, 0.005, 0.0), (0.18, 0.42, 0.33, 0.07)][r]
     amax = (3.0, 0.5, 2e-4)[r] * (1 + 1 / step)
@@ -196,6 +209,9 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
             if name in telemetry:
                 spread = {"current": 0.0, "max": 0.05}.get(algo, 0.12)
                 write_telemetry(run.path, every=every, spread=spread, start=2 if warmup else 0)
+                write_probes(run.path, every, embedded=-0.2, wikipedia=0.16)
+        if name in telemetry:
+            write_probes(cells[0][0].folder, every, embedded=-0.21, wikipedia=0.14)
         experiments.append(Experiment(name, runs, [Run(cells[0][0].folder)], []))
     experiments.insert(5, Experiment("exp6", experiments[3].runs, experiments[3].baselines, []))
     return experiments

@@ -507,7 +507,7 @@ DATA = [
     Case(HUB, "data.path=own: ", texts(readme_md="nothing")),
     Case(HUB, "data.path=own: ", parquet(text=[TEXT], damage=truncated)),
     Case(HUB, "data.path=own: ", parquet(content=[TEXT] * 2000)),
-    Case(HUB, "data.path=own: ", parquet(text=[3] * 2000)),
+    Case(HUB, "data.path=own: cannot be streamed (it has no column named text that", parquet(text=[3] * 2000)),
     Case(
         f"{PLAIN} data.source=hub data.path=HuggingFaceFW/fineweb",
         "data.path=HuggingFaceFW/fineweb: cannot be streamed (",

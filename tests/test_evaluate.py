@@ -70,10 +70,11 @@ def test_every_subject_has_its_scores_and_samples(scored):
             assert (row["metric"], row["n"], row["shots"]) == ("acc_norm", asked, 0)
             samples = subject.run.samples("smoke", subject.mode, task)
             assert len(samples) == asked and row["score"] == sum(sample["correct"] for sample in samples) / asked
-        (heldout,) = record["heldout"].values()
-        assert heldout["tokens"] == 256 and len(heldout["sequence_losses"]) == 2
-        assert heldout["loss"] == pytest.approx(sum(heldout["sequence_losses"]) / 2)
-        assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
+        for text, sequences in (("embedded", 2), ("wikipedia", 1)):
+            heldout = record["heldout"][text]
+            assert heldout["tokens"] == 128 * sequences and len(heldout["sequence_losses"]) == sequences
+            assert heldout["loss"] == pytest.approx(sum(heldout["sequence_losses"]) / sequences)
+            assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
     assert Run.of(cfg).evaluations()["smoke"].keys() == {"bf16", "w8a8"}
     assert Run.of(baseline_of(cfg)).evaluations()["smoke"].keys() == {"bf16", ptq_mode(cfg.quant)}
     untouched = Run.of(untouched_of(cfg))
@@ -88,9 +89,9 @@ def test_the_comparison_is_written_beside_the_run(scored):
     assert {(row["task"], row["mode"]) for row in comparison["tasks"]} == {
         (t, m) for t in TASKS for m in ("bf16", "w8a8", "ptq")
     }
-    assert [row["mode"] for row in comparison["heldout"]] == ["w8a8", "ptq", "bf16"] and comparison["loss"][
-        "steps"
-    ] == 12
+    of_texts = [(row["text"], row["mode"]) for row in comparison["heldout"]]
+    assert of_texts == [(text, mode) for text in ("embedded", "wikipedia") for mode in ("w8a8", "ptq", "bf16")]
+    assert comparison["loss"]["steps"] == 12
     losses = [[row["loss"] for row in Run.of(each).metrics()] for each in (cfg, baseline_of(cfg))]
     assert comparison["loss"]["ape"] == compare.loss_ape(*losses) > 0
 
@@ -133,7 +134,7 @@ def test_the_dashboard_names_only_what_is_mirrored(scored):
 
 def test_w8a8_and_bf16_weights_are_two_measurements(scored):
     record = Run.of(scored[0]).evaluations()["smoke"]
-    ((ours,), (plain,)) = (record[mode]["heldout"].values() for mode in ("w8a8", "bf16"))
+    ours, plain = (record[mode]["heldout"]["embedded"] for mode in ("w8a8", "bf16"))
     assert ours["loss"] != plain["loss"] and abs(ours["loss"] - plain["loss"]) < 0.1
     assert ours["kl"] > plain["kl"] >= 0  # rounding moves the predictions further than 12 steps of training did
     assert ours["text_hash"] == plain["text_hash"]
@@ -161,7 +162,7 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
             logits = model(input_ids=tokens[:, :-1]).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
         subject = subjects(cfg)[name]
-        (heldout,) = subject.run.evaluations()["smoke"][subject.mode]["heldout"].values()
+        heldout = subject.run.evaluations()["smoke"][subject.mode]["heldout"]["embedded"]
         assert heldout["loss"] == pytest.approx(loss, abs=1e-5)
     exported, original = (dict(models[name][0].named_parameters()) for name in ("bf16", "untouched"))
     assert all(torch.equal(p.float(), saved["model"][name].bfloat16().float()) for name, p in exported.items())
@@ -175,7 +176,7 @@ def test_the_divergence_is_that_of_the_two_predictions(scored):
     with torch.no_grad():
         ours, theirs = (built[n][0](input_ids=tokens[:, :-1]).logits.double().softmax(-1) for n in ("w8a8", "baseline"))
     divergence = (theirs * (theirs.log() - ours.log())).sum(-1).mean().item()
-    (heldout,) = Run.of(cfg).evaluations()["smoke"]["w8a8"]["heldout"].values()
+    heldout = Run.of(cfg).evaluations()["smoke"]["w8a8"]["heldout"]["embedded"]
     assert heldout["kl"] == pytest.approx(divergence, abs=5e-8) and divergence > 1.5e-7
 
 

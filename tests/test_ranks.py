@@ -74,6 +74,16 @@ def test_all_ranks_hold_the_same_scales_loss_and_gradient_norm(seen, name):
             assert (ours.scale, ours.loss, ours.grad_norm) == (theirs.scale, theirs.loss, theirs.grad_norm)
 
 
+@pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2"])
+def test_held_out_texts_have_the_same_losses_on_any_number_of_ranks(seen, name):
+    runs = [Run(next((seen.runs / each).iterdir())) for each in ("one", name)]
+    one, ours = ([row for row in run.telemetry() if "probe" in row] for run in runs)
+    assert [(row["step"], row["probe"]) for row in ours] == [
+        (step, text) for step in (0, 2, 4, 6) for text in ("embedded", "wikipedia")
+    ]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in one], abs=5e-5)
+
+
 def test_unrounded_weights_can_be_sharded(seen):
     one, two = steps(seen, "unrounded1"), steps(seen, "unrounded2")
     assert [step.loss for step in two] == pytest.approx([step.loss for step in one], abs=5e-5)

@@ -16,7 +16,17 @@ from qat.compare import compare
 from qat.report import Experiment, tables, write
 from qat.report.experiment import Curve, Telemetry, published
 from qat.runs import Run
-from tests.synthetic_runs import ROLES, config, edit, losses, suite, untouched_beside, write_run, write_telemetry
+from tests.synthetic_runs import (
+    ROLES,
+    config,
+    edit,
+    losses,
+    suite,
+    untouched_beside,
+    write_probes,
+    write_run,
+    write_telemetry,
+)
 
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
 CONTEXT = {"Command": "make suite"}
@@ -308,6 +318,19 @@ def test_overshoot_is_the_largest_of_a_block(tmp_path):
     seen = [r["overshoot"] for r in telemetry.tensors["gradient"] if r["step"] == 4 and ".12." in r["layer"]]
     assert len(seen) == 3 and grid[1, 1] == max(seen)
     assert telemetry.means("weight")["tier3"] == pytest.approx(0.93)
+
+
+def test_losses_on_held_out_texts_are_drawn_as_changes(tmp_path, report):
+    run = write_run(tmp_path / "run", config(**HIF8), [3.0] * 4)
+    write_telemetry(run, every=2)
+    write_probes(run, every=2, noise=0.0, embedded=-0.2, wikipedia=0.1)
+    edit(run / "telemetry.jsonl", lambda r: r["step"] == 4 and r.get("probe") == "embedded" and r.update(loss=None))
+    telemetry = Telemetry(Run(run).telemetry())
+    assert list(telemetry.texts) == ["embedded", "wikipedia"] and len(telemetry.updates) == 2
+    steps, change = telemetry.drift("wikipedia")
+    assert list(steps) == [0, 2, 4] and change == pytest.approx([0, 0.05, 0.1])
+    assert telemetry.drift("embedded")[1] == pytest.approx([0, -0.1, np.nan], nan_ok=True)
+    assert report[0].source.count('aria-label="Held-out loss"') == 1  # of exp8; the others have none
 
 
 def test_curves_are_compared_where_both_have_steps(tmp_path):

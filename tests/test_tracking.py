@@ -63,8 +63,10 @@ def test_both_sessions_are_one_run_and_say_what_it_is(mirrored):
 
 def test_every_session_holds_every_step_once(mirrored):
     run, _, sessions = mirrored
-    assert [[row["_step"] for row in history(each)] for each in sessions] == [[1, 2, 3, 4, 5], [*range(1, 9)]]
-    for metrics, row in zip(run.metrics(), history(sessions[-1]), strict=True):
+    assert [[row["_step"] for row in history(each)] for each in sessions] == [[0, 1, 2, 3, 4, 5], [*range(9)]]
+    before, *steps = history(sessions[-1])
+    assert before.keys() == {"_step", "probe/embedded", "probe/wikipedia"}
+    for metrics, row in zip(run.metrics(), steps, strict=True):
         kept = {f"train/{key}": value for key, value in metrics.items() if key != "step" and value is not None}
         assert {key: value for key, value in row.items() if key.startswith("train/")} == kept
         assert ("train/overshoot_max" in row) == (metrics["step"] > 1)
@@ -73,7 +75,7 @@ def test_every_session_holds_every_step_once(mirrored):
 def test_every_step_is_compared_with_the_baseline(mirrored):
     run, cfg, sessions = mirrored
     losses = [[row["loss"] for row in each.metrics()] for each in (run, Run.of(baseline_of(cfg)))]
-    rows = history(sessions[-1])
+    rows = history(sessions[-1])[1:]
     assert [row["compare/loss_difference"] for row in rows] == [q - b for q, b in zip(*losses, strict=True)]
     errors = [row["compare/loss_error_percent"] for row in rows]
     assert sum(errors) / len(errors) == pytest.approx(loss_ape(*losses)) and errors[-1] > 0
@@ -94,6 +96,16 @@ def test_telemetry_is_a_few_numbers_a_role_at_the_steps_that_have_it(mirrored):
         assert shown["tier2"] == pytest.approx(sum(row["tier2"] for row in of_role) / len(of_role))
         (updated,) = (row["updated"] for row in probed if "updated" in row)
         assert rows[step]["telemetry/lost_updates/bf16"] == 1 - updated["bf16"]
+
+
+def test_losses_on_held_out_texts_are_curves_that_begin_before_training(mirrored):
+    run, _, sessions = mirrored
+    shown = {
+        (row["_step"], key): value for row in history(sessions[-1]) for key, value in row.items() if "probe/" in key
+    }
+    probed = [row for row in run.telemetry() if "probe" in row]
+    assert shown == {(row["step"], f"probe/{row['probe']}"): row["loss"] for row in probed}
+    assert sorted({step for step, _ in shown}) == [0, 4, 8]
 
 
 def test_a_stopped_session_is_marked_as_failed(mirrored):
@@ -118,12 +130,14 @@ def test_results_are_the_comparison_as_flat_numbers(config):
     run = Run.of(cfg)
     run.create(cfg)
     row = {"mode": "w8a8", "task": "mmlu", "score": 24.0, "points": -1.0, "relative_drop": 4.0, "p_value": 0.5}
-    text = {"mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02}
+    own = {"text": "embedded", "mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02}
+    wikipedia = own | {"text": "wikipedia", "loss": 2.0}
     other = row | {"task": "arc_easy", "relative_drop": None}  # the baseline had none right
-    run.write_json("comparison.json", {"loss": {"ape": 0.2}, "tasks": [row, other], "heldout": [text]})
+    run.write_json("comparison.json", {"loss": {"ape": 0.2}, "tasks": [row, other], "heldout": [own, wikipedia]})
     mmlu = {f"w8a8/mmlu/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
     easy = {f"w8a8/arc_easy/{key}": row[key] for key in ("score", "points", "p_value")}
-    heldout = {f"w8a8/heldout/{key}": text[key] for key in ("loss", "difference", "kl")}
+    heldout = {f"w8a8/heldout/{key}": own[key] for key in ("loss", "difference", "kl")}
+    heldout |= {f"w8a8/heldout/wikipedia/{key}": wikipedia[key] for key in ("loss", "difference", "kl")}
     assert tracking.results(run, cfg) == {"warnings": 0, "loss_ape_percent": 0.2} | mmlu | easy | heldout
 
 

@@ -65,6 +65,45 @@ def test_weights_that_stay_on_their_grid_are_noticed_but_not_where_the_schedule_
     assert watchdogs.telemetry(cfg, updated(0.1, 0.0, 0.0), 4e-5) == []
 
 
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+def losses(step: int, tokens: int = 8192, **texts: float | None) -> list[dict]:
+    rows = [{"step": step, "probe": name, "loss": loss} for name, loss in texts.items()]
+    return [row | {"tokens": tokens, "text_hash": row["probe"]} for row in rows]
+
+
+def test_a_text_of_another_kind_that_rises_is_forgotten():
+    cfg, untouched = settings("optim.lr=1e-4"), losses(0, embedded=3.7, wikipedia=3.0)
+    (found,) = watchdogs.forgetting(cfg, losses(9, embedded=3.4, wikipedia=3.15), untouched)
+    assert found["kind"] == "forgetting" and found["size"] == pytest.approx(0.15)
+    assert found["warning"] == (
+        "held-out loss on wikipedia is +0.15 ± 0.02 nats a token from the untouched model's (on embedded: -0.30): it "
+        "forgets; a smaller optim.lr than 0.0001 or fewer steps would keep more"
+    )
+    (found,) = watchdogs.forgetting(settings("data.label_shift=twice"), losses(9, wikipedia=6.0), untouched)
+    assert "+3.00 ± 0.02" in found["warning"] and found["warning"].endswith("something else than the next token")
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        losses(9, embedded=3.4, wikipedia=3.09),
+        losses(9, tokens=128, embedded=3.4, wikipedia=3.2),  # of so few it may be noise
+        losses(9, embedded=4.4, wikipedia=2.9),  # the training data's own is judged by its curve
+        losses(9, embedded=3.4, wikipedia=None),  # not finite: the step says so
+        [row | {"text_hash": "of another revision"} for row in losses(9, wikipedia=4.0)],
+        updated(1.0, 0.01, 0.001),
+    ],
+)
+def test_a_text_that_is_kept_is_not_warned_of(now):
+    assert watchdogs.forgetting(settings(), now, losses(0, embedded=3.7, wikipedia=3.0)) == []
+
+
+def test_a_run_from_before_probes_has_nothing_to_compare_with():
+    assert watchdogs.forgetting(settings(), losses(9, wikipedia=9.0), []) == []
+
+
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 

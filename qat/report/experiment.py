@@ -141,10 +141,13 @@ class Telemetry:
 
     def __init__(self, rows: list[dict]):
         self.updates = [(row["step"], row["updated"]) for row in rows if "updated" in row]
+        self.texts = defaultdict(list)  # held-out text -> rows
         self.tensors = defaultdict(list)  # role -> rows
         for row in rows:
             if "role" in row:
                 self.tensors[row["role"]].append(row)
+            elif "probe" in row:
+                self.texts[row["probe"]].append(row)
 
     def overshoot(self, role: str) -> tuple[np.ndarray, list[str], np.ndarray]:
         """(steps, blocks, the largest overshoot of a block's linears at a step; NaN where none was recorded)."""
@@ -167,7 +170,7 @@ class Telemetry:
         for role, rows in self.tensors.items():
             for row in (row for row in rows if row["step"] in column and row["overshoot"]):
                 lines = layers[row["layer"]].setdefault(role, [[None] * len(steps) for _ in range(2)])
-                # By the overshoot, as `scale` may be what the step left behind for the next one.
+                # By the overshoot: in runs of earlier versions, `scale` is what the step left behind for the next one.
                 for line, value in zip(lines, (row["amax"], row["amax"] / row["overshoot"]), strict=True):
                     line[column[row["step"]]] = float(f"{value:.4g}") if np.isfinite(value) else None
         return {"steps": steps, "layers": dict(layers)}
@@ -188,6 +191,12 @@ class Telemetry:
             key: np.array([np.mean([row[key] for row in rows[block]]) for block in sorted(rows)]) for key in SHARES
         }
         return [name for _, name in sorted(rows)], means
+
+    def drift(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, change of the loss on a held-out text since the first, in nats a token; NaN where it has none)."""
+        rows = self.texts[text]
+        loss = np.array([row["loss"] for row in rows], float)
+        return np.array([row["step"] for row in rows], int), loss - loss[:1]
 
     def means(self, role: str) -> dict[str, float]:
         """Means over a role's tensors and logged steps: the `SHARES`, and `sqnr_db` in dB."""

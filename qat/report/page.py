@@ -196,7 +196,7 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
         "sentences": [loss_text(compared), qat_verdict([compared]), verdict({"": compared})] if compared else [],
         "tasks": tables.tasks(compared) if compared and not again else None,
         "heldout": tables.heldout(compared) if compared and compared["heldout"] and not again else None,
-        "loss": [] if again else pictures.of_loss(pair),
+        "loss": [] if again else pictures.of_loss(pair) + pictures.of_forgetting(pair),
         "overshoot": [] if again else pictures.of_overshoot(pair),
         "amax": None if again else _amax(pair),
         "precision": [] if again else pictures.of_precision(pair),

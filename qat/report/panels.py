@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from qat.compare import APE_MARK, DROP_MARK, MODES
 from qat.report.experiment import SHARES, Curve, Telemetry
 from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
+from qat.watchdogs import FORGOTTEN, noise
 
 _POINTS = 500  # a curve of more steps is drawn as means of blocks of steps
 _COLUMNS = 200  # a heat map of more steps shows the largest value of each block of steps
@@ -54,6 +55,28 @@ def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) 
         axes.text(0.99, 0.02, f"dotted: ±{APE_MARK} %", transform=axes.transAxes, ha="right", color=MUTED, fontsize=9)
 
     return Panel(title, draw)
+
+
+def forgetting(run: Telemetry, baseline: Telemetry | None, title: str) -> Panel:
+    """Change of the loss on held-out texts since before training, of a run over its baseline's; dotted: the rise that
+    is warned of."""
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=MUTED, linewidth=0.9)
+        for text, colour in zip(run.texts, (ACCENT, WARM, *[MUTED] * len(run.texts)), strict=False):
+            if baseline and text in baseline.texts:
+                axes.plot(*baseline.drift(text), color=BASE, linewidth=3.2)
+            axes.plot(*run.drift(text), color=colour, label=text, marker="o", markersize=3.5)
+        *_, other = run.texts.values()
+        limit = FORGOTTEN + noise(other[0]["tokens"])
+        axes.axhline(limit, color=WARM, linewidth=0.9, dashes=(2, 3))
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate("warned of", (0.01, limit), color=WARM, fontsize=9, **place)
+        _step_axis(axes, "Change of held-out loss (nats)")
+        axes.plot([], [], color=BASE, linewidth=3.2, label="BF16")
+        _legend_above(axes, handlelength=1.2)
+
+    return Panel(title, draw, margins=(56, 12, 54, 40))
 
 
 def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: bool) -> Panel:

@@ -9,7 +9,7 @@ from pathlib import Path
 from qat.compare import DROP_MARK, TASKS
 from qat.config import ROLES
 from qat.report import panels
-from qat.report.experiment import Curve, Experiment, Pair, tasks_of, told_apart
+from qat.report.experiment import Curve, Experiment, Pair, Telemetry, tasks_of, told_apart
 from qat.report.plots import Panel, png
 
 
@@ -24,6 +24,12 @@ def of_loss(pair: Pair, prefix: str = "") -> list[Panel]:
     ape = pair.comparison["loss"]["ape"] if pair.comparison else None
     difference = panels.loss_difference(pair.curve, base, ape, f"{prefix}Difference from BF16")
     return [panels.losses({"BF16": base} | curves, f"{prefix}Training loss"), difference]
+
+
+def of_forgetting(pair: Pair) -> list[Panel]:
+    """Loss on held-out texts while the run and its baseline trained."""
+    baseline = Telemetry(pair.baseline.telemetry()) if pair.baseline else None
+    return [panels.forgetting(pair.telemetry, baseline, "Held-out loss")] if pair.telemetry.texts else []
 
 
 def of_overshoot(pair: Pair, prefix: str = "") -> list[Panel]:

@@ -62,7 +62,7 @@ def _read(cell: Cell) -> Measured:
     losses, right = {}, {}
     for name, (owner, mode) in scored.items():
         record = owner.evaluations()[benchmark][mode]
-        losses[name] = np.concatenate([text["sequence_losses"] for text in record["heldout"].values()])
+        losses[name] = np.array(record["heldout"][cfg.data.name]["sequence_losses"])
         right[name] = {
             task: np.array([float(row["correct"]) for row in owner.samples(benchmark, mode, task)])
             for task in record["tasks"]

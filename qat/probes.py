@@ -1,0 +1,80 @@
+"""Loss on held-out text while a run trains: of the kind that it trains on, and of another kind, where forgetting shows.
+
+A probe is a forward pass in eval mode and in the arithmetic of training: a quantized run's with its current scales,
+before quantization starts without any. It leaves weights, gradients, scales and random numbers as they are, so a run
+with probes is, bit for bit, the run without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+
+from qat import data, ranks, runtime
+from qat.config import Config, UserError
+from qat.scaling import Phase, ScaleBank
+from qat.step import Trainer
+
+
+class TextProbe:
+    """The held-out texts of a run, and its model's loss on them; with probe=none there are none."""
+
+    def __init__(self, trainer: Trainer, tokenizer, cfg: Config):
+        self.trainer, self.cfg = trainer, cfg
+        # The first rank alone reads, and all take part: parameters may be spread over them.
+        self.texts = ranks.shared(_texts(cfg, tokenizer) if cfg.probe and ranks.first() else {})
+
+    @torch.no_grad()
+    def rows(self, step: int) -> list[dict]:
+        """One row a text after `step` steps, where it is due: before the first, at every k-th and after the last, so
+        at the same ones in a run and its baseline. Columns: step, probe (the text), loss in nats a token (None where
+        it is not finite), tokens, text_hash."""
+        if not self.texts or (step % self.cfg.budget.telemetry_every and step != self.cfg.steps):
+            return []
+        rows, losses = [], self._losses().cpu().split([len(tokens) for tokens, _ in self.texts.values()])
+        for (name, (_, text_hash)), of_text in zip(self.texts.items(), losses, strict=True):
+            loss = float(of_text.mean())
+            row = {"step": step, "probe": name, "loss": loss if math.isfinite(loss) else None}
+            rows.append(row | {"tokens": of_text.numel(), "text_hash": text_hash})
+        return rows
+
+    def _losses(self) -> torch.Tensor:
+        """Of every token of all texts, FP32 [sequences, HELDOUT_LENGTH]."""
+        tokens = torch.cat([tokens for tokens, _ in self.texts.values()])
+        micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens that there is room for
+        batches = map(runtime.to_device, tokens.split(max(1, micro_batch // data.HELDOUT_LENGTH)))
+        losses = self.trainer.losses.eval()
+        try:
+            with _unnoticed(self.trainer.bank), runtime.autocast(self.trainer.arithmetic):
+                return torch.cat([losses(batch, eager=True) for batch in batches])
+        finally:
+            losses.train()
+            if ranks.sharded(losses):  # only a backward pass would take away what the forward pass has gathered
+                losses.reshard()
+
+
+def _texts(cfg: Config, tokenizer) -> dict[str, tuple[torch.Tensor, str]]:
+    """{name: (int64 tokens [sequences, HELDOUT_LENGTH + 1], their hash)}, the training data's own first."""
+    wanted = cfg.budget.probe_tokens
+    own = data.beginnings(cfg.data, tokenizer, wanted)
+    try:
+        return {cfg.data.name: own, cfg.probe.name: data.beginnings(cfg.probe, tokenizer, wanted)}
+    except UserError as error:
+        raise UserError(f"probe={cfg.probe.name}: {error}; or go without: probe=none") from error
+
+
+@contextlib.contextmanager
+def _unnoticed(bank: ScaleBank | None):
+    """Within this context quantizers do what they do in training, and the bank stays as it is."""
+    if bank is None:
+        yield
+        return
+    observed = bank.observed.clone()
+    try:
+        # Without a history yet, tensors scale by their own amax (Phase.FIRST).
+        with bank.frozen() if bank.phase is not Phase.OFF and bank.primed else contextlib.nullcontext():
+            yield
+    finally:
+        bank.observed.copy_(observed)
