@@ -36,7 +36,9 @@ def test_runs_are_grouped_by_experiment_and_seed_and_sorted_by_columns_of_differ
         f"{mode}/{task}/{key}" for mode in ("w8a8", "bf16") for task in TASKS for key in ("points", "relative_drop")
     }
     assert wanted <= bars and not any("hellaswag" in key for key in bars)
-    lines = {key for panel in panels["Run History Line Plot"] for key in panel["metrics"]}
+    plots = panels["Run History Line Plot"]
+    assert [panel["metricRegex"] for panel in plots if panel.get("useMetricRegex")] == ["^probe/"]
+    lines = {key for panel in plots for key in panel.get("metrics", [])}
     assert {"train/loss", "compare/loss_difference", *(f"telemetry/{r}/overshoot_max" for r in ROLES)} <= lines
     assert len(panels["Run Comparer"]) == len(panels["Parallel Coordinates Plot"]) == 1
 
