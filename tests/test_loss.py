@@ -36,6 +36,20 @@ def gradients(model, **how) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return losses.detach(), [p.grad.clone() for p in model.parameters()]
 
 
+def test_the_loss_is_hugging_faces_and_shifting_twice_is_shifting_its_labels_again():
+    model, batch = llama(), tokens()
+    with torch.no_grad():
+        once = model(input_ids=batch, labels=batch).loss
+        twice = model(input_ids=batch[:, :-1], labels=batch[:, 1:]).loss
+        ours = [token_losses(model, batch, shift) for shift in ("once", "twice")]
+        logits = model(input_ids=batch[:, :-1]).logits
+    assert [losses.shape for losses in ours] == [(3, 11), (3, 10)]
+    torch.testing.assert_close(ours[0].mean(), once)
+    torch.testing.assert_close(ours[1].mean(), twice)
+    plain = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    torch.testing.assert_close(ours[0].mean(), plain)
+
+
 @pytest.mark.parametrize("shift", ["once", "twice"])
 def test_each_position_predicts_the_token_it_should(shift):
     model, distance = llama(), {"once": 1, "twice": 2}[shift]

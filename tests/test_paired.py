@@ -1,0 +1,123 @@
+"""The statistics of paired answers and losses, against SciPy, statsmodels and counting."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, t, ttest_1samp
+from scipy.stats import bootstrap as bootstrap_of_scipy
+from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
+from statsmodels.stats.multitest import multipletests
+
+from qat.paired import Answers, bootstrap, detectable, detectable_mean, half_width, holm, mcnemar, tango
+
+
+def test_mcnemar_is_the_binomial_test_of_the_flips():
+    assert mcnemar(0, 0) == 1
+    for lost in (0, 1, 4, 11):
+        for gained in (1, 4, 5, 20, 39):
+            assert mcnemar(lost, gained) == pytest.approx(binomtest(lost, lost + gained).pvalue)
+    assert mcnemar(3000, 3200) == pytest.approx(binomtest(3000, 6200).pvalue)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(9, 1), (0, 6), (4, 4), (30, 41), (300, 410)])
+def test_mcnemar_is_statsmodels_exact_one(lost, gained):
+    wanted = mcnemar_of_statsmodels([[50, lost], [gained, 40]], exact=True).pvalue
+    assert mcnemar(lost, gained) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(("lost", "gained", "n"), [(9, 1, 100), (1, 0, 44), (30, 41, 1172), (0, 5, 200), (7, 7, 50)])
+def test_tango_inverts_the_score_test(lost, gained, n):
+    """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force: statsmodels has
+    no interval for the difference of paired proportions."""
+    share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions lost, under a given change
+    for limit in tango(lost, gained, n):
+        rates = share + limit, share, 1 - 2 * share - limit
+        valid = np.all([rate > 0 for rate in rates], axis=0)
+        counts = gained, lost, n - lost - gained
+        likelihood = sum(k * np.log(rate[valid]) for k, rate in zip(counts, rates, strict=True))
+        best = share[valid][np.argmax(likelihood)]
+        statistic = (gained - lost - n * limit) / math.sqrt(n * (2 * best + limit - limit**2))
+        assert abs(statistic) == pytest.approx(1.96, abs=2e-3)
+
+
+def test_tango_at_the_edges():
+    assert tango(0, 0, 100) == pytest.approx((-0.03699, 0.03699), abs=1e-5)  # z^2 / (n + z^2)
+    assert tango(3, 8, 90) == pytest.approx([-limit for limit in tango(8, 3, 90)[::-1]])
+    assert tango(10, 0, 10)[0] == -1 and tango(0, 10, 10)[1] == 1
+    for lost, gained in ((1, 7), (2, 7), (3, 14), (5, 15)):  # zero is inside exactly where the score test keeps it
+        low, high = tango(lost, gained, 500)
+        assert (low < 0 < high) == ((gained - lost) ** 2 / (gained + lost) < 1.96**2)
+
+
+@pytest.mark.parametrize("counts", [(50, 9, 1, 40), (400, 30, 41, 701), (12, 0, 0, 4)])
+def test_the_bootstrap_is_scipys_over_the_questions(counts):
+    answers = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], counts, axis=0)
+    found = bootstrap([Answers(*counts)])
+    statistics = {
+        "change": lambda baseline, run, axis: (run - baseline).mean(axis),
+        "relative_drop": lambda baseline, run, axis: (baseline - run).sum(axis) / baseline.sum(axis),
+    }
+    for name, statistic in statistics.items():
+        how = {"paired": True, "vectorized": True, "method": "percentile", "rng": 1}
+        wanted = bootstrap_of_scipy(tuple(answers.T), statistic, **how).confidence_interval
+        # Two estimates from 10,000 resamples each of a quantile on a grid of 1 / n.
+        step = max(1 / sum(counts), 0.03 * (wanted.high - wanted.low))
+        assert found[name] == pytest.approx(wanted, abs=1.01 * step / (answers[:, 0].mean() if name != "change" else 1))
+
+
+def test_pooled_questions_are_resampled_within_their_task():
+    """A task whose answers never differ adds no spread of its own, however large."""
+    still, moving = Answers(900, 0, 0, 100), Answers(50, 9, 1, 40)
+    low, high = bootstrap([still, moving])["change"]
+    alone = bootstrap([moving])["change"]
+    assert [low * 1100, high * 1100] == pytest.approx([limit * 100 for limit in alone], abs=1.01)
+    assert bootstrap([Answers(0, 0, 1, 9)])["relative_drop"] is None
+
+
+@pytest.mark.parametrize(("flips", "n"), [(60, 1000), (200, 1172), (900, 14042)])
+def test_a_detectable_change_is_found_in_four_of_five_samples(flips, n):
+    change = detectable(flips, n)
+    rates = [flips / n / 2 + change / 2, flips / n / 2 - change / 2]
+    drawn = np.random.default_rng(0).multinomial(n, [*rates, 1 - sum(rates)], 4000)
+    lost, gained = drawn[:, 0], drawn[:, 1]
+    found = (lost - gained) ** 2 > 1.96**2 * (lost + gained)
+    assert found.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_what_is_detectable_at_the_edges():
+    assert detectable(0, 100) > 3 / 100  # three one-way flips of a hundred are no evidence
+    assert detectable(0, 3) == 1.0
+    assert detectable(10, 100) > detectable(10, 1000) * 3
+    assert detectable_mean(1.96) == pytest.approx(1.96 + 0.8416, abs=1e-4)
+
+
+def test_half_width_is_student_t():
+    values = [0.1, 0.4, -0.2, 0.3]
+    low, high = t.interval(0.95, 3, np.mean(values), np.std(values, ddof=1) / 2)
+    assert half_width(values) == pytest.approx((high - low) / 2)
+    assert half_width([1.0]) is None
+
+
+def test_half_width_is_that_of_scipys_t_test():
+    for n in (2, 16, 400):
+        values = np.random.default_rng(n).normal(0.01, 0.3, n)
+        wanted = ttest_1samp(values, 0).confidence_interval(0.95)
+        assert [values.mean() + side * half_width(values.tolist()) for side in (-1, 1)] == pytest.approx(wanted)
+
+
+def test_holm_counts_from_the_smallest():
+    assert holm([0.001, 0.02, 0.04]) == 3
+    assert holm([0.001, 0.03, 0.04]) == 1
+    assert holm([0.03, 0.04]) == 0
+
+
+def test_holm_rejects_what_statsmodels_does():
+    draw, seen = np.random.default_rng(0), set()
+    for size in (1, 2, 8, 56):
+        for _ in range(10):  # statsmodels takes its time
+            p_values = np.sort(draw.beta(0.2, 2, size)).tolist()
+            rejected = multipletests(p_values, alpha=0.05, method="holm")[0]
+            assert holm(p_values) == rejected.sum()
+            seen.add(int(rejected.sum()))
+    assert {0, 1} < seen and max(seen) > 10
