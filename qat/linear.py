@@ -37,7 +37,8 @@ class Quantizer:
         c, x = self.cfg, x.detach()
         scale = self.bank.scale_of(self.index, x)
         emit = "e4m3" if c.gemm == "fp8" else emit
-        values, codes = kernels.quantize(x, scale, self.bank.noted, self.index, c.format, c.overflow, self.target, emit)
+        noted = self.bank.noted(self.index)
+        values, codes = kernels.quantize(x, scale, *noted, c.format, c.overflow, self.target, emit)
         if self.probe is not None:
             self.probe(self.index, x, scale)
         inside = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
@@ -46,7 +47,7 @@ class Quantizer:
     def observe(self, x: torch.Tensor) -> None:
         """Note the amax of `x` without rounding it."""
         if self.enabled:
-            kernels.observe(x.detach(), self.bank.observed, self.index)
+            kernels.observe(x.detach(), *self.bank.noted(self.index))
 
 
 class Input:
@@ -136,6 +137,7 @@ class QuantizedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.bank, self.quantizers, self.products = bank, quantizers, products
         self.input = Input(quantizers["activation"])
+        self.sharded = False  # whether the weight is whole in the forward pass only, so that nobody can round it before
         self._rounded: tuple[Operand, torch.Tensor | None] | None = None
         self._rounded_for: object = None
 
@@ -149,9 +151,7 @@ class QuantizedLinear(nn.Linear):
         if self.bank.phase is Phase.OFF:
             return self._unquantized(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if not torch.compiler.is_compiling():  # a compiled step has done so before
-            self.round_weight(dtype)
-        (a, x_inside), (b, w_inside) = self.input(x, dtype), self._rounded
+        (a, x_inside), (b, w_inside) = self.input(x, dtype), self._rounded_weight(dtype)
         y = _QuantizedMatmul.apply(
             x.to(dtype),
             self.weight,
@@ -167,6 +167,13 @@ class QuantizedLinear(nn.Linear):
             self.quantizers["gradient"],
         )
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def _rounded_weight(self, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
+        if not torch.compiler.is_compiling():
+            self.round_weight(dtype)
+        elif self.sharded:
+            return self.quantizers["weight"](self.weight.to(dtype))
+        return self._rounded  # before a compiled step it was rounded for all its micro-batches
 
     @torch.no_grad()
     def round_weight(self, dtype: torch.dtype) -> None:

@@ -9,17 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TokenLosses(nn.Module):
-    """`token_losses` of one model as a module, compiled on demand: what DDP and FSDP wrap."""
+    """`token_losses` of one model as a module: what is compiled, and what DDP and FSDP wrap."""
 
-    def __init__(self, model: nn.Module, label_shift: str, largest_logits: int, compiled: bool):
+    def __init__(self, model: nn.Module, label_shift: str, largest_logits: int):
         super().__init__()
         self.model, self.label_shift, self.largest_logits = model, label_shift, largest_logits
-        self._compiled = torch.compile(token_losses, fullgraph=True, dynamic=False) if compiled else token_losses
 
-    def forward(self, tokens: torch.Tensor, eager: bool = False) -> torch.Tensor:
-        losses = token_losses if eager else self._compiled
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         label_shift = self.label_shift if self.training else "once"  # what is measured is language, however trained
-        return losses(self.model, tokens, label_shift, self.largest_logits)
+        return token_losses(self.model, tokens, label_shift, self.largest_logits)
 
 
 def token_losses(

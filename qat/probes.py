@@ -15,7 +15,7 @@ import torch
 from qat import data, ranks, runtime
 from qat.config import Config, UserError
 from qat.scaling import Phase, ScaleBank
-from qat.step import Trainer
+from qat.step import Trainer, eagerly
 
 
 class TextProbe:
@@ -47,8 +47,8 @@ class TextProbe:
         batches = map(runtime.to_device, tokens.split(max(1, micro_batch // data.HELDOUT_LENGTH)))
         losses = self.trainer.losses.eval()
         try:
-            with _unnoticed(self.trainer.bank), runtime.autocast(self.trainer.arithmetic):
-                return torch.cat([losses(batch, eager=True) for batch in batches])
+            with _unnoticed(self.trainer.bank), runtime.autocast(self.trainer.arithmetic), eagerly():
+                return torch.cat([losses(batch) for batch in batches])
         finally:
             losses.train()
             if ranks.sharded(losses):  # only a backward pass would take away what the forward pass has gathered

@@ -62,8 +62,6 @@ def forsake() -> None:
 def check(cfg: Config) -> None:
     """Raise `ConfigError` for what many ranks cannot do."""
     accumulation = cfg.batch[1]
-    if count() > 1 and cfg.budget.parallel == "fsdp" and cfg.budget.compile:
-        raise ConfigError("budget.compile=true: not with budget.parallel=fsdp; set budget.compile=false")
     if accumulation % count():
         valid = max(1, round(accumulation / count())) * count()
         raise ConfigError(

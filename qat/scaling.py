@@ -86,6 +86,7 @@ class ScaleBank:
         self.scale = torch.ones(len(names), device=device)
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # 0-dim would be read by the host
+        self.apart: dict[int, torch.Tensor] = {}  # what was observed of tensors that are noted on their own, each [1]
         self.ticks = 0  # commits since quantization began; also tells cached weights that scales may have moved
         self.primed = False  # whether there is a history to predict from
         self.phase = Phase.OFF
@@ -101,10 +102,18 @@ class ScaleBank:
             return to_scale(kernels.amax(x), self.targets[index], self.scale[index])
         return self.scale[index]
 
-    @property
-    def noted(self) -> torch.Tensor | None:
-        """Where quantizers note the amaxes they see: the largest of all micro-batches counts, and a NaN stays."""
-        return None if self.phase is Phase.FROZEN else self.observed
+    def noted(self, index: int) -> tuple[torch.Tensor | None, int]:
+        """Where a quantizer notes the amax of tensor `index`, as (tensor, entry): the largest of all micro-batches
+        counts, and a NaN stays."""
+        if self.phase is Phase.FROZEN:
+            return None, 0
+        return (self.apart[index], 0) if index in self.apart else (self.observed, index)
+
+    def note_apart(self, index: int) -> None:
+        """From now on note the amax of tensor `index` in a tensor of its own: what is compiled apart and notes in its
+        backward pass must not find the tensor changed by others since its forward pass."""
+        self.apart[index] = torch.zeros_like(self.observed[:1])
+        self._apart_at = torch.tensor(list(self.apart), device=self.observed.device)
 
     @property
     def observing(self) -> bool:
@@ -125,6 +134,10 @@ class ScaleBank:
 
     def reduce(self) -> None:
         """Let every rank have observed what any has, in one packed reduction; with sync=none each keeps its own."""
+        if self.apart:
+            apart = list(self.apart.values())
+            self.observed.index_copy_(0, self._apart_at, torch.cat(apart))
+            torch._foreach_zero_(apart)
         if self.cfg.sync == "max":
             ranks.largest(self.observed)
 

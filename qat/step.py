@@ -6,6 +6,7 @@ weights, moments and (with a tick a step) scales as they were. Who reads the res
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def eagerly():
+    """A context in which nothing compiled runs, and nothing is compiled."""
+    return torch.compiler.set_stance("force_eager")
+
+
 class Trainer:
     """What a step needs beside the batch: model, optimizer, scale bank, and the configuration."""
 
@@ -50,11 +56,13 @@ class Trainer:
         models.attend_causally(model)
         if cfg.budget.activation_checkpointing:
             models.checkpoint_activations(model)
-        losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits, cfg.budget.compile)
+        self._linears = list(quantized_linears(model).values())
+        losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits)
+        if cfg.budget.compile:
+            self._compile(losses)
         self.losses = ranks.distribute(losses, models.blocks(model), cfg.budget.parallel)
         self.arithmetic = runtime.arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
-        self._linears = list(quantized_linears(model).values())
         o = cfg.optim
         # Weight decay on every parameter, norms too, as in the released code.
         self.optimizer = torch.optim.AdamW(
@@ -63,6 +71,19 @@ class Trainer:
         # Sums of BF16 products are to be rounded once.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._store()
+
+    def _compile(self, losses: TokenLosses) -> None:
+        """Compile the whole forward pass, or block by block what FSDP gathers block by block."""
+        parts, sharded = [losses], ranks.count() > 1 and self.cfg.budget.parallel == "fsdp"
+        if sharded:
+            parts = models.blocks(self.model)
+            torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
+            for linear in self._linears:
+                linear.sharded = True
+                if linear.quantizers["gradient"].enabled:
+                    self.bank.note_apart(linear.quantizers["gradient"].index)
+        for part in parts:
+            part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
 
     def step(self, number: int, micro_batches: list[torch.Tensor], probed: bool = False) -> StepResult:
         """Run step `number` (1-based) on this rank's int64 micro-batches [sequences, length + 1], as many on every
@@ -87,21 +108,25 @@ class Trainer:
         tokens = ranks.count() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
         total, overshoot = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):
-            with ranks.reducing(self.losses, last=index == len(micro_batches)):
-                loss = self._forward(runtime.to_device(batch), probed).sum() / tokens
+            with ranks.reducing(self.losses, last=index == len(micro_batches)), self._stance(probed):
+                loss = self._forward(runtime.to_device(batch)).sum() / tokens
                 loss.backward()
             total = total + loss.detach()
             if self.bank is not None and self.cfg.scaling.tick == "call":
                 overshoot = self._commit(number, overshoot)
         return ranks.total(total), tokens, overshoot
 
-    def _forward(self, tokens: torch.Tensor, probed: bool) -> torch.Tensor:
-        # The first quantized step has no history and is made of other operations: one step is not worth a compilation.
-        eager = probed or (self.bank is not None and self.bank.phase is Phase.FIRST)
-        if not eager:
-            self._round_weights()  # for the first step after a start; compiled code does not
+    def _stance(self, probed: bool):
+        """Whether what is compiled runs so. The first quantized step has no history and is made of other operations:
+        one step is not worth a compilation."""
+        if probed or (self.bank is not None and self.bank.phase is Phase.FIRST):
+            return eagerly()
+        self._round_weights()  # for the first step after a start; compiled code does not
+        return contextlib.nullcontext()
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with runtime.autocast(self.arithmetic):
-            return self.losses(tokens, eager)
+            return self.losses(tokens)
 
     def _round_weights(self) -> None:
         if self.bank is not None and self.bank.phase is Phase.ON and not ranks.sharded(self.losses):

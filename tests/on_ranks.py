@@ -36,6 +36,7 @@ RUNS = {
     "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
     "ddp4": (4, (), {}),
     "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
+    "fsdp2 compiled": (2, ("budget.parallel=fsdp", "budget.compile=true"), {"stop": True}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
     "compiled": (2, ("budget.compile=true",), {"stop": True}),

@@ -163,7 +163,7 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     for ste in ("pass_through", "masked"):
         linear, bank = single(algo="most_recent", ste=ste, gradients=False)
         for index, amax in enumerate((1.0, 100.0)):  # activations were smaller before: values beyond 1 are clipped
-            kernels.observe(torch.tensor(amax), bank.noted, index)
+            kernels.observe(torch.tensor(amax), *bank.noted(index))
         bank.commit(1)
         bank.begin_step(2, 1)
         x.grad = None

@@ -49,7 +49,7 @@ def kept_by_autograd(trainer: Trainer, tokens: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trainer._forward(tokens, probed=False)
+        trainer._forward(tokens)
     return sum(found.values()) - 4 * tokens.shape[0] * (tokens.shape[1] - 1) * SMALL["vocab_size"]
 
 

@@ -19,8 +19,9 @@ def make(algo="max", window=4, steps=100, tensors=3, target=15.0, **scaling) -> 
 
 def note(bank: ScaleBank, index: int, amax: float) -> None:
     """What a quantizer does with the amax it saw."""
-    if bank.noted is not None:
-        kernels.observe(torch.tensor([0.0, -amax]), bank.noted, index)
+    noted = bank.noted(index)
+    if noted[0] is not None:
+        kernels.observe(torch.tensor([0.0, -amax]), *noted)
 
 
 def tick(bank: ScaleBank, step: int, amaxes: list[float]) -> None:
@@ -53,6 +54,22 @@ def test_against_a_list(algo, window):
         rule = "most_recent" if algo == "current" else algo
         expected = [15.0 / predict(rule, past, window, 0.3) for past in history]
         assert bank.scale.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_noted_apart_counts_like_the_rest():
+    bank, plain = make("max"), make("max")
+    bank.note_apart(1)
+    for step, amaxes in enumerate(([1.0, 8.0, 2.0], [3.0, 4.0, float("nan")], [1.0, 0.5, 1.0]), start=1):
+        for each in (bank, plain):
+            each.begin_step(step, 1)
+            for index, amax in enumerate(amaxes):
+                note(each, index, amax / 2)
+                note(each, index, amax)
+        assert bank.observed[1] == 0 and bank.noted(1)[0] == amaxes[1]
+        for each in (bank, plain):
+            each.reduce()
+            each.commit(step)
+        torch.testing.assert_close(bank.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
 def test_the_ring_forgets():
