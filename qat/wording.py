@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
 from qat.paired import holm
@@ -104,25 +104,29 @@ def loss_text(comparison: dict) -> str:
 
 
 def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
-    """One sentence on the held-out losses of several comparisons in W8A8; empty where there are none."""
-    rows = [row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8"]
-    if not rows:
-        return ""
+    """A sentence a text on the held-out losses of several comparisons in W8A8; empty where there are none."""
+    rows = (row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8")
+    return _text_by_text(rows, _cost)
+
+
+def _cost(rows: list[Mapping], text: str) -> str:
     low, high = (signed(end(row["difference"] for row in rows), 4) for end in (min, max))
-    clear = sum(map(_beyond_noise, rows))
     span = f"{low} to {high}" if len(rows) > 1 else low
     return (
-        f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token; "
-        f"{clear} of {len(rows)} intervals (95 %) exclude zero."
+        f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token{text}; "
+        f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals (95 %) exclude zero."
     )
 
 
 def qat_verdict(comparisons: Iterable[Mapping]) -> str:
-    """Whether QAT was needed: held-out loss in W8A8 with it and without (PTQ of the baseline). Empty where no PTQ was
-    scored."""
-    rows = [row for comparison in comparisons for row in comparison.get("qat", [])]
-    if len(rows) < 2:
-        return _recovered(rows[0]) if rows else ""
+    """Whether QAT was needed, a sentence a text: held-out loss in W8A8 with it and without (PTQ of the baseline). Empty
+    where no PTQ was scored."""
+    return _text_by_text((row for comparison in comparisons for row in comparison.get("qat", [])), _recovered)
+
+
+def _recovered(rows: list[Mapping], text: str) -> str:
+    if len(rows) == 1:
+        return _recovered_once(rows[0], text)
     better = sum(_beyond_noise(row) and row["recovered"] > 0 for row in rows)
     worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
     spans = {}
@@ -130,19 +134,29 @@ def qat_verdict(comparisons: Iterable[Mapping]) -> str:
         low, high = (signed(end(row[key] for row in rows), 4) for end in (min, max))
         spans[key] = f"{low} to {high}"
     return (
-        f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {spans['ptq']} nats a token, of which QAT recovers "
+        f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {spans['ptq']} nats a token{text}, of which QAT recovers "
         f"{spans['recovered']}: beyond noise (95 %) in {better} of {len(rows)} runs"
         f"{f', and in {worse} it costs more than PTQ' if worse else ''}."
     )
+
+
+def _text_by_text(rows: Iterable[Mapping], say: Callable[[list[Mapping], str], str]) -> str:
+    """What `say` says of the rows of each held-out text, the data's own first; where there are several, by name."""
+    texts: dict[str, list[Mapping]] = {}
+    for row in rows:
+        texts.setdefault(row["text"], []).append(row)
+    return " ".join(say(found, f" on {text}" if len(texts) > 1 else "") for text, found in texts.items())
 
 
 def _beyond_noise(row: Mapping) -> bool:
     return row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0
 
 
-def _recovered(row: Mapping) -> str:
+def _recovered_once(row: Mapping, text: str) -> str:
     ptq, qat = (signed(row[key], 4) for key in ("ptq", "w8a8"))
-    costs = f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {ptq} nats a token of held-out text, with QAT {qat}"
+    costs = (
+        f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {ptq} nats a token of held-out text{text}, with QAT {qat}"
+    )
     change = f"{signed(row['recovered'], 4)} {interval(row['ci'], 4)}"
     if not _beyond_noise(row):
         return f"{costs}; the difference, {change}, is not beyond noise, so this does not show that QAT was needed."

@@ -313,3 +313,9 @@ def test_heldout_verdict_counts_what_excludes_zero(runs):
         "1 of 2 intervals (95 %) exclude zero."
     )
     assert heldout_verdict([dict(result, heldout=[])]) == ""
+    other = [dict(row, text="speeches", difference=0.5, ci=[0.4, 0.6]) for row in result["heldout"]]
+    assert heldout_verdict([dict(result, heldout=other + result["heldout"])]) == (
+        "Held-out loss in W8A8 differs from BF16 by +0.5000 nats a token on speeches; 1 of 1 intervals (95 %) exclude "
+        "zero. Held-out loss in W8A8 differs from BF16 by +0.1000 nats a token on wikipedia; 0 of 1 intervals (95 %) "
+        "exclude zero."
+    )

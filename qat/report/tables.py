@@ -101,7 +101,8 @@ def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
 
 def _beside(comparison: Mapping, what: str) -> Cell:
     """Held-out loss less the baseline's, of what a quantized run is to be seen beside."""
-    rows = {row["mode"]: row for row in comparison["heldout"]}
+    own = comparison["heldout"][0]["text"]
+    rows = {row["mode"]: row for row in comparison["heldout"] if row["text"] == own}
     if what == "PTQ":
         row = rows.get("ptq")
         return Cell(signed(row["difference"], 4), interval(row["ci"], 4)) if row else Cell("–")
