@@ -32,7 +32,7 @@ class Damaged(UserError):
 
 
 class Writer:
-    """Saves checkpoints in the background, one at a time. What goes wrong is raised by the next `save` or `wait`."""
+    """Saves checkpoints in the background, one at a time. What goes wrong is raised by the next call of any method."""
 
     def __init__(self, folder: Path):
         self.folder, self._pending = folder, None
@@ -45,6 +45,11 @@ class Writer:
             name: {key: t.detach().to("cpu", copy=True) for key, t in group.items()} for name, group in tensors.items()
         }
         self._pending = self._thread.submit(save, self.folder, step, copies, facts)
+
+    def check(self) -> None:
+        """Raise what has gone wrong until now; wait for nothing."""
+        if self._pending and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return when the last checkpoint is written."""

@@ -206,7 +206,7 @@ class Config:
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
-    runs: list[str] | None = None  # report.py: the run folders to show, instead of the experiments
+    runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

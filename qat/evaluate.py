@@ -99,22 +99,25 @@ def evaluate(cfg: Config) -> dict | None:
     reference = Subject(baseline, Run.of(baseline), "bf16")
     subjects = [untouched, reference]
     if cfg.quantized:
-        subjects += [Subject(ptq.ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
+        if any(reference.run.checkpoints.glob("step-*")):
+            subjects += [Subject(ptq.ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
+        else:
+            print(f"{reference.run.id}: its checkpoint is gone, so PTQ is not scored", flush=True)
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
     for subject in subjects:
         subject.check()
     scorer = _Scorer(cfg, reference)
     for subject in subjects:
         scorer.score(subject)
+    comparison = None
+    if cfg.quantized:
+        comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
+        with run.lock():
+            run.write_json("comparison.json", comparison)
+        tracking.send(run, cfg)
+        print(f"\n{table(comparison)}", flush=True)
     if cfg.repeat:
         _print_floor([reference.run, run] if cfg.quantized else [run], cfg.benchmark.name)
-    if not cfg.quantized:
-        return None
-    comparison = compare(run.path, reference.run.path, cfg.benchmark.name, untouched.run.path)
-    with run.lock():
-        run.write_json("comparison.json", comparison)
-    tracking.send(run, cfg)
-    print(f"\n{table(comparison)}", flush=True)
     return comparison
 
 
@@ -126,7 +129,7 @@ def _print_floor(repeats: list[Run], benchmark: str) -> None:
 
 
 class _Scorer:
-    """Scores subjects with one benchmark and one held-out text, and writes the results to their folders."""
+    """Scores subjects with one benchmark and the held-out texts, and writes the results to their folders."""
 
     def __init__(self, cfg: Config, reference: Subject):
         self.cfg, self.reference = cfg, reference
@@ -136,7 +139,8 @@ class _Scorer:
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens}
         heldout |= {"revision": data.revision} if data.revision else {}
-        probe = {"probe": dataclasses.asdict(self.cfg.probe)} if self.cfg.probe else {}
+        kind = self.cfg.probe
+        probe = {"probe": {"path": kind.path, "subset": kind.subset, "revision": kind.revision}} if kind else {}
         calibrated = {"calibration_sequences": ptq.SEQUENCES} if subject.calibrated else {}
         return {"benchmark": benchmark, "heldout": heldout} | probe | calibrated
 

@@ -137,7 +137,7 @@ class QuantizedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.bank, self.quantizers, self.products = bank, quantizers, products
         self.input = Input(quantizers["activation"])
-        self.sharded = False  # whether the weight is whole in the forward pass only, so that nobody can round it before
+        self.sharded = False  # compiled, and the weight is whole in the forward pass only: nobody can round it before
         self._rounded: tuple[Operand, torch.Tensor | None] | None = None
         self._rounded_for: object = None
 
@@ -169,11 +169,15 @@ class QuantizedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _rounded_weight(self, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
-        if not torch.compiler.is_compiling():
-            self.round_weight(dtype)
-        elif self.sharded:
+        if self.sharded:
             return self.quantizers["weight"](self.weight.to(dtype))
-        return self._rounded  # before a compiled step it was rounded for all its micro-batches
+        if not torch.compiler.is_compiling():  # before a compiled step it was rounded for all its micro-batches
+            self.round_weight(dtype)
+        return self._rounded
+
+    def forget_weight(self) -> None:
+        """Round the weight anew next time, whether it has changed or not."""
+        self._rounded = self._rounded_for = None
 
     @torch.no_grad()
     def round_weight(self, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import math
 import time
@@ -70,10 +71,11 @@ class _Session:
         self.batch = None  # hash of the tokens of the step
         runtime.keep_freed_memory()
         torch.manual_seed(cfg.seed)
+        if cfg.budget.compile:  # a sweep trains many runs in one process, and graphs of one code are limited
+            torch._dynamo.reset()
+            gc.collect()  # compiled modules refer to themselves: the model of the run before is still there
         self.model, self.tokenizer = models.load(cfg.model, cfg.seed)
         self.bank, self.coverage = convert(self.model, cfg)
-        if cfg.budget.compile:
-            torch._dynamo.reset()  # a sweep trains many runs in one process, and graphs of one code are limited
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
@@ -136,6 +138,7 @@ class _Session:
                 telemetry(self.untouched)
                 log({"step": 0}, self.untouched)
             for step in range(self.done + 1, cfg.steps + 1):
+                self.writer.check()
                 self._announce(step, bar)
                 row, probed = self._step(step)
                 probed += self.texts.rows(step)

@@ -14,6 +14,7 @@ import torch
 
 from qat import data, ranks, runtime
 from qat.config import Config, UserError
+from qat.convert import quantized_linears
 from qat.scaling import Phase, ScaleBank
 from qat.step import Trainer, eagerly
 
@@ -51,6 +52,8 @@ class TextProbe:
                 return torch.cat([losses(batch) for batch in batches])
         finally:
             losses.train()
+            for linear in quantized_linears(losses).values():
+                linear.forget_weight()  # a step is to see its weights, and to note their amaxes, itself
             if ranks.sharded(losses):  # only a backward pass would take away what the forward pass has gathered
                 losses.reshard()
 

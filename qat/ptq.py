@@ -7,6 +7,7 @@ tensor counts, and target / amax is its scale from then on, whatever scaling the
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import nn
@@ -35,8 +36,9 @@ def calibrate(model: nn.Module, bank: ScaleBank, cfg: Config, tokenizer) -> None
     cfg: of `ptq_of`. Only weights and activations are seen: there is no backward pass. Errors: UserError when the
     training text cannot be read.
     """
-    stream, (micro, _) = data.stream(cfg.data, cfg.seed, tokenizer), cfg.batch
-    for _ in range(-(-SEQUENCES // micro)):
-        tokens = stream.micro_batch(micro, cfg.budget.seq_len).to(runtime.device())
+    once = dataclasses.replace(cfg.data, duplicate_workers=1)
+    stream, (micro, _) = data.stream(once, cfg.seed, tokenizer), cfg.batch
+    for done in range(0, SEQUENCES, micro):
+        tokens = stream.micro_batch(min(micro, SEQUENCES - done), cfg.budget.seq_len).to(runtime.device())
         model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False)  # the head is never quantized
     bank.commit(step=1)

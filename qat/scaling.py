@@ -86,6 +86,7 @@ class ScaleBank:
         self.scale = torch.ones(len(names), device=device)
         self.filled = torch.zeros((), dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # 0-dim would be read by the host
+        self._apart_at = torch.empty(0, dtype=torch.int64)
         self.apart: dict[int, torch.Tensor] = {}  # what was observed of tensors that are noted on their own, each [1]
         self.ticks = 0  # commits since quantization began; also tells cached weights that scales may have moved
         self.primed = False  # whether there is a history to predict from

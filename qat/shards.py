@@ -29,7 +29,7 @@ import numpy
 
 from qat import corpus, hub
 from qat.config import DataConfig
-from qat.models import document_token
+from qat.models import SentencePiece, document_token
 from qat.runtime import cache_dir
 from qat.tokens import check, in_background, in_groups
 
@@ -175,6 +175,8 @@ def _order(stream: corpus.Stream, tokenizer) -> str:
     """A name for what the order of tokens depends on, beside the data set."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    if isinstance(tokenizer, SentencePiece):  # pieces alone do not tell how text is cut into them
+        words = hashlib.sha256(tokenizer.sp_model.serialized_model_proto()).hexdigest()
     rule = stream.order, stream.revision, stream.seed, stream.cfg.shuffle_buffer
     return f"seed{stream.seed}-{_key(*rule, document_token(tokenizer), words)}"
 

@@ -52,7 +52,9 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
 
 def floor_cells(row: Mapping) -> list[str]:
     """What a run and its repetition differ by (`qat.floor.floor`), a cell for each entry of `FLOOR_HEADER`."""
-    heldout = "; ".join(f"{signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"])
+    heldout = "; ".join(
+        f"{each['text']} {signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"]
+    )
     flipped = "-" if row["n"] is None else f"{row['flipped']} of {row['n']}"
     words = "bit-identical: every loss equal" if row["identical"] else "not bit-identical"
     cells = [row["run"], str(row["repeat"]), str(row["steps"]), f"{row['ape']:.5f}", f"{row['largest']:.6f}"]

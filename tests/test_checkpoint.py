@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent import futures
 
 import pytest
 import torch
@@ -32,6 +33,28 @@ def folder(tmp_path):
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_in_the_background_may_change_meanwhile(tmp_path):
+    changing = tensors(3)
+    with checkpoint.Writer(tmp_path) as writer:
+        writer.save(3, changing, {"data": {}})
+        for group in changing.values():
+            for tensor in group.values():
+                tensor.zero_()
+        writer.save(4, tensors(4), {"data": {}})  # waits for the one before
+        assert same(checkpoint.load(tmp_path / "step-00000003")[0], tensors(3))
+    assert same(checkpoint.latest(tmp_path)[0], tensors(4))
+
+
+def test_what_goes_wrong_in_the_background_is_raised_at_the_next_chance(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(OSError, match="no space"), checkpoint.Writer(tmp_path) as writer:
+        writer.save(3, tensors(3), {"data": {}})
+        futures.wait([writer._pending], 60)
+        writer.check()
+        pytest.fail("the error was not raised")
+    assert names(tmp_path) == []
 
 
 def test_what_was_saved_is_loaded(folder):

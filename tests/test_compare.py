@@ -163,6 +163,7 @@ def test_another_order_of_questions_is_refused(runs):
         ({"seed": 3}, "seed=3 there, seed=0 here"),
         ({"data.label_shift": "twice"}, "data.label_shift=twice there, data.label_shift=once here"),
         ({"budget.steps_factor": 0.5}, "budget.steps=18 there, budget.steps=36 here"),
+        ({"data.source": "hub", "data.path": "a/b"}, "data.source=hub there, data.source=package here"),
         (HIF8, "base is not a BF16 baseline: quant.format=hif8"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -71,6 +73,24 @@ def test_a_probe_leaves_bank_gradients_random_numbers_and_mode_as_they_are(train
     now = {**state, "rng": runtime.rng_state()["cpu"]}
     assert all(torch.equal(now[name], value) for name, value in before.items())
     assert bank.phase is phase and all(module.training for module in trainer.losses.modules())
+
+
+def test_a_probe_after_a_first_step_that_failed_leaves_the_next_one_its_amaxes(trained):
+    banks = []
+    for probing in (False, True):
+        trainer, probe, bank, model = trained(PAPER, 0)
+        tokens = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
+        first = trainer.first_quantized_step
+        failing = model.lm_head.register_forward_hook(lambda _, __, logits: logits * math.nan)
+        assert not trainer.step(first, [tokens]).sound
+        failing.remove()
+        bank.primed = False  # as the loop says of such a step
+        if probing:
+            assert probe.rows(0)
+        trainer.step(first + 1, [tokens])
+        banks.append({name: tensor.clone() for name, tensor in bank.state_dict().items()})
+    torch.testing.assert_close(banks[1], banks[0], rtol=0, atol=0)
+    assert (banks[0]["scale"] != 1).all()
 
 
 def test_the_loss_is_that_of_the_next_token_as_the_model_trains(trained):

@@ -27,7 +27,8 @@ def test_a_ptq_is_the_baseline_but_for_its_quantization(config):
 
 
 @pytest.mark.parametrize(
-    "words", [("experiment=exp8",), ("experiment=exp5",), ("experiment=exp3", "protocol=released")]
+    "words",
+    [("experiment=exp8",), ("experiment=exp5", "budget.micro_batch=3"), ("experiment=exp3", "protocol=released")],
 )
 def test_scales_are_those_of_the_largest_values_seen_unquantized(config, words):
     """Whatever the run's own scaling: also under `current`, the scale is static."""
@@ -39,6 +40,8 @@ def test_scales_are_those_of_the_largest_values_seen_unquantized(config, words):
     calibrate(model, bank, ptq_of(cfg), tokenizer)
     for name, linear in linears.items():
         assert sum(len(x) for x in seen[name]) == ptq.SEQUENCES
+        # Each is another one, also where training repeats its micro-batches.
+        assert len(torch.cat(seen[name]).flatten(1).unique(dim=0)) == ptq.SEQUENCES
         for role, values in (("activation", torch.cat(seen[name])), ("weight", linear.weight)):
             quantizer = linear.quantizers[role]
             wanted = quantizer.target / values.abs().max()

