@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -111,7 +112,7 @@ _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODEL
 def environment() -> dict:
     """What a result depends on besides the configuration: hardware, versions, code, command. No variable of the user's
     and no host name is in it, which could say whose machine it is; a cluster's job names its nodes."""
-    installed = {each.name: each.version for each in importlib.metadata.distributions() if each.name}
+    installed = _installed()
     return {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
@@ -125,8 +126,15 @@ def environment() -> dict:
         "git": _git(),
         "packages": {name: installed[name] for name in _PACKAGES if name in installed},
         "build": torch.__config__.show().split("\n"),
-        "installed": dict(sorted(installed.items())),
+        "installed": installed,
     }
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Version by name of every package, in the order of their names."""
+    found = (each.metadata for each in importlib.metadata.distributions())
+    return dict(sorted((each["Name"], each["Version"]) for each in found if each["Name"]))
 
 
 def _gpus() -> dict:

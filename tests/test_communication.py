@@ -31,7 +31,7 @@ def sent(texts, tmp_path_factory):
 @pytest.mark.parametrize("ranks", traffic.RANKS)
 @pytest.mark.parametrize("parallel", traffic.PARALLEL)
 def test_counts_and_sizes_are_those_of_real_steps(sent, parallel, ranks, tmp_path):
-    cfg = typed(tmp_path, *traffic.WORDS, f"budget.parallel={parallel}")
+    cfg = typed(tmp_path, *traffic.WORDS, **{"budget.parallel": parallel, "data.path": "texts"})
     shape, _ = memory.of_model(models.architecture(cfg.model), cfg)
     calls, size = Counter(), Counter()
     for each in communication.of_step(shape, cfg, ranks, calls=cfg.batch[1] // ranks):

@@ -12,7 +12,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tests.conftest import TINY, typed  # first: it sets the number of threads that torch and Numba read
+from tests.conftest import TINY, composed, typed  # first: it sets the number of threads that torch and Numba read
 
 # isort: split
 import torch
@@ -20,10 +20,10 @@ from torch.profiler import profile
 
 from qat import loop
 
-WORDS = (*TINY, "experiment=exp8", "probe=none", "warmup.bf16=0", "quant.bf16_blocks=1")
-WORDS += ("model.blocks=3", "model.architecture.num_hidden_layers=3", "budget.seq_len=16", "budget.accumulation=8")
-WORDS += ("budget.steps=5", "budget.checkpoint_every=100", "budget.telemetry_every=100", "budget.probe_tokens=32")
-STEP = 4  # neither with telemetry, nor a checkpoint
+WORDS = (*TINY, "experiment=exp8", "data.source=files", "probe=none", "warmup.bf16=0", "quant.bf16_blocks=1")
+WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2", "budget.seq_len=16", "budget.accumulation=4")
+WORDS += ("budget.steps=4", "budget.checkpoint_every=100", "budget.telemetry_every=100", "budget.probe_tokens=32")
+STEP = 3  # neither with telemetry, nor a checkpoint
 RANKS, PARALLEL = (1, 2, 4), ("ddp", "fsdp")
 
 # The operations by the profiler's names, and which of a call's shapes is that of the whole tensor.
@@ -56,16 +56,15 @@ def work(rank: int, size: int, port: int, texts: str, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     steps = loop._Session.steps
     for parallel in PARALLEL:
-        cfg = typed(Path(folder) / f"{parallel}{size}", *WORDS, f"budget.parallel={parallel}")
-        cfg.data.source, cfg.data.path = "files", texts
+        cfg = typed(Path(folder) / f"{parallel}{size}", *WORDS, **{"budget.parallel": parallel, "data.path": texts})
         profiler = profile(record_shapes=True)
 
         def observed(session, log, profiler=profiler):
             for number in steps(session, log):
-                if number == STEP:
+                if rank == 0 and number == STEP:
                     profiler.stop()
                 yield number
-                if number == STEP - 1:
+                if rank == 0 and number == STEP - 1:
                     profiler.start()
 
         loop._Session.steps = observed
@@ -75,6 +74,7 @@ def work(rank: int, size: int, port: int, texts: str, folder: str) -> None:
 
 
 def main(texts: str, folder: str) -> None:
+    composed(*WORDS)  # once, for all that are forked
     for size in RANKS:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
