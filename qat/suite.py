@@ -1,4 +1,4 @@
-"""The experiments as configurations: what `experiment=expN` stands for, its own sweep expanded."""
+"""The experiments as configurations: what `experiment=expN` stands for, its own sweep expanded. And as jobs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from hydra import compose
 
+from qat import ranks
 from qat.cli import typed
 from qat.config import Config
+from qat.runs import baseline_of, run_id
 
 _OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=")
 
@@ -16,6 +18,27 @@ _OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=")
 def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:
     """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry; with each of
     `seeds` in the place of the overrides' own."""
+    return [_compose(words) for words in _lines(experiment, overrides, seeds)]
+
+
+def jobs(
+    experiments: Sequence[str], overrides: list[str], seeds: Sequence[int] | None = None
+) -> tuple[list[list[str]], list[list[str]]]:
+    """(baselines, quantized runs) of experiments, each as the words that train it alone, inside a Hydra entry. What
+    experiments share is there once. Errors: ConfigError for what these ranks cannot train."""
+    baselines, runs = {}, {}
+    for experiment in experiments:
+        for words in _lines(experiment, overrides, seeds):
+            cfg = _compose(words)
+            ranks.check(cfg)
+            baselines.setdefault(run_id(baseline_of(cfg)), [*words, "quant=bf16"] if cfg.quantized else words)
+            if cfg.quantized:
+                runs.setdefault(run_id(cfg), words)
+    return list(baselines.values()), list(runs.values())
+
+
+def _lines(experiment: str, overrides: list[str], seeds: Sequence[int] | None) -> list[list[str]]:
+    """The words of each configuration of an experiment."""
     words = _shared(overrides)
     if seeds:
         words = [word for word in words if not word.startswith("seed=")]
@@ -24,7 +47,7 @@ def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = N
     given = {word.partition("=")[0] for word in words}  # what the command line sets is not swept
     axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in sweep.items() if key not in given]
     axes += [[f"seed={seed}" for seed in seeds]] if seeds else []
-    return [_compose([f"experiment={experiment}", *words, *cell]) for cell in itertools.product(*axes)]
+    return [[f"experiment={experiment}", *words, *cell] for cell in itertools.product(*axes)]
 
 
 def variant(experiment: str, overrides: list[str], changes: list[str]) -> Config:

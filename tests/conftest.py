@@ -80,6 +80,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one in the end."""
     longest = ("test_ranks", "test_compile", "test_stream", "test_loop", "test_sweeps", "test_faults", "test_bench")
+    longest += ("test_communication", "test_slurm")
     order = {f"tests.{name}": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
 

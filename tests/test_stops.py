@@ -12,9 +12,11 @@ from tests.conftest import TINY
 
 
 @pytest.mark.parametrize("number", stops.SIGNALS)
-def test_outside_of_training_a_signal_stops_at_once(main, monkeypatch, number):
+def test_outside_of_training_a_signal_stops_at_once(main, monkeypatch, number, tmp_path):
+    monkeypatch.setenv("HIF8_REQUEUE", str(tmp_path / "requeue"))  # as scripts/slurm_job.sh does
     monkeypatch.setattr("qat.loop.train_with_baseline", lambda _: os.kill(os.getpid(), number))
     assert main("train.py", *TINY) == (75, "", f"\n{number.name}: saved; the same command continues\n")
+    assert (tmp_path / "requeue").exists()
     assert signal.getsignal(number) is signal.SIG_DFL
 
 

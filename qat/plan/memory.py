@@ -28,6 +28,9 @@ class Shape:
     inner: int  # of the MLP
     attended: int  # query heads x head size
     vocabulary: int
+    tensors: int  # that the parameters are
+    buffers: int  # elements
+    scales: int  # of quantized tensors
 
     def flops(self, length: int) -> float:
         """Of training, a token: 6 a weight of a linear, and causal attention over `length` tokens."""
@@ -38,7 +41,7 @@ def of_model(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]:
     """A model's sizes and what `cfg` quantizes of it, without memory for its weights. Errors: ConfigError."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    _, coverage = convert(model, cfg)
+    bank, coverage = convert(model, cfg)
     heads = config.num_attention_heads
     shape = Shape(
         parameters=coverage.all_parameters,
@@ -49,6 +52,9 @@ def of_model(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]:
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         attended=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         vocabulary=config.vocab_size,
+        tensors=sum(1 for _ in model.parameters()),
+        buffers=sum(buffer.numel() for buffer in model.buffers()),
+        scales=len(bank.names) if bank is not None else 0,
     )
     return shape, coverage
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from qat.plan import Plan, Training, costs, memory
+from qat.plan import Plan, Training, communication, costs, memory
 from qat.plan.machine import needs_hub
 
 _LABEL, _WIDTH = 24, 116  # characters: of a label, of a line
 _MANY = 4  # passes, up to which repeated text is worth about as much as new text (arXiv 2305.16264)
+_FLEETS = (8, 16, 64)  # GPUs
 _GPUS = (24e9, 48e9, 80e9, 141e9, 192e9)  # bytes that data-centre GPUs have
 
 
 def page(plan: Plan) -> str:
     """The whole page, its lines wrapped."""
-    sections = (_what, _model, _text, _memory, _time, _evaluation, _disk, _downloads, _licences, _missing)
+    sections = (_what, _model, _text, _memory, _time, _scaling, _evaluation, _disk, _downloads, _licences, _missing)
     lines = (line for section in sections for line in section(plan))
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent=" " * (_LABEL + 2)) for line in lines)
 
@@ -146,6 +147,25 @@ def _rates(plan: Plan, training: Training) -> list[str]:
         rate = between(other.low, other.high, lambda r: f"{r:,.0f}")
         lines.append(_row("", f"for comparison {rate}: {other.basis}"))
     return lines
+
+
+def _scaling(plan: Plan) -> list[str]:
+    if plan.shape is None or not plan.on_gpus:
+        return []
+    cfg, calls = plan.cfg, max(1, plan.cfg.batch[1] // plan.ranks)
+    tokens = calls * cfg.batch[0] * cfg.budget.seq_len
+    fastest = max(training.rates[0].high for training in plan.trainings)
+    lines = ["", f"more GPUs, each with {tokens:,} tokens a step as here, budget.parallel={cfg.budget.parallel}"]
+    for gpus in _FLEETS:
+        traffic = communication.of_step(plan.shape, cfg, gpus, calls)
+        sent = sum(each.sent(gpus) for each in traffic)
+        share = communication.efficiency(tokens / fastest, traffic, gpus)
+        value = f"{share:.0%} of {gpus} times the rate of one: {size(sent)} in {sum(t.calls for t in traffic)} calls"
+        lines.append(_row(f"{gpus} GPUs", f"{value}, {communication.seconds(traffic, gpus):.2g} s a step"))
+    basis = f"ASSUMED: {communication.WITHIN / 1e9:.0f} GB/s a GPU among {communication.NODE} of a node, "
+    basis += f"{communication.BETWEEN / 1e9:.0f} GB/s a node beyond, nothing sent while computing, the fastest rate "
+    basis += f"above. The first process alone reads text: {count(gpus * fastest)} tokens/s for {gpus}"
+    return [*lines, _row("", basis)]
 
 
 def _evaluation(plan: Plan) -> list[str]:

@@ -225,7 +225,9 @@ def _recipe(pair: Pair) -> str:
 
 
 def _details(run: Run, config: Mapping) -> str:
-    parts = {"config": config, "environment": run.environment(), "status": run.status()}
+    # A hundred lines a run, which its folder has.
+    environment = {name: each for name, each in run.environment().items() if name not in ("installed", "build")}
+    parts = {"config": config, "environment": environment, "status": run.status()}
     return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
 
 

@@ -1,0 +1,86 @@
+"""What a run folder says of the machine and the code; tests of the rest of qat/runtime.py are where it is used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+
+import pytest
+import torch
+
+from qat import runtime
+
+IDENTITY = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
+
+
+def test_the_environment_has_every_package_and_nothing_of_the_user(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a secret")
+    found = runtime.environment()
+    assert found["installed"]["torch"] == found["packages"]["torch"] == importlib.metadata.version("torch")
+    assert {"hydra-core", "safetensors", "pytest"} <= found["installed"].keys()
+    assert any("PyTorch built with" in line for line in found["build"])
+    assert "a secret" not in json.dumps(found)
+
+
+def test_a_job_of_slurm_names_itself_and_its_nodes(monkeypatch):
+    assert runtime.environment()["slurm"] == {}
+    for name, value in {"JOB_ID": "12", "JOB_NODELIST": "gpu[1-2]", "JOB_USER": "somebody"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert runtime.environment()["slurm"] == {"job_id": "12", "job_nodelist": "gpu[1-2]"}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """git(*words) in a new repository of one file, committed, that stands for ours."""
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *IDENTITY, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert runtime.environment()["git"] is None
+    git("init")
+    (tmp_path / "code.py").write_text("one\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    return git
+
+
+def test_uncommitted_changes_have_a_hash(repository, tmp_path):
+    def state() -> dict:
+        return runtime.environment()["git"]
+
+    commit = repository("rev-parse", "HEAD").strip()
+    assert state() == {"commit": commit, "modified": False, "diff": None}
+    hashes = []
+    for text in ("two\n", "three\n", "two\n"):
+        (tmp_path / "code.py").write_text(text)
+        hashes.append(state()["diff"])
+    assert state()["modified"] and hashes[0] == hashes[2] != hashes[1] and None not in hashes
+
+
+def test_a_git_that_hangs_is_not_waited_for(monkeypatch):
+    def hangs(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    assert runtime.environment()["git"] is None
+
+
+def test_a_gpu_is_described_whole(monkeypatch, tmp_path):
+    (tmp_path / "version").write_text("580.65.06\n")
+    monkeypatch.setattr(runtime, "_DRIVER", tmp_path / "version")
+    assert set(runtime._gpus().values()) == {None}
+    card = type("Card", (), {"total_memory": 141 * 10**9})
+    answers = {"is_available": True, "get_device_name": "NVIDIA H200", "device_count": 8, "get_device_properties": card}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert runtime._gpus() == {
+        "gpu": "NVIDIA H200", "gpus": 8, "gpu_memory": 141 * 10**9, "driver": "580.65.06", "cuda": "13.0",
+        "cudnn": 91002, "nccl": "2.28.9",
+    }  # fmt: skip
