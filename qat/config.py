@@ -23,7 +23,7 @@ ROLES = ("activation", "weight", "gradient")
 CHOICES = {
     "protocol": ("paper", "released"),
     "model.source": ("package", "hub", "random"),
-    "data.source": ("package", "hub", "files"),
+    "data.source": ("package", "hub", "files", "prepared"),
     "data.label_shift": ("once", "twice"),
     "quant.format": ("none", "hif8", "fp8_e4m3", "fp8_e5m2"),
     "quant.overflow": ("clip", "saturate", "inf"),
@@ -66,9 +66,11 @@ class ModelConfig:
 class DataConfig:
     name: str = MISSING
     source: str = MISSING
-    path: str | None = None  # hub: the data set's id; files: a folder of .txt, one document a file
+    path: str | None = None  # hub: the data set's id; files: a folder of .txt, one document a file; prepared: its name
     subset: str | None = None
-    revision: str | None = None  # hub: branch, tag or commit; null: the newest when the run, or its cache, begins
+    # hub: branch, tag or commit; null: the newest when the run, or its cache, begins. prepared: a hash of the text;
+    # null: that of the text in the cache
+    revision: str | None = None
     label_shift: str = "once"
     duplicate_workers: int = 1  # every micro-batch occurs this often in a row (the released loader: 2)
     tokenizer_threads: int = 1

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from qat import hub
+from qat import hub, texts
 from qat.config import STREAM_ORDER, DataConfig, UserError
 from qat.runtime import package_path
 
@@ -68,7 +68,7 @@ class Files(Corpus):
 
     def __init__(self, cfg: DataConfig, seed: int):
         super().__init__(cfg, seed)
-        folder = package_path(cfg.path) if cfg.source == "package" else Path(cfg.path)
+        folder = _folder(cfg)
         files = sorted(folder.glob("*.txt"))
         if len(files) < 2:
             raise UserError(f"data.path={cfg.path}: needs a folder with at least two .txt files, found {len(files)}")
@@ -176,8 +176,8 @@ class Stream(Corpus):
         order = list(range(total))
         random.Random(f"{self.seed}/{epoch}").shuffle(order)
         documents: list[str] = []
-        for after, texts in enumerate(self._in_order(order[first:]), first + 1):
-            documents += [text for text in texts if text not in kept]
+        for after, shard in enumerate(self._in_order(order[first:]), first + 1):
+            documents += [text for text in shard if text not in kept]
             if len(documents) >= self.cfg.shuffle_buffer or after == total:
                 random.Random(f"{self.seed}/{epoch}/{first}").shuffle(documents)
                 yield Block(epoch, first, documents, (epoch, after) if after < total else (epoch + 1, 0))
@@ -212,6 +212,12 @@ class Stream(Corpus):
             return attempt()
         except (OSError, ValueError) as error:
             raise hub.unusable(self.cfg, error) from error
+
+
+def _folder(cfg: DataConfig) -> Path:
+    if cfg.source == "package":
+        return package_path(cfg.path)
+    return texts.folder(cfg) if cfg.source == "prepared" else Path(cfg.path)
 
 
 def _texts(rows) -> list[str]:

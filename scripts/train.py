@@ -18,4 +18,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main)
+    cli.entry(main, reads_text=True)

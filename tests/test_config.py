@@ -72,7 +72,7 @@ def test_every_experiment_composes_with_every_protocol_and_budget():
         assert cfg.protocol == protocol
         for budget in BUDGETS:
             for key, value in sizes[budget].items():
-                if not key.startswith("benchmark."):
+                if key.startswith("budget."):
                     setattr(cfg.budget, key.removeprefix("budget."), value)
             validate(cfg)
             assert budget == "laptop" or cfg.budget.name == budget
@@ -85,12 +85,22 @@ def test_a_budget_changes_nothing_but_sizes():
     for budget in BUDGETS:
         keys = changes((f"budget={budget}",)).keys()
         allowed = {f"budget.{size}" for size in sizes}
-        assert {key for key in keys if not key.startswith("benchmark.")} <= allowed
+        assert {key for key in keys if not key.startswith(("benchmark.", "data."))} <= allowed
     paper = cli.typed(composed("budget=paper"))
     assert (paper.steps, paper.batch, paper.budget.seq_len) == (10_000, (16, 64), 1024)
     assert (paper.benchmark.name, cli.typed(composed("budget=smoke")).benchmark.name) == ("paper", "smoke")
     assert cli.typed(composed("budget=paper", "experiment=exp7")).bf16_warmup_steps == 500
     assert cli.typed(composed("budget=paper")).lr_warmup_steps == 300
+
+
+def test_only_the_budget_of_a_gpu_brings_its_own_text_and_the_command_line_outdoes_it():
+    texts = {budget: composed(f"budget={budget}").data.name for budget in BUDGETS}
+    assert texts == dict.fromkeys(BUDGETS, "embedded") | {"gpu": "manuals"}
+    for data, protocol in itertools.product(("fineweb", "embedded"), PROTOCOLS):
+        for words in itertools.permutations((f"data={data}", "budget=gpu", f"protocol={protocol}", "experiment=exp8")):
+            cfg = cli.typed(composed(*words))
+            assert (cfg.data.name, cfg.budget.name) == (data, "gpu")
+    assert composed("budget=gpu", "protocol=released").data.label_shift == "twice"
 
 
 # ----------------------------------------------------------------------------------------- experiments, protocols

@@ -234,6 +234,8 @@ def _downloads(plan: Plan) -> list[str]:
             lines.append(
                 _row("text", f"{cfg.data.path}: about {size(run * costs.CHARACTERS)}", "uncompressed; size not known")
             )
+    if cfg.data.source == "prepared":
+        lines.append(_row("text", "52 MB", "documentation packages of Debian 12, for `make text`"))
     lines.append(_row("benchmarks", "nothing: they are in a package"))
     return ["", "downloads, where nothing is cached yet", *lines]
 
@@ -260,6 +262,8 @@ def missing(plan: Plan) -> list[str]:
     if cfg.budget.compile and not machine.gpus and not machine.compiler:
         found.append("a C++ compiler, for budget.compile=true on a CPU")
     found += [f"the package with {each}: run `make setup`" for each in machine.lacking if _used(cfg, each)]
+    if cfg.data.source == "prepared" and cfg.data.revision is None:
+        found.append(f"the text {cfg.data.name}, by whose revision runs are named: run `make text`, or just train")
     if needs_hub(cfg) and not machine.hub:
         found.append("a hub that answers: what is not cached cannot be downloaded")
     return found
