@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerBase
 
 # Of each task: its definitions below lm_eval/tasks (MMLU has one a subject) and the metric the papers quote.
@@ -218,22 +219,35 @@ def _evaluate(
     This calls what `simple_evaluate` calls, which also reseeds all random states and spends seconds on facts about the
     machine.
     """
-    import torch
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    truncated: set[tuple[str, str]] = set()
+    with _quiet():
+        lm = _language_model(model, tokenizer, batch_size, max_length, progress)
+        for task in prepared.values():
+            for leaf in task.leaves:
+                leaf.set_fewshot_seed(_FEWSHOT_SEED)
+        items = [task.item for task in prepared.values()]
+        results = evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
+    return results, lm.truncated
+
+
+def _language_model(model, tokenizer, batch_size: int, max_length: int, progress: bool) -> HFLM:
+    """lm-eval's wrapper of a model, with one bar. `truncated`: pairs of context and choice that did not fit."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
 
     class LanguageModel(HFLM):
+        truncated = frozenset()
+
         def loglikelihood(self, requests, disable_tqdm=True):
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
             self.longest = max(len(choice) for _, _, choice in requests)
-            truncated.update(
+            self.truncated |= {
                 texts for texts, context, choice in requests if len(context) + len(choice) > max_length + 1
-            )
+            }
             return super()._loglikelihood_tokens(requests, not progress, override_bs)
 
         def _model_call(self, inps, attn_mask=None, labels=None):
@@ -245,20 +259,13 @@ def _evaluate(
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=min(self.longest + padding, inps.shape[1])).logits
 
-    with _quiet():
-        lm = LanguageModel(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a pad token
-            batch_size=batch_size,
-            max_length=max_length,
-            softmax_dtype="float32",  # BF16 log-probabilities of -100 lie 0.5 apart, and choices would tie
-        )
-        for task in prepared.values():
-            for leaf in task.leaves:
-                leaf.set_fewshot_seed(_FEWSHOT_SEED)
-        items = [task.item for task in prepared.values()]
-        results = evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
-    return results, truncated
+    return LanguageModel(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a pad token
+        batch_size=batch_size,
+        max_length=max_length,
+        softmax_dtype="float32",  # BF16 log-probabilities of -100 lie 0.5 apart, and choices would tie
+    )
 
 
 def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:

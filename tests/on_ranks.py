@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import TINY, typed  # first: it sets the number of threads that torch and Numba read
+from tests.conftest import ROOT, TINY, typed  # first: it sets the number of threads that torch and Numba read
 
 # isort: split
 import functools
@@ -56,11 +58,9 @@ class Stopped(Exception):
     pass
 
 
-def work(rank: int, name: str, port: int, texts: str, folder: str) -> None:
+def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
     """One rank of a run, in a process of its own."""
-    size, words, how = RUNS[name]
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _, words, how = RUNS[name]
     runs = Path(folder) / "runs" / how.get("after", name)
     cfg = typed(runs, *WORDS, *words, **{"data.source": "files", "data.path": texts})
     seen = {"steps": [], "error": None}
@@ -98,12 +98,30 @@ def work(rank: int, name: str, port: int, texts: str, folder: str) -> None:
     (Path(folder) / f"{name}.{rank}.json").write_text(json.dumps(seen))
 
 
+def fork(work: Callable, size: int, *rest) -> None:
+    """Run work(rank, size, *rest) on so many ranks, each a copy of this process, and wait for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.multiprocessing.start_processes(_rank, (work, size, *rest), nprocs=size, start_method="fork")
+
+
+def _rank(rank: int, work: Callable, *rest) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    work(rank, *rest)
+
+
+def run_module(module: str, *arguments: Path) -> None:
+    """`python -m tests.<module> <arguments>`, which must not fail."""
+    command = [sys.executable, "-m", f"tests.{module}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def main(texts: str, folder: str) -> None:
     for name, (size, _, _) in RUNS.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(work, (name, port, texts, folder), nprocs=size, start_method="fork")
+        fork(work, size, name, texts, folder)
 
 
 if __name__ == "__main__":

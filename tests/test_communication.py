@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -14,7 +12,8 @@ from qat.plan import communication, memory
 from qat.plan.communication import Traffic
 from qat.plan.page import page
 from tests import traffic
-from tests.conftest import ROOT, typed
+from tests.conftest import typed
+from tests.on_ranks import run_module
 from tests.test_plan import CPU, PANGU
 
 
@@ -22,9 +21,7 @@ from tests.test_plan import CPU, PANGU
 def sent(texts, tmp_path_factory):
     """sent(parallel, ranks): the collectives of a step that ranks really made; all of them run once."""
     folder = tmp_path_factory.mktemp("traffic")
-    command = [sys.executable, "-m", "tests.traffic", str(texts), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("traffic", texts, folder)
     return lambda parallel, ranks: json.loads((folder / f"{parallel}.{ranks}.json").read_text())
 
 

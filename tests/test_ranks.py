@@ -14,7 +14,7 @@ from qat import ranks
 from qat.runs import Run
 from tests.conftest import ROOT, RUNS, TINY
 from tests.on_ranks import RUNS as ON_RANKS
-from tests.on_ranks import STOP
+from tests.on_ranks import STOP, run_module
 
 MANY = ["ddp2", "ddp4", "fsdp2", "compiled", "fsdp2 compiled"]
 
@@ -23,9 +23,7 @@ MANY = ["ddp2", "ddp4", "fsdp2", "compiled", "fsdp2 compiled"]
 def seen(texts, tmp_path_factory):
     """seen(run, rank): what a rank of a run of `tests.on_ranks` saw; all of them run once, for the whole file."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.on_ranks", str(texts), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_module("on_ranks", texts, folder)
 
     def read(name: str, rank: int = 0) -> dict:
         return json.loads((folder / f"{name}.{rank}.json").read_text())

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 import sys
 from pathlib import Path
 
 from tests.conftest import TINY, composed, typed  # first: it sets the number of threads that torch and Numba read
 
 # isort: split
-import torch
 from torch.profiler import profile
 
 from qat import loop
+from tests.on_ranks import fork
 
 WORDS = (*TINY, "experiment=exp8", "data.source=files", "probe=none", "warmup.bf16=0", "quant.bf16_blocks=1")
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2", "budget.seq_len=16", "budget.accumulation=4")
@@ -51,9 +49,7 @@ def calls(events) -> list[tuple[str, int]]:
 _KNOWN = ("c10d::allreduce_", "c10d::broadcast_", "c10d::scatter_")
 
 
-def work(rank: int, size: int, port: int, texts: str, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def work(rank: int, size: int, texts: str, folder: str) -> None:
     steps = loop._Session.steps
     for parallel in PARALLEL:
         cfg = typed(Path(folder) / f"{parallel}{size}", *WORDS, **{"budget.parallel": parallel, "data.path": texts})
@@ -76,10 +72,7 @@ def work(rank: int, size: int, port: int, texts: str, folder: str) -> None:
 def main(texts: str, folder: str) -> None:
     composed(*WORDS)  # once, for all that are forked
     for size in RANKS:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(work, (size, port, texts, folder), nprocs=size, start_method="fork")
+        fork(work, size, texts, folder)
 
 
 if __name__ == "__main__":
