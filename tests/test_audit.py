@@ -10,11 +10,12 @@ from scipy import stats
 from qat import cli
 from qat.compare import differences
 from qat.config import ConfigError, register
-from qat.runs import baseline_of, identity, run_id
+from qat.runs import Run, baseline_of, identity, ptq_mode, run_id
 from qat.studies import audit, measures, page
 from qat.studies.audit import PLAIN, SPLIT, SWITCHES
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
 from tests.studies import WORDS, invent, write
+from tests.synthetic_runs import edit
 
 KEYS = [(base, PLAIN) for base in ("exp8", "exp3", SPLIT)] + [(base, s.name) for s in SWITCHES for base in s.bases]
 LINEARS = {"MLP of all blocks": 90, "attention too": 175, "attention too, all blocks": 210}
@@ -125,6 +126,24 @@ def test_an_effect_is_what_the_switch_changes_of_the_difference():
     assert rows[key]["Forgetting"]["text"] == "–"  # the same baseline
 
 
+def test_what_a_switch_does_to_ptq_is_blank_where_it_is_the_same_ptq():
+    wider = ("exp8", "attention too")
+    ptq = {"linears": lambda key: LINEARS.get(key[1], 75), "ptq": lambda key: 0.05 if key == wider else 0.02}
+    rows = {(row["base"], row["switch"]): row["effects"] for row in audit.effects(invent(KEYS, **ptq))}
+    assert rows[wider]["Held-out loss, PTQ"]["estimate"]["value"] == pytest.approx(0.03)
+    assert rows["exp8", "gradients to 224"]["Held-out loss, PTQ"]["text"] == "–"
+
+
+def test_a_baseline_that_was_not_scored_by_ptq_is_missing(design, tmp_path):
+    cells = copy.deepcopy([cell for cell in design[0] if cell.key == ("exp8", PLAIN)])
+    cells[0].cfg.runs_dir = str(tmp_path)
+    write(cells, invent([cells[0].key]))
+    scores = Run.of(baseline_of(cells[0].cfg)).path / "eval.json"
+    edit(scores, lambda record: record["quick"].pop(ptq_mode(cells[0].cfg.quant)))
+    measured, missing = measures.read(cells)
+    assert not measured and "by PTQ" in missing[cells[0].label] and "scripts/eval.py run=" in missing[cells[0].label]
+
+
 def test_the_page_names_what_was_left_out(design, tmp_path):
     cells, left_out = copy.deepcopy(design)
     cells = [cell for cell in cells if cell.key in (("exp8", PLAIN), ("exp8", "no master weights"))]
@@ -137,4 +156,6 @@ def test_the_page_names_what_was_left_out(design, tmp_path):
     text, kept = path.read_text(), json.loads((tmp_path / "out" / "audit.json").read_text())
     assert "- ranks not synchronized: one rank" in text and "| 9   | no master weights | exp8 | 75" in text
     assert [row["switch"] for row in kept["effects"]] == ["no master weights"] and len(kept["claims"]) == 5
+    plain = text.partition("## The cells they are thrown in")[2]
+    assert "Held-out loss, PTQ less baseline, nats" in plain and "| exp8" in plain
     assert (tmp_path / "out" / "audit.png").stat().st_size > 10_000

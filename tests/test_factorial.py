@@ -293,6 +293,18 @@ def test_the_papers_claims_are_judged_by_the_marks():
     assert high["verdict"] == SUPPORTED and high["estimate"]["value"] == pytest.approx(-40)
 
 
+@pytest.mark.parametrize(
+    ("ptq", "damage", "verdict"),
+    [(0.05, 0.01, SUPPORTED), (0.01, 0.0, CONTRADICTED), (0.05, 0.08, CONTRADICTED), (0.0155, 0.01, OPEN)],
+)
+def test_qat_is_needed_where_ptq_misses_the_mark_and_the_recipe_is_better(ptq, damage, verdict):
+    """The mark is 0.5 % of 3.1 nats: 0.0155."""
+    measured = invent(KEYS, damage=lambda key, _: damage, ptq=lambda key: ptq if key[1] == "1e-5" else 1.0)
+    claim = next(claim for claim in factorial.claims(measured) if claim["claim"].startswith("QAT is needed"))
+    assert claim["verdict"] == verdict, claim["why"]
+    assert claim["statements"][0]["estimate"]["value"] == pytest.approx(ptq, abs=1e-3)
+
+
 def test_the_three_way_interaction_is_the_noise_of_one_number_a_run():
     """Factors that multiply the loss APE are found, and a planted three-way interaction is what is left."""
     factors = {"most_recent": 2.0, "1e-4": 1.5, "5 %": 0.5}
@@ -336,6 +348,9 @@ def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
     path = page.write_factorial(measured, missing, made[-1].cfg, tmp_path / "out")
     text, kept = path.read_text(), json.loads((tmp_path / "out" / "factorial.json").read_text())
     assert f"- {made[0].label}: {Run.of(made[0].cfg).id} is failed at step 12 of 12 (a full disk)" in text
+    assert "PTQ less baseline" in text and all(
+        run["heldout_ptq"] == pytest.approx(0.02, abs=1e-3) for run in kept["runs"]
+    )
     assert "max w16 and max w64 are the same numbers here" in text
     for claim in kept["claims"]:
         assert claim["claim"] in text and f"**{claim['verdict']}**" in text and claim["why"] in text

@@ -242,9 +242,9 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
 
 
 def seeds(experiments: Sequence[Experiment]) -> Table:
-    """For every recipe that ran with several seeds, in W8A8: mean and 95 % interval over seeds (Student's t) of its
-    differences from the matched BF16 runs, beside the mean half interval that one run has from its sampled text and
-    questions."""
+    """For every recipe that ran with several seeds, a row each for its W8A8, PTQ, its BF16 weights and the untouched
+    checkpoint: mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside
+    the mean half interval that one run has from its sampled text and questions."""
     recipes = defaultdict(dict)
     for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
         recipe = identity(pair.run.typed_config()) | {"seed": None}
@@ -254,19 +254,27 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
         found = [pair.comparison for pair in pairs]
         if len(found) < 2:
             continue
-        held = [next(row for row in c["heldout"] if row["mode"] == "w8a8") for c in found]
-        pooled = [next((row for row in c.get("pooled", []) if row["mode"] == "w8a8"), None) for c in found]
-        cells = [
-            pairs[0].label.partition(" seed ")[0],
-            str(len(found)),
-            _spread([c["loss"]["ape"] for c in found], 3, ""),
-        ]
-        cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
-        scored = all(pooled)
-        cells += [_spread([row["points"] for row in pooled], 2) if scored else "–"]
-        rows.append([*cells, _half_interval(pooled, 2) if scored else "–"])
-    header = ["", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
+        label, apes = pairs[0].label.partition(" seed ")[0], [c["loss"]["ape"] for c in found]
+        for mode, name in (MODES | {"untouched": "untouched checkpoint"}).items():
+            held = [_changed(c["heldout"], mode) for c in found]  # the first text is the data's own
+            if not all(held):
+                continue
+            cells = [label, name, str(len(found)), _spread(apes, 3, "") if mode == "w8a8" else ""]
+            cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
+            pooled, label = [_changed(c.get("pooled", []), mode) for c in found], ""
+            points = [_spread([row["points"] for row in pooled], 2), _half_interval(pooled, 2)] if all(pooled) else "––"
+            rows.append([*cells, *points])
+    header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
     return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
+
+
+def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
+    """What a mode changes from the baseline, out of a comparison's rows; the untouched checkpoint has no interval."""
+    row = next((row for row in rows if row["mode"] == (mode if mode in MODES else "w8a8")), None)
+    if row is None or mode in MODES:
+        return row
+    start = row["untouched"]
+    return None if start is None else dict.fromkeys(("difference", "points"), start - row["baseline"]) | {"ci": None}
 
 
 def floor(experiments: Sequence[Experiment]) -> Table:

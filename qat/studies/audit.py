@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 from statsmodels.regression.linear_model import OLS
@@ -126,15 +127,20 @@ def responses(measured: Sequence[Measured]) -> dict[str, Response]:
         "Held-out loss, BF16 weights": measures.heldout(measured, "bf16"),
         "Loss APE": measures.ape(measured),
         "Points, W8A8": measures.points(measured, "w8a8"),
+        "Held-out loss, PTQ": measures.heldout(measured, "ptq"),
         "Forgetting": measures.points(measured, "baseline", "untouched"),
     }
 
 
+# Responses that are none of the run's own: what identifies whose they are.
+_OF_BASELINE = {"Forgetting": attrgetter("baseline"), "Held-out loss, PTQ": attrgetter("baseline", "ptq")}
+
+
 def _effect(measured: Sequence[Measured], name: str, response: Response, key: Key) -> Estimate | None:
     plain = (key[0], PLAIN)
-    if name == "Forgetting":
-        baselines = [{m.baseline for m in measured if m.key == each} for each in (key, plain)]
-        if baselines[0] == baselines[1]:
+    if name in _OF_BASELINE:
+        scored = [{_OF_BASELINE[name](m) for m in measured if m.key == each} for each in (key, plain)]
+        if scored[0] == scored[1]:
             return None  # the very same baseline
     return response.contrast({key: 1, plain: -1})
 

@@ -1,4 +1,4 @@
-"""What the finished runs of a study measured, each beside its matched baseline and the untouched checkpoint."""
+"""What the finished runs of a study measured, each beside its matched baseline, PTQ and the untouched checkpoint."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from qat.compare import compare
+from qat.compare import compare, eval_command
 from qat.config import UserError
 from qat.runs import Run, baseline_of, untouched_of
 from qat.studies.cells import Cell, Key
 from qat.studies.contrasts import Response
 
-MODES = {"w8a8": "W8A8", "bf16": "BF16 weights"}
+MODES = {"w8a8": "W8A8", "bf16": "BF16 weights"}  # what a run is scored as
+_NAMES = MODES | {"ptq": "PTQ"}
 
 
 @dataclass
 class Measured:
     """The numbers of one run. Keys of `losses` and `right` are what was scored: w8a8 and bf16 (the run in either mode),
-    baseline, untouched.
+    baseline, ptq (the baseline in W8A8 without QAT, by the mode `ptq`), untouched.
 
     losses: FP64 [held-out sequences], nats a token; right: by task, FP64 [questions], 1 or 0; ape: percent;
     overshoot: share of tensors beyond their predicted amax, over quantized steps; clipped: share of elements beyond the
@@ -31,6 +32,7 @@ class Measured:
     seed: int
     run: str
     baseline: str
+    ptq: str
     losses: dict[str, np.ndarray]
     right: dict[str, dict[str, np.ndarray]]
     ape: float
@@ -59,6 +61,10 @@ def _read(cell: Cell) -> Measured:
     run, base, origin = (Run.of(each) for each in (cfg, baseline_of(cfg), untouched_of(cfg)))
     comparison = compare(Path(run.path), Path(base.path), benchmark, Path(origin.path))  # refuses what is unlike
     scored = {"w8a8": (run, "w8a8"), "bf16": (run, "bf16"), "baseline": (base, "bf16"), "untouched": (origin, "bf16")}
+    if comparison["ptq"] is None:
+        missing = f"{base.id} has no {benchmark} evaluation by PTQ (an earlier version made none)"
+        raise UserError(f"{missing}; make it: {eval_command(run, benchmark)}")
+    scored["ptq"] = base, comparison["ptq"]
     losses, right = {}, {}
     for name, (owner, mode) in scored.items():
         record = owner.evaluations()[benchmark][mode]
@@ -72,6 +78,7 @@ def _read(cell: Cell) -> Measured:
         seed=cfg.seed,
         run=run.id,
         baseline=base.id,
+        ptq=comparison["ptq"],
         losses=losses,
         right=right,
         ape=comparison["loss"]["ape"],
@@ -122,7 +129,7 @@ def clipped(measured: Sequence[Measured], **more) -> Response:
 
 
 def _versus(ours: str, theirs: str) -> str:
-    return f"{MODES.get(ours, ours)} less {MODES.get(theirs, theirs)}"
+    return f"{_NAMES.get(ours, ours)} less {_NAMES.get(theirs, theirs)}"
 
 
 def _response(

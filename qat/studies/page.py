@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qat.config import Config
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
 from qat.report.studies import TITLES, interaction
 from qat.studies import audit, factorial, measures
-from qat.studies.contrasts import Response, region
+from qat.studies.contrasts import Response, Weights, region
 from qat.studies.measures import MODES, Measured
 from qat.wording import markdown, p_text
 
@@ -35,14 +35,13 @@ def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cf
     out.mkdir(parents=True, exist_ok=True)
     claims, effects = factorial.claims(measured), factorial.effects(measured)
     cells, header = _cells(measured)
-    forgetting = factorial.forgetting(measured)
     parts = [f"# {TITLES['factorial']}", _summary(claims), READING, _listed(_facts(measured, cfg))]
     parts += [*_missing(missing), _short_runs(cfg), *_claims(claims)]
     interactions = _interactions(measured) if measured else []
     if measured:
         png([interaction(each, legend=not i) for i, each in enumerate(interactions)], 2, out / "factorial.png")
         parts += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", markdown(header, cells)]
-        parts += ["## Forgetting", _NOTE_FORGETTING, *_levels(forgetting.values()), "## Effects", _NOTE_EFFECTS]
+        parts += ["## Baselines", _NOTE_BASELINES, _rates(measured), "## Effects", _NOTE_EFFECTS]
         parts += [part for each in effects for part in _effects(each)]
     content = {"facts": _facts(measured, cfg), "claims": claims, "interactions": interactions, "effects": effects}
     return _write(out, "factorial", parts, content | {"missing": missing, "runs": _runs(measured)})
@@ -68,13 +67,16 @@ def write_audit(
         ]
         header = ["Row", "Switch", "Off", "Linears", *(f"{name}, {units[name]}" for name in names)]
         parts += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
-        parts += [markdown(header, rows)]
+        parts += [markdown(header, rows), "## The cells they are thrown in", _plain(measured)]
         parts += ["\n".join(f"- {name}: {each.noise()}" for name, each in audit.responses(measured).items())]
     content = {"facts": _facts(measured, cfg), "claims": claims, "effects": effects, "missing": missing}
     return _write(out, "audit", parts, content | {"left_out": left_out, "runs": _runs(measured)})
 
 
-_NOTE_FORGETTING = "The BF16 baselines less the untouched checkpoint. No scaling rule or warmup has a part in it."
+_NOTE_BASELINES = (
+    "What BF16 training made of the untouched checkpoint, and what W8A8 costs its result without QAT (PTQ). No scaling "
+    "rule or warmup has a part in either."
+)
 _NOTE_EFFECTS = (
     "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors; × is an interaction, the change "
     "of the one effect by the other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
@@ -82,7 +84,7 @@ _NOTE_EFFECTS = (
 _NOTE_SWITCHES = (
     "What each changes: the cell with it, less its own baseline, less the same of the cell it is thrown in. Row: of "
     "the table of disagreements. Forgetting: the switch's own baseline less the other's, in points over all questions; "
-    "– where they share one. Effects on the loss APE are ratios."
+    "– where they share one, as for PTQ. Effects on the loss APE are ratios."
 )
 
 
@@ -176,11 +178,21 @@ def _cells(measured: Sequence[Measured]) -> tuple[list[list[str]], list[str]]:
     return rows, [*factorial.FACTORS, *(f"{response.name}, {response.unit}" for response in found.values())]
 
 
-def _levels(responses: Sequence[Response]) -> list[str]:
+def _rates(measured: Sequence[Measured]) -> str:
     rates = {f"lr {rate}": {(rate,): 1} for rate in factorial.RATES} | {"lr 1e-5 − 1e-4": {("1e-5",): 1, ("1e-4",): -1}}
+    return _rows(rates, factorial.baselines(measured).values())
+
+
+def _rows(rows: Mapping[str, Weights], responses: Iterable[Response]) -> str:
+    """A table of a contrast a row, a response a column."""
     responses = list(responses)
-    rows = [[label, *(each.text(each.contrast(weights)) for each in responses)] for label, weights in rates.items()]
-    return [markdown(["", *(f"{each.name}, {each.unit}" for each in responses)], rows)]
+    cells = [[label, *(each.text(each.contrast(weights)) for each in responses)] for label, weights in rows.items()]
+    return markdown(["", *(f"{each.name}, {each.unit}" for each in responses)], cells)
+
+
+def _plain(measured: Sequence[Measured]) -> str:
+    plain = [key for key in dict.fromkeys(m.key for m in measured) if key[1] == audit.PLAIN]
+    return _rows({key[0]: {key: 1} for key in plain}, audit.responses(measured).values())
 
 
 def _effects(each: Mapping) -> list[str]:
@@ -200,7 +212,7 @@ def _runs(measured: Sequence[Measured]) -> list[dict]:
     return [
         {"cell": m.key, "seed": m.seed, "run": m.run, "baseline": m.baseline, "ape_percent": m.ape}
         | {"overshoot": m.overshoot, "clipped": m.clipped, "linears": m.linears}
-        | {f"heldout_{mode}": float((m.losses[mode] - m.losses["baseline"]).mean()) for mode in MODES}
+        | {f"heldout_{scored}": float((m.losses[scored] - m.losses["baseline"]).mean()) for scored in (*MODES, "ptq")}
         for m in measured
     ]
 
