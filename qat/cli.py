@@ -28,8 +28,8 @@ CONF = str(ROOT / "conf")
 def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None, reads_text: bool = False) -> None:
     """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
 
-    takes: `run` or `runs`, for a script that takes run folders by that key. reads_text: prepare it first where it is
-    missing, for runs are named by it.
+    takes: `run`, `runs` or `record`, for a script that takes folders by that key. reads_text: prepare it first where it
+    is missing, for runs are named by it.
     In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.sweeps`).
     Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
@@ -90,7 +90,7 @@ def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes
 
 
 def _accepted(config: Config, takes: str | None) -> Config:
-    for key in ("run", "runs"):
+    for key in ("run", "runs", "record"):
         if key != takes and getattr(config, key) is not None:
             name = Path(sys.argv[0]).name
             raise ConfigError(

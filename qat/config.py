@@ -209,6 +209,7 @@ class Config:
     runs_dir: str = "runs"
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
+    record: str | None = None  # record.py, restore.py: the folder of a record
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat import benchmarks, checkpoint, data, models, ptq, ranks, runtime, tracking
+from qat import benchmarks, checkpoint, data, loop, models, ptq, ranks, runtime, tracking
 from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
@@ -78,6 +78,12 @@ class Subject:
                 f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words"
             )
 
+    def regain(self) -> None:
+        """Train it again when its checkpoint is gone. What was scored before counts if its losses are the same."""
+        if self.trained and not self.calibrated and not any(self.run.checkpoints.glob("step-*")):
+            print(f"{self.run.id}: its checkpoint is gone, so it is trained again", flush=True)
+            loop.train_again(self.cfg)
+
     def _checkpoint(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
         self.check()
         found = checkpoint.latest(self.run.checkpoints, self.run.id)
@@ -99,14 +105,13 @@ def evaluate(cfg: Config) -> dict | None:
     reference = Subject(baseline, Run.of(baseline), "bf16")
     subjects = [untouched, reference]
     if cfg.quantized:
-        if any(reference.run.checkpoints.glob("step-*")):
-            subjects += [Subject(ptq.ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
-        else:
-            print(f"{reference.run.id}: its checkpoint is gone, so PTQ is not scored", flush=True)
+        subjects += [Subject(ptq.ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
     for subject in subjects:
         subject.check()
     scorer = _Scorer(cfg, reference)
+    if not all(map(scorer.scored, subjects)):
+        reference.regain()  # first of all: others are compared with its predictions
     for subject in subjects:
         scorer.score(subject)
     comparison = None
@@ -134,6 +139,16 @@ class _Scorer:
     def __init__(self, cfg: Config, reference: Subject):
         self.cfg, self.reference = cfg, reference
 
+    def scored(self, subject: Subject) -> bool:
+        """Whether its folder has the scores of these weights, for what is asked."""
+        done = subject.run.evaluations().get(self.cfg.benchmark.name, {}).get(subject.mode, {})
+        # Results of earlier versions do not say what they are of.
+        return done.get("asked") == self._asked(subject) and done.get("of", self._of(subject)) == self._of(subject)
+
+    def _of(self, subject: Subject) -> list[str]:
+        """The weights that a result is of, and those that it is compared with."""
+        return [subject.run.trained, *([self.reference.run.trained] if subject.cfg.quantized else [])]
+
     def _asked(self, subject: Subject) -> dict:
         """A result counts only for what was asked: other questions, text or calibration are scored anew."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
@@ -151,10 +166,10 @@ class _Scorer:
 
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
-        done, asked = subject.run.evaluations().get(name, {}).get(mode, {}), self._asked(subject)
-        if done.get("asked") == asked:
+        if self.scored(subject):
             print(f"{subject.run.id} ({mode}): scored already", flush=True)
             return
+        subject.regain()
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
         started = time.perf_counter()
         model, tokenizer = subject.build()
@@ -167,7 +182,8 @@ class _Scorer:
             "tasks": scores.tasks,
             "heldout": heldout,
             "lm_eval": scores.lm_eval,
-            "asked": asked,
+            "asked": self._asked(subject),
+            "of": self._of(subject),
             "seconds": round(time.perf_counter() - started, 1),
         }
         with subject.run.lock():

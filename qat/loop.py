@@ -62,6 +62,15 @@ def train(cfg: Config) -> Run:
     return run
 
 
+def train_again(cfg: Config) -> Run:
+    """Train a finished run whose checkpoint is gone from the start: a record keeps none (`qat.records`)."""
+    run = Run.of(cfg)
+    with run.lock():
+        if not any(run.checkpoints.glob("step-*")):  # another process may have been faster
+            run.set_status("running", 0, cfg.steps)
+    return train(cfg)
+
+
 class _Session:
     """One process's work on a run: state that lives between steps."""
 

@@ -115,7 +115,7 @@ def run_id(cfg: Config) -> str:
     return f"{safe[:80]}-{_digest(parts)}"
 
 
-def _digest(parts: dict) -> str:
+def _digest(parts: dict | list) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -211,6 +211,11 @@ class Run:
             raise UserError(f"run={self.path}: not a run folder (no config.yaml); see `ls {self.path.parent}`")
         with _readable(self.path / "config.yaml"):
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
+
+    @property
+    def trained(self) -> str:
+        """A hash of its training losses and batches: trained again with the same one, it has the same weights."""
+        return _digest([(row.get("loss"), row.get("batch")) for row in self.metrics()])
 
     def status(self) -> dict:
         return self._json("status.json", "state", "step", "steps")

@@ -12,7 +12,7 @@ from qat.cli import typed
 from qat.config import Config
 from qat.runs import baseline_of, run_id
 
-_OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=")
+_OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=", "record=")
 
 
 def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:

@@ -16,16 +16,13 @@ from qat import cli
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qat import suite
-    from qat.report import Experiment, selected, write
-    from qat.runs import Run, baseline_of
+    from qat.report import described, selected, write
 
-    experiments = [] if config.runs is None else selected(config.runs)
-    for name in config.report.experiments if config.runs is None else ():
-        cells = suite.cells(name, list(HydraConfig.get().overrides.task), config.report.seeds)
-        runs = [Run.of(cell) for cell in cells]
-        baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
-        experiments.append(Experiment(name, runs, baselines, [run.comparison() for run in runs if run.comparison()]))
+    if config.runs is None:
+        words = list(HydraConfig.get().overrides.task)
+        experiments = described(config.report.experiments, words, config.report.seeds)
+    else:
+        experiments = selected(config.runs)
     context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
     page, tables = write(experiments, Path(config.report.out), context)
     print(f"report: {page} and {tables}")

@@ -355,12 +355,6 @@ CHECKPOINTS = [
     ),
     Case(DONE, f"model.safetensors lacks {WEIGHT}{FIX}", rewritten(lambda t, _: t["model"].pop(WEIGHT), DONE), "eval"),
     Case(DONE, "the saved scales have no history", rewritten(lambda t, _: t.pop("scales"), DONE), "eval"),
-    Case(
-        DONE,
-        "its checkpoint is gone; delete the folder and train it again",
-        lambda world: (shutil.rmtree(world.done.checkpoints), unscored(world.done)),
-        "eval",
-    ),
 ]
 for case in CHECKPOINTS:
     case.began = case.script == "train"

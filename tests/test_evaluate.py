@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -249,6 +250,50 @@ def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if "bit-identical" in line]
     assert len(rows) == 2 and all("bit-identical: every loss equal" in row and "not bit" not in row for row in rows)
     assert Run.of(scored[0]).id in rows[1] and Run.of(baseline_of(scored[0])).id in rows[0]
+
+
+@pytest.fixture
+def restored(scored, tmp_path):
+    """The configuration of the same run, in run folders of a record: without weights."""
+    cfg = dataclasses.replace(silent(scored[0]), **{RUNS: str(tmp_path / "restored")})
+    shutil.copytree(getattr(scored[0], RUNS), getattr(cfg, RUNS), ignore=shutil.ignore_patterns("checkpoints"))
+    return cfg
+
+
+def forget(run: Run, mode: str) -> None:
+    run.write_json("eval.json", {"smoke": {k: v for k, v in run.evaluations()["smoke"].items() if k != mode}})
+
+
+def test_without_weights_a_scored_run_is_compared_and_nothing_trained(restored, monkeypatch):
+    monkeypatch.setattr(loop, "train_again", None)
+    assert score(restored)["run"] == Run.of(restored).id
+
+
+def test_weights_that_are_gone_and_wanted_are_trained_again(restored, scored, capsys):
+    """To the same losses: what was scored before still counts."""
+    base, run = Run.of(baseline_of(restored)), Run.of(restored)
+    before = run.evaluations()["smoke"]
+    forget(run, "w8a8")
+    score(restored)
+    said = capsys.readouterr().out
+    assert said.count("its checkpoint is gone, so it is trained again") == 2
+    assert f"{base.id} (bf16): scored already" in said and f"{run.id} (bf16): scored already" in said
+    after = run.evaluations()["smoke"]
+    assert {**after["w8a8"], "seconds": 0} == {**before["w8a8"], "seconds": 0}
+
+
+def test_what_was_scored_of_other_weights_is_scored_anew(restored, capsys):
+    """The baseline's losses were other ones when it was scored: all that stands on it is made again."""
+    base, run = Run.of(baseline_of(restored)), Run.of(restored)
+    results = base.evaluations()
+    for record in results["smoke"].values():
+        record["of"] = ["0123456789"] * len(record["of"])
+    base.write_json("eval.json", results)
+    score(restored)
+    said = capsys.readouterr().out
+    assert f"{base.id} (bf16): scoring" in said and f"{base.id} ({ptq_mode(restored.quant)}): scoring" in said
+    assert f"{run.id} (w8a8): scored already" in said
+    assert base.evaluations()["smoke"]["bf16"]["of"] == [base.trained]
 
 
 @pytest.mark.parametrize("key", ["benchmark.split", "budget.heldout_tokens"])

@@ -12,10 +12,10 @@ from pathlib import Path
 from qat.report.experiment import Experiment, published
 from qat.report.page import render
 from qat.report.pictures import write_pictures
-from qat.report.selection import selected
+from qat.report.selection import described, selected
 from qat.report.studies import studies_in
 
-__all__ = ["Experiment", "selected", "write"]
+__all__ = ["Experiment", "described", "selected", "write"]
 
 
 def write(experiments: Sequence[Experiment], out: Path, context: Mapping) -> tuple[Path, Path]:

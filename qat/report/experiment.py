@@ -27,7 +27,7 @@ _SAID = {  # how a label puts a setting; the usual ones, and in this order befor
     "seed": "seed {}".format,
 }
 # What is about commands and folders, not about a run.
-_OF_COMMANDS = re.compile(r"(runs?|runs_dir|experiment)$|(report|study|bench|export|dashboard)\.")
+_OF_COMMANDS = re.compile(r"(runs?|record|runs_dir|experiment)$|(report|study|bench|export|dashboard)\.")
 
 
 def published() -> dict:

@@ -1,4 +1,4 @@
-"""The runs that a user names, arranged by the experiments they were made for."""
+"""The runs of a report, by experiment: those that its words describe, or those that a user names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from qat import suite
 from qat.compare import mismatches
 from qat.config import Config, ConfigError
 from qat.report.experiment import Experiment
 from qat.runs import Run, baseline_of, run_id
 
 OF_NONE = "custom"  # runs of no experiment
+
+
+def described(names: Sequence[str], words: list[str], seeds: Sequence[int] | None) -> list[Experiment]:
+    """The runs of experiments under command-line words, with each of `seeds`, inside a Hydra entry; made or not."""
+    experiments = []
+    for name in names:
+        cells = suite.cells(name, words, seeds)
+        runs = [Run.of(cell) for cell in cells]
+        baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
+        experiments.append(Experiment(name, runs, baselines, [run.comparison() for run in runs if run.comparison()]))
+    return experiments
 
 
 def selected(folders: Sequence[str]) -> list[Experiment]:

@@ -1,0 +1,34 @@
+"""Keep a report and the small parts of its runs, and of its studies' runs, as a record that git can hold.
+
+python scripts/record.py record=experiments/records/<date>_<name> [report.out=report] [the words of the report]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat import cli
+
+
+def main(config, _) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from qat import records
+    from qat.report import described
+    from qat.report.experiment import untouched
+    from qat.runs import Run
+
+    folder, report = records.named(config), Path(config.report.out)
+    experiments = described(config.report.experiments, list(HydraConfig.get().overrides.task), config.report.seeds)
+    runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
+    runs += [Run(Path(config.runs_dir) / name) for name in records.of_studies(report)]
+    runs += [origin for run in runs if run.config() and (origin := untouched(run))]
+    kept, left = records.keep({run.id: run for run in runs}.values(), report, folder)
+    print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
+    if not (folder / "README.md").exists():
+        print(f"say in {folder / 'README.md'} what command made it, on what, and what it shows")
+
+
+if __name__ == "__main__":
+    cli.entry(main, takes="record")
