@@ -36,7 +36,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore plan text bench gpu test torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore plan text bench gpu test slow torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -150,6 +150,9 @@ gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the bench
 
 test: lint ## lint, format check and all tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"
+
+slow: $(TESTED) ## the tests that take minutes: what ranks send, a run of two ranks through make, a suite on an imitated SLURM
+	$(PY) -m pytest -m "slow and not gpu"
 
 torture: $(TESTED) ## kill a training command at 50 random moments, resume it, compare with an uninterrupted run: a quarter of an hour
 	$(PY) -m tests.torture $(ARGS)

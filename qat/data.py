@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -69,31 +70,31 @@ def stream(cfg: DataConfig, seed: int, tokenizer, state: dict | None = None) -> 
     return TokenStream(kind(corpus(cfg, seed, state), tokenizer, state), cfg.duplicate_workers, state)
 
 
-def heldout(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]:
-    """About `wanted` tokens never trained on: (int64 tokens [sequences >= 1, HELDOUT_LENGTH + 1], their hash)."""
-    length = HELDOUT_LENGTH + 1
-    tokens: list[int] = []
-    for document in _heldout(cfg):
-        tokens += encode(tokenizer, [document], document_token(tokenizer))[0]
-        if len(tokens) >= wanted + length:
-            break
-    sequences = min(max(1, wanted // HELDOUT_LENGTH), len(tokens) // length)
-    if not sequences:
-        raise UserError(
-            f"data.path={cfg.path}: its held-out text has {len(tokens)} tokens, fewer than one sequence needs"
-        )
-    packed = torch.tensor(tokens[: sequences * length]).view(sequences, length)
-    return packed, _hash(packed)
+class Heldout(NamedTuple):
+    """Text never trained on. tokens: int64 [sequences >= 1, HELDOUT_LENGTH + 1]; documents: int64 [sequences], which
+    one each is of; hash: of the tokens."""
+
+    tokens: torch.Tensor
+    documents: torch.Tensor
+    hash: str
 
 
-def beginnings(cfg: DataConfig, tokenizer, wanted: int) -> tuple[torch.Tensor, str]:
-    """As `heldout`, but every sequence begins a document of its own: a few tokens see as much of a text as they can."""
-    length, separator = HELDOUT_LENGTH + 1, document_token(tokenizer)
-    encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
-    found = list(itertools.islice((t[:length] for t in encoded if len(t) >= length), max(1, wanted // HELDOUT_LENGTH)))
-    if not found:
+def heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
+    """About `wanted` held-out tokens of as many documents as possible, as neighbours say nothing new about the noise:
+    the first sequence of each, then the second of each, and so on. Errors: UserError when no document has one."""
+    length, count = HELDOUT_LENGTH + 1, max(1, wanted // HELDOUT_LENGTH)
+    encoded = (encode(tokenizer, [document], document_token(tokenizer))[0] for document in _heldout(cfg))
+    texts = list(itertools.islice((text for text in encoded if len(text) >= length), count))
+    if not texts:
         raise UserError(f"{cfg.path}: no held-out document has the {length} tokens of a sequence; name another text")
-    return torch.tensor(found), _hash(torch.tensor(found))
+    found = [
+        (text[start : start + length], number)
+        for start in range(0, max(map(len, texts)), length)
+        for number, text in enumerate(texts)
+        if len(text) >= start + length
+    ][:count]
+    tokens, documents = (torch.tensor(column) for column in zip(*found, strict=True))
+    return Heldout(tokens, documents, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12])
 
 
 def _heldout(cfg: DataConfig) -> Iterator[str]:
@@ -101,7 +102,3 @@ def _heldout(cfg: DataConfig) -> Iterator[str]:
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
         return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(cfg.path))
     return corpus(cfg, seed=0).heldout()
-
-
-def _hash(tokens: torch.Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12]

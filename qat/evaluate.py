@@ -141,9 +141,13 @@ class _Scorer:
 
     def scored(self, subject: Subject) -> bool:
         """Whether its folder has the scores of these weights, for what is asked."""
+        return self._done(subject).get("asked") == self._asked(subject)
+
+    def _done(self, subject: Subject) -> dict:
+        """What its folder has of these weights."""
         done = subject.run.evaluations().get(self.cfg.benchmark.name, {}).get(subject.mode, {})
         # Results of earlier versions do not say what they are of.
-        return done.get("asked") == self._asked(subject) and done.get("of", self._of(subject)) == self._of(subject)
+        return done if done.get("of", self._of(subject)) == self._of(subject) else {}
 
     def _of(self, subject: Subject) -> list[str]:
         """The weights that a result is of, and those that it is compared with."""
@@ -152,7 +156,7 @@ class _Scorer:
     def _asked(self, subject: Subject) -> dict:
         """A result counts only for what was asked: other questions, text or calibration are scored anew."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
-        heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens}
+        heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
         heldout |= {"revision": data.revision} if data.revision else {}
         kind = self.cfg.probe
         probe = {"probe": {"path": kind.path, "subset": kind.subset, "revision": kind.revision}} if kind else {}
@@ -173,15 +177,9 @@ class _Scorer:
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
         started = time.perf_counter()
         model, tokenizer = subject.build()
-        limit = getattr(model.config, "max_position_embeddings", 2048)
-        scores = benchmarks.score(
-            model, tokenizer, self.cfg.benchmark, runtime.cache_dir(), min(limit, 4096), progress=True
-        )
-        heldout = self._heldout(subject, model, tokenizer)
-        record = {
-            "tasks": scores.tasks,
-            "heldout": heldout,
-            "lm_eval": scores.lm_eval,
+        answered, samples = self._questions(subject, model, tokenizer)
+        record = answered | {
+            "heldout": self._heldout(subject, model, tokenizer),
             "asked": self._asked(subject),
             "of": self._of(subject),
             "seconds": round(time.perf_counter() - started, 1),
@@ -192,28 +190,39 @@ class _Scorer:
             results = subject.run.evaluations()
             if results.setdefault(name, {}).pop(mode, None):  # of other questions: its samples go first
                 subject.run.write_json("eval.json", results)
-            for task, rows in scores.samples.items():
+            for task, rows in samples.items():
                 subject.run.write_samples(name, mode, task, rows)
             results[name][mode] = record
             subject.run.write_json("eval.json", results)
-        for task, row in scores.tasks.items():
+        for task, row in record["tasks"].items():
             print(f"  {task}: {100 * row['score']:.1f} % of {row['n']} ({row['metric']}, {row['shots']} shots)")
-        for name, text in heldout.items():
+        for name, text in record["heldout"].items():
             print(f"  held-out loss on {name}: {text['loss']:.4f} nats a token", flush=True)
         if subject.trained and not subject.cfg.quantized:  # a quantized run is mirrored with its comparison
             tracking.send(subject.run, subject.cfg)
+
+    def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
+        """(scores by task and lm-eval's version, samples by task to be written). Where only a text has changed, the
+        answers that are there are still those to what is asked."""
+        done, asked = self._done(subject), self._asked(subject)
+        if done and all(done["asked"].get(key) == asked.get(key) for key in ("benchmark", "calibration_sequences")):
+            return {key: done[key] for key in ("tasks", "lm_eval")}, {}
+        limit = min(getattr(model.config, "max_position_embeddings", 2048), 4096)
+        scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, runtime.cache_dir(), limit, progress=True)
+        return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
     def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict[str, dict]:
         """By text never trained on: the data's own, and the one of another kind that training was probed with."""
         cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
         texts = {cfg.data.name: data.heldout(cfg.data, tokenizer, wanted)}
         if cfg.probe:
-            texts[cfg.probe.name] = data.beginnings(cfg.probe, tokenizer, wanted // 2)
-        return {name: self._losses(subject, model, *text) for name, text in texts.items()}
+            texts[cfg.probe.name] = data.heldout(cfg.probe, tokenizer, wanted // 2)
+        return {name: self._losses(subject, model, text) for name, text in texts.items()}
 
-    def _losses(self, subject: Subject, model: nn.Module, tokens: torch.Tensor, text_hash: str) -> dict:
-        """Loss on a text, and for a quantized run its KL divergence from the baseline's predictions."""
-        batches = tokens.to(runtime.device()).split(_HELDOUT_BATCH)
+    def _losses(self, subject: Subject, model: nn.Module, text: data.Heldout) -> dict:
+        """Loss on a text, and for a quantized run its KL divergence from the baseline's predictions: means over its
+        documents."""
+        batches = text.tokens.to(runtime.device()).split(_HELDOUT_BATCH)
         baseline = self._baseline if subject.cfg.quantized else None
         losses, divergence = [], []
         for batch in batches:
@@ -224,13 +233,22 @@ class _Scorer:
                 wanted = _log_probabilities(baseline, batch)
                 kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
                 divergence += kl.mean(1).tolist()
+        losses, divergence = (_means(each, text.documents) for each in (losses, divergence))
         return {
             "loss": sum(losses) / len(losses),
-            "sequence_losses": losses,
+            "document_losses": losses,
             "kl": sum(divergence) / len(divergence) if divergence else None,
-            "tokens": tokens.shape[0] * (tokens.shape[1] - 1),
-            "text_hash": text_hash,
+            "tokens": text.tokens[:, 1:].numel(),
+            "text_hash": text.hash,
         }
+
+
+def _means(values: list[float], groups: torch.Tensor) -> list[float]:
+    """The mean of the values, if any, of each group, in the order of their numbers."""
+    if not values:
+        return []
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, torch.tensor(values).double())
+    return (sums / groups.bincount()).tolist()
 
 
 @torch.inference_mode()

@@ -52,7 +52,7 @@ def floor(run: Run, repeat: Run, benchmark: str) -> dict:
         result["heldout"] = [{"text": text} | again.heldout(text, first) for text in texts]
         result |= {"flipped": sum(each.lost + each.gained for each in answers), "n": sum(map(sum, answers))}
         identical &= all(
-            record["sequence_losses"] == again.record["heldout"][text]["sequence_losses"]
+            record["document_losses"] == again.record["heldout"][text]["document_losses"]
             for text, record in texts.items()
         )
     return result | {"identical": identical}

@@ -34,16 +34,16 @@ class TextProbe:
         it is not finite), tokens, text_hash."""
         if not self.texts or (step % self.cfg.budget.telemetry_every and step != self.cfg.steps):
             return []
-        rows, losses = [], self._losses().cpu().split([len(tokens) for tokens, _ in self.texts.values()])
-        for (name, (_, text_hash)), of_text in zip(self.texts.items(), losses, strict=True):
+        rows, losses = [], self._losses().cpu().split([len(text.tokens) for text in self.texts.values()])
+        for (name, text), of_text in zip(self.texts.items(), losses, strict=True):
             loss = float(of_text.mean())
             row = {"step": step, "probe": name, "loss": loss if math.isfinite(loss) else None}
-            rows.append(row | {"tokens": of_text.numel(), "text_hash": text_hash})
+            rows.append(row | {"tokens": of_text.numel(), "text_hash": text.hash})
         return rows
 
     def _losses(self) -> torch.Tensor:
         """Of every token of all texts, FP32 [sequences, HELDOUT_LENGTH]."""
-        tokens = torch.cat([tokens for tokens, _ in self.texts.values()])
+        tokens = torch.cat([text.tokens for text in self.texts.values()])
         micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens that there is room for
         batches = map(runtime.to_device, tokens.split(max(1, micro_batch // data.HELDOUT_LENGTH)))
         losses = self.trainer.losses.eval()
@@ -58,12 +58,12 @@ class TextProbe:
                 losses.reshard()
 
 
-def _texts(cfg: Config, tokenizer) -> dict[str, tuple[torch.Tensor, str]]:
-    """{name: (int64 tokens [sequences, HELDOUT_LENGTH + 1], their hash)}, the training data's own first."""
+def _texts(cfg: Config, tokenizer) -> dict[str, data.Heldout]:
+    """The texts by name, the training data's own first."""
     wanted = cfg.budget.probe_tokens
-    own = data.beginnings(cfg.data, tokenizer, wanted)
+    own = data.heldout(cfg.data, tokenizer, wanted)
     try:
-        return {cfg.data.name: own, cfg.probe.name: data.beginnings(cfg.probe, tokenizer, wanted)}
+        return {cfg.data.name: own, cfg.probe.name: data.heldout(cfg.probe, tokenizer, wanted)}
     except UserError as error:
         raise UserError(f"probe={cfg.probe.name}: {error}; or go without: probe=none") from error
 

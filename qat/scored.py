@@ -38,7 +38,10 @@ class Scored:
         if not self.exists:
             missing = f"{self.run.id} has no {self.benchmark} evaluation in mode {self.mode}"
             raise UserError(f"{missing}; make it: {self.command}")
-        return self.run.evaluations()[self.benchmark][self.mode]
+        record = self.run.evaluations()[self.benchmark][self.mode]
+        if any("document_losses" not in text for text in record["heldout"].values()):
+            raise UserError(f"{self.name} was scored by an earlier version; score it again: {self.command}")
+        return record
 
     def refuse_unlike(self, other: Scored) -> None:
         """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
@@ -54,20 +57,20 @@ class Scored:
         for text, record in ours["heldout"].items():
             reference = theirs["heldout"][text]
             self._refuse_unequal(other, f"held-out {text} text_hash", record["text_hash"], reference["text_hash"])
-            counts = len(record["sequence_losses"]), len(reference["sequence_losses"])
-            self._refuse_unequal(other, f"held-out {text} sequences", *counts)
+            counts = len(record["document_losses"]), len(reference["document_losses"])
+            self._refuse_unequal(other, f"held-out {text} documents", *counts)
 
     def _refuse_unequal(self, other: Scored, what: str, a, b) -> None:
         if a != b:
             raise UserError(f"{what} differs: {a} in {self.name}, {b} in {other.name}; evaluate both in the same way")
 
     def heldout(self, text: str, other: Scored) -> dict:
-        """Loss less the other's on a held-out text, in nats a token, paired over its sequences: the difference, its
-        95 % interval (None of fewer than two sequences) and the smallest difference that could have been detected."""
+        """Loss less the other's on a held-out text, in nats a token, paired over its documents: the difference, its
+        95 % interval (None of fewer than two documents) and the smallest difference that could have been detected."""
         ours, theirs = (each.record["heldout"][text] for each in (self, other))
         change = ours["loss"] - theirs["loss"]
-        paired = [a - b for a, b in zip(ours["sequence_losses"], theirs["sequence_losses"], strict=True)]
-        half, row = half_width(paired), {"difference": change, "sequences": len(paired)}
+        paired = [a - b for a, b in zip(ours["document_losses"], theirs["document_losses"], strict=True)]
+        half, row = half_width(paired), {"difference": change, "documents": len(paired)}
         if half is None:
             return row | {"ci": None, "detectable": None}
         return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}

@@ -10,7 +10,7 @@ from qat.paired import holm
 TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
 TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
 HELDOUT_HEADER = ["Held-out text", "Mode", "Untouched, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
-HELDOUT_HEADER += ["KL, nats", "Sequences"]
+HELDOUT_HEADER += ["KL, nats", "Documents"]
 FLOOR_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
 FLOOR_HEADER += ["Answers flipped", "In words"]
 
@@ -44,7 +44,7 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
             *(number(row.get(key), 4) for key in ("untouched", "baseline", "loss")),
             f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
             number(row["kl"], 4),
-            str(row["sequences"]),
+            str(row["documents"]),
         ]
         for row in comparison["heldout"]
     ]

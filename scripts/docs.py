@@ -1,45 +1,75 @@
-"""Write the README's table of results from the record it names, so that no number in it is typed by hand.
+"""Write what README.md and experiments/README.md show of their records, so that no number there is typed by hand.
 
-python scripts/docs.py            --check: only say whether it is up to date
+python scripts/docs.py            --check: only say whether they are up to date
 """
 
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qat.runtime import ROOT
+from qat.wording import markdown
+
 _SECTION = re.compile(r"(<!-- from (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def results(report: str) -> str:
-    """The part of a record's report.md that the README shows: settings, the table "At a glance", the verdict."""
+def results(record: Path) -> str:
+    """Of a record's report: settings, the table "At a glance", the verdict."""
+    report = (record / "report.md").read_text()
     facts = dict(re.findall(r"^- (\w+): (.+)$", report, re.MULTILINE))
     table = re.search(r"^## At a glance\n.*?\n(\|.*?)\n\n", report, re.DOTALL | re.MULTILINE)[1]
-    verdict = report.split("\n\n")[1]
+    verdict = re.search(r"^>.*?\n\n", report, re.DOTALL | re.MULTILINE)[0]
     budget, _, size = facts["Budget"].partition(", ")
-    return (
-        f"`make suite` at BUDGET={budget}, PROTOCOL={facts['Protocol']}, SEED={facts['Seed']}: {size} a run,\n"
-        f"benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in "
-        f"{facts['Arithmetic']} arithmetic. The quantized run in W8A8 less its BF16 baseline, with 95 % intervals.\n\n"
-        f"{table}\n\n> {verdict}\n"
-    )
+    lines = [
+        f"`make suite` at BUDGET={budget}, PROTOCOL={facts['Protocol']}, SEEDS={facts['Seed'].replace(' ', '')}:",
+        f"{size} a run, benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in {facts['Arithmetic']} arithmetic.",
+        "The quantized run in W8A8 less its BF16 baseline, with 95 % intervals. PTQ: that baseline in W8A8 without",
+        "QAT; untouched: the checkpoint before any training.",
+    ]
+    return "\n".join(lines) + f"\n\n{table}\n\n{verdict.strip()}\n"
 
 
-def written(readme: str) -> str:
-    """The README with its section as the record has it. Errors: SystemExit when it names no record."""
-    found = _SECTION.search(readme)
-    if not found:
-        sys.exit("error: README.md has no section that `make docs` writes; see scripts/docs.py")
-    report = ROOT / found[2] / "report.md"
-    return _SECTION.sub(lambda part: part[1] + results(report.read_text()) + part[3], readme)
+def claims(record: Path) -> str:
+    """The verdicts of a record's factorial and audit, a claim a row, and what each rests on."""
+    parts = []
+    for name in ("factorial", "audit"):
+        path = record / name / f"{name}.json"
+        if not path.exists():
+            continue
+        study = json.loads(path.read_text())
+        facts = study["facts"]
+        about = "; ".join(facts[key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
+        link = f"[all of it]({(path.parent / f'{name}.md').relative_to(ROOT / 'experiments')})"
+        rows = [[claim["claim"], claim["says"], f"**{claim['verdict']}**", claim["why"]] for claim in study["claims"]]
+        parts += [
+            f"`make {name}` ({about}; {link}):",
+            markdown(["Claim", "The paper", "Verdict", "What was measured"], rows),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+_PAGES = {"README.md": results, "experiments/README.md": claims}
+
+
+def written(page: str, text: str) -> str:
+    """A page with its section as its record has it. Errors: SystemExit when it names no record."""
+    write: Callable[[Path], str] = _PAGES[page]
+    if not _SECTION.search(text):
+        sys.exit(f"error: {page} has no section that `make docs` writes; see scripts/docs.py")
+    return _SECTION.sub(lambda part: part[1] + write(ROOT / part[2]) + part[3], text)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    now = path.read_text()
-    if "--check" in sys.argv:
-        sys.exit(0 if written(now) == now else "error: README.md differs from its record; run `make docs`")
-    path.write_text(written(now))
+    for page in _PAGES:
+        now = (ROOT / page).read_text()
+        if "--check" not in sys.argv:
+            (ROOT / page).write_text(written(page, now))
+        elif written(page, now) != now:
+            sys.exit(f"error: {page} differs from its record; run `make docs`")
 
 
 if __name__ == "__main__":

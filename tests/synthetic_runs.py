@@ -46,7 +46,7 @@ def _plain_config() -> dict:
 def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, heldout=None, state="finished") -> Path:
     """Write a run folder.
 
-    `answers` is {mode: {task: list of right or wrong}}, `heldout` {mode: {text: losses of its sequences}}.
+    `answers` is {mode: {task: list of right or wrong}}, `heldout` {mode: {text: losses of its documents}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -108,7 +108,7 @@ def _evaluation(folder: Path, mode: str, answers: dict, heldout: dict) -> dict:
         _lines(folder / "samples" / "quick" / mode / f"{task}.jsonl", rows)
     for text, losses in heldout.items():
         texts[text] = {"loss": float(np.mean(losses)), "tokens": 256 * len(losses), "text_hash": f"h-{text}"}
-        texts[text] |= {"kl": None if mode == "bf16" else 0.0021, "sequence_losses": [float(v) for v in losses]}
+        texts[text] |= {"kl": None if mode == "bf16" else 0.0021, "document_losses": [float(v) for v in losses]}
     return {"tasks": tasks, "heldout": texts, "lm_eval": "0.4.13", "seconds": 60.0}
 
 

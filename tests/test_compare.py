@@ -131,7 +131,7 @@ SAMPLES = "samples/quick/w8a8/arc_easy.jsonl"
         ("eval.json", in_task(n=99), "arc_easy n differs"),
         ("eval.json", in_task(score=0.9), "52 of 100 right, eval.json says 0.9000 of 100; redo it: python scripts/e"),
         ("eval.json", in_text(text_hash="x"), "held-out wikipedia text_hash differs"),
-        ("eval.json", in_text(sequence_losses=[3.0]), "held-out wikipedia sequences differs: 1 in run, 3 in base"),
+        ("eval.json", in_text(document_losses=[3.0]), "held-out wikipedia documents differs: 1 in run, 3 in base"),
         ("eval.json", lambda r: r["quick"].pop("w8a8"), "no quick evaluation in mode w8a8; make it: python .*/run "),
         ("eval.json", lambda r: r.pop("quick"), "no quick evaluation in mode w8a8"),
         (SAMPLES, lambda r: r.update(doc_hash=r["doc_hash"].replace("d7", "x")), "question 8 doc_hash differs: x"),

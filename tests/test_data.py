@@ -128,16 +128,18 @@ def test_held_out_files_are_never_trained_on(texts):
     assert set(kept) | set(trained) == everything
 
 
-def test_held_out_tokens_are_whole_sequences_and_the_same_for_every_seed(texts, tokenizer):
+def test_held_out_tokens_are_of_as_many_documents_as_possible_and_the_same_for_every_seed(texts, tokenizer):
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    tokens, text_hash = data.heldout(cfg, tokenizer, 256)
-    assert tokens.shape == (2, 129) and text_hash == data.heldout(cfg, tokenizer, 256)[1]
-    assert documents_of([tokens.tolist()], tokenizer)[0] == (texts / "00.txt").read_text()[: 2 * 129 - 1]
-    assert data.heldout(cfg, tokenizer, 1)[0].shape == (1, 129)
-    assert data.heldout(cfg, tokenizer, 128)[1] != text_hash
-    everything, _ = data.heldout(cfg, tokenizer, 10**9)
-    characters = sum(len(text) + 1 for text in data.corpus(cfg, 0).heldout())
-    assert len(everything) == characters // 129
+    kept = [text for text in data.corpus(cfg, 0).heldout() if len(text) >= 128]
+    tokens, documents, text_hash = data.heldout(cfg, tokenizer, 256)
+    assert tokens.shape == (2, 129) and documents.tolist() == [0, 1] and len(kept) == 2
+    assert [tokenizer.decode(row[1:]) for row in tokens.tolist()] == [text[:128] for text in kept]
+    assert text_hash == data.heldout(cfg, tokenizer, 256).hash != data.heldout(cfg, tokenizer, 128).hash
+    assert data.heldout(cfg, tokenizer, 1).tokens.shape == (1, 129)
+    everything = data.heldout(cfg, tokenizer, 10**9)
+    assert everything.documents.bincount().tolist() == [(len(text) + 1) // 129 for text in kept]
+    second = everything.tokens[everything.documents == 1].flatten().tolist()  # in the document's own order
+    assert tokenizer.decode(second[1:]) == kept[1][: len(second) - 1]
 
 
 def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
@@ -227,7 +229,9 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
     (tmp_path / "1.txt").write_text("")
     few = DataConfig(name="t", source="files", path=str(tmp_path))
     assert complaint(few, tokenizer) == f"data.path={tmp_path}: holds no documents to train on"
-    assert complaint(few, tokenizer, 256).endswith("its held-out text has 5 tokens, fewer than one sequence needs")
+    assert complaint(few, tokenizer, 256).endswith(
+        "no held-out document has the 129 tokens of a sequence; name another text"
+    )
     monkeypatch.setattr("qat.corpus.HELDOUT_DOCUMENTS", 60)
     assert complaint(streamed, tokenizer).endswith("holds no documents to train on")
 

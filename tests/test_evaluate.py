@@ -73,8 +73,8 @@ def test_every_subject_has_its_scores_and_samples(scored):
             assert len(samples) == asked and row["score"] == sum(sample["correct"] for sample in samples) / asked
         for text, sequences in (("embedded", 2), ("wikipedia", 1)):
             heldout = record["heldout"][text]
-            assert heldout["tokens"] == 128 * sequences and len(heldout["sequence_losses"]) == sequences
-            assert heldout["loss"] == pytest.approx(sum(heldout["sequence_losses"]) / sequences)
+            assert heldout["tokens"] == 128 * sequences and len(heldout["document_losses"]) == sequences
+            assert heldout["loss"] == pytest.approx(sum(heldout["document_losses"]) / sequences)
             assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
     assert Run.of(cfg).evaluations()["smoke"].keys() == {"bf16", "w8a8"}
     assert Run.of(baseline_of(cfg)).evaluations()["smoke"].keys() == {"bf16", ptq_mode(cfg.quant)}
@@ -158,7 +158,7 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
         rounded = name in ("w8a8", "ptq")
         assert not model.training and len(quantized_linears(model)) == (9 if rounded else 0)
         assert bool(quantizers(model)) == rounded
-        tokens, _ = data.heldout(cfg.data, tokenizer, 256)
+        tokens, _, _ = data.heldout(cfg.data, tokenizer, 256)
         with torch.no_grad():
             logits = model(input_ids=tokens[:, :-1]).logits.float()
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
@@ -173,7 +173,7 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
 def test_the_divergence_is_that_of_the_two_predictions(scored):
     cfg = scored[0]
     built = {name: subject.build() for name, subject in subjects(cfg).items()}
-    tokens, _ = data.heldout(cfg.data, built["w8a8"][1], 256)
+    tokens, _, _ = data.heldout(cfg.data, built["w8a8"][1], 256)
     with torch.no_grad():
         ours, theirs = (built[n][0](input_ids=tokens[:, :-1]).logits.double().softmax(-1) for n in ("w8a8", "baseline"))
     divergence = (theirs * (theirs.log() - ours.log())).sum(-1).mean().item()
@@ -296,18 +296,34 @@ def test_what_was_scored_of_other_weights_is_scored_anew(restored, capsys):
     assert base.evaluations()["smoke"]["bf16"]["of"] == [base.trained]
 
 
-@pytest.mark.parametrize("key", ["benchmark.split", "budget.heldout_tokens"])
-def test_other_questions_or_another_text_are_scored_anew(scored, monkeypatch, key):
-    cfg = copy.deepcopy(silent(scored[0]))
-    group, name = key.split(".")
-    setattr(getattr(cfg, group), name, {"split": "validation", "heldout_tokens": 128}[name])
+def test_other_questions_are_scored_anew(restored, monkeypatch):
+    restored.benchmark = dataclasses.replace(restored.benchmark, split="validation")
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmarks, "score", stop)
     with pytest.raises(KeyboardInterrupt):
-        score(cfg)
+        score(restored)
+
+
+def test_of_another_text_the_losses_are_taken_and_the_answers_kept(restored, monkeypatch):
+    before = {name: subject.run.evaluations()["smoke"] for name, subject in subjects(restored).items()}
+    restored.budget = dataclasses.replace(restored.budget, heldout_tokens=128)
+    monkeypatch.setattr(benchmarks, "score", None)
+    score(restored)
+    for name, subject in subjects(restored).items():
+        was, now = (record[subject.mode] for record in (before[name], subject.run.evaluations()["smoke"]))
+        assert was["tasks"] == now["tasks"] and was["asked"] != now["asked"]
+        assert was["heldout"]["embedded"]["tokens"] == 256 and now["heldout"]["embedded"]["tokens"] == 128
+        assert {task: len(subject.run.samples("smoke", subject.mode, task)) for task in TASKS} == {
+            task: TASKS[task].limit for task in TASKS
+        }
+
+
+def test_a_documents_loss_is_the_mean_over_its_sequences():
+    assert evaluate._means([1.0, 2.0, 5.0, 4.0], torch.tensor([0, 1, 0, 1])) == [3.0, 3.0]
+    assert evaluate._means([], torch.tensor([0, 1])) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- scripts

@@ -54,7 +54,7 @@ def test_smollm2_reads_english_and_would_relearn_it_if_labels_were_shifted_twice
     assert sum(p.numel() for p in model.parameters()) == 134_515_008 and model.config.num_hidden_layers == 30
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert models.document_token(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>") == 0
-    tokens, _ = data.heldout(DataConfig(**cfg.data), tokenizer, 256)
+    tokens, _, _ = data.heldout(DataConfig(**cfg.data), tokenizer, 256)
     assert "Senate and House of Representatives" in tokenizer.decode(tokens.flatten())
     with torch.no_grad():
         losses = {shift: token_losses(model, tokens, shift).mean().item() for shift in ("once", "twice")}

@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_the_next_token_as_the_model_trains(trained):
         _, probe, bank, model = trained(words, 3)
         assert bank.phase is Phase.ON
         losses = {row["probe"]: row["loss"] for row in probe.rows(0)}
-        for name, (tokens, _) in probe.texts.items():
+        for name, (tokens, *_) in probe.texts.items():
             with torch.no_grad():
                 bank.phase = Phase.FROZEN
                 quantized = token_losses(model.eval(), tokens).mean().item()

@@ -56,7 +56,7 @@ def test_what_is_no_dump_is_said_in_one_line(dump, tmp_path):
         assert "\n" not in str(caught.value) and str(caught.value).startswith(str(path))
     few = DataConfig(name="t", source="files", path=str(dump))
     with pytest.raises(UserError, match="no held-out document has the 129 tokens of a sequence; name another text"):
-        data.beginnings(few, byte_tokenizer(), 128)
+        data.heldout(few, byte_tokenizer(), 128)
 
 
 def test_the_packaged_articles_are_there_and_clean():
@@ -68,13 +68,14 @@ def test_the_packaged_articles_are_there_and_clean():
 
 def test_every_sequence_begins_an_article_of_its_own():
     cfg, tokenizer = DataConfig(**composed().probe), byte_tokenizer()
-    tokens, text_hash = data.beginnings(cfg, tokenizer, 1024)
+    tokens, documents, text_hash = data.heldout(cfg, tokenizer, 1024)
     openings = [text for text in wikipedia.openings(runtime.package_path(cfg.path)) if len(text.encode()) >= 128]
     assert tokens.shape == (8, 129) and (tokens[:, 0] == 256).all()
     for sequence, opening in zip(tokens.tolist(), openings, strict=False):
         assert opening.encode().startswith(
             tokenizer.decode(sequence[1:], errors="ignore").encode().rstrip(b"\xef\xbf\xbd")
         )
-    assert data.beginnings(cfg, tokenizer, 1)[0].shape == (1, 129)
-    assert data.beginnings(cfg, tokenizer, 1024)[1] == text_hash != data.beginnings(cfg, tokenizer, 512)[1]
-    assert 90 < len(data.beginnings(cfg, tokenizer, 10**9)[0]) <= 106
+    assert data.heldout(cfg, tokenizer, 1)[0].shape == (1, 129)
+    assert data.heldout(cfg, tokenizer, 1024).hash == text_hash != data.heldout(cfg, tokenizer, 512).hash
+    assert documents.tolist() == list(range(8))
+    assert 90 < len(data.heldout(cfg, tokenizer, 10**9).documents.unique()) <= 106

@@ -4,7 +4,7 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 
 - several seeds: a linear model of one mean a cell and one shift a seed, ordinary least squares on one number a run. Its
   residual is the noise between runs, and intervals say what further seeds would give.
-- one seed, and a response sampled in units (held-out sequences, questions) that all cells share: the contrast is made
+- one seed, and a response sampled in units (held-out documents, questions) that all cells share: the contrast is made
   within each unit, where what the units have in common cancels, and gets Student's interval over units. It says what
   further text would give *of these very runs*; how much another seed would differ is not in it.
 - one seed and one number a run: a linear model that lacks the cells' highest interaction, whose residual then stands

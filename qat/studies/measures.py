@@ -23,7 +23,7 @@ class Measured:
     """The numbers of one run. Keys of `losses` and `right` are what was scored: w8a8 and bf16 (the run in either mode),
     baseline, ptq (the baseline in W8A8 without QAT, by the mode `ptq`), untouched.
 
-    losses: FP64 [held-out sequences], nats a token; right: by task, FP64 [questions], 1 or 0; ape: percent;
+    losses: FP64 [held-out documents], nats a token; right: by task, FP64 [questions], 1 or 0; ape: percent;
     overshoot: share of tensors beyond their predicted amax, over quantized steps; clipped: share of elements beyond the
     target, over probed steps and tensors; linears: how many are quantized.
     """
@@ -68,7 +68,7 @@ def _read(cell: Cell) -> Measured:
     losses, right = {}, {}
     for name, (owner, mode) in scored.items():
         record = owner.evaluations()[benchmark][mode]
-        losses[name] = np.array(record["heldout"][cfg.data.name]["sequence_losses"])
+        losses[name] = np.array(record["heldout"][cfg.data.name]["document_losses"])
         right[name] = {
             task: np.array([float(row["correct"]) for row in owner.samples(benchmark, mode, task)])
             for task in record["tasks"]
@@ -99,7 +99,7 @@ def _mean(values: Iterable[float]) -> float:
 def heldout(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
     """Held-out loss of what `ours` names less that of `theirs`."""
     name = f"Held-out loss, {_versus(ours, theirs)}"
-    return _response(measured, name, "nats", 4, lambda m: m.losses[ours] - m.losses[theirs], "sequences", **more)
+    return _response(measured, name, "nats", 4, lambda m: m.losses[ours] - m.losses[theirs], "documents", **more)
 
 
 def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", task: str | None = None, **more):

@@ -117,7 +117,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     environment, (micro, accumulation) = runtime.environment(), cfg.batch
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
-    asked = "; ".join(f"{sequences} held-out sequences, {questions} questions" for sequences, questions in sizes)
+    asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
     return {
         "Model": cfg.model.name,
         "Data": cfg.data.name,
