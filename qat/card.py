@@ -67,7 +67,6 @@ def _base(cfg: Config) -> str:
 
 def _making(cfg: Config, run: Run) -> dict[str, str]:
     q, s, b = cfg.quant, cfg.scaling, cfg.budget
-    micro, accumulation = cfg.batch
     kept = {"max": f", window {s.window}", "exp_smooth": f", alpha {s.alpha:g}"}.get(s.algo, "")
     environment = run.environment()
     git = environment.get("git") or {}
@@ -75,7 +74,7 @@ def _making(cfg: Config, run: Run) -> dict[str, str]:
     targets = [f"{role}s to {getattr(q, f'target_{role}'):g}" for role in ROLES if getattr(q, f"{role}s")]
     return {
         "Experiment": f"{cfg.experiment or 'none'}, protocol {cfg.protocol}, seed {cfg.seed}",
-        "Budget": f"{b.name}: {cfg.steps} steps of {micro * accumulation} × {b.seq_len} tokens of {cfg.data.name}, "
+        "Budget": f"{b.name}: {cfg.size} of {cfg.data.name}, "
         f"learning rate {cfg.optim.lr:g}, the first {cfg.bf16_warmup_steps} steps in BF16",
         "Quantized": f"{', '.join(targets)} in {q.format}, "
         f"overflow {q.overflow}; {', '.join(q.scope)} of all blocks but {q.bf16_blocks}",

@@ -233,6 +233,12 @@ class Config:
         return max(1, round(self.budget.steps * self.budget.steps_factor))
 
     @property
+    def size(self) -> str:
+        """Steps and batch in words."""
+        micro, accumulation = self.batch
+        return f"{self.steps:,} steps of {micro * accumulation} × {self.budget.seq_len} tokens"
+
+    @property
     def batch(self) -> tuple[int, int]:
         """(micro_batch, accumulation): sequences a forward call, forward calls a step."""
         sequences = round(self.budget.micro_batch * self.budget.accumulation * self.budget.batch_factor)

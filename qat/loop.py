@@ -217,7 +217,7 @@ class _Session:
         sound = bool(result.sound)
         self._count_skipped(step, sound, loss)
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
-        overshoot = result.overshoot if quantized else None
+        overshoot = result.overshoot if quantized and sound else None
         return {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
@@ -230,7 +230,7 @@ class _Session:
             "epoch": self.stream.epoch if self.stream else None,
             "batch": self.batch,
             "quantized": quantized,
-            "overshoot_max": None if overshoot is None or not sound else float(overshoot.max()),
+            "overshoot_max": None if overshoot is None else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }
 

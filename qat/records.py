@@ -10,14 +10,13 @@ where it stood. Where weights are wanted after all, evaluation trains that run a
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from qat.config import Config, ConfigError, UserError
-from qat.report.studies import TITLES
+from qat.report.studies import TITLES, results
 from qat.runs import Run
 
 _PLAIN = ("config", "environment", "status", "coverage", "metrics", "warnings", "eval", "comparison")
@@ -34,9 +33,7 @@ def named(cfg: Config) -> Path:
 
 def of_studies(report: Path) -> set[str]:
     """The runs and baselines of the studies in a report's folder, by name."""
-    found = [report / name / f"{name}.json" for name in TITLES]
-    rows = [row for path in found if path.exists() for row in json.loads(path.read_text(encoding="utf-8"))["runs"]]
-    return {row[key] for row in rows for key in ("run", "baseline")}
+    return {row[key] for study in results(report).values() for row in study["runs"] for key in ("run", "baseline")}
 
 
 def keep(runs: Iterable[Run], report: Path, record: Path) -> tuple[list[str], list[str]]:
@@ -46,7 +43,12 @@ def keep(runs: Iterable[Run], report: Path, record: Path) -> tuple[list[str], li
     """
     if not (report / "report.md").exists():
         raise UserError(f"{report} has no report.md; write it first: make report")
-    shutil.copytree(report, record, dirs_exist_ok=True)
+    record.mkdir(parents=True, exist_ok=True)
+    for path in (*report.glob("report.*"), *report.glob("*.png")):
+        shutil.copy(path, record)
+    for name in TITLES:
+        if (report / name).exists():
+            shutil.copytree(report / name, record / name, dirs_exist_ok=True)
     kept, unfinished = [], []
     for run in runs:
         if run.config() and (run.finished or not run.status()):  # the untouched checkpoint has no status

@@ -50,6 +50,17 @@ def _lines(experiment: str, overrides: list[str], seeds: Sequence[int] | None) -
     return [[f"experiment={experiment}", *words, *cell] for cell in itertools.product(*axes)]
 
 
+def command(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> str:
+    """What makes an experiment under command-line overrides, with each of `seeds`."""
+    words = _shared(overrides)
+    given = dict(word.split("=", 1) for word in words if word.startswith(("budget=", "protocol=", "seed=")))
+    given |= {"seed": ",".join(map(str, seeds))} if seeds else {}
+    named = {"budget": ("BUDGET", "laptop"), "protocol": ("PROTOCOL", "paper"), "seed": ("SEEDS", "0")}
+    parts = [f"{named[key][0]}={value}" for key, value in given.items() if value != named[key][1]]
+    rest = " ".join(word for word in words if word.partition("=")[0] not in given)
+    return " ".join(["make", experiment, *parts, *([f'ARGS="{rest}"'] if rest else [])])
+
+
 def variant(experiment: str, overrides: list[str], changes: list[str]) -> Config:
     """An experiment under command-line overrides and then `changes`, without its own sweep, inside a Hydra entry."""
     return _compose([f"experiment={experiment}", *_shared(overrides), *changes])

@@ -18,12 +18,12 @@ def main(config, _) -> None:
     from qat.studies.page import write_audit
 
     design, left_out = audit.design(HydraConfig.get().overrides.task)
-    design = cells.replicated(design, config.study.seeds or [config.seed])
+    design, untrainable = audit.trainable(cells.replicated(design, config.study.seeds or [config.seed]))
     failed = cells.complete(design)
     if cells.trained_only():
         return
     measured, missing = measures.read(design)
-    page = write_audit(measured, missing, left_out, design[0].cfg, Path(config.report.out) / "audit")
+    page = write_audit(measured, missing, left_out | untrainable, design[0].cfg, Path(config.report.out) / "audit")
     print(f"\naudit: {page}")
     cells.report(failed)
 

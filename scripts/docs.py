@@ -3,7 +3,6 @@
 python scripts/docs.py            --check: only say whether they are up to date
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qat.report import studies
 from qat.runtime import ROOT
-from qat.wording import markdown
 
 _SECTION = re.compile(r"(<!-- from (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -23,10 +22,10 @@ def results(record: Path) -> str:
     facts = dict(re.findall(r"^- (\w+): (.+)$", report, re.MULTILINE))
     table = re.search(r"^## At a glance\n.*?\n(\|.*?)\n\n", report, re.DOTALL | re.MULTILINE)[1]
     verdict = re.search(r"^>.*?\n\n", report, re.DOTALL | re.MULTILINE)[0]
-    budget, _, size = facts["Budget"].partition(", ")
+    seeds = facts["Seed"].replace("; ", ",")
     lines = [
-        f"`make suite` at BUDGET={budget}, PROTOCOL={facts['Protocol']}, SEEDS={facts['Seed'].replace(' ', '')}:",
-        f"{size} a run, benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in {facts['Arithmetic']} arithmetic.",
+        f"`make suite` at BUDGET={facts['Budget']}, PROTOCOL={facts['Protocol']}, SEEDS={seeds}: {facts['Length']};",
+        f"benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in {facts['Arithmetic']} arithmetic.",
         "The quantized run in W8A8 less its BF16 baseline, with 95 % intervals. PTQ: that baseline in W8A8 without",
         "QAT; untouched: the checkpoint before any training.",
     ]
@@ -36,19 +35,10 @@ def results(record: Path) -> str:
 def claims(record: Path) -> str:
     """The verdicts of a record's factorial and audit, a claim a row, and what each rests on."""
     parts = []
-    for name in ("factorial", "audit"):
-        path = record / name / f"{name}.json"
-        if not path.exists():
-            continue
-        study = json.loads(path.read_text())
-        facts = study["facts"]
-        about = "; ".join(facts[key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
-        link = f"[all of it]({(path.parent / f'{name}.md').relative_to(ROOT / 'experiments')})"
-        rows = [[claim["claim"], claim["says"], f"**{claim['verdict']}**", claim["why"]] for claim in study["claims"]]
-        parts += [
-            f"`make {name}` ({about}; {link}):",
-            markdown(["Claim", "The paper", "Verdict", "What was measured"], rows),
-        ]
+    for name, study in studies.results(record).items():
+        about = "; ".join(study["facts"][key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
+        link = f"[all of it]({(record / name / f'{name}.md').relative_to(ROOT / 'experiments')})"
+        parts += [f"`make {name}` ({about}; {link}):", studies.claims_table(study["claims"]).markdown()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -199,7 +199,7 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
         "exp7": [(main, "max", 64, 0.05)],
         "exp8": [(slow, "max", 64, 0.05)],
     }
-    experiments = [Experiment("exp1", [Run(fast.folder), Run(main.folder)], [], [])]
+    experiments = [Experiment("exp1", [Run(fast.folder), Run(main.folder)], [])]
     for k, (name, cells) in enumerate(recipes.items()):
         runs = [
             Run(base.quantize(root / f"{name}-{recipe[0]}", name, recipe, 10 * k + i))
@@ -212,8 +212,8 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
                 write_probes(run.path, every, embedded=-0.2, wikipedia=0.16)
         if name in telemetry:
             write_probes(cells[0][0].folder, every, embedded=-0.21, wikipedia=0.14)
-        experiments.append(Experiment(name, runs, [Run(cells[0][0].folder)], []))
-    experiments.insert(5, Experiment("exp6", experiments[3].runs, experiments[3].baselines, []))
+        experiments.append(Experiment(name, runs, [Run(cells[0][0].folder)]))
+    experiments.insert(5, Experiment("exp6", experiments[3].runs, experiments[3].baselines))
     return experiments
 
 

@@ -13,6 +13,7 @@ from qat.config import ConfigError, register
 from qat.runs import Run, baseline_of, identity, ptq_mode, run_id
 from qat.studies import audit, measures, page
 from qat.studies.audit import PLAIN, SPLIT, SWITCHES
+from qat.studies.cells import replicated
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
 from tests.studies import WORDS, invent, write
 from tests.synthetic_runs import edit
@@ -31,14 +32,24 @@ def design():
 def test_every_cell_is_one_switch_away_from_its_base(design):
     cells, left_out = design
     by_key = {cell.key: cell.cfg for cell in cells}
-    assert set(by_key) == {key for key in KEYS if key[1] != "ranks not synchronized"} and len(by_key) == len(cells)
-    assert list(left_out) == ["ranks not synchronized"] and "RANKS=2" in left_out["ranks not synchronized"]
+    assert set(by_key) == set(KEYS) and len(by_key) == len(cells) and not left_out
     for (base, name), cfg in by_key.items():
         if name != PLAIN:
             words = next(switch.words for switch in SWITCHES if switch.name == name)
             changed = differences(identity(by_key[base, PLAIN]), identity(cfg))
             assert set(changed) == {word.partition("=")[0] for word in words}, name
     assert by_key[SPLIT, PLAIN].batch == (1, 4) and by_key["exp8", PLAIN].batch == (4, 1)
+
+
+def test_what_needs_ranks_is_left_out_at_those_seeds_where_one_rank_would_have_to_train_it(design, tmp_path):
+    cells = replicated([cell for cell in design[0] if cell.key[1] in (PLAIN, "ranks not synchronized")], [0, 1])
+    for cell in cells:
+        cell.cfg.runs_dir = str(tmp_path)
+    done = next(cell for cell in cells if cell.key[1] == "ranks not synchronized" and cell.cfg.seed == 1)
+    write([done], invent([done.key]))
+    kept, left_out = audit.trainable(cells)
+    assert len(kept) == len(cells) - 1 and done in kept
+    assert list(left_out) == ["exp8, ranks not synchronized, seed 0"] and "RANKS=2" in next(iter(left_out.values()))
 
 
 def test_only_a_switch_of_training_has_a_baseline_of_its_own(design):
@@ -145,7 +156,7 @@ def test_a_baseline_that_was_not_scored_by_ptq_is_missing(design, tmp_path):
 
 
 def test_the_page_names_what_was_left_out(design, tmp_path):
-    cells, left_out = copy.deepcopy(design)
+    cells, left_out = copy.deepcopy(design[0]), {"exp8, ranks not synchronized, seed 0": "one rank has nobody"}
     cells = [cell for cell in cells if cell.key in (("exp8", PLAIN), ("exp8", "no master weights"))]
     for cell in cells:
         cell.cfg.runs_dir = str(tmp_path)
@@ -154,7 +165,9 @@ def test_the_page_names_what_was_left_out(design, tmp_path):
     assert len(measured) == 2 and not missing
     path = page.write_audit(measured, missing, left_out, cells[0].cfg, tmp_path / "out")
     text, kept = path.read_text(), json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert "- ranks not synchronized: one rank" in text and "| 9   | no master weights | exp8 | 75" in text
+    assert (
+        "- exp8, ranks not synchronized, seed 0: one rank" in text and "| 9   | no master weights | exp8 | 75" in text
+    )
     assert [row["switch"] for row in kept["effects"]] == ["no master weights"] and len(kept["claims"]) == 5
     plain = text.partition("## The cells they are thrown in")[2]
     assert "Held-out loss, PTQ less baseline, nats" in plain and "| exp8" in plain

@@ -57,7 +57,7 @@ def test_identical_means_every_loss(tmp_path, losses, text, identical):
 
 def test_the_report_lists_what_was_repeated(tmp_path):
     first = write_repeat(tmp_path, 0)
-    experiment = Experiment("exp8", [first], [Run(write_run(tmp_path / "base", config()))], [])
+    experiment = Experiment("exp8", [first], [Run(write_run(tmp_path / "base", config()))])
     assert tables.floor([experiment]).rows == []
     write_repeat(tmp_path, 1)
     again = write_repeat(tmp_path, 2, (2.0, 2.0))

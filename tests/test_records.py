@@ -70,7 +70,7 @@ def test_what_is_restored_makes_the_same_report(kept, tmp_path):
     def moved(group: list[Run]) -> list[Run]:
         return [Run(tmp_path / "runs" / run.id) for run in group]
 
-    restored = [Experiment(e.name, moved(e.runs), moved(e.baselines), e.comparisons) for e in kept.experiments]
+    restored = [Experiment(e.name, moved(e.runs), moved(e.baselines)) for e in kept.experiments]
     write(restored, tmp_path / "report", {})
     before, after = ((folder / "report.md").read_text() for folder in (kept.report, tmp_path / "report"))
     assert re.sub(r"\S*/runs/", "", after) == re.sub(r"\S*/runs/", "", before)
@@ -96,7 +96,8 @@ def test_a_damaged_archive_puts_back_no_half_run(kept, tmp_path):
 def test_the_runs_of_a_study_are_found_through_its_result(tmp_path):
     assert records.of_studies(tmp_path) == set()
     (tmp_path / "audit").mkdir()
-    (tmp_path / "audit" / "audit.json").write_text(json.dumps({"runs": [{"run": "a", "baseline": "b", "seed": 0}]}))
+    found = {"claims": [], "runs": [{"run": "a", "baseline": "b", "seed": 0}]}
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(found))
     assert records.of_studies(tmp_path) == {"a", "b"}
 
 

@@ -1,5 +1,6 @@
 """The report: complete, self-contained, the same in both formats, and never stopped by what is missing."""
 
+import itertools
 import json
 import math
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from qat.compare import compare
+from qat.config import BenchmarkConfig
 from qat.report import Experiment, tables, write
 from qat.report.experiment import Curve, Telemetry, published
 from qat.runs import Run
@@ -61,12 +62,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> tuple[Page, str, Path]:
-    """The whole suite, exp8 compared beforehand."""
+    """The whole suite."""
     root = tmp_path_factory.mktemp("suite")
     experiments = suite(root)
-    last = experiments[-1]
-    run, base = last.runs[0].path, last.baselines[0].path
-    last.comparisons.append(compare(run, base, "quick", untouched_beside(run)))
     html, markdown = write(experiments, root / "out", CONTEXT)
     return Page(html), markdown.read_text(), html.parent
 
@@ -199,7 +197,7 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
         answers = dict.fromkeys(("bf16", "w8a8"), answers)
         texts = {"bf16": text, "w8a8": ours}
         runs.append(write_run(tmp_path / f"run{seed}", config(**HIF8, **of), [2.0 + shift], answers, texts))
-    experiment = Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines], [])
+    experiment = Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines])
     rows = [[str(cell) for cell in row] for row in tables.seeds([experiment]).rows]
     # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
@@ -229,7 +227,7 @@ def test_what_a_run_warned_of_is_a_caution(tmp_path):
     metrics = [json.loads(line) | {"skipped": False} for line in (base / "metrics.jsonl").read_text().splitlines()]
     metrics[-1] |= {"skipped": True, "loss": None}
     (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    html, markdown = write([Experiment("exp1", [Run(base)], [], [])], tmp_path / "out", {})
+    html, markdown = write([Experiment("exp1", [Run(base)], [])], tmp_path / "out", {})
     for line in (
         "base, step 9: 90 % lost.",
         "base, step 5: weight scales lag.",
@@ -240,28 +238,44 @@ def test_what_a_run_warned_of_is_a_caution(tmp_path):
     assert "30 % lost" not in markdown.read_text()
 
 
-def test_what_an_earlier_version_compared_is_shown(tmp_path):
-    """It scored no PTQ, and wrote less about the untouched checkpoint."""
+def test_without_ptq_or_the_untouched_checkpoint_the_rest_is_shown(tmp_path):
     run, base = (Run(path) for path in _compared(tmp_path))
-    comparison = compare(run.path, base.path, "quick")
-    del comparison["ptq"], comparison["qat"]
-    for row in (*comparison["heldout"], *comparison["pooled"]):
-        del row["untouched"]
-    html, markdown = write([Experiment("exp8", [run], [base], [comparison])], tmp_path / "out", {})
+    experiment = Experiment("exp8", [run], [base])
+    html, markdown = write([experiment], tmp_path / "out", {})
     for text in (Page(html).text, markdown.read_text()):
         assert "ours, W8A8" in text and "ours, W8A8 by PTQ" not in text and "costs" not in text
         assert (
             "PTQ) was not scored beside exp8, so whether QAT was needed is unknown; scripts/eval.py scores it" in text
         )
-    assert "untouched" not in tables.glance([Experiment("exp8", [run], [base], [comparison])], published()).header
+    assert "untouched" not in tables.glance([experiment], published()).header
 
 
-def _compared(folder: Path) -> tuple[Path, Path]:
+def test_the_benchmark_that_is_asked_for_is_shown_and_no_other(tmp_path):
+    run, base = (Run(path) for path in _compared(tmp_path))
+    other = Experiment("exp8", [run], [base], BenchmarkConfig(name="paper"))
+    assert other.pairs[0].comparison is None and "has no paper evaluation" in other.pairs[0].missing
+    html, _ = write([other], tmp_path / "out", {})
+    assert re.search(r"Benchmark:?\s+paper", Page(html).text)
+    assert Experiment("exp8", [run], [base]).pairs[0].comparison["benchmark"] == "quick"
+
+
+def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):
+    runs, bases = [], []
+    for number, (seed, overflow) in enumerate(itertools.product((0, 1), ("clip", "inf"))):
+        made = _compared(tmp_path / str(number), **{"seed": seed, "quant.overflow": overflow})
+        run, base = (Run(path.rename(path.with_name(f"{path.name}{number}"))) for path in made)
+        runs, bases = [*runs, run], [*bases, base]
+    rows = tables.seeds([Experiment("mine", runs, bases)]).rows
+    assert [str(row[0]) for row in rows if str(row[0])] == ["mine overflow clip", "mine overflow inf"]
+
+
+def _compared(folder: Path, **changes) -> tuple[Path, Path]:
     answers, text = {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}, {"wikipedia": [3.0, 3.2, 3.4]}
-    base = write_run(folder / "base", config(), [2.0], {"bf16": answers}, {"bf16": text})
+    plain = {key: value for key, value in changes.items() if not key.startswith("quant.")}
+    base = write_run(folder / "base", config(**plain), [2.0], {"bf16": answers}, {"bf16": text})
     modes = ("w8a8", "bf16")
     return write_run(
-        folder / "run", config(**HIF8), [2.1], dict.fromkeys(modes, answers), dict.fromkeys(modes, text)
+        folder / "run", config(**HIF8, **changes), [2.1], dict.fromkeys(modes, answers), dict.fromkeys(modes, text)
     ), base
 
 
@@ -279,17 +293,17 @@ def test_every_stage_of_incompleteness(tmp_path):
     other = write_run(tmp_path / "other", config(**HIF8, **{"optim.lr": 1e-4}), losses(1, 4, 1e-5) + 0.01)
     write_telemetry(other, blocks=[3], every=4)
     experiments = [
-        Experiment("exp1", [], [], []),
-        Experiment("exp3", [Run(tmp_path / "nowhere")], [Run(base)], []),
-        Experiment("exp4", [Run(begun)], [Run(base)], []),
-        Experiment("exp5", [Run(lone)], [], []),
-        Experiment("exp8", [Run(other)], [Run(base)], []),
-        Experiment("my sweep", [Run(lone)], [Run(base)], []),
+        Experiment("exp1", [], [], command="make exp1 BUDGET=gpu"),
+        Experiment("exp3", [Run(tmp_path / "nowhere")], [Run(base)], command="make exp3"),
+        Experiment("exp4", [Run(begun)], [Run(base)]),
+        Experiment("exp5", [Run(lone)], []),
+        Experiment("exp8", [Run(other)], [Run(base)]),
+        Experiment("my sweep", [Run(lone)], [Run(base)]),
     ]
     html, markdown = write(experiments, tmp_path / "out", {})
     page = Page(html)
     for line in (
-        "exp1 has not been run yet; make it: make exp1",
+        "exp1 has not been run yet; make it: make exp1 BUDGET=gpu",
         "nowhere has not been run yet; make it: make exp3",
         "begun is running at step 0 of 36; finish it: python scripts/train.py experiment=exp8",
         "lone has no BF16 baseline yet; make it: python scripts/train.py experiment=exp8",
@@ -302,7 +316,7 @@ def test_every_stage_of_incompleteness(tmp_path):
 def test_siblings_are_told_apart_by_what_differs(tmp_path):
     def labels(*changes):
         runs = [Run(write_run(tmp_path / f"{i}", config(**HIF8 | change))) for i, change in enumerate(changes)]
-        return [pair.label for pair in Experiment("exp2", runs, [], []).pairs]
+        return [pair.label for pair in Experiment("exp2", runs, []).pairs]
 
     assert labels({"scaling.algo": "current"}, {"scaling.window": 30}) == ["exp2 current", "exp2 max"]
     assert labels({"scaling.window": 16}, {"scaling.window": 30}) == ["exp2 window 16", "exp2 window 30"]

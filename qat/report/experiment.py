@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from qat.compare import TASKS, compare, differences, mismatches, train_command
-from qat.config import UserError
+from qat.config import BenchmarkConfig, Config, UserError
 from qat.runs import Run, run_id, untouched_of
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
@@ -37,20 +37,30 @@ def published() -> dict:
 
 @dataclass
 class Experiment:
-    """Runs of one experiment. `comparisons` are results of `qat.compare.compare`; missing ones are made on the way."""
+    """Runs of one experiment, which are compared on the way.
+
+    benchmark: on which; None: each on the one of its own configuration. command: what makes those that are missing.
+    """
 
     name: str
     runs: list[Run]
     baselines: list[Run]
-    comparisons: list[dict]
+    benchmark: BenchmarkConfig | None = None
+    command: str = ""
+
+    @cached_property
+    def typed(self) -> dict[str, Config]:
+        """The configuration of each of its runs whose folder exists, read once; {run id: config}. What a run of an
+        earlier version did not have is at its default."""
+        found = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
+        for config in found.values():
+            config.benchmark = self.benchmark or config.benchmark
+        return found
 
     @cached_property
     def configs(self) -> dict[str, dict]:
-        """The configuration of each of its runs whose folder exists, read once; {run id: config}. What a run of an
-        earlier version did not have is at its default."""
-        runs = {run.id: run for run in (*self.runs, *self.baselines) if run.config()}
-        typed = {name: OmegaConf.structured(run.typed_config()) for name, run in runs.items()}
-        return {name: OmegaConf.to_container(config) for name, config in typed.items()}
+        """The same as plain dictionaries."""
+        return {name: OmegaConf.to_container(OmegaConf.structured(config)) for name, config in self.typed.items()}
 
     @cached_property
     def absent(self) -> list[str]:
@@ -75,10 +85,7 @@ class Experiment:
 
     def _pair(self, run: Run, label: str) -> Pair:
         pair = Pair(label, run, self.configs[run.id])
-        known = next((c for c in self.comparisons if c["run"] == run.id), None)
-        if known:
-            pair.baseline, pair.comparison = next((b for b in self.bf16 if b.id == known["baseline"]), None), known
-        elif self.bf16:
+        if self.bf16:
             self._compare(pair)
         else:
             pair.missing = f"{run.id} has no BF16 baseline yet; make it: {train_command(run)}"
@@ -86,8 +93,8 @@ class Experiment:
 
     def _compare(self, pair: Pair) -> None:
         """Fill in the comparison with the baseline that fits, or why there is none."""
-        config = pair.run.typed_config()
-        pair.baseline = next((b for b in self.bf16 if not mismatches(config, b.typed_config())), None)
+        config = self.typed[pair.run.id]
+        pair.baseline = next((b for b in self.bf16 if not mismatches(config, self.typed[b.id])), None)
         candidate = pair.baseline or self.bf16[0]
         benchmark, origin = pair.config["benchmark"]["name"], untouched(pair.run)
         try:

@@ -135,7 +135,8 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
     lines = {
         "Model": [c["model"]["name"] for c in configs],
         "Data": [c["data"]["name"] for c in configs],
-        "Budget": [_budget(c["budget"]) for c in configs],
+        "Budget": [c["budget"]["name"] for c in configs],
+        "Length": [config.size for e in experiments for config in e.typed.values()],
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
@@ -145,11 +146,6 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Code": [_code(e["git"]) for e in environments if e["git"]],
     }
     return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
-
-
-def _budget(budget: Mapping) -> str:
-    batch = budget["micro_batch"] * budget["accumulation"]
-    return f"{budget['name']}, {budget['steps']:,} steps of {batch} × {budget['seq_len']} tokens"
 
 
 def _code(git: Mapping) -> str:
@@ -164,7 +160,7 @@ def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[di
 def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -> dict:
     missing = [pair.missing for pair in experiment.pairs if pair.missing]
     absent = experiment.absent or ([] if experiment.configs else [experiment.name])
-    missing += [f"{name} has not been run yet; make it: make {experiment.name}" for name in absent]
+    missing += [f"{name} has not been run yet; make it: {experiment.command}" for name in absent]
     runs = {run.id: run for run in (*experiment.runs, *experiment.baselines) if run.id in experiment.configs}
     pairs = [_pair(pair, experiment, shown) for pair in experiment.pairs]
     return {

@@ -23,7 +23,7 @@ def described(names: Sequence[str], words: list[str], seeds: Sequence[int] | Non
         cells = suite.cells(name, words, seeds)
         runs = [Run.of(cell) for cell in cells]
         baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
-        experiments.append(Experiment(name, runs, baselines, [run.comparison() for run in runs if run.comparison()]))
+        experiments.append(Experiment(name, runs, baselines, cells[0].benchmark, suite.command(name, words, seeds)))
     return experiments
 
 
@@ -42,8 +42,7 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
     for name, members in groups.items():
         quantized = [run for run in members if configs[run.id].quantized]
         baselines = [baseline for run in quantized for baseline in _baselines(run, configs[run.id], plain)]
-        comparisons = [found for run in quantized if (found := run.comparison())]
-        experiments.append(Experiment(name, members, baselines, comparisons))
+        experiments.append(Experiment(name, members, baselines))
     return experiments
 
 

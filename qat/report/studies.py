@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,26 +18,35 @@ TITLES = {
 }
 
 
-def studies_in(out: Path) -> list[dict]:
-    """The studies whose result lies in `out`, the report's folder: name, title, facts, claims as a table, panels.
-
-    Errors: UserError for a damaged file.
-    """
-    found = []
-    for name, title in TITLES.items():
+def results(out: Path) -> dict[str, dict]:
+    """What the studies in `out`, a report's folder, have found, by name. Errors: UserError for a damaged file."""
+    found = {}
+    for name in TITLES:
         path = out / name / f"{name}.json"
-        if not path.exists():
-            continue
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            rows = [[claim[key] for key in ("claim", "says", "verdict", "why")] for claim in result["claims"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); write it again: make {name}") from error
-        claims = Table(["Claim", "The paper", "Verdict", "Why"], [[Cell(text) for text in row] for row in rows])
+        if path.exists():
+            try:
+                found[name] = json.loads(path.read_text(encoding="utf-8"))
+                claims_table(found[name]["claims"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}); write it again: make {name}") from error
+    return found
+
+
+def claims_table(claims: Sequence[Mapping]) -> Table:
+    """Claims that were judged, one a row."""
+    header = ["Claim", "The paper", "Verdict", "What was measured"]
+    return Table(header, [[Cell(claim[key]) for key in ("claim", "says", "verdict", "why")] for claim in claims])
+
+
+def studies_in(out: Path) -> list[dict]:
+    """The studies whose result lies in `out`, a report's folder: name, title, facts, claims as a table, panels."""
+    found = []
+    for name, result in results(out).items():
         # A result of an earlier version has neither facts nor interactions.
         drawn = [interaction(each, legend=not i) for i, each in enumerate(result.get("interactions", []))]
         facts = " · ".join(f"{label}: {text}" for label, text in result.get("facts", {}).items())
-        found.append({"name": name, "title": title, "facts": facts, "claims": claims, "panels": drawn})
+        claims = claims_table(result["claims"])
+        found.append({"name": name, "title": TITLES[name], "facts": facts, "claims": claims, "panels": drawn})
     return found
 
 

@@ -13,7 +13,7 @@ from qat.config import UserError
 from qat.floor import floor as floor_of
 from qat.floor import repeats
 from qat.paired import half_width
-from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, unlike, untouched
+from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, told_apart, unlike, untouched
 from qat.runs import Run, identity
 from qat.wording import (
     FLOOR_HEADER,
@@ -245,16 +245,12 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
     """For every recipe that ran with several seeds, a row each for its W8A8, PTQ, its BF16 weights and the untouched
     checkpoint: mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside
     the mean half interval that one run has from its sampled text and questions."""
-    recipes = defaultdict(dict)
-    for pair in (pair for e in experiments for pair in e.pairs if pair.comparison):
-        recipe = identity(pair.run.typed_config()) | {"seed": None}
-        recipes[json.dumps(recipe, sort_keys=True)].setdefault(pair.run.id, pair)  # experiments share runs
     rows = []
-    for pairs in (list(found.values()) for found in recipes.values()):
+    for label, pairs in _recipes(experiments).items():
         found = [pair.comparison for pair in pairs]
         if len(found) < 2:
             continue
-        label, apes = pairs[0].label.partition(" seed ")[0], [c["loss"]["ape"] for c in found]
+        apes = [c["loss"]["ape"] for c in found]
         for mode, name in (MODES | {"untouched": "untouched checkpoint"}).items():
             held = [_changed(c["heldout"], mode) for c in found]  # the first text is the data's own
             if not all(held):
@@ -266,6 +262,20 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
             rows.append([*cells, *points])
     header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
     return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
+
+
+def _recipes(experiments: Sequence[Experiment]) -> dict[str, list[Pair]]:
+    """The compared runs that differ in nothing but their seed, by what tells them apart from the experiment's others;
+    those that experiments share under the first one's name."""
+    recipes = {}
+    for experiment in experiments:
+        own = defaultdict(list)
+        for pair in (pair for pair in experiment.pairs if pair.comparison):
+            own[json.dumps(identity(pair.run.typed_config()) | {"seed": None}, sort_keys=True)].append(pair)
+        labels = told_apart({key: pairs[0].config | {"seed": None} for key, pairs in own.items()})
+        for key, pairs in own.items():
+            recipes.setdefault(key, (f"{experiment.name} {labels[key]}".strip(), pairs))
+    return dict(recipes.values())
 
 
 def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:

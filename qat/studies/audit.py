@@ -66,24 +66,27 @@ def design(words: Sequence[str]) -> tuple[list[Cell], dict[str, str]]:
     if any(word.startswith("protocol=") and word != "protocol=paper" for word in words):
         raise ConfigError("protocol=released: the audit throws its switches one at a time; set protocol=paper")
     words = list(words)
-    plain = {name: suite.variant(name, words, []) for name in ("exp8", "exp3")}
-    bases = {name: (name, words) for name in plain}
+    bases = {name: (name, words) for name in ("exp8", "exp3")}
     left_out = {}
-    split = _split(plain["exp8"])
+    split = _split(suite.variant("exp8", words, []))
     if split is None:
         left_out["a tick a call"] = "a step is one sequence, so calls are steps; set budget.micro_batch=2 or more"
     else:
         bases[SPLIT] = ("exp8", words + split)
-    cells = [Cell((base, PLAIN), suite.variant(name, own, [])) for base, (name, own) in bases.items()]
+    cells = [Cell((base, PLAIN), suite.variant(name, given, [])) for base, (name, given) in bases.items()]
     for switch in SWITCHES:
         for base in (each for each in switch.bases if each in bases):
-            name, own = bases[base]
-            cell = Cell((base, switch.name), suite.variant(name, own, switch.words))
-            if cell.cfg.scaling.sync == "none" and ranks.count() == 1 and not Run.of(cell.cfg).finished:
-                left_out[switch.name] = "one rank has nobody to synchronize with; train it with RANKS=2 or more"
-                continue
-            cells.append(cell)
+            name, given = bases[base]
+            cells.append(Cell((base, switch.name), suite.variant(name, given, switch.words)))
     return cells, left_out
+
+
+def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
+    """Those cells that can be trained here or have been trained, and {label: why it is left out}."""
+    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and ranks.count() == 1]
+    left_out = [cell for cell in alone if not Run.of(cell.cfg).finished]
+    why = "one rank has nobody to synchronize with; train it with RANKS=2 or more"
+    return [cell for cell in cells if cell not in left_out], {cell.label: why for cell in left_out}
 
 
 def _split(cfg: Config) -> list[str] | None:

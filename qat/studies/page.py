@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -12,11 +13,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from qat import runtime
 from qat.compare import APE_MARK, DROP_MARK
 from qat.config import Config
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
-from qat.report.studies import TITLES, interaction
+from qat.report.studies import TITLES, claims_table, interaction
+from qat.runs import Run
 from qat.studies import audit, factorial, measures
 from qat.studies.contrasts import Response, Weights, region
 from qat.studies.measures import MODES, Measured
@@ -114,18 +115,22 @@ def _summary(claims: Sequence[Mapping]) -> str:
 
 
 def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
-    environment, (micro, accumulation) = runtime.environment(), cfg.batch
+    runs = Path(cfg.runs_dir)
+    environments = [found for m in measured if (found := Run(runs / m.run).environment())]
+    hardware = dict.fromkeys(e["gpu"] or f"{e['processor']}, {e['cores']} cores" for e in environments)
+    code = dict.fromkeys(f"{e['git']['commit'][:10]}" for e in environments if e["git"])
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
     return {
         "Model": cfg.model.name,
         "Data": cfg.data.name,
-        "Budget": f"{cfg.budget.name}, {cfg.steps:,} steps of {micro * accumulation} × {cfg.budget.seq_len} tokens",
+        "Budget": f"{cfg.budget.name}, {cfg.size}",
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len(measured)}, seeds {seeds}",
-        "Hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
-        "Command": f"python {environment['command']}",
+        "Hardware": "; ".join(hardware) or "unknown",
+        "Code": "; ".join(code) or "unknown",
+        "Command": f"python {' '.join(sys.argv)}",
         "Date": str(date.today()),
     }
 
@@ -139,8 +144,7 @@ def _missing(missing: Mapping[str, str]) -> list[str]:
 
 
 def _short_runs(cfg: Config) -> str:
-    quantized = cfg.steps - cfg.bf16_warmup_steps
-    if quantized > 17:
+    if cfg.steps * (cfg.batch[1] if cfg.scaling.tick == "call" else 1) > 17:
         return ""
     return (
         f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here, "
@@ -151,7 +155,6 @@ def _short_runs(cfg: Config) -> str:
 def _claims(claims: Sequence[Mapping]) -> list[str]:
     if not claims:
         return []
-    rows = [[claim["claim"], claim["says"], f"**{claim['verdict']}**", claim["why"]] for claim in claims]
     details = [
         [
             claim["claim"],
@@ -165,7 +168,7 @@ def _claims(claims: Sequence[Mapping]) -> list[str]:
         for each in (*claim["premises"], *claim["statements"])
     ]
     header = ["Claim", "Statement", "Response", "Estimate [interval]", "True where", "Verdict"]
-    return ["## Claims", markdown(["Claim", "The paper", "Verdict", "Why"], rows), markdown(header, details)]
+    return ["## Claims", claims_table(claims).markdown(), markdown(header, details)]
 
 
 def _cells(measured: Sequence[Measured]) -> tuple[list[list[str]], list[str]]:
