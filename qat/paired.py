@@ -33,9 +33,9 @@ def mcnemar(lost: int, gained: int) -> float:
 def tango(lost: int, gained: int, n: int) -> tuple[float, float]:
     """95 % score interval of the change (gained - lost) / n of a paired proportion, as shares (Tango 1998).
 
-    It inverts the score test whose value at zero is McNemar's, so it agrees with the p-value beside it. It keeps its
-    coverage at small n, and says +-z^2 / (n + z^2) when nothing flipped, where a Wald interval or a bootstrap
-    collapses to a point.
+    It inverts the score test whose value at zero is McNemar's; the exact test beside it is a little more careful, so of
+    few flips the interval may exclude zero where p is above 0.05. It keeps its coverage at small n, and says
+    +-z^2 / (n + z^2) when nothing flipped, where a Wald interval or a bootstrap collapses to a point.
     """
     change = (gained - lost) / n
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
-from qat.paired import holm
+from qat.paired import LEVEL, holm
 
 TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
 TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
@@ -116,7 +117,7 @@ def _cost(rows: list[Mapping], text: str) -> str:
     span = f"{low} to {high}" if len(rows) > 1 else low
     return (
         f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token{text}; "
-        f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals (95 %) exclude zero."
+        f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals (95 %, uncorrected) exclude zero."
     )
 
 
@@ -136,9 +137,9 @@ def _recovered(rows: list[Mapping], text: str) -> str:
         low, high = (signed(end(row[key] for row in rows), 4) for end in (min, max))
         spans[key] = f"{low} to {high}"
     return (
-        f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {spans['ptq']} nats a token{text}, of which QAT recovers "
-        f"{spans['recovered']}: beyond noise (95 %) in {better} of {len(rows)} runs"
-        f"{f', and in {worse} it costs more than PTQ' if worse else ''}."
+        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {spans['ptq']} nats a token{text}; with "
+        f"QAT and its scales {spans['recovered']} less: beyond noise (95 %) in {better} of {len(rows)} runs"
+        f"{f', and in {worse} more than PTQ' if worse else ''}."
     )
 
 
@@ -157,12 +158,13 @@ def _beyond_noise(row: Mapping) -> bool:
 def _recovered_once(row: Mapping, text: str) -> str:
     ptq, qat = (signed(row[key], 4) for key in ("ptq", "w8a8"))
     costs = (
-        f"Without QAT (PTQ of the BF16 baseline) W8A8 costs {ptq} nats a token of held-out text{text}, with QAT {qat}"
+        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {ptq} nats a token of held-out text{text},"
+        f" with QAT and its scales {qat}"
     )
     change = f"{signed(row['recovered'], 4)} {interval(row['ci'], 4)}"
     if not _beyond_noise(row):
         return f"{costs}; the difference, {change}, is not beyond noise, so this does not show that QAT was needed."
-    return f"{costs}: QAT recovers {change}." if row["recovered"] > 0 else f"{costs}: QAT does harm, {change}."
+    return f"{costs}: better by {change}." if row["recovered"] > 0 else f"{costs}: worse than PTQ, {change}."
 
 
 def verdict(comparisons: Mapping[str, dict]) -> str:
@@ -180,14 +182,18 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
     rows = sorted(tests.values(), key=lambda pair: pair[1]["p_value"])
     real = holm([row["p_value"] for _, row in rows])
     name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
-    reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name})"
-    reach = f"with this many questions {reach} cannot be excluded"
+    reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name}) cannot be excluded"
+    tests = f"of {len(rows)} exact McNemar tests (5 %, Holm's correction over all)"
     if not real:
-        smallest = f"smallest p {_relation(rows[0][1]['p_value'])}, {rows[0][0]}"
-        return f"None of {len(rows)} paired tests differs from BF16 beyond noise ({smallest}), but {reach}."
+        flips = math.ceil(math.log2(2 * len(rows) / LEVEL))
+        smallest = f"the smallest p is {p_text(rows[0][1]['p_value'])} ({rows[0][0]})"
+        return (
+            f"None {tests} finds a difference from BF16; {smallest}. That is no evidence of equality: to be found, at "
+            f"least {flips} answers must change, all one way, and with these questions {reach}."
+        )
     found = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
     rest = f"; elsewhere {reach}" if real < len(rows) else ""
-    return f"{real} of {len(rows)} paired tests differ from BF16 beyond noise: {', '.join(found)}{rest}."
+    return f"{real} {tests} find a difference from BF16: {', '.join(found)}{rest}."
 
 
 def _relation(p: float) -> str:

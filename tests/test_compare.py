@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from qat.compare import compare, loss_ape
 from qat.config import UserError
-from qat.paired import half_width
+from qat.paired import half_width, holm
 from qat.wording import heldout_verdict, qat_verdict, table, verdict
 from tests.synthetic_runs import PTQ, config, edit, write_run
 
@@ -90,7 +90,8 @@ def test_untouched_scores_stand_beside(runs, tmp_path):
 
 
 def test_near_chance_and_a_baseline_of_zero(tmp_path):
-    for right, near, passes in ((33, True, True), (35, False, True), (0, True, None)):
+    """A binomial test: 33 of 100 are more than a quarter at p = 0.045, 32 at 0.069."""
+    for right, near, passes in ((32, True, True), (33, False, True), (0, True, None)):
         answers = [True] * right + [False] * (100 - right)
         baseline = write_run(tmp_path / f"base{right}", config(), [2.0], {"bf16": {"mmlu": answers}})
         both = {"bf16": {"mmlu": answers}, "w8a8": {"mmlu": answers}}
@@ -243,18 +244,24 @@ def test_ptq_of_the_baseline_stands_beside_the_run(runs):
     assert (qat["ptq"], qat["w8a8"], qat["recovered"]) == pytest.approx((0.7 / 3, 0.1, 0.4 / 3))
     assert qat["ci"] == pytest.approx([0.4 / 3 - half, 0.4 / 3 + half])
     assert json.loads(json.dumps(result)) == result
-    assert "| W8A8 by PTQ " in table(result) and "2 of 3 paired tests differ" in verdict({"": result})
-    assert verdict({"a": result, "b": dict(result, run="other")}).startswith("1 of 5 paired")  # they share one PTQ
+    assert "| W8A8 by PTQ " in table(result) and verdict({"": result}).startswith("2 of 3 exact McNemar tests")
+    assert verdict({"a": result, "b": dict(result, run="other")}).startswith("1 of 5 exact")  # they share one PTQ
 
 
 @pytest.mark.parametrize(
     ("losses", "says"),
     [
-        ([3.3, 3.61, 3.6], "costs +0.3033 nats a token of held-out text, with QAT +0.1000: QAT recovers +0.2033 [+0.1"),
-        ([3.2, 3.5, 3.4], "with QAT +0.1000; the difference, +0.0667 [-0.0768, +0.2101], is not beyond noise, so"),
+        (
+            [3.3, 3.61, 3.6],
+            "+0.3033 nats a token of held-out text, with QAT and its scales +0.1000: better by +0.2033 [+0.1",
+        ),
+        (
+            [3.2, 3.5, 3.4],
+            "with QAT and its scales +0.1000; the difference, +0.0667 [-0.0768, +0.2101], is not beyond noise, so",
+        ),
         (
             [3.0, 3.31, 3.3],
-            "W8A8 costs +0.0033 nats a token of held-out text, with QAT +0.1000: QAT does harm, -0.0967",
+            "costs +0.0033 nats a token of held-out text, with QAT and its scales +0.1000: worse than PTQ, -0.0967",
         ),
     ],
 )
@@ -266,8 +273,8 @@ def test_whether_qat_was_needed_is_said_in_words(runs, losses, says):
 def test_qat_of_several_runs_is_counted(runs):
     results = [with_ptq(runs, losses) for losses in ([3.3, 3.61, 3.6], [3.2, 3.5, 3.4], [3.0, 3.31, 3.3])]
     assert qat_verdict(results) == (
-        "Without QAT (PTQ of the BF16 baseline) W8A8 costs +0.0033 to +0.3033 nats a token, of which QAT recovers "
-        "-0.0967 to +0.2033: beyond noise (95 %) in 1 of 3 runs, and in 1 it costs more than PTQ."
+        "Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs +0.0033 to +0.3033 nats a token; with QAT "
+        "and its scales -0.0967 to +0.2033 less: beyond noise (95 %) in 1 of 3 runs, and in 1 more than PTQ."
     )
     assert qat_verdict([compare(*runs, "quick") | {"qat": []}]) == ""
 
@@ -296,13 +303,16 @@ def test_tasks_are_pooled_question_by_question(tmp_path):
 def test_verdict_neither_hides_nor_overclaims(runs):
     result = compare(*runs, "quick")
     assert verdict({"": result}).startswith(
-        "1 of 2 paired tests differ from BF16 beyond noise: ARC-Easy in W8A8 (-8.00 points, p = 0.021); elsewhere"
+        "1 of 2 exact McNemar tests (5 %, Holm's correction over all) find a difference from BF16: ARC-Easy in W8A8 "
+        "(-8.00 points, p = 0.021); elsewhere"
     )
     quiet = dict(result, tasks=[dict(row, p_value=0.4) for row in result["tasks"]])
     assert verdict({"exp8": quiet}) == (
-        "None of 2 paired tests differs from BF16 beyond noise (smallest p = 0.40, exp8: ARC-Easy in W8A8), but with "
-        "this many questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
+        "None of 2 exact McNemar tests (5 %, Holm's correction over all) finds a difference from BF16; the smallest p "
+        "is 0.40 (exp8: ARC-Easy in W8A8). That is no evidence of equality: to be found, at least 7 answers must change, "
+        "all one way, and with these questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
     )
+    assert [holm([binomtest(0, flips).pvalue, 1.0]) for flips in (6, 7)] == [0, 1]  # by the test itself
     assert verdict({"": dict(result, tasks=[])}) == "No benchmark task was compared."
 
 
@@ -311,12 +321,12 @@ def test_heldout_verdict_counts_what_excludes_zero(runs):
     clear = dict(result, heldout=[dict(row, difference=-0.2, ci=[-0.3, -0.1]) for row in result["heldout"]])
     assert heldout_verdict([result, clear]) == (
         "Held-out loss in W8A8 differs from BF16 by -0.2000 to +0.1000 nats a token; "
-        "1 of 2 intervals (95 %) exclude zero."
+        "1 of 2 intervals (95 %, uncorrected) exclude zero."
     )
     assert heldout_verdict([dict(result, heldout=[])]) == ""
     other = [dict(row, text="speeches", difference=0.5, ci=[0.4, 0.6]) for row in result["heldout"]]
     assert heldout_verdict([dict(result, heldout=other + result["heldout"])]) == (
-        "Held-out loss in W8A8 differs from BF16 by +0.5000 nats a token on speeches; 1 of 1 intervals (95 %) exclude "
-        "zero. Held-out loss in W8A8 differs from BF16 by +0.1000 nats a token on wikipedia; 0 of 1 intervals (95 %) "
-        "exclude zero."
+        "Held-out loss in W8A8 differs from BF16 by +0.5000 nats a token on speeches; 1 of 1 intervals (95 %, "
+        "uncorrected) exclude zero. Held-out loss in W8A8 differs from BF16 by +0.1000 nats a token on wikipedia; 0 of "
+        "1 intervals (95 %, uncorrected) exclude zero."
     )

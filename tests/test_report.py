@@ -89,12 +89,13 @@ def test_both_formats_hold_everything(report):
         assert f"exp{k}" in page.ids and f"## exp{k}: " in markdown
     shared = [
         "0.5 % mark in 6 of 6 compared runs",
-        "None of 60 paired tests",  # PTQ of three baselines, each counted once
+        "None of 60 exact McNemar tests",  # PTQ of three baselines, each counted once
         "Not compared: exp7.",
         "42.51 → 41.25",
         "exp8-max against exp8-bf16",
         "One seed a cell",
-        "MMLU is near chance",
+        "MMLU in BF16, ",
+        "cannot be told from chance, 25 % (binomial test, 5 %)",
         "untouched checkpoint",
         "ours, untouched",
         "ours, W8A8 by PTQ",
@@ -103,7 +104,7 @@ def test_both_formats_hold_everything(report):
         "0123456789, modified",
         "Loss APE 0.",
         "Held-out loss in W8A8 differs from BF16 by +0.00",
-        "of 6 intervals (95 %) exclude zero",
+        "of 6 intervals (95 %, uncorrected) exclude zero",
         "comes to the same run as exp4",
         "first 2 steps in BF16",
         "Questions to resolve the mark",
