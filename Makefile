@@ -122,7 +122,7 @@ diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 report: $(READY) ## rebuild the suite's report from the run folders
 	$(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS)
 
-docs: $(READY) ## write the README's table from its record
+docs: $(READY) ## write what README.md and experiments/README.md show of their records
 	$(PY) scripts/docs.py
 
 RECORD ?=
@@ -148,7 +148,7 @@ gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the bench
 	  "bench.steps=[all,'all, fp8 products','all, current scaling']"
 	$(PY) scripts/bench.py $(GPU) bench.out=gpu/memory "bench.parts=[memory]" "bench.steps=[mlp,all,'all, fp8 products']"
 
-test: lint ## lint, format check and all tests (CPU, no network)
+test: lint ## lint, format check and the tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"
 
 slow: $(TESTED) ## the tests that take minutes: what ranks send, a run of two ranks through make, a suite on an imitated SLURM

@@ -1,6 +1,6 @@
 """Say what a run and its baseline will take: memory, hours, disk, downloads. Nothing is trained or downloaded.
 
-python scripts/plan.py experiment=exp8 budget=paper data=fineweb model=openpangu_1b     (WORLD_SIZE=8: on eight ranks)
+python scripts/plan.py experiment=exp8 budget=paper     (WORLD_SIZE=8: on eight ranks)
 """
 
 import sys

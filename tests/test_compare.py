@@ -309,8 +309,9 @@ def test_verdict_neither_hides_nor_overclaims(runs):
     quiet = dict(result, tasks=[dict(row, p_value=0.4) for row in result["tasks"]])
     assert verdict({"exp8": quiet}) == (
         "None of 2 exact McNemar tests (5 %, Holm's correction over all) finds a difference from BF16; the smallest p "
-        "is 0.40 (exp8: ARC-Easy in W8A8). That is no evidence of equality: to be found, at least 7 answers must change, "
-        "all one way, and with these questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be excluded."
+        "is 0.40 (exp8: ARC-Easy in W8A8). That is no evidence of equality: to be found, at least 7 answers must "
+        "change, all one way, and with these questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be "
+        "excluded."
     )
     assert [holm([binomtest(0, flips).pvalue, 1.0]) for flips in (6, 7)] == [0, 1]  # by the test itself
     assert verdict({"": dict(result, tasks=[])}) == "No benchmark task was compared."

@@ -85,17 +85,21 @@ def test_a_budget_changes_nothing_but_sizes():
     for budget in BUDGETS:
         keys = changes((f"budget={budget}",)).keys()
         allowed = {f"budget.{size}" for size in sizes}
-        assert {key for key in keys if not key.startswith(("benchmark.", "data."))} <= allowed
+        assert {key for key in keys if not key.startswith(("benchmark.", "data.", "model."))} <= allowed
     paper = cli.typed(composed("budget=paper"))
     assert (paper.steps, paper.batch, paper.budget.seq_len) == (10_000, (16, 64), 1024)
     assert (paper.benchmark.name, cli.typed(composed("budget=smoke")).benchmark.name) == ("paper", "smoke")
+    assert (paper.model.name, paper.data.path, paper.data.subset) == (
+        "openpangu_1b", "HuggingFaceFW/fineweb", "sample-10BT",
+    )  # fmt: skip
+    assert cli.typed(composed("budget=paper", "model=tiny")).model.name == "tiny"
     assert cli.typed(composed("budget=paper", "experiment=exp7")).bf16_warmup_steps == 500
     assert cli.typed(composed("budget=paper")).lr_warmup_steps == 300
 
 
-def test_only_the_budget_of_a_gpu_brings_its_own_text_and_the_command_line_outdoes_it():
+def test_large_budgets_bring_their_own_text_and_the_command_line_outdoes_it():
     texts = {budget: composed(f"budget={budget}").data.name for budget in BUDGETS}
-    assert texts == dict.fromkeys(BUDGETS, "embedded") | {"gpu": "manuals"}
+    assert texts == dict.fromkeys(BUDGETS, "embedded") | {"gpu": "manuals", "paper": "fineweb"}
     for data, protocol in itertools.product(("fineweb", "embedded"), PROTOCOLS):
         for words in itertools.permutations((f"data={data}", "budget=gpu", f"protocol={protocol}", "experiment=exp8")):
             cfg = cli.typed(composed(*words))

@@ -101,8 +101,8 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
     near = {row["task"]: row for row in rows if row["near_chance"]}
     found = [
         f"{TASKS.get(task, task)} in BF16, {row['baseline']:.1f} % of {row['n']:,} questions, cannot be told from "
-        f"chance, {row['chance']:.0f} % (binomial test, 5 %). A score at chance has nothing left to lose, so that it did "
-        "not drop is no evidence of health."
+        f"chance, {row['chance']:.0f} % (binomial test, 5 %). A score at chance has nothing left to lose, so that it "
+        "did not drop is no evidence of health."
         for task, row in near.items()
     ]
     if rows and all(len({p.config["seed"] for p in e.pairs}) <= 1 for e in experiments):

@@ -91,7 +91,9 @@ def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         loss, entry = pair.comparison["loss"], paper["experiments"].get(name, {})
         held = next(each for each in pair.comparison["heldout"] if each["mode"] == "w8a8")
         points = {row["task"]: row for row in pair.comparison["tasks"] if row["mode"] == "w8a8"}
-        cells = [Cell(pair.label), Cell(str(entry.get("ape", entry.get("ape_log", "–")))), Cell(f"{loss['ape']:.3f}")]
+        from_log = "from its log" if "ape" not in entry and "ape_log" in entry else ""
+        published = Cell(str(entry.get("ape", entry.get("ape_log", "–"))), from_log)
+        cells = [Cell(pair.label), published, Cell(f"{loss['ape']:.3f}")]
         cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
         cells += [found[row] for found in beside.values()] + [Cell(f"{held['kl']:.4f}")]
         rows.append(cells + [Cell(signed(points[t]["points"], 1), interval(points[t]["ci"], 1)) for t in tasks])
