@@ -97,9 +97,11 @@ def half_width(values: Sequence[float]) -> float | None:
     return float(stdtrit(n - 1, 1 - LEVEL / 2)) * error
 
 
-def holm(p_values: Sequence[float]) -> int:
-    """How many of the ascending `p_values` are significant at 5 % for the whole family (Holm 1979)."""
-    for rank, p in enumerate(p_values):
-        if p > LEVEL / (len(p_values) - rank):
-            return rank
-    return len(p_values)
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values after Holm's correction for all of them (Holm 1979), in the order given."""
+    # statsmodels has it, but takes seconds to be imported, and every evaluation asks for it.
+    corrected, largest, count = [0.0] * len(p_values), 0.0, len(p_values)
+    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected

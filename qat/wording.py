@@ -180,7 +180,7 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
     if not tests:
         return "No benchmark task was compared."
     rows = sorted(tests.values(), key=lambda pair: pair[1]["p_value"])
-    real = holm([row["p_value"] for _, row in rows])
+    real = sum(p <= LEVEL for p in holm([row["p_value"] for _, row in rows]))
     name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
     reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name}) cannot be excluded"
     tests = f"of {len(rows)} exact McNemar tests (5 %, Holm's correction over all)"

@@ -313,7 +313,8 @@ def test_verdict_neither_hides_nor_overclaims(runs):
         "change, all one way, and with these questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be "
         "excluded."
     )
-    assert [holm([binomtest(0, flips).pvalue, 1.0]) for flips in (6, 7)] == [0, 1]  # by the test itself
+    smallest = [holm([binomtest(0, flips).pvalue, 1.0])[0] for flips in (6, 7)]
+    assert smallest[1] <= 0.05 < smallest[0]  # by the test itself
     assert verdict({"": dict(result, tasks=[])}) == "No benchmark task was compared."
 
 

@@ -27,10 +27,10 @@ from functools import cached_property
 import numpy as np
 from scipy.stats import shapiro
 from statsmodels.regression.linear_model import OLS
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 
+from qat import paired
 from qat.paired import LEVEL
 from qat.studies.cells import Key
 from qat.wording import interval, p_text, signed
@@ -175,8 +175,7 @@ def sum_coded(levels: Sequence) -> dict:
 
 def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
     """The estimates' p-values after Holm's correction, where they have one."""
-    given = [e.p for e in estimates if e is not None and e.p is not None]
-    corrected = iter(multipletests(given, method="holm")[1].tolist() if given else [])
+    corrected = iter(paired.holm([e.p for e in estimates if e is not None and e.p is not None]))
     return [None if e is None or e.p is None else next(corrected) for e in estimates]
 
 
