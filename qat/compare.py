@@ -15,10 +15,8 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 from qat.config import Config, UserError
-from qat.paired import LEVEL, Answers, bootstrap, detectable, mcnemar, tango
+from qat.paired import LEVEL, Answers, above_chance, bootstrap, detectable, mcnemar, tango
 from qat.runs import Run, identity, ptq_mode
 from qat.scored import Scored
 
@@ -193,8 +191,8 @@ def _task(task: str, mode: str, scored: Scored, reference: Scored, origin: Score
     row = {"task": task, "mode": mode, "untouched": start, "metric": ours["metric"]}
     row |= _scores([answers], 100 * theirs["score"], 100 * ours["score"])
     # Below chance a drop says as little as at chance, so this is one-sided.
-    above = binomtest(answers.kept + answers.lost, sum(answers), chance, alternative="greater").pvalue
-    return row | {"chance": 100 * chance, "near_chance": bool(above > LEVEL)}
+    near = above_chance(answers.kept + answers.lost, sum(answers), chance) > LEVEL
+    return row | {"chance": 100 * chance, "near_chance": near}
 
 
 def _all_questions(scored: Scored | None) -> float | None:

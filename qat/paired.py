@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import bdtr, stdtrit
+from scipy.special import bdtr, bdtrc, stdtrit
 
 LEVEL = 0.05
 POWER = 0.8  # of the smallest difference that is called detectable
@@ -28,6 +28,11 @@ class Answers(NamedTuple):
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided McNemar test: the p-value of the flips under "either way is as likely"; 1 when none flipped."""
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
+
+
+def above_chance(right: int, n: int, chance: float) -> float:
+    """Exact one-sided binomial test: the p-value of so many right answers of n under a share of `chance`."""
+    return float(bdtrc(right - 1, n, chance)) if right else 1.0
 
 
 def tango(lost: int, gained: int, n: int) -> tuple[float, float]:

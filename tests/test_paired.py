@@ -9,7 +9,7 @@ from scipy.stats import bootstrap as bootstrap_of_scipy
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
 from statsmodels.stats.multitest import multipletests
 
-from qat.paired import Answers, bootstrap, detectable, detectable_mean, half_width, holm, mcnemar, tango
+from qat.paired import Answers, above_chance, bootstrap, detectable, detectable_mean, half_width, holm, mcnemar, tango
 
 
 def test_mcnemar_is_the_binomial_test_of_the_flips():
@@ -104,6 +104,12 @@ def test_half_width_is_that_of_scipys_t_test():
         values = np.random.default_rng(n).normal(0.01, 0.3, n)
         wanted = ttest_1samp(values, 0).confidence_interval(0.95)
         assert [values.mean() + side * half_width(values.tolist()) for side in (-1, 1)] == pytest.approx(wanted)
+
+
+def test_more_than_chance_is_scipys_binomial_test():
+    for right, n, chance in ((0, 9, 0.25), (1, 1, 0.25), (33, 100, 0.25), (9, 16, 0.25), (16, 16, 0.5)):
+        wanted = binomtest(right, n, chance, alternative="greater").pvalue
+        assert above_chance(right, n, chance) == pytest.approx(wanted)
 
 
 def test_holm_is_as_by_hand():
