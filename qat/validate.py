@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from operator import attrgetter
 
+from qat.benchmarks import TASKS
 from qat.config import CHOICES, ROLES, Config, ConfigError, nearest
 
 
@@ -240,7 +241,11 @@ def _check_probe(cfg: Config) -> None:
 
 
 def _check_benchmark(cfg: Config) -> None:
+    if not cfg.benchmark.tasks:
+        raise ConfigError(f"benchmark.tasks={{}}: nothing to evaluate; name some of {', '.join(TASKS)}")
     for name, task in cfg.benchmark.tasks.items():
+        if name not in TASKS:
+            raise ConfigError(f"benchmark.tasks.{name}: unknown task; {nearest(name, TASKS)}")
         for key, value, low in (("shots", task.shots, 0), ("limit", task.limit, 1)):
             if value is not None and value < low:
                 raise ConfigError(f"benchmark.tasks.{name}.{key}={value}: the nearest valid value is {low}")

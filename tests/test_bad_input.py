@@ -173,6 +173,11 @@ NAMES = [
     Case(f"benchmark.name={'x' * 300}", A_NAME),
     Case("+benchmark.tasks={../../x:{shots:0}}", f"benchmark.tasks='../../x': {A_NAME}"),
     Case("budget.name=.hidden", f"budget.name='.hidden': {A_NAME}"),
+    Case("+benchmark.tasks={mmluu:{shots:0}}", "benchmark.tasks.mmluu: unknown task; did you mean 'mmlu'?"),
+    Case(
+        "~benchmark.tasks.mmlu ~benchmark.tasks.hellaswag ~benchmark.tasks.arc_easy ~benchmark.tasks.arc_challenge",
+        "benchmark.tasks={}: nothing to evaluate; name some of mmlu, hellaswag, arc_easy, arc_challenge",
+    ),
     Case("logger.project=a/b?c", f"logger.project='a/b?c': {A_NAME}"),
     Case("logger.project=Ünïcode", "logger.project=Ünïcode: Hydra takes such characters only in quotes"),
     Case("experiment=../model/tiny", "experiment=../model/tiny: leads out of its folder"),
