@@ -436,6 +436,19 @@ FOLDERS = [
     Case(
         "run=runs/renamed", "give the folder that name again", lambda w: w.done.path.rename(w / "runs/renamed"), "eval"
     ),
+    Case(
+        f"{RUN} optim.lr=1",
+        "optim.lr=1: has no effect beside run=, which takes words of benchmark, logger",
+        None,
+        "eval",
+    ),
+    Case(
+        f"{RUN} ++benchmark.name=x",
+        "++benchmark.name=x: has no effect beside run=, which takes words of export",
+        None,
+        "export",
+    ),
+    Case(f"{RUN} seed=1", "seed=1: has no effect beside run=", None, "dashboard"),
     Case("run=nowhere", "nowhere: not a run folder (no config.yaml); see `ls ", script="eval"),
     Case("run=texts", "texts: not a run folder (no config.yaml); see `ls ", script="eval"),
     Case("run=/", "not a run folder (no config.yaml)", script="eval"),
