@@ -22,9 +22,10 @@ def validate(cfg: Config) -> None:
         if not low <= value <= high:
             bound = low if value < low else high
             raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
-    for seed in cfg.study.seeds or ():
-        if not 0 <= seed < 2**31 or cfg.study.seeds.count(seed) > 1:
-            raise ConfigError(f"study.seeds={cfg.study.seeds}: must be different seeds from 0 up, as in [0,1,2]")
+    for key in ("report.seeds", "study.seeds"):
+        seeds = attrgetter(key)(cfg) or []
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+            raise ConfigError(f"{key}={seeds}: must be different seeds from 0 up, as in [0,1,2]")
     checks = (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_probe, _check_benchmark)
     for check in checks:
         check(cfg)
