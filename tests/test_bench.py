@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -63,10 +64,29 @@ def test_all_variants_train_the_same_parameters(config):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"), [("steps", "al", "did you mean 'all'"), ("parts", "step", "'steps'")]
+    ("parts", "chosen", "said"),
+    [
+        ("step", "all", "bench.parts=step: unknown part; did you mean 'steps'?"),
+        ("memory", "mpl", "bench.steps=mpl: unknown step; did you mean 'mlp'?"),
+        ("memory", "all, plain PyTorch", "bench.parts=['memory'] do not measure it; add the part steps"),
+        ("kernels", "mlp", "bench.parts=['kernels'] do not measure it; add the part steps"),
+    ],
 )
-def test_unknown_names_are_refused(config, tmp_path, key, value, said):
-    cfg = config(f"bench.out={tmp_path}", "bench.parts=[steps]")
-    setattr(cfg.bench, key, [value])
-    with pytest.raises(ConfigError, match=rf"bench.{key}={value}: .*{said}"):
+def test_what_would_not_be_measured_is_refused_before_anything_is(config, tmp_path, parts, chosen, said):
+    cfg = config(f"bench.out={tmp_path / 'out'}")
+    cfg.bench.parts, cfg.bench.steps = [parts], [chosen]
+    with pytest.raises(ConfigError, match=re.escape(said)):
         bench.measure(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_measured_of_each_step_that_is_asked_for(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "peak_memory", lambda _, cfg: 3 if cfg.scaling.algo == "max" else 2)
+    cfg = config("experiment=exp8", "bench.parts=[memory]", f"bench.out={tmp_path}")
+    cfg.bench.steps = ["all", "all, current scaling"]
+    bench.measure(cfg)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["what"]: row["median"] for row in rows} == {
+        "peak memory: all : bf16": 1.5,
+        "peak memory: all, current scaling : bf16": 1,
+    }

@@ -36,14 +36,15 @@ class Row:
 
 def measure(cfg: Config) -> Path:
     """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
-    runtime.keep_freed_memory()
-    out = Path(cfg.bench.out)
-    out.mkdir(parents=True, exist_ok=True)
     # In this order: what steps leave cached on a GPU, the measurement of memory would miss.
     parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows}
     for part in cfg.bench.parts:
         if part not in parts:
             raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
+    steps.check(cfg)
+    runtime.keep_freed_memory()
+    out = Path(cfg.bench.out)
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for part in filter(cfg.bench.parts.__contains__, parts):
         rows += parts[part](cfg)
@@ -168,9 +169,8 @@ def _commit_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Ro
 def _memory_rows(cfg: Config) -> list[Row]:
     peaks = {}
     for name, each in steps.settings(cfg).items():
-        if name != "all, current scaling":
-            _say(f"peak memory, {name}")
-            peaks[name] = timing.peak_memory(steps.one_model_alone, each)
+        _say(f"peak memory, {name}")
+        peaks[name] = timing.peak_memory(steps.one_model_alone, each)
     rows = []
     for name, peak in peaks.items():
         if name != "bf16":
