@@ -23,7 +23,11 @@ SLOWER = {"mlp": (1.1, 2.65), "all": (1.2, 4.0)}
 # Tokens that a question costs without examples, and for each: measured over 150 questions a task (MMLU: 4 of each
 # subject) with SmolLM2's tokenizer; lm-eval scores MMLU's four one-token choices at once.
 _TOKENS = {"mmlu": (110, 104), "hellaswag": (321, 329), "arc_easy": (136, 134), "arc_challenge": (151, 156)}
-_QUESTIONS = {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172}  # of the splits scored
+# By split; HellaSwag's is always the same one (`qat.questions.splits`).
+_QUESTIONS = {
+    "test": {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172},
+    "validation": {"mmlu": 1531, "hellaswag": 10042, "arc_easy": 570, "arc_challenge": 299},
+}
 _SUBJECTS = 57  # of MMLU: a limit counts for each
 
 CHARACTERS = 4.5  # of English a token: 4.0 to 4.9 in the prompts above
@@ -81,10 +85,17 @@ def questions(cfg: Config) -> tuple[int, float]:
     """(questions, tokens to score for one model) of the benchmark."""
     count, total = 0, 0.0
     for name, task in cfg.benchmark.tasks.items():
-        limit = _QUESTIONS[name] if task.limit is None else task.limit * (_SUBJECTS if name == "mmlu" else 1)
-        asked, (base, example) = min(limit, _QUESTIONS[name]), _TOKENS[name]
+        there = _QUESTIONS[cfg.benchmark.split][name]
+        limit = there if task.limit is None else task.limit * (_SUBJECTS if name == "mmlu" else 1)
+        asked, (base, example) = min(limit, there), _TOKENS[name]
         count, total = count + asked, total + asked * (base + example * task.shots)
     return count, total
+
+
+def heldout(cfg: Config) -> int:
+    """Tokens of all held-out texts: half as many of the probe's as of the data's own (`qat.evaluate`)."""
+    own = cfg.budget.heldout_tokens
+    return own + own // 2 if cfg.probe else own
 
 
 def scope(kinds) -> str:
