@@ -111,7 +111,7 @@ class Stream(Corpus):
         super().__init__(cfg, seed)
         self.local = Path(cfg.path).is_dir()
         if not self.local:
-            hub.prepare(cfg.path)
+            hub.prepare()
         if revision and not self.local:
             self.revision = revision
         if kept:

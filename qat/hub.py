@@ -43,8 +43,8 @@ def alive() -> None:
 
 
 @functools.cache
-def prepare(repo: str) -> None:
-    """Give this process's hub client limits of time, and make it raise at once when the hub cannot serve `repo`."""
+def prepare() -> None:
+    """Give this process's hub client limits of time, and make it raise at once when the hub cannot serve a data set."""
     import datasets
 
     config = datasets.config
@@ -62,7 +62,7 @@ def prepare(repo: str) -> None:
         }
 
     def after(response: httpx.Response) -> None:
-        if response.status_code in _UNAVAILABLE and f"datasets/{repo}" in response.url.path:
+        if response.status_code in _UNAVAILABLE and "/datasets/" in response.url.path:
             response.read()
             hf_raise_for_status(response)
 
