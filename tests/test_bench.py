@@ -7,12 +7,15 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from qat import bench
+from qat import bench, models
 from qat.bench import steps, table, timing
 from qat.bench.plain import fake_quantize
 from qat.config import ConfigError
 from qat.formats import FORMATS
+
+bmm, baddbmm = torch.ops.aten.bmm, torch.ops.aten.baddbmm
 
 
 def test_the_plain_comparator_rounds_as_we_do():
@@ -52,8 +55,6 @@ def test_the_table_holds_what_was_measured(config, tmp_path, monkeypatch):
 
 def test_all_variants_train_the_same_parameters(config):
     cfg = config("experiment=exp8")
-    from qat import models
-
     model, _ = models.load(cfg.model, cfg.seed)
     made = steps.Steps(cfg, model)
     ours = {id(parameter) for parameter in model.parameters()}
@@ -61,6 +62,21 @@ def test_all_variants_train_the_same_parameters(config):
     for trainer in made.trainers.values():
         assert {id(parameter) for parameter in trainer.model.parameters()} == ours
     assert len(made.coverage["all"].linears) == 7 * 8 and len(made.coverage["mlp"].linears) == 3 * 3
+
+
+def test_attention_is_counted_by_its_heads_which_may_be_wider_than_the_model(config):
+    cfg = config("quant=bf16", **{"bench.steps": []})
+    cfg.model.architecture |= {"num_attention_heads": 2, "head_dim": 3 * cfg.model.architecture["hidden_size"]}
+    model, _ = models.load(cfg.model, cfg.seed)
+    counter = FlopCounterMode(display=False)
+    model.set_attn_implementation("eager")  # whose two products the counter knows
+    with counter:
+        model(torch.zeros(1, cfg.budget.seq_len, dtype=torch.int64)).logits.sum().backward()
+    attention = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in (bmm, baddbmm))
+    made = steps.Steps(cfg, model)
+    of_linears = 6 * made.coverage["bf16"].matmul_parameters
+    # Half of it is masked; rotary angles are a small product too.
+    assert (table._flops(made) - of_linears) * cfg.budget.seq_len == pytest.approx(attention / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ import torch
 from qat import kernels, models, runtime
 from qat.bench import steps, timing
 from qat.config import Config, ConfigError, nearest
+from qat.plan import costs, memory
 from qat.scaling import ScaleBank
 
 # Of a tensor that fits no cache, and on a GPU keeps the kernel busy for longer than its launch takes.
 _ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
-# Dense BF16 products with FP32 accumulation, FLOP/s, from the makers' data sheets.
-_PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}
 
 
 @dataclass
@@ -138,18 +137,22 @@ def _step_target(name: str) -> str:
 
 
 def _utilization(made: steps.Steps, tokens_per_second: float) -> str:
-    """Model FLOPs utilization of the BF16 step: 6 FLOPs a token and product weight, and 6 x blocks x hidden x length
-    for causal attention, over the peak of the GPU, or of a measured FP32 product on a CPU."""
-    model = made.trainers["bf16"].model
-    attention = 6 * model.config.num_hidden_layers * model.config.hidden_size * made.cfg.budget.seq_len
-    flops = (6 * made.coverage["bf16"].matmul_parameters + attention) * tokens_per_second
+    """Model FLOPs utilization of the BF16 step: its FLOP/s over the peak of the GPU, or of a measured FP32 product on a
+    CPU."""
+    flops = _flops(made) * tokens_per_second
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        peak = next((peak for key, peak in _PEAKS.items() if key in name), None)
+        peak = next((peak for key, peak in costs.PEAKS.items() if key in name), None)
         return f", MFU {flops / peak:.0%}" if peak else f", {flops / 1e12:.0f} TFLOP/s"
     a = torch.randn(2048, 2048)
     times = [timing.seconds(lambda: a @ a) for _ in range(5)]
     return f", {flops / (2 * 2048**3 / statistics.median(times)):.0%} of a 2048^3 product's FLOP/s"
+
+
+def _flops(made: steps.Steps) -> float:
+    """Of a token's BF16 step."""
+    shape, _ = memory.of_model(made.trainers["bf16"].model.config, made.cfg)
+    return shape.flops(made.cfg.budget.seq_len)
 
 
 def _commit_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:

@@ -13,8 +13,10 @@ from qat.runtime import ROOT, package_path
 
 RECORDS = ROOT / "experiments" / "records"
 
-# Assumed where nothing is measured: a GPU of this BF16 rate (H100, H200), and the share of it that training reaches.
-ASSUMED_FLOPS, ASSUMED_SHARE = 990e12, (0.15, 0.40)
+# Dense BF16 products with FP32 accumulation, FLOP/s, from the makers' data sheets.
+PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}
+# Assumed where nothing is measured: a GPU, and the share of its peak that training reaches.
+ASSUMED_GPU, ASSUMED_SHARE = "H100", (0.15, 0.40)
 # Share of a bare product's rate that a training step reaches: 70 % in experiments/records/2026-11-22_bench_cpu.
 PRODUCT_SHARE = (0.35, 0.75)
 # A quantized step over a BF16 one: our CPU record, and the paper's released code by its own logs (all linears 4.0).
@@ -130,7 +132,7 @@ def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus
     if machine.gpus or not on_gpus:
         shares, peak, where = PRODUCT_SHARE, machine.flops, "of a large product's {:.3g} TFLOP/s here"
     else:
-        shares, peak, where = ASSUMED_SHARE, ASSUMED_FLOPS, "of an H100's {:.0f} TFLOP/s"
+        shares, peak, where = ASSUMED_SHARE, PEAKS[ASSUMED_GPU], f"of an {ASSUMED_GPU}'s {{:.0f}} TFLOP/s"
     basis = f"{shares[0]:.0%} to {shares[1]:.0%} {where.format(peak / 1e12)}: ASSUMED, nothing is measured"
     fast, slow = SLOWER[kind] if kind else (1.0, 1.0)
     if kind:
