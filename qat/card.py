@@ -8,6 +8,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from qat import runtime
 from qat.coded import CodedLinear, CodesConfig
 from qat.config import ROLES, Config
 from qat.runs import Run
@@ -70,8 +71,6 @@ def _making(cfg: Config, run: Run) -> dict[str, str]:
     micro, accumulation = cfg.batch
     kept = {"max": f", window {s.window}", "exp_smooth": f", alpha {s.alpha:g}"}.get(s.algo, "")
     environment = run.environment()
-    git = environment.get("git") or {}
-    commit = f"{git['commit']}{', modified' if git['modified'] else ''}" if git else "unknown"
     targets = [f"{role}s to {getattr(q, f'target_{role}'):g}" for role in ROLES if getattr(q, f"{role}s")]
     return {
         "Experiment": f"{cfg.experiment or 'none'}, protocol {cfg.protocol}, seed {cfg.seed}",
@@ -81,6 +80,6 @@ def _making(cfg: Config, run: Run) -> dict[str, str]:
         f"overflow {q.overflow}; {', '.join(q.scope)} of all blocks but {q.bf16_blocks}",
         "Scaling": f"{s.algo}{kept}",
         "Arithmetic": b.arithmetic.upper(),
-        "Hardware": environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores",
-        "Code": f"hif8-qat, commit {commit}",
+        "Hardware": runtime.hardware(environment),
+        "Code": f"hif8-qat, commit {runtime.code(environment.get('git'))}",
     }

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -128,6 +129,16 @@ def environment() -> dict:
         "build": torch.__config__.show().split("\n"),
         "installed": installed,
     }
+
+
+def hardware(environment: Mapping) -> str:
+    """What computed, of an `environment`: its GPU, else its processor."""
+    return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"
+
+
+def code(git: Mapping | None) -> str:
+    """The commit, of `git` of an `environment`, and whether files differed from it."""
+    return f"{git['commit']}{', modified' if git['modified'] else ''}" if git else "unknown"
 
 
 @functools.cache

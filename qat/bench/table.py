@@ -188,16 +188,15 @@ def _memory_rows(cfg: Config) -> list[Row]:
 
 def _facts(cfg: Config) -> dict[str, str]:
     environment = runtime.environment()
-    git = environment["git"] or {}
     return {
-        "hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
+        "hardware": runtime.hardware(environment),
         "arithmetic": runtime.arithmetic(cfg.budget.arithmetic),
         "compiled": str(cfg.budget.compile).lower(),
         "model": cfg.model.name,
         "batch": f"{cfg.batch[0]} x {cfg.budget.seq_len} tokens",
         "rounds": str(cfg.bench.rounds),
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-        "code": f"{git.get('commit', 'unknown')[:12]}{' and changes' if git.get('modified') else ''}",
+        "code": runtime.code(environment["git"]),
         "command": f"python {environment['command']}",
     }
 

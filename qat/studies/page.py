@@ -124,7 +124,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
         "Budget": f"{cfg.budget.name}, {cfg.steps:,} steps of {micro * accumulation} × {cfg.budget.seq_len} tokens",
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len(measured)}, seeds {seeds}",
-        "Hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
+        "Hardware": runtime.hardware(environment),
         "Command": f"python {environment['command']}",
         "Date": str(date.today()),
     }
