@@ -9,13 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 
 import yaml
@@ -307,28 +303,10 @@ class Run:
     def _replace(self, name: str | Path, text: str) -> None:
         files.replace(self.path / name, text)
 
-    @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for writing. While another process holds it, say which and wait: jobs of a sweep that run
-        side by side share their baseline.
-
-        The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
-        holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                print(
-                    f"{self.id}: waiting for {file.read()}, which works on this run; Ctrl-C stops waiting", flush=True
-                )
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-            file.flush()
-            yield
+        """Hold the folder for writing, as a context. Jobs of a sweep that run side by side share their baseline, so
+        another process may hold it, and is waited for."""
+        return files.lock(self.path, self.id)
 
 
 class Onlooker(Run):

