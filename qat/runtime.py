@@ -96,7 +96,8 @@ def package_path(path: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models and unpacked benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
+    """Where converted models (models/), token caches (tokens/), prepared texts (text/) and parsed benchmarks are kept:
+    $HIF8_CACHE, else the user's cache folder."""
     base = os.environ.get("HIF8_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hif8-qat"
     path = Path(base)
     try:

@@ -167,7 +167,8 @@ class ScaleBank:
         self.observed.zero_()
 
     def _write(self, advance: torch.Tensor) -> None:
-        """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use."""
+        """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use, or
+        in a full ring the oldest, which then stays as it is."""
         # An Inf or NaN would sit in a window of 64 for 64 steps: the previous entry stands in for it.
         previous = self.history.index_select(0, (self.position - 1) % len(self.history))
         previous = torch.where(self.filled > 0, previous, 0.0)

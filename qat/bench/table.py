@@ -54,7 +54,7 @@ def measure(cfg: Config) -> Path:
         json.dumps({"facts": facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
     )
     page = out / "bench.md"
-    page.write_text(_page(cfg, rows, facts))
+    page.write_text(_page(rows, facts))
     print(page.read_text())
     return page
 
@@ -201,7 +201,7 @@ def _facts(cfg: Config) -> dict[str, str]:
     }
 
 
-def _page(cfg: Config, rows: list[Row], facts: dict[str, str]) -> str:
+def _page(rows: list[Row], facts: dict[str, str]) -> str:
     lines = [
         "# Benchmark",
         "",

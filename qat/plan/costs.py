@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat.config import Config
+from qat.corpus import HELDOUT_EVERY
 from qat.plan.machine import Machine
 from qat.plan.memory import Shape
 from qat.runtime import ROOT, package_path
@@ -36,7 +37,7 @@ CHARACTERS = 4.5  # of English a token: 4.0 to 4.9 in the prompts above
 # Known sizes of texts, by path and subset: tokens, bytes, and what says so.
 _KNOWN_DATA = {
     ("HuggingFaceFW/fineweb", "sample-10BT"): (10e9, 27.6e9, "its card, GPT-2's tokens"),
-    ("manuals", None): (10.4e6, 43.1e6, "measured, SmolLM2's tokens; a twentieth is held out"),
+    ("manuals", None): (10.4e6, 43.1e6, f"measured, SmolLM2's tokens; one file in {HELDOUT_EVERY} is held out"),
 }
 DATA_LICENCES = {
     "HuggingFaceFW/fineweb": "ODC-By 1.0, and Common Crawl's terms of use",
@@ -79,7 +80,7 @@ def text(cfg: Config) -> tuple[float, float, str] | None:
     folder = package_path(cfg.data.path) if cfg.data.source == "package" else Path(cfg.data.path)
     if cfg.data.source == "hub" or not folder.is_dir():
         return None
-    size = sum(file.stat().st_size for file in folder.glob("*.txt")) * 19 / 20  # one file in 20 is held out
+    size = sum(file.stat().st_size for file in folder.glob("*.txt")) * (1 - 1 / HELDOUT_EVERY)
     return size / CHARACTERS, size, f"its files, {CHARACTERS} bytes a token"
 
 
