@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import files, ranks, runtime
+from qat import files, ranks, runtime, scaling
 from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
 from qat.validate import validate
 
@@ -70,11 +70,11 @@ def _chosen(group) -> dict:
 
 
 def _effective_scaling(cfg: Config) -> dict:
-    """The scaling without what it never looks at: only `max` depends on the window (exp_smooth reads two entries of
-    any), only exp_smooth on alpha, and without a BF16 warmup there is no history of it to keep or discard."""
-    ignored = {"max": ("alpha",), "exp_smooth": ("window",)}.get(cfg.scaling.algo, ("window", "alpha"))
+    """The scaling without what it never looks at: the options of other rules, and without a BF16 warmup whether its
+    history is kept or discarded."""
+    ignored = {"window", "alpha"} - set(scaling.options(cfg.scaling))
     if not cfg.bf16_warmup_steps:
-        ignored += ("observe_in_warmup", "discard_after_warmup")
+        ignored |= {"observe_in_warmup", "discard_after_warmup"}
     return {name: value for name, value in _chosen(cfg.scaling).items() if name not in ignored}
 
 
@@ -126,7 +126,7 @@ def _slug(cfg: Config) -> list[str]:
     words = ["bf16"]
     if cfg.quantized:
         words = [cfg.quant.format, cfg.scaling.algo]
-        words += [f"w{cfg.scaling.window}"] if cfg.scaling.algo == "max" else []
+        words += [f"w{cfg.scaling.window}"] if "window" in scaling.options(cfg.scaling) else []
         words += [f"warm{cfg.bf16_warmup_steps}"]
     words += ["twice"] if cfg.data.label_shift == "twice" else []
     repeat = [f"r{cfg.repeat}"] if cfg.repeat else []

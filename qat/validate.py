@@ -9,6 +9,7 @@ from operator import attrgetter
 
 from qat.benchmarks import TASKS
 from qat.config import CHOICES, ROLES, Config, ConfigError, nearest
+from qat.formats import FORMATS
 
 
 def validate(cfg: Config) -> None:
@@ -146,10 +147,6 @@ def _check_warmup(cfg: Config) -> None:
         )
 
 
-# Largest finite value of each format: a target above it could never be reached.
-_LARGEST = {"hif8": 32768, "fp8_e4m3": 448, "fp8_e5m2": 57344}
-
-
 def _check_quant(cfg: Config) -> None:
     if not cfg.quantized:
         return
@@ -168,11 +165,11 @@ def _check_quant(cfg: Config) -> None:
             "quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16"
         )
     for role in ROLES:
-        target = getattr(q, f"target_{role}")
-        if target > _LARGEST[q.format]:
+        target, largest = getattr(q, f"target_{role}"), FORMATS[q.format].largest
+        if target > largest:  # it could never be reached
             raise ConfigError(
                 f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
-                f"{_LARGEST[q.format]}"
+                f"{largest:g}"
             )
     _check_fp8(cfg)
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
