@@ -8,6 +8,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from qat import runtime, scaling
 from qat.coded import CodedLinear, CodesConfig
 from qat.config import ROLES, Config
 from qat.runs import Run
@@ -67,10 +68,8 @@ def _base(cfg: Config) -> str:
 
 def _making(cfg: Config, run: Run) -> dict[str, str]:
     q, s, b = cfg.quant, cfg.scaling, cfg.budget
-    kept = {"max": f", window {s.window}", "exp_smooth": f", alpha {s.alpha:g}"}.get(s.algo, "")
+    options = "".join(f", {name} {getattr(s, name):g}" for name in scaling.options(s))
     environment = run.environment()
-    git = environment.get("git") or {}
-    commit = f"{git['commit']}{', modified' if git['modified'] else ''}" if git else "unknown"
     targets = [f"{role}s to {getattr(q, f'target_{role}'):g}" for role in ROLES if getattr(q, f"{role}s")]
     return {
         "Experiment": f"{cfg.experiment or 'none'}, protocol {cfg.protocol}, seed {cfg.seed}",
@@ -78,8 +77,8 @@ def _making(cfg: Config, run: Run) -> dict[str, str]:
         f"learning rate {cfg.optim.lr:g}, the first {cfg.bf16_warmup_steps} steps in BF16",
         "Quantized": f"{', '.join(targets)} in {q.format}, "
         f"overflow {q.overflow}; {', '.join(q.scope)} of all blocks but {q.bf16_blocks}",
-        "Scaling": f"{s.algo}{kept}",
+        "Scaling": f"{s.algo}{options}",
         "Arithmetic": b.arithmetic.upper(),
-        "Hardware": environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores",
-        "Code": f"hif8-qat, commit {commit}",
+        "Hardware": runtime.hardware(environment),
+        "Code": f"hif8-qat, commit {runtime.code(environment.get('git'))}",
     }

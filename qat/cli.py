@@ -13,12 +13,14 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat import ranks, stops, sweeps, texts
 from qat.config import Config, ConfigError, UserError, register
+from qat.runs import config_of
 from qat.runtime import ROOT, arithmetic
 from qat.validate import validate, validate_surroundings
 
@@ -97,6 +99,22 @@ def _accepted(config: Config, takes: str | None) -> Config:
                 f"{key}={getattr(config, key)}: {name} does not take it; give it the words that made a run"
             )
     return config
+
+
+def of_folder(config: Config, *groups: str) -> Config:
+    """The configuration of the run folder that `config` names, if any, else `config` itself. Of `groups`, those that
+    the command line has words of are as it says. Errors: UserError of `qat.runs.config_of`; ConfigError for a word of
+    anything else, which the folder knows and nothing would read."""
+    if not config.run:
+        return config
+    of_run = config_of(config.run)
+    for word in HydraConfig.get().overrides.task:
+        group = re.match(r"[+~]*(\w*)", word)[1]
+        if group in groups:
+            setattr(of_run, group, getattr(config, group))
+        elif group != "run":
+            raise ConfigError(f"{word}: has no effect beside run=, which takes words of {', '.join(groups)} alone")
+    return of_run
 
 
 def typed(cfg: DictConfig, reads_text: bool = False) -> Config:

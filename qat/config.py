@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -64,9 +64,13 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
+    group: ClassVar[str] = "data"  # what its keys begin with
+    packaged: ClassVar[str] = "embedded"  # its option that needs nothing but a package
     name: str = MISSING
     source: str = MISSING
-    path: str | None = None  # hub: the data set's id; files: a folder of .txt, one document a file; prepared: its name
+    # hub: the data set's id; files: a folder of .txt, cut into documents of about 4,000 characters, or for a probe a
+    # MediaWiki dump as .bz2; package: either of these inside one; prepared: its name
+    path: str | None = None
     subset: str | None = None
     # hub: branch, tag or commit; null: the newest when the run, or its cache, begins. prepared: a hash of the text;
     # null: that of the text in the cache
@@ -77,6 +81,17 @@ class DataConfig:
     shuffle_buffer: int = 10_000  # documents that are shuffled together; streamed sources only
     retry_hours: float = 12.0  # how long a hub that cannot be reached is waited for; streamed sources only
     cache: bool = False  # keep tokens on disk, for all runs that read them in this order; streamed sources only
+
+    @property
+    def named(self) -> str:
+        """Its path, for messages."""
+        return f"{self.group}.path={self.path}"
+
+
+@dataclass
+class ProbeConfig(DataConfig):
+    group: ClassVar[str] = "probe"
+    packaged: ClassVar[str] = "wikipedia"
 
 
 @dataclass
@@ -217,7 +232,7 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    probe: DataConfig | None = None  # text of another kind: its loss rises when a model forgets
+    probe: ProbeConfig | None = None  # text of another kind: its loss rises when a model forgets
     optim: OptimConfig = field(default_factory=OptimConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)

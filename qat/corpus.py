@@ -50,7 +50,7 @@ class Corpus:
                 found += len(block.documents)
                 yield block
             if not found and not first:
-                raise UserError(f"data.path={self.cfg.path}: holds no documents to train on")
+                raise UserError(f"{self.cfg.named}: holds no documents to train on")
             epoch, first = epoch + 1, 0
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Block]:
@@ -71,7 +71,7 @@ class Files(Corpus):
         folder = _folder(cfg)
         files = sorted(folder.glob("*.txt"))
         if len(files) < 2:
-            raise UserError(f"data.path={cfg.path}: needs a folder with at least two .txt files, found {len(files)}")
+            raise UserError(f"{cfg.named}: needs a folder with at least two .txt files, found {len(files)}")
         self.kept = files[::HELDOUT_EVERY]
         self.train = [f for f in files if f not in set(self.kept)]
         self.of = {"revision": _inventory(folder, files)}
@@ -91,7 +91,7 @@ class Files(Corpus):
             return _passages(file.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(
-                f"data.path={self.cfg.path}: {file.name} is not text in UTF-8 ({error}); convert or remove it"
+                f"{self.cfg.named}: {file.name} is not text in UTF-8 ({error}); convert or remove it"
             ) from error
 
 
@@ -111,7 +111,7 @@ class Stream(Corpus):
         super().__init__(cfg, seed)
         self.local = Path(cfg.path).is_dir()
         if not self.local:
-            hub.prepare(cfg.path)
+            hub.prepare()
         if revision and not self.local:
             self.revision = revision
         if kept:

@@ -86,7 +86,7 @@ def heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
     encoded = (encode(tokenizer, [document], document_token(tokenizer))[0] for document in _heldout(cfg))
     texts = list(itertools.islice((text for text in encoded if len(text) >= length), count))
     if not texts:
-        raise UserError(f"{cfg.path}: no held-out document has the {length} tokens of a sequence; name another text")
+        raise UserError(f"{cfg.named}: no held-out document has the {length} tokens of a sequence; name another text")
     found = [
         (text[start : start + length], number)
         for start in range(0, max(map(len, texts)), length)

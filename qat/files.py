@@ -1,25 +1,52 @@
-"""Files that are there whole or not at all, and errors of the system that say which file they are about."""
+"""Files that are there whole or not at all, folders that one process at a time writes, and errors of the system that
+say which file they are about."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import platform
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, whatever happens in between."""
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees what it held or what it is to hold, whatever happens in between. One process
+    at a time may do so."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with naming(temporary):
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(temporary)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):  # what is left of it would fill a full disk further
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def lock(folder: Path, name: str) -> Iterator[None]:
+    """Hold a folder, made when missing, for writing. While another process holds it, say which and wait; name: what the
+    folder is called then.
+
+    The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
+    holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"{name}: waiting for {file.read()}, which works on it; Ctrl-C stops waiting", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+        file.flush()
+        yield
 
 
 def flush(path: Path) -> None:

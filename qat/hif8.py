@@ -14,7 +14,7 @@ import functools
 
 import torch
 
-NAN, POSITIVE_INF, NEGATIVE_INF = 0x80, 0x6F, 0xEF
+NAN, POSITIVE_INF = 0x80, 0x6F
 LARGEST = 2.0**15
 SMALLEST = 2.0**-22
 OVERFLOWS = ("inf", "saturate")

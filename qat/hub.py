@@ -43,8 +43,8 @@ def alive() -> None:
 
 
 @functools.cache
-def prepare(repo: str) -> None:
-    """Give this process's hub client limits of time, and make it raise at once when the hub cannot serve `repo`."""
+def prepare() -> None:
+    """Give this process's hub client limits of time, and make it raise at once when the hub cannot serve a data set."""
     import datasets
 
     config = datasets.config
@@ -62,7 +62,7 @@ def prepare(repo: str) -> None:
         }
 
     def after(response: httpx.Response) -> None:
-        if response.status_code in _UNAVAILABLE and f"datasets/{repo}" in response.url.path:
+        if response.status_code in _UNAVAILABLE and "/datasets/" in response.url.path:
             response.read()
             hf_raise_for_status(response)
 
@@ -93,7 +93,7 @@ def insist(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Resul
             left = began + 3600 * cfg.retry_hours - time.monotonic()
             if left <= 0:
                 raise UserError(
-                    f"data.path={cfg.path}: {what} could not be read for {cfg.retry_hours:g} hours ({reason}); the "
+                    f"{cfg.named}: {what} could not be read for {cfg.retry_hours:g} hours ({reason}); the "
                     f"same command continues from the last checkpoint"
                 ) from error
             pause = min(max(wait * random.uniform(0.5, 1), _asked(error)), left)
@@ -109,7 +109,8 @@ def insist(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Resul
 
 
 def unusable(cfg: DataConfig, error: Exception) -> UserError:
-    return UserError(f"data.path={cfg.path}: cannot be streamed ({_reason(error)}); or use data=embedded")
+    instead = f"or use {cfg.group}={cfg.packaged}"
+    return UserError(f"{cfg.named}: cannot be streamed ({_reason(error)}); {instead}")
 
 
 def _final(error: Exception) -> bool:

@@ -65,7 +65,7 @@ def _texts(cfg: Config, tokenizer) -> dict[str, data.Heldout]:
     try:
         return {cfg.data.name: own, cfg.probe.name: data.heldout(cfg.probe, tokenizer, wanted)}
     except UserError as error:
-        raise UserError(f"probe={cfg.probe.name}: {error}; or go without: probe=none") from error
+        raise UserError(f"{error}; or go without: probe=none") from error
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import gzip
 import importlib.metadata
 import importlib.util
 import json
-import os
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qat import files
 from qat.config import UserError
 
 if TYPE_CHECKING:
@@ -79,10 +79,8 @@ def _arc_test(task: str, cache: Path) -> Dataset:
 
     path = cache / f"{task}-test-{importlib.metadata.version(_PACKAGE)}.json"
     if not path.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(_arc_rows(task, "test_rc_5shot")), encoding="utf-8")
-        unfinished.replace(path)
+        with files.lock(cache, str(cache)):
+            files.replace(path, json.dumps(_arc_rows(task, "test_rc_5shot")))
     return Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
 
 

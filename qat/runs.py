@@ -9,20 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import files, ranks, runtime
+from qat import files, ranks, runtime, scaling
 from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, UserError, WarmupConfig
 from qat.validate import validate
 
@@ -74,11 +70,11 @@ def _chosen(group) -> dict:
 
 
 def _effective_scaling(cfg: Config) -> dict:
-    """The scaling without what it never looks at: only `max` depends on the window (exp_smooth reads two entries of
-    any), only exp_smooth on alpha, and without a BF16 warmup there is no history of it to keep or discard."""
-    ignored = {"max": ("alpha",), "exp_smooth": ("window",)}.get(cfg.scaling.algo, ("window", "alpha"))
+    """The scaling without what it never looks at: the options of other rules, and without a BF16 warmup whether its
+    history is kept or discarded."""
+    ignored = {"window", "alpha"} - set(scaling.options(cfg.scaling))
     if not cfg.bf16_warmup_steps:
-        ignored += ("observe_in_warmup", "discard_after_warmup")
+        ignored |= {"observe_in_warmup", "discard_after_warmup"}
     return {name: value for name, value in _chosen(cfg.scaling).items() if name not in ignored}
 
 
@@ -130,7 +126,7 @@ def _slug(cfg: Config) -> list[str]:
     words = ["bf16"]
     if cfg.quantized:
         words = [cfg.quant.format, cfg.scaling.algo]
-        words += [f"w{cfg.scaling.window}"] if cfg.scaling.algo == "max" else []
+        words += [f"w{cfg.scaling.window}"] if "window" in scaling.options(cfg.scaling) else []
         words += [f"warm{cfg.bf16_warmup_steps}"]
     words += ["twice"] if cfg.data.label_shift == "twice" else []
     repeat = [f"r{cfg.repeat}"] if cfg.repeat else []
@@ -307,28 +303,10 @@ class Run:
     def _replace(self, name: str | Path, text: str) -> None:
         files.replace(self.path / name, text)
 
-    @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for writing. While another process holds it, say which and wait: jobs of a sweep that run
-        side by side share their baseline.
-
-        The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
-        holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                print(
-                    f"{self.id}: waiting for {file.read()}, which works on this run; Ctrl-C stops waiting", flush=True
-                )
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-            file.flush()
-            yield
+        """Hold the folder for writing, as a context. Jobs of a sweep that run side by side share their baseline, so
+        another process may hold it, and is waited for."""
+        return files.lock(self.path, self.id)
 
 
 class Onlooker(Run):

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -95,7 +96,8 @@ def package_path(path: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models and unpacked benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
+    """Where converted models (models/), token caches (tokens/), prepared texts (text/) and parsed benchmarks are kept:
+    $HIF8_CACHE, else the user's cache folder."""
     base = os.environ.get("HIF8_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hif8-qat"
     path = Path(base)
     try:
@@ -128,6 +130,16 @@ def environment() -> dict:
         "build": torch.__config__.show().split("\n"),
         "installed": installed,
     }
+
+
+def hardware(environment: Mapping) -> str:
+    """What computed, of an `environment`: its GPU, else its processor."""
+    return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"
+
+
+def code(git: Mapping | None) -> str:
+    """The commit, of `git` of an `environment`, and whether files differed from it."""
+    return f"{git['commit'][:12]}{', modified' if git['modified'] else ''}" if git else "unknown"
 
 
 @functools.cache

@@ -9,13 +9,15 @@ with the predicted amax of step t, from the history a(t-1), a(t-2), ...:
     exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
     max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
 
-To add a rule: write a function of (history, filled, alpha) below and put it in `PREDICTORS`.
+To add a rule: write a function of (history, filled, alpha) below and put it in `PREDICTORS`, with what it reads.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 
@@ -37,10 +39,32 @@ def _max(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Ten
     return history.amax(0)
 
 
-# Each takes the history, [entries, tensors] with the newest entry first and zeros where nothing was written yet, how
-# many entries are filled (0-dim int64), and alpha, and returns the predicted amax, [tensors]. `current` has none: it
-# looks at the tensor itself.
-PREDICTORS = {"most_recent": _most_recent, "exp_smooth": _exp_smooth, "max": _max}
+class Predictor(NamedTuple):
+    """A rule and what it reads of `scaling`, by which runs are named.
+
+    predict: takes the history, [entries, tensors] with the newest entry first and zeros where nothing was written yet,
+        how many entries are filled (0-dim int64), and alpha; returns the predicted amax, [tensors].
+    entries: of the history that it reads; None: `scaling.window` of them. alpha: whether it reads `scaling.alpha`.
+    """
+
+    predict: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    entries: int | None = 1
+    alpha: bool = False
+
+
+PREDICTORS = {
+    # Looks at the tensor itself. Its last amax's scale serves evaluation of what has no amax, and the telemetry.
+    "current": Predictor(_most_recent),
+    "most_recent": Predictor(_most_recent),
+    "exp_smooth": Predictor(_exp_smooth, entries=2, alpha=True),
+    "max": Predictor(_max, entries=None),
+}
+
+
+def options(scaling: ScalingConfig) -> list[str]:
+    """Which of `window` and `alpha` its rule reads."""
+    rule = PREDICTORS[scaling.algo]
+    return [name for name, read in (("window", rule.entries is None), ("alpha", rule.alpha)) if read]
 
 
 def to_scale(amax: torch.Tensor, target: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
@@ -54,7 +78,7 @@ def to_scale(amax: torch.Tensor, target: torch.Tensor, previous: torch.Tensor) -
 
 def entries(scaling: ScalingConfig) -> int:
     """How many entries of the history the algorithm reads: a longer ring would change nothing."""
-    return {"max": scaling.window, "exp_smooth": 2}.get(scaling.algo, 1)
+    return PREDICTORS[scaling.algo].entries or scaling.window
 
 
 class Phase(Enum):
@@ -167,7 +191,8 @@ class ScaleBank:
         self.observed.zero_()
 
     def _write(self, advance: torch.Tensor) -> None:
-        """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use."""
+        """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use, or
+        in a full ring the oldest, which then stays as it is."""
         # An Inf or NaN would sit in a window of 64 for 64 steps: the previous entry stands in for it.
         previous = self.history.index_select(0, (self.position - 1) % len(self.history))
         previous = torch.where(self.filled > 0, previous, 0.0)
@@ -181,12 +206,11 @@ class ScaleBank:
         settling = step <= self.settle_steps
         if not settling and self.ticks % self.cfg.update_every:
             return
-        # `current` keeps its last amax's scale too: it serves evaluation of what has no amax, and the telemetry.
-        algo = "most_recent" if settling or self.cfg.algo == "current" else self.cfg.algo
+        rule = PREDICTORS["most_recent" if settling else self.cfg.algo]
         age = torch.arange(len(self.history), device=self.history.device)
         newest_first = self.history[(self.position - 1 - age) % len(self.history)]
         used = torch.where((age < self.filled)[:, None], newest_first, 0.0)
-        predicted = PREDICTORS[algo](used, self.filled, self.cfg.alpha)
+        predicted = rule.predict(used, self.filled, self.cfg.alpha)
         self.scale.copy_(torch.where(advance > 0, to_scale(predicted, self.targets, self.scale), self.scale))
 
     @contextlib.contextmanager

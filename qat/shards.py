@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from typing import IO, NamedTuple
 
 import numpy
 
-from qat import corpus, hub
+from qat import corpus, files, hub
 from qat.config import DataConfig
 from qat.models import SentencePiece, document_token
 from qat.runtime import cache_dir
@@ -102,7 +101,7 @@ class CachedTokens:
     def _want(self, name: str) -> None:
         """Have a block made, in this process unless another one does it."""
         (self.folder / "wanted" / name).touch()
-        if self.folder not in _fillers and (lock := _lock(self.folder, wait=False)) is not None:
+        if self.folder not in _fillers and (lock := _lock(self.folder)) is not None:
             _fillers[self.folder] = _Filler(self, lock)
             _fillers[self.folder].start()
 
@@ -145,8 +144,8 @@ class _Filler(threading.Thread):
         content = io.BytesIO()
         numpy.save(content, numpy.concatenate(pieces))
         facts = {"checksum": _checksum(content.getvalue()), "of": self.corpus.of, "after": block.after}
-        _replace(_tokens(self.folder / name), content.getvalue())
-        _replace(_facts(self.folder / name), json.dumps(facts).encode())
+        files.replace(_tokens(self.folder / name), content.getvalue())
+        files.replace(_facts(self.folder / name), json.dumps(facts))
 
 
 _fillers: dict[Path, _Filler] = {}  # of this process
@@ -159,10 +158,9 @@ def source(cfg: DataConfig, seed: int) -> corpus.Stream:
         return stream
     folder = _folder(cfg)
     file = folder / "source.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with files.lock(folder, cfg.path):
         if not file.exists():
-            _replace(file, json.dumps({"revision": stream.revision, "kept": stream.kept}).encode())
+            files.replace(file, json.dumps({"revision": stream.revision, "kept": stream.kept}))
     return corpus.Stream(cfg, seed, **json.loads(file.read_text()))
 
 
@@ -217,18 +215,12 @@ def _checksum(content: bytes) -> str:
     return hashlib.blake2b(content).hexdigest()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _lock(folder: Path, wait: bool = True) -> IO | None:
-    """An open file that holds the folder's lock; None when another holds it and `wait` is false."""
+def _lock(folder: Path) -> IO | None:
+    """An open file that holds the folder's lock; None when another process holds it."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context((folder / ".lock").open("w"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
         stack.pop_all()

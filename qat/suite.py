@@ -17,8 +17,9 @@ _OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=", "record="
 
 def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:
     """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry; with each of
-    `seeds` in the place of the overrides' own."""
-    return [_compose(words) for words in _lines(experiment, overrides, seeds)]
+    `seeds` in the place of the overrides' own. Where overrides make cells of its sweep one run, it is there once."""
+    found = map(_compose, _lines(experiment, overrides, seeds))
+    return list({run_id(cfg): cfg for cfg in found}.values())
 
 
 def jobs(

@@ -5,7 +5,6 @@ hand nothing back once one has raised; so a job writes its outcome to a file in 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
+from qat import files
 from qat.config import UserError
 from qat.stops import REQUEUE, Preempted
 
@@ -37,10 +37,8 @@ def run(job: Callable[[], None]) -> None:
     folder, number, words = Path(hydra.runtime.output_dir), hydra.job.num, list(hydra.overrides.task)
 
     def became(state: str, reason: str = "") -> None:
-        path = folder / f"job-{number:04}.json"
-        temporary = path.with_suffix(".writing")
-        temporary.write_text(json.dumps({"words": words, "state": state, "reason": reason}))
-        os.replace(temporary, path)
+        outcome = {"words": words, "state": state, "reason": reason}
+        files.replace(folder / f"job-{number:04}.json", json.dumps(outcome))
 
     if any(outcome["state"] == "preempted" for outcome in _outcomes(folder)):
         became("preempted", "not begun")  # the machine is taken away from all of them

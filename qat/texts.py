@@ -8,8 +8,6 @@ say in prose, English and whole; the packages are unpacked, never installed.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -58,16 +56,16 @@ _PATIENCE = ("-o", "Acquire::Retries=3", "-o", "Acquire::http::Timeout=20")  # s
 def folder(cfg: DataConfig) -> Path:
     """The text that `cfg` names, prepared where the cache has none: in a minute or two. Errors: UserError, naming all
     packages that cannot be had (there is no text of fewer), or a revision that cannot."""
-    name, base = _known(cfg.path), _base()
+    name, base = _known(cfg), _base()
     wanted = base / f"{name}-{cfg.revision}"
     found = _newest(name) if cfg.revision is None else wanted if wanted.is_dir() else None
     if found is None:
-        with _lock(name):
+        with files.lock(base, name):
             found = _newest(name) or _make(name)  # another process may have made it
     if cfg.revision not in (None, manifest(found)["revision"]):
         raise UserError(
-            f"data.revision={cfg.revision}: not in the cache, which has {found.name}; copy {wanted.name} into {base} "
-            f"from the machine that made it"
+            f"{cfg.group}.revision={cfg.revision}: not in the cache, which has {found.name}; copy {wanted.name} into "
+            f"{base} from the machine that made it"
         )
     return found
 
@@ -77,7 +75,7 @@ def revision(cfg: DataConfig, make: bool) -> str | None:
     `make` does not ask for it; of other sources what the configuration says."""
     if cfg.source != "prepared" or cfg.revision:
         return cfg.revision
-    found = folder(cfg) if make else _newest(cfg.path)
+    found = folder(cfg) if make else _newest(_known(cfg))
     return manifest(found)["revision"] if found else None
 
 
@@ -97,10 +95,10 @@ def described(text: Path) -> str:
     return "\n".join(lines)
 
 
-def _known(name: str) -> str:
-    if name not in PACKAGES:
-        raise UserError(f"data.path={name}: not a text that can be prepared; {nearest(name, PACKAGES)}")
-    return name
+def _known(cfg: DataConfig) -> str:
+    if cfg.path not in PACKAGES:
+        raise UserError(f"{cfg.named}: not a text that can be prepared; {nearest(cfg.path, PACKAGES)}")
+    return cfg.path
 
 
 def _base() -> Path:
@@ -108,20 +106,7 @@ def _base() -> Path:
 
 
 def _newest(name: str) -> Path | None:
-    return max(_base().glob(f"{_known(name)}-*"), key=lambda text: text.stat().st_mtime, default=None)
-
-
-@contextlib.contextmanager
-def _lock(name: str) -> Iterator[None]:
-    """Hold the cache's texts for writing. The system takes the lock from a process that ends in whatever way."""
-    _base().mkdir(parents=True, exist_ok=True)
-    with (_base() / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process that prepares {name}; Ctrl-C stops waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return max(_base().glob(f"{name}-*"), key=lambda text: text.stat().st_mtime, default=None)
 
 
 def _make(name: str) -> Path:

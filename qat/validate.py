@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from operator import attrgetter
 
+from qat.benchmarks import TASKS
 from qat.config import CHOICES, ROLES, Config, ConfigError, nearest
+from qat.formats import FORMATS
 
 
 def validate(cfg: Config) -> None:
@@ -21,9 +23,10 @@ def validate(cfg: Config) -> None:
         if not low <= value <= high:
             bound = low if value < low else high
             raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
-    for seed in cfg.study.seeds or ():
-        if not 0 <= seed < 2**31 or cfg.study.seeds.count(seed) > 1:
-            raise ConfigError(f"study.seeds={cfg.study.seeds}: must be different seeds from 0 up, as in [0,1,2]")
+    for key in ("report.seeds", "study.seeds"):
+        seeds = attrgetter(key)(cfg) or []
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+            raise ConfigError(f"{key}={seeds}: must be different seeds from 0 up, as in [0,1,2]")
     checks = (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_probe, _check_benchmark)
     for check in checks:
         check(cfg)
@@ -144,10 +147,6 @@ def _check_warmup(cfg: Config) -> None:
         )
 
 
-# Largest finite value of each format: a target above it could never be reached.
-_LARGEST = {"hif8": 32768, "fp8_e4m3": 448, "fp8_e5m2": 57344}
-
-
 def _check_quant(cfg: Config) -> None:
     if not cfg.quantized:
         return
@@ -166,11 +165,11 @@ def _check_quant(cfg: Config) -> None:
             "quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16"
         )
     for role in ROLES:
-        target = getattr(q, f"target_{role}")
-        if target > _LARGEST[q.format]:
+        target, largest = getattr(q, f"target_{role}"), FORMATS[q.format].largest
+        if target > largest:  # it could never be reached
             raise ConfigError(
                 f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
-                f"{_LARGEST[q.format]}"
+                f"{largest:g}"
             )
     _check_fp8(cfg)
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
@@ -240,7 +239,11 @@ def _check_probe(cfg: Config) -> None:
 
 
 def _check_benchmark(cfg: Config) -> None:
+    if not cfg.benchmark.tasks:
+        raise ConfigError(f"benchmark.tasks={{}}: nothing to evaluate; name some of {', '.join(TASKS)}")
     for name, task in cfg.benchmark.tasks.items():
+        if name not in TASKS:
+            raise ConfigError(f"benchmark.tasks.{name}: unknown task; {nearest(name, TASKS)}")
         for key, value, low in (("shots", task.shots, 0), ("limit", task.limit, 1)):
             if value is not None and value < low:
                 raise ConfigError(f"benchmark.tasks.{name}.{key}={value}: the nearest valid value is {low}")

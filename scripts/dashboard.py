@@ -27,13 +27,13 @@ def main(config, _) -> None:
 
 
 def _send(config) -> None:
-    from qat.runs import Run, config_of
+    from qat.runs import Run
     from qat.tracking import send
 
     name, mode = config.logger.name, config.logger.mode
     if name == "local" or mode == "disabled":
         raise cli.ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
-    cfg = config_of(config.run)
+    cfg = cli.of_folder(config, "logger", "benchmark")
     cfg.logger, cfg.benchmark = config.logger, config.benchmark
     run = Run.of(cfg)
     send(run, cfg)

@@ -1,7 +1,7 @@
 """Score a trained run, its baseline and the untouched checkpoint, and compare them.
 
 python scripts/eval.py experiment=exp8 [the words that trained it] [benchmark=paper]
-python scripts/eval.py run=runs/<id> [benchmark=paper]
+python scripts/eval.py run=runs/<id> [benchmark=paper] [logger=local]
 """
 
 import sys
@@ -13,17 +13,9 @@ from qat import cli
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.evaluate import evaluate
-    from qat.runs import config_of
 
-    if config.run:
-        benchmark = config.benchmark
-        config = config_of(config.run)
-        if any(word.startswith("benchmark") for word in HydraConfig.get().overrides.task):
-            config.benchmark = benchmark
-    evaluate(config)
+    evaluate(cli.of_folder(config, "benchmark", "logger"))
 
 
 if __name__ == "__main__":

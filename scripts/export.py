@@ -14,13 +14,8 @@ from qat import cli
 
 def main(config, _) -> None:
     from qat.export import export
-    from qat.runs import config_of
 
-    if config.run:
-        wanted = config.export
-        config = config_of(config.run)
-        config.export = wanted
-    export(config)
+    export(cli.of_folder(config, "export"))
 
 
 if __name__ == "__main__":

@@ -173,6 +173,11 @@ NAMES = [
     Case(f"benchmark.name={'x' * 300}", A_NAME),
     Case("+benchmark.tasks={../../x:{shots:0}}", f"benchmark.tasks='../../x': {A_NAME}"),
     Case("budget.name=.hidden", f"budget.name='.hidden': {A_NAME}"),
+    Case("+benchmark.tasks={mmluu:{shots:0}}", "benchmark.tasks.mmluu: unknown task; did you mean 'mmlu'?"),
+    Case(
+        "~benchmark.tasks.mmlu ~benchmark.tasks.hellaswag ~benchmark.tasks.arc_easy ~benchmark.tasks.arc_challenge",
+        "benchmark.tasks={}: nothing to evaluate; name some of mmlu, hellaswag, arc_easy, arc_challenge",
+    ),
     Case("logger.project=a/b?c", f"logger.project='a/b?c': {A_NAME}"),
     Case("logger.project=Ünïcode", "logger.project=Ünïcode: Hydra takes such characters only in quotes"),
     Case("experiment=../model/tiny", "experiment=../model/tiny: leads out of its folder"),
@@ -431,6 +436,19 @@ FOLDERS = [
     Case(
         "run=runs/renamed", "give the folder that name again", lambda w: w.done.path.rename(w / "runs/renamed"), "eval"
     ),
+    Case(
+        f"{RUN} optim.lr=1",
+        "optim.lr=1: has no effect beside run=, which takes words of benchmark, logger",
+        None,
+        "eval",
+    ),
+    Case(
+        f"{RUN} ++benchmark.name=x",
+        "++benchmark.name=x: has no effect beside run=, which takes words of export",
+        None,
+        "export",
+    ),
+    Case(f"{RUN} seed=1", "seed=1: has no effect beside run=", None, "dashboard"),
     Case("run=nowhere", "nowhere: not a run folder (no config.yaml); see `ls ", script="eval"),
     Case("run=texts", "texts: not a run folder (no config.yaml); see `ls ", script="eval"),
     Case("run=/", "not a run folder (no config.yaml)", script="eval"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from qat import bench
+from qat import bench, models
 from qat.bench import steps, table, timing
 from qat.bench.plain import fake_quantize
 from qat.config import ConfigError
 from qat.formats import FORMATS
+
+bmm, baddbmm = torch.ops.aten.bmm, torch.ops.aten.baddbmm
 
 
 def test_the_plain_comparator_rounds_as_we_do():
@@ -51,8 +55,6 @@ def test_the_table_holds_what_was_measured(config, tmp_path, monkeypatch):
 
 def test_all_variants_train_the_same_parameters(config):
     cfg = config("experiment=exp8")
-    from qat import models
-
     model, _ = models.load(cfg.model, cfg.seed)
     made = steps.Steps(cfg, model)
     ours = {id(parameter) for parameter in model.parameters()}
@@ -62,11 +64,45 @@ def test_all_variants_train_the_same_parameters(config):
     assert len(made.coverage["all"].linears) == 7 * 8 and len(made.coverage["mlp"].linears) == 3 * 3
 
 
+def test_attention_is_counted_by_its_heads_which_may_be_wider_than_the_model(config):
+    cfg = config("quant=bf16", **{"bench.steps": []})
+    cfg.model.architecture |= {"num_attention_heads": 2, "head_dim": 3 * cfg.model.architecture["hidden_size"]}
+    model, _ = models.load(cfg.model, cfg.seed)
+    counter = FlopCounterMode(display=False)
+    model.set_attn_implementation("eager")  # whose two products the counter knows
+    with counter:
+        model(torch.zeros(1, cfg.budget.seq_len, dtype=torch.int64)).logits.sum().backward()
+    attention = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in (bmm, baddbmm))
+    made = steps.Steps(cfg, model)
+    of_linears = 6 * made.coverage["bf16"].matmul_parameters
+    # Half of it is masked; rotary angles are a small product too.
+    assert (table._flops(made) - of_linears) * cfg.budget.seq_len == pytest.approx(attention / 2, rel=1e-3)
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "said"), [("steps", "al", "did you mean 'all'"), ("parts", "step", "'steps'")]
+    ("parts", "chosen", "said"),
+    [
+        ("step", "all", "bench.parts=step: unknown part; did you mean 'steps'?"),
+        ("memory", "mpl", "bench.steps=mpl: unknown step; did you mean 'mlp'?"),
+        ("memory", "all, plain PyTorch", "bench.parts=['memory'] do not measure it; add the part steps"),
+        ("kernels", "mlp", "bench.parts=['kernels'] do not measure it; add the part steps"),
+    ],
 )
-def test_unknown_names_are_refused(config, tmp_path, key, value, said):
-    cfg = config(f"bench.out={tmp_path}", "bench.parts=[steps]")
-    setattr(cfg.bench, key, [value])
-    with pytest.raises(ConfigError, match=rf"bench.{key}={value}: .*{said}"):
+def test_what_would_not_be_measured_is_refused_before_anything_is(config, tmp_path, parts, chosen, said):
+    cfg = config(f"bench.out={tmp_path / 'out'}")
+    cfg.bench.parts, cfg.bench.steps = [parts], [chosen]
+    with pytest.raises(ConfigError, match=re.escape(said)):
         bench.measure(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_measured_of_each_step_that_is_asked_for(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "peak_memory", lambda _, cfg: 3 if cfg.scaling.algo == "max" else 2)
+    cfg = config("experiment=exp8", "bench.parts=[memory]", f"bench.out={tmp_path}")
+    cfg.bench.steps = ["all", "all, current scaling"]
+    bench.measure(cfg)
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["what"]: row["median"] for row in rows} == {
+        "peak memory: all : bf16": 1.5,
+        "peak memory: all, current scaling : bf16": 1,
+    }

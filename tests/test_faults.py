@@ -49,14 +49,17 @@ class Disk:
 
     def __init__(self, patch: pytest.MonkeyPatch, room: int | None = None):
         self.written, self.room, self.failed = [], room, set()
-        write_text, opened, save_file = Path.write_text, Path.open, checkpoint.save_file
+        opened, save_file = Path.open, checkpoint.save_file
         replace, rename, flush = os.replace, os.rename, os.fsync
 
-        def text(path, content, **how):
-            if self.full(path):
-                write_text(path, content[: len(content) // 2], **how)
-                raise self.error()
-            return write_text(path, content, **how)
+        def writing(real):
+            def write(path, content, **how):
+                if self.full(path):
+                    real(path, content[: len(content) // 2], **how)
+                    raise self.error()
+                return real(path, content, **how)
+
+            return write
 
         def appending(path, mode="r", *rest, **how):
             file = opened(path, mode, *rest, **how)
@@ -81,7 +84,8 @@ class Disk:
                 raise self.error()
             return flush(descriptor)
 
-        patch.setattr(Path, "write_text", text)
+        patch.setattr(Path, "write_text", writing(Path.write_text))
+        patch.setattr(Path, "write_bytes", writing(Path.write_bytes))
         patch.setattr(Path, "open", appending)
         patch.setattr(checkpoint, "save_file", tensors)
         patch.setattr(os, "replace", moving(replace))

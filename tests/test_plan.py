@@ -10,9 +10,11 @@ import re
 import pytest
 import torch
 
-from qat import models, plan
+from qat import evaluate, models, plan, questions
+from qat.config import BenchmarkConfig, Config, TaskConfig
 from qat.convert import convert, quantized_linears
 from qat.loop import train
+from qat.models import byte_tokenizer
 from qat.plan import costs, memory
 from qat.plan.machine import Machine
 from qat.plan.page import missing, page
@@ -162,6 +164,48 @@ def test_questions_of_the_quick_benchmark_are_those_that_its_file_counts():
     asked, tokens = costs.questions(composed("benchmark=quick"))
     assert asked == 101 and tokens == pytest.approx(15_500, rel=0.1)  # conf/benchmark/quick.yaml
     assert costs.questions(composed("benchmark=paper"))[0] == 14042 + 10042 + 2376 + 1172
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_all_questions_of_a_task_are_those_that_the_split_has(split, tmp_path):
+    for task, subset in (("hellaswag", None), ("arc_easy", "ARC-Easy"), ("arc_challenge", "ARC-Challenge")):
+        documents, evaluated, _ = questions.splits(task, subset, split, tmp_path)
+        one = BenchmarkConfig("one", split=split, tasks={task: TaskConfig()})
+        assert costs.questions(Config(benchmark=one))[0] == len(documents[evaluated])
+    mmlu = BenchmarkConfig("one", split=split, tasks={"mmlu": TaskConfig()})
+    assert costs.questions(Config(benchmark=mmlu))[0] == {"test": 14042, "validation": 1531}[split]
+
+
+@pytest.mark.parametrize("words", ["probe=wikipedia", "probe=none", "quant=bf16"])
+def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
+    class Counting(evaluate._Scorer):
+        """Nothing is built, and each pass over a text is noted."""
+
+        _baseline = "a model"
+
+        def scored(self, _):
+            return False
+
+        def score(self, subject):
+            self._heldout(subject, None, byte_tokenizer())
+
+    counted, logits = [], torch.zeros(1, 1, 257)
+
+    def passing(_, batch):
+        counted.append(batch[:, 1:].numel())
+        return logits.expand(*batch[:, 1:].shape, -1)
+
+    monkeypatch.setattr(evaluate, "_Scorer", Counting)
+    monkeypatch.setattr(evaluate, "_log_probabilities", passing)
+    monkeypatch.setattr(evaluate, "compare", lambda *_: {})
+    monkeypatch.setattr(evaluate, "table", str)
+    monkeypatch.setattr(evaluate.tracking, "send", lambda *_: None)
+    monkeypatch.setattr(evaluate.Subject, "check", lambda _: None)
+    monkeypatch.setattr(evaluate.Subject, "regain", lambda _: None)
+    cfg = config(words, **{"budget.heldout_tokens": 1024})
+    evaluate.evaluate(cfg)
+    planned = plan.make(cfg, 1, CPU, on_gpus=False)
+    assert sum(counted) == planned.passes * costs.heldout(cfg)
 
 
 def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config):

@@ -148,7 +148,7 @@ def test_another_text_can_be_named_and_renames_no_run(configure, config, texts, 
 
 def test_a_text_that_is_not_there_is_said_in_one_line(config):
     cfg = config(*PAPER, **{"probe.name": "mine", "probe.source": "files", "probe.path": "nowhere"})
-    with pytest.raises(UserError, match=r"^probe=mine: .*nowhere: needs a folder.*; or go without: probe=none$"):
+    with pytest.raises(UserError, match=r"^probe.path=nowhere: needs a folder.*; or go without: probe=none$"):
         loop.train(cfg)
 
 

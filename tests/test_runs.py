@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from qat import runs
-from qat.config import UserError
+from qat import runs, scaling
+from qat.config import CHOICES, UserError
 from qat.runs import Run, baseline_of, run_id, untouched_of
 from tests.conftest import RUNS
 
@@ -100,6 +100,26 @@ def test_only_the_algorithms_that_read_it_depend_on_the_window(config, algo):
     assert short == long
     low, high = (run_id(config(**{"scaling.algo": algo, "scaling.alpha": alpha})) for alpha in (0.5, 0.9))
     assert (low != high) == (algo == "exp_smooth")
+
+
+def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
+    def median(history, filled, alpha):
+        return history[:filled].median(0).values
+
+    monkeypatch.setitem(CHOICES, "scaling.algo", (*CHOICES["scaling.algo"], "median"))
+    monkeypatch.setitem(scaling.PREDICTORS, "median", scaling.Predictor(median, entries=None))
+    changes = {"scaling.algo": "median", "scaling.window": 3}
+    cfg = config("experiment=exp8", **changes)
+    window, alpha = (
+        config("experiment=exp8", **changes | {f"scaling.{k}": v}) for k, v in (("window", 5), ("alpha", 1.0))
+    )
+    assert run_id(window) != run_id(cfg) == run_id(alpha)
+    bank = scaling.ScaleBank(["layer/weight"], [15.0], cfg)
+    for step, amax in enumerate((1.0, 4.0, 3.0, 5.0, 6.0), 1):
+        bank.begin_step(step, 1)
+        bank.observed.fill_(amax)
+        bank.commit(step)
+    assert bank.scale.item() == 15 / 5  # of the last three
 
 
 def test_what_becomes_of_the_warmups_history_counts_only_with_a_warmup(config):
@@ -256,7 +276,7 @@ def test_a_second_process_says_for_whom_it_waits_until_the_first_ends(tmp_path, 
         assert entered == []
         holder.kill()
     waiting.join()
-    line = "run: waiting for process 7 on a node since noon, which works on this run; Ctrl-C stops waiting"
+    line = "run: waiting for process 7 on a node since noon, which works on it; Ctrl-C stops waiting"
     assert said == [line] and entered[0].startswith(f"process {os.getpid()} on {platform.node()} since 20")
 
 

@@ -30,6 +30,14 @@ def test_a_job_of_slurm_names_itself_and_its_nodes(monkeypatch):
     assert runtime.environment()["slurm"] == {"job_id": "12", "job_nodelist": "gpu[1-2]"}
 
 
+def test_hardware_and_code_are_named_in_one_way():
+    found = runtime.environment() | {"gpu": None, "processor": "Some CPU", "cores": 2}
+    assert runtime.hardware(found) == "Some CPU, 2 cores"
+    assert runtime.hardware(found | {"gpu": "NVIDIA H200"}) == "NVIDIA H200"
+    assert runtime.code(None) == "unknown" and runtime.code({"commit": "0123", "modified": False}) == "0123"
+    assert runtime.code({"commit": "0123", "modified": True, "diff": "f"}) == "0123, modified"
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """git(*words) in a new repository of one file, committed, that stands for ours."""

@@ -42,11 +42,16 @@ def settings(cfg: Config) -> dict[str, Config]:
     return {name: each for name, each in found.items() if name == "bf16" or _wanted(cfg, name)}
 
 
-def _check(cfg: Config) -> None:
-    """Raise `ConfigError` for a name in bench.steps that means nothing."""
+def check(cfg: Config) -> None:
+    """Raise `ConfigError` for a name in bench.steps that means nothing, or that no part of the benchmark measures."""
+    measured = {"memory": OURS, "steps": (*OURS, *COMPARATORS)}
     for name in cfg.bench.steps or []:
-        if name not in (known := [*OURS, *COMPARATORS]):
-            raise ConfigError(f"bench.steps={name}: unknown step; {nearest(name, known)}")
+        if name not in measured["steps"]:
+            raise ConfigError(f"bench.steps={name}: unknown step; {nearest(name, measured['steps'])}")
+        if not any(name in measured.get(part, ()) for part in cfg.bench.parts):
+            raise ConfigError(
+                f"bench.steps={name}: bench.parts={cfg.bench.parts} do not measure it; add the part steps"
+            )
 
 
 def _wanted(cfg: Config, name: str) -> bool:
@@ -68,7 +73,6 @@ class Steps:
     """Callables that train one step, by name: those of `settings`, and the comparators that can run here."""
 
     def __init__(self, cfg: Config, model: nn.Module):
-        _check(cfg)
         self.cfg, self.batch = cfg, tokens(cfg, model.config.vocab_size)
         self.trainers, self.coverage = {}, {}
         for name, each in settings(cfg).items():

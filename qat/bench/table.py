@@ -14,12 +14,11 @@ import torch
 from qat import kernels, models, runtime
 from qat.bench import steps, timing
 from qat.config import Config, ConfigError, nearest
+from qat.plan import costs, memory
 from qat.scaling import ScaleBank
 
 # Of a tensor that fits no cache, and on a GPU keeps the kernel busy for longer than its launch takes.
 _ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
-# Dense BF16 products with FP32 accumulation, FLOP/s, from the makers' data sheets.
-_PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}
 
 
 @dataclass
@@ -36,14 +35,15 @@ class Row:
 
 def measure(cfg: Config) -> Path:
     """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
-    runtime.keep_freed_memory()
-    out = Path(cfg.bench.out)
-    out.mkdir(parents=True, exist_ok=True)
     # In this order: what steps leave cached on a GPU, the measurement of memory would miss.
     parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows}
     for part in cfg.bench.parts:
         if part not in parts:
             raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
+    steps.check(cfg)
+    runtime.keep_freed_memory()
+    out = Path(cfg.bench.out)
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for part in filter(cfg.bench.parts.__contains__, parts):
         rows += parts[part](cfg)
@@ -54,7 +54,7 @@ def measure(cfg: Config) -> Path:
         json.dumps({"facts": facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
     )
     page = out / "bench.md"
-    page.write_text(_page(cfg, rows, facts))
+    page.write_text(_page(rows, facts))
     print(page.read_text())
     return page
 
@@ -137,18 +137,22 @@ def _step_target(name: str) -> str:
 
 
 def _utilization(made: steps.Steps, tokens_per_second: float) -> str:
-    """Model FLOPs utilization of the BF16 step: 6 FLOPs a token and product weight, and 6 x blocks x hidden x length
-    for causal attention, over the peak of the GPU, or of a measured FP32 product on a CPU."""
-    model = made.trainers["bf16"].model
-    attention = 6 * model.config.num_hidden_layers * model.config.hidden_size * made.cfg.budget.seq_len
-    flops = (6 * made.coverage["bf16"].matmul_parameters + attention) * tokens_per_second
+    """Model FLOPs utilization of the BF16 step: its FLOP/s over the peak of the GPU, or of a measured FP32 product on a
+    CPU."""
+    flops = _flops(made) * tokens_per_second
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        peak = next((peak for key, peak in _PEAKS.items() if key in name), None)
+        peak = next((peak for key, peak in costs.PEAKS.items() if key in name), None)
         return f", MFU {flops / peak:.0%}" if peak else f", {flops / 1e12:.0f} TFLOP/s"
     a = torch.randn(2048, 2048)
     times = [timing.seconds(lambda: a @ a) for _ in range(5)]
     return f", {flops / (2 * 2048**3 / statistics.median(times)):.0%} of a 2048^3 product's FLOP/s"
+
+
+def _flops(made: steps.Steps) -> float:
+    """Of a token's BF16 step."""
+    shape, _ = memory.of_model(made.trainers["bf16"].model.config, made.cfg)
+    return shape.flops(made.cfg.budget.seq_len)
 
 
 def _commit_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:
@@ -168,9 +172,8 @@ def _commit_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Ro
 def _memory_rows(cfg: Config) -> list[Row]:
     peaks = {}
     for name, each in steps.settings(cfg).items():
-        if name != "all, current scaling":
-            _say(f"peak memory, {name}")
-            peaks[name] = timing.peak_memory(steps.one_model_alone, each)
+        _say(f"peak memory, {name}")
+        peaks[name] = timing.peak_memory(steps.one_model_alone, each)
     rows = []
     for name, peak in peaks.items():
         if name != "bf16":
@@ -185,21 +188,20 @@ def _memory_rows(cfg: Config) -> list[Row]:
 
 def _facts(cfg: Config) -> dict[str, str]:
     environment = runtime.environment()
-    git = environment["git"] or {}
     return {
-        "hardware": environment["gpu"] or f"{environment['processor']}, {environment['cores']} cores",
+        "hardware": runtime.hardware(environment),
         "arithmetic": runtime.arithmetic(cfg.budget.arithmetic),
         "compiled": str(cfg.budget.compile).lower(),
         "model": cfg.model.name,
         "batch": f"{cfg.batch[0]} x {cfg.budget.seq_len} tokens",
         "rounds": str(cfg.bench.rounds),
         "versions": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-        "code": f"{git.get('commit', 'unknown')[:12]}{' and changes' if git.get('modified') else ''}",
+        "code": runtime.code(environment["git"]),
         "command": f"python {environment['command']}",
     }
 
 
-def _page(cfg: Config, rows: list[Row], facts: dict[str, str]) -> str:
+def _page(rows: list[Row], facts: dict[str, str]) -> str:
     lines = [
         "# Benchmark",
         "",

@@ -59,6 +59,12 @@ class Plan:
         """Models that evaluation scores: the checkpoint, the baseline with and without PTQ, the run in both modes."""
         return 5 if self.cfg.quantized else 2
 
+    @property
+    def passes(self) -> int:
+        """Passes over the held-out texts: one a model, and for the KL divergence of each of the three in a quantized
+        run's format, or trained in it, one of the baseline."""
+        return self.scored + (3 if self.cfg.quantized else 0)
+
 
 def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:
     """The plan of `cfg` and its baseline on `ranks` processes. on_gpus: one GPU each, else this machine's processor.

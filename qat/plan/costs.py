@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat.config import Config
+from qat.corpus import HELDOUT_EVERY
 from qat.plan.machine import Machine
 from qat.plan.memory import Shape
 from qat.runtime import ROOT, package_path
 
 RECORDS = ROOT / "experiments" / "records"
 
-# Assumed where nothing is measured: a GPU of this BF16 rate (H100, H200), and the share of it that training reaches.
-ASSUMED_FLOPS, ASSUMED_SHARE = 990e12, (0.15, 0.40)
+# Dense BF16 products with FP32 accumulation, FLOP/s, from the makers' data sheets.
+PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}
+# Assumed where nothing is measured: a GPU, and the share of its peak that training reaches.
+ASSUMED_GPU, ASSUMED_SHARE = "H100", (0.15, 0.40)
 # Share of a bare product's rate that a training step reaches: 70 % in experiments/records/2026-11-22_bench_cpu.
 PRODUCT_SHARE = (0.35, 0.75)
 # A quantized step over a BF16 one: our CPU record, and the paper's released code by its own logs (all linears 4.0).
@@ -23,14 +26,18 @@ SLOWER = {"mlp": (1.1, 2.65), "all": (1.2, 4.0)}
 # Tokens that a question costs without examples, and for each: measured over 150 questions a task (MMLU: 4 of each
 # subject) with SmolLM2's tokenizer; lm-eval scores MMLU's four one-token choices at once.
 _TOKENS = {"mmlu": (110, 104), "hellaswag": (321, 329), "arc_easy": (136, 134), "arc_challenge": (151, 156)}
-_QUESTIONS = {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172}  # of the splits scored
+# By split; HellaSwag's is always the same one (`qat.questions.splits`).
+_QUESTIONS = {
+    "test": {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172},
+    "validation": {"mmlu": 1531, "hellaswag": 10042, "arc_easy": 570, "arc_challenge": 299},
+}
 _SUBJECTS = 57  # of MMLU: a limit counts for each
 
 CHARACTERS = 4.5  # of English a token: 4.0 to 4.9 in the prompts above
 # Known sizes of texts, by path and subset: tokens, bytes, and what says so.
 _KNOWN_DATA = {
     ("HuggingFaceFW/fineweb", "sample-10BT"): (10e9, 27.6e9, "its card, GPT-2's tokens"),
-    ("manuals", None): (10.4e6, 43.1e6, "measured, SmolLM2's tokens; a twentieth is held out"),
+    ("manuals", None): (10.4e6, 43.1e6, f"measured, SmolLM2's tokens; one file in {HELDOUT_EVERY} is held out"),
 }
 DATA_LICENCES = {
     "HuggingFaceFW/fineweb": "ODC-By 1.0, and Common Crawl's terms of use",
@@ -73,7 +80,7 @@ def text(cfg: Config) -> tuple[float, float, str] | None:
     folder = package_path(cfg.data.path) if cfg.data.source == "package" else Path(cfg.data.path)
     if cfg.data.source == "hub" or not folder.is_dir():
         return None
-    size = sum(file.stat().st_size for file in folder.glob("*.txt")) * 19 / 20  # one file in 20 is held out
+    size = sum(file.stat().st_size for file in folder.glob("*.txt")) * (1 - 1 / HELDOUT_EVERY)
     return size / CHARACTERS, size, f"its files, {CHARACTERS} bytes a token"
 
 
@@ -81,10 +88,17 @@ def questions(cfg: Config) -> tuple[int, float]:
     """(questions, tokens to score for one model) of the benchmark."""
     count, total = 0, 0.0
     for name, task in cfg.benchmark.tasks.items():
-        limit = _QUESTIONS[name] if task.limit is None else task.limit * (_SUBJECTS if name == "mmlu" else 1)
-        asked, (base, example) = min(limit, _QUESTIONS[name]), _TOKENS[name]
+        there = _QUESTIONS[cfg.benchmark.split][name]
+        limit = there if task.limit is None else task.limit * (_SUBJECTS if name == "mmlu" else 1)
+        asked, (base, example) = min(limit, there), _TOKENS[name]
         count, total = count + asked, total + asked * (base + example * task.shots)
     return count, total
+
+
+def heldout(cfg: Config) -> int:
+    """Tokens of all held-out texts: half as many of the probe's as of the data's own (`qat.evaluate`)."""
+    own = cfg.budget.heldout_tokens
+    return own + own // 2 if cfg.probe else own
 
 
 def scope(kinds) -> str:
@@ -119,7 +133,7 @@ def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus
     if machine.gpus or not on_gpus:
         shares, peak, where = PRODUCT_SHARE, machine.flops, "of a large product's {:.3g} TFLOP/s here"
     else:
-        shares, peak, where = ASSUMED_SHARE, ASSUMED_FLOPS, "of an H100's {:.0f} TFLOP/s"
+        shares, peak, where = ASSUMED_SHARE, PEAKS[ASSUMED_GPU], f"of an {ASSUMED_GPU}'s {{:.0f}} TFLOP/s"
     basis = f"{shares[0]:.0%} to {shares[1]:.0%} {where.format(peak / 1e12)}: ASSUMED, nothing is measured"
     fast, slow = SLOWER[kind] if kind else (1.0, 1.0)
     if kind:

@@ -49,7 +49,7 @@ class Machine:
     @property
     def name(self) -> str:
         """As a benchmark's record names its hardware."""
-        return self.gpu or f"{self.processor}, {self.cores} cores"
+        return runtime.hardware(vars(self))
 
 
 def here(cfg: Config) -> Machine:

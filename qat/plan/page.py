@@ -174,9 +174,10 @@ def _evaluation(plan: Plan) -> list[str]:
     lines.append(
         _row("questions", f"{asked:,}, {count(tokens)} tokens a model", "from samples; choices and examples counted")
     )
-    lines.append(_row("held-out text", f"{count(plan.cfg.budget.heldout_tokens)} tokens a model"))
+    heldout = costs.heldout(plan.cfg)
+    lines.append(_row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", "KL takes the baseline's too"))
     if plan.shape is not None:
-        total = plan.scored * (tokens + plan.cfg.budget.heldout_tokens)
+        total = plan.scored * tokens + plan.passes * heldout
         hours = (each / 3 for each in plan.trainings[0].hours(total, 1))
         lines.append(
             _row(
@@ -187,7 +188,7 @@ def _evaluation(plan: Plan) -> list[str]:
 
 
 def _disk(plan: Plan) -> list[str]:
-    cfg, runs = plan.cfg, len(plan.trainings)
+    cfg = plan.cfg
     lines = ["", f"disk ({cfg.runs_dir}: {size(plan.machine.runs_free)} free)"]
     if plan.shape is not None:
         most, final = costs.checkpoints(plan.shape)
@@ -209,7 +210,7 @@ def _disk(plan: Plan) -> list[str]:
         cached = costs.cached_tokens(cfg, plan.shape)
         if cached:
             lines.append(_row("token cache", size(cached), "in $HIF8_CACHE, one a seed, shared by its runs"))
-    return [*lines, _row("samples", size(costs.samples(cfg, plan.scored)), f"{runs} run(s) and the checkpoint")]
+    return [*lines, _row("samples", size(costs.samples(cfg, plan.scored)), f"of {plan.scored} models")]
 
 
 def _downloads(plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from qat import runtime
 from qat.compare import APE_MARK, TASKS
 from qat.report import pictures, tables
 from qat.report.experiment import Experiment, Pair, scientific, told_apart
@@ -141,16 +142,12 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
-        "Hardware": [e["gpu"] or f"{e['processor']}, {e['cores']} cores" for e in environments],
+        "Hardware": [runtime.hardware(e) for e in environments],
         "Arithmetic": [c["budget"]["arithmetic"].upper() for c in configs],
         "Versions": [", ".join(map(" ".join, e["packages"].items())) for e in environments],
-        "Code": [_code(e["git"]) for e in environments if e["git"]],
+        "Code": [runtime.code(e["git"]) for e in environments if e["git"]],
     }
     return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
-
-
-def _code(git: Mapping) -> str:
-    return f"{git['commit'][:10]}{', modified' if git['modified'] else ''}"
 
 
 def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[dict]:

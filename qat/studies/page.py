@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from qat import runtime
 from qat.compare import APE_MARK, DROP_MARK
 from qat.config import Config
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
@@ -117,8 +118,8 @@ def _summary(claims: Sequence[Mapping]) -> str:
 def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
     environments = [found for m in measured if (found := Run(runs / m.run).environment())]
-    hardware = dict.fromkeys(e["gpu"] or f"{e['processor']}, {e['cores']} cores" for e in environments)
-    code = dict.fromkeys(f"{e['git']['commit'][:10]}" for e in environments if e["git"])
+    hardware = "; ".join(dict.fromkeys(map(runtime.hardware, environments)))
+    code = "; ".join(dict.fromkeys(runtime.code(each["git"]) for each in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
@@ -128,8 +129,8 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
         "Budget": f"{cfg.budget.name}, {cfg.size}",
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len(measured)}, seeds {seeds}",
-        "Hardware": "; ".join(hardware) or "unknown",
-        "Code": "; ".join(code) or "unknown",
+        "Hardware": hardware or "unknown",
+        "Code": code or "unknown",
         "Command": f"python {' '.join(sys.argv)}",
         "Date": str(date.today()),
     }

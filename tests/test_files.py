@@ -1,0 +1,24 @@
+"""What is written whole or not at all; locks are tested with the runs that take them (tests/test_runs.py)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from qat import files
+
+
+@pytest.mark.parametrize("content", ["täxt", b"\x00\xff"])
+def test_what_a_full_disk_took_of_a_file_is_taken_away_again(tmp_path, monkeypatch, content):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path, whole = tmp_path / "one", content if isinstance(content, bytes) else content.encode()
+    files.replace(path, content)
+    assert path.read_bytes() == whole
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.replace(path, "other")
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == whole
