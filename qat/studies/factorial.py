@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qat import suite
-from qat.compare import APE_MARK, DROP_MARK
+from qat.compare import APE_MARK, DROP_MARK, TASKS
 from qat.studies import measures
 from qat.studies.cells import Cell, Key, refuse
 from qat.studies.contrasts import Claim, Response, Statement, Weights, holm, sum_coded
@@ -257,7 +257,9 @@ def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
         kept.append(Statement("loss APE within the mark", responses(measured)["ape"], at, high=APE_MARK))
     for task in measured[0].right["baseline"]:
         points = measures.points(measured, mode, task=task)
-        kept.append(Statement(f"{task} within the mark", points, at, low=-_drop(those, "baseline", task)))
+        kept.append(
+            Statement(f"{TASKS.get(task, task)} within the mark", points, at, low=-_drop(those, "baseline", task))
+        )
     lost = measures.points(measured, mode, "untouched")
     kept.append(Statement("the checkpoint's answers are kept", lost, at, low=-_drop(measured, "untouched")))
     says = "Exp 8: APE 0.11 %, drops of 0.43, 0.58, 1.06 and 0.22 %; scored on BF16 weights, against its baseline"

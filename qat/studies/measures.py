@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qat.compare import compare, eval_command
+from qat.compare import TASKS, compare, eval_command
 from qat.config import UserError
 from qat.runs import Run, baseline_of, untouched_of
 from qat.studies.cells import Cell, Key
@@ -109,7 +109,7 @@ def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", ta
         sides = ((m.right[s][task] if task else m.answers(s)) for s in (ours, theirs))
         return 100 * np.subtract(*sides)
 
-    name = f"{task or 'All questions'}, {_versus(ours, theirs)}"
+    name = f"{TASKS.get(task, task) if task else 'All questions'}, {_versus(ours, theirs)}"
     return _response(measured, name, "points", 2, change, "questions", **more)
 
 
