@@ -10,7 +10,10 @@ from qat.runtime import ROOT
 from scripts.docs import written
 
 
-@pytest.mark.parametrize(("page", "number"), [("README.md", "Held-out loss, nats"), ("experiments/README.md", "| **")])
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [("README.md", "Held-out loss, nats"), ("experiments/README.md", "not decidable at this scale |")],
+)
 def test_what_is_shown_of_a_record_is_the_records(page, number):
     text = (ROOT / page).read_text()
     assert number in text and written(page, text) == text
