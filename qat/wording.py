@@ -133,9 +133,9 @@ def _recovered(rows: list[Mapping], text: str) -> str:
     worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
     costs, changes = (_span([row["ptq"] for row in rows]), _span([-row["recovered"] for row in rows]))
     return (
-        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. With QAT and its "
-        f"own scales that changes by {changes}: it is lower beyond noise (95 %) in {better} of {len(rows)} runs, higher in "
-        f"{worse}."
+        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. With QAT and "
+        f"its own scales that changes by {changes}: it is lower beyond noise (95 %) in {better} of {len(rows)} runs, "
+        f"higher in {worse}."
     )
 
 
