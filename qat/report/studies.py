@@ -51,10 +51,10 @@ def studies_in(out: Path) -> list[dict]:
 
 
 def interaction(response: Mapping, legend: bool) -> Panel:
-    """Every cell's mean and interval over the scalings, a line for each learning rate and warmup.
+    """Every cell's mean and interval over the scalings, a line for each learning rate and warmup, and what PTQ costs.
 
     response: {"title", "around_zero": whether 0 is no effect, "cells": [{"scaling", "lr", "warmup", "value", "low" and
-    "high" (null without noise)}]}.
+    "high" (null without noise)}], "ptq": {learning rate: value}, where PTQ has one}.
     """
     cells = response["cells"]
     scalings, rates, warmups = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("scaling", "lr", "warmup"))
@@ -72,12 +72,15 @@ def interaction(response: Mapping, legend: bool) -> Panel:
                 label = f"lr {rate}, {'no' if warmup == '0' else 'BF16'} warmup"
                 style = {"color": colour, "markerfacecolor": fill, "markersize": 5, "linewidth": 1.0, "dashes": dash}
                 axes.plot(places, [cell["value"] for cell in line], marker="o", label=label, **style)
+        for rate, value in response.get("ptq", {}).items():
+            colour = dict(zip(rates, (WARM, ACCENT), strict=False))[rate]
+            axes.axhline(value, color=colour, linewidth=1.2, linestyle=":", label=f"lr {rate}, PTQ", zorder=0)
         if response["around_zero"]:
             axes.axhline(0, color=BASE, linewidth=1.4, zorder=0)
         axes.set_xticks(range(len(scalings)), scalings)
         axes.tick_params(axis="x", length=0, labelcolor=INK)
         axes.grid(axis="y")
         if legend:
-            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.36))
+            axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.44))
 
-    return Panel(response["title"], draw, width=430, height=300, margins=(62, 14, 32, 72))
+    return Panel(response["title"], draw, width=430, height=314, margins=(62, 14, 32, 86))

@@ -240,6 +240,9 @@ def _interactions(measured: Sequence[Measured]) -> list[dict]:
             if mean is not None
         ]
         drawn.append({"title": title, "around_zero": not response.log, "cells": cells})
+    ptq = factorial.baselines(measured)["ptq"]
+    found = {rate: ptq.contrast({(rate,): 1}) for rate in factorial.RATES}
+    drawn[0]["ptq"] = {rate: each.value for rate, each in found.items() if each is not None}
     return drawn
 
 
