@@ -108,7 +108,7 @@ def test_the_first_rank_alone_writes_and_the_folder_is_as_of_one_rank(seen):
     for ours, theirs in zip(*telemetry, strict=True):
         assert ours.keys() == theirs.keys() and ours.get("layer") == theirs.get("layer")
         if "role" in ours:  # of all ranks together, not of the first one's share
-            assert ours["amax"] == pytest.approx(theirs["amax"], rel=1e-3)
+            assert ours["amax"] == pytest.approx(theirs["amax"], rel=5e-3)
             assert ours["tier3"] == pytest.approx(theirs["tier3"], abs=2e-3)
 
 
