@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +93,16 @@ def test_a_damaged_archive_puts_back_no_half_run(kept, tmp_path):
     with pytest.raises(UserError, match=r"raw\.tar\.xz is damaged .*; take it from git again"):
         records.restore(tmp_path / "record", tmp_path / "runs")
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_an_archive_writes_nothing_outside_of_its_run(kept, tmp_path):
+    run = tmp_path / "record" / "runs" / kept.names[0]
+    shutil.copytree(kept.record / "runs" / kept.names[0], run)
+    with tarfile.open(run / "raw.tar.xz", "w:xz") as tar:
+        tar.addfile(tarfile.TarInfo("../../escaped"))
+    with pytest.raises(UserError, match=r"raw\.tar\.xz is damaged \(\.\./\.\./escaped is no file of a run\)"):
+        records.restore(tmp_path / "record", tmp_path / "runs")
+    assert not (tmp_path / "escaped").exists() and not list((tmp_path / "runs").iterdir())
 
 
 def test_the_runs_of_a_study_are_found_through_its_result(tmp_path):
