@@ -151,7 +151,7 @@ gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the bench
 test: lint ## lint, format check and the tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"
 
-slow: $(TESTED) ## the tests that take minutes: what ranks send, a run of two ranks through make, a suite on an imitated SLURM
+slow: $(TESTED) ## the tests that take minutes: a run of two ranks through make, a suite on an imitated SLURM
 	$(PY) -m pytest -m "slow and not gpu"
 
 torture: $(TESTED) ## kill a training command at 50 random moments, resume it, compare with an uninterrupted run: a quarter of an hour

@@ -151,7 +151,7 @@ class _Scorer:
 
     def _of(self, subject: Subject) -> list[str]:
         """The weights that a result is of, and those that it is compared with."""
-        return [subject.run.trained, *([self.reference.run.trained] if subject.cfg.quantized else [])]
+        return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.cfg.quantized else [])]
 
     def _asked(self, subject: Subject) -> dict:
         """A result counts only for what was asked: other questions, text or calibration are scored anew."""

@@ -209,7 +209,7 @@ class Run:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
 
     @property
-    def trained(self) -> str:
+    def fingerprint(self) -> str:
         """A hash of its training losses and batches: trained again with the same one, it has the same weights."""
         return _digest([(row.get("loss"), row.get("batch")) for row in self.metrics()])
 

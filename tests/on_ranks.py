@@ -26,7 +26,7 @@ from qat.config import UserError
 from qat.scaling import ScaleBank
 from qat.step import Trainer
 
-WORDS = (*TINY, "experiment=exp8", "budget.steps=4", "budget.accumulation=4", "budget.checkpoint_every=2")
+WORDS = (*TINY, "experiment=exp8", "budget.steps=6", "budget.accumulation=4", "budget.checkpoint_every=2")
 WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=2")
 WORDS += ("model.blocks=4", "model.architecture.num_hidden_layers=4")
 STOP = 3  # the step before which an interrupted run stops

@@ -293,7 +293,7 @@ def test_what_was_scored_of_other_weights_is_scored_anew(restored, capsys):
     said = capsys.readouterr().out
     assert f"{base.id} (bf16): scoring" in said and f"{base.id} ({ptq_mode(restored.quant)}): scoring" in said
     assert f"{run.id} (w8a8): scored already" in said
-    assert base.evaluations()["smoke"]["bf16"]["of"] == [base.trained]
+    assert base.evaluations()["smoke"]["bf16"]["of"] == [base.fingerprint]
 
 
 def test_other_questions_are_scored_anew(restored, monkeypatch):

@@ -76,7 +76,7 @@ def test_held_out_texts_have_the_same_losses_on_any_number_of_ranks(seen, name):
     runs = [Run(next((seen.runs / each).iterdir())) for each in ("one", name)]
     one, ours = ([row for row in run.telemetry() if "probe" in row] for run in runs)
     assert [(row["step"], row["probe"]) for row in ours] == [
-        (step, text) for step in (0, 2, 4) for text in ("embedded", "wikipedia")
+        (step, text) for step in (0, 2, 4, 6) for text in ("embedded", "wikipedia")
     ]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in one], abs=5e-5)
 
@@ -89,7 +89,7 @@ def test_unrounded_weights_can_be_sharded(seen):
 @pytest.mark.parametrize(("after", "name"), [("fsdp2 stopped", "then 4"), ("ddp4 stopped", "then 1")])
 def test_a_checkpoint_continues_on_another_number_of_ranks(seen, after, name):
     one, before, ours = steps(seen, "one"), steps(seen, after), steps(seen, name)
-    assert [step.step for step in before + ours] == [1, 2, 3, 4] and ours[0].step == STOP
+    assert [step.step for step in before + ours] == [1, 2, 3, 4, 5, 6] and ours[0].step == STOP
     assert [step.loss for step in before + ours] == pytest.approx([step.loss for step in one], abs=5e-5)
     last = [steps(seen, name, rank)[-1].sequences for rank in range(ON_RANKS[name][0])]
     assert [row for share in last for row in share] == one[-1].sequences
@@ -100,7 +100,7 @@ def test_the_first_rank_alone_writes_and_the_folder_is_as_of_one_rank(seen):
     one = folders["one"]
     for run in folders.values():
         assert run.id == one.id and run.status() == one.status() and run.finished
-        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4]
+        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
         assert [row["tokens"] for row in run.metrics()] == [row["tokens"] for row in one.metrics()]
         assert sorted(path.name for path in run.path.rglob("*")) == sorted(path.name for path in one.path.rglob("*"))
     assert folders["ddp4"].environment()["ranks"] == 4
@@ -108,7 +108,7 @@ def test_the_first_rank_alone_writes_and_the_folder_is_as_of_one_rank(seen):
     for ours, theirs in zip(*telemetry, strict=True):
         assert ours.keys() == theirs.keys() and ours.get("layer") == theirs.get("layer")
         if "role" in ours:  # of all ranks together, not of the first one's share
-            assert ours["amax"] == pytest.approx(theirs["amax"], rel=5e-3)
+            assert ours["amax"] == pytest.approx(theirs["amax"], rel=1e-3)
             assert ours["tier3"] == pytest.approx(theirs["tier3"], abs=2e-3)
 
 
