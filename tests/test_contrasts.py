@@ -1,0 +1,103 @@
+"""Contrasts against SciPy's tests and by hand, and verdicts that need the whole interval."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED, Claim, Response, Statement, holm, judge
+
+A, B = ("a",), ("b",)
+
+
+def test_a_contrast_over_sequences_is_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    common = rng.normal(0, 1, 12)
+    values = {(A, 0): common + rng.normal(0.1, 0.05, 12), (B, 0): common + rng.normal(0, 0.05, 12)}
+    found = Response("x", "nats", 4, values, "documents").contrast({A: 1, B: -1}, 0.9)
+    test = stats.ttest_rel(values[A, 0], values[B, 0])
+    low, high = test.confidence_interval(0.9)
+    assert (found.value, found.low, found.high, found.p) == pytest.approx(
+        (np.mean(values[A, 0] - values[B, 0]), low, high, test.pvalue)
+    )
+    assert (found.n, found.of) == (12, "documents")
+
+
+def test_a_contrast_over_seeds_of_two_cells_is_a_paired_t_test():
+    """Two cells and a shift a seed: the residual is that of the differences."""
+    rng = np.random.default_rng(1)
+    values = {(key, seed): rng.normal(seed, 1, 8) for key in (A, B) for seed in range(4)}
+    found = Response("x", "nats", 4, values, "documents").contrast({A: 1, B: -1})
+    means = {key: [values[key, seed].mean() for seed in range(4)] for key in (A, B)}
+    test = stats.ttest_rel(means[A], means[B])
+    low, high = test.confidence_interval()
+    assert (found.value, found.low, found.high, found.p) == pytest.approx(
+        (np.subtract(means[A], means[B]).mean(), low, high, test.pvalue)
+    )
+    assert (found.n, found.of) == (8, "runs")
+
+
+def test_few_answers_that_differ_are_not_taken_for_certainty():
+    """By hand: Bonett and Price's interval, with Student's quantile."""
+    n, lost = 100, 3
+    flips = np.where(np.arange(n) < lost, -100.0, 0.0)
+    found = Response("x", "points", 2, {(A, 0): flips}, "questions").contrast({A: 1})
+    one, other = (lost + 1) / (n + 2), 1 / (n + 2)
+    error = math.sqrt((one + other - (other - one) ** 2) / (n + 1))
+    half = 100 * stats.t.ppf(0.975, n + 1) * error
+    assert found.value == -3 and found.n == n
+    assert (found.low, found.high) == pytest.approx((100 * (other - one) - half, 100 * (other - one) + half))
+    none = Response("x", "points", 2, {(A, 0): np.zeros(1)}, "questions").contrast({A: 1})
+    assert (none.value, none.low, none.high) == (0, -100, 100)  # and no further
+
+
+def test_a_missing_cell_leaves_only_what_needs_it_without_an_estimate():
+    response = Response("x", "nats", 4, {(A, 0): np.arange(3.0)}, "documents")
+    assert response.contrast({A: 1, B: -1}) is None and response.contrast({A: 1, B: 0}).value == 1
+    assert response.text(None) == "–"
+
+
+def test_a_saturated_model_has_estimates_and_no_intervals():
+    response = Response("x", "%", 3, {(A, 0): np.log([0.2]), (B, 0): np.log([0.1])}, log=True)
+    found = response.contrast({A: 1, B: -1})
+    assert math.exp(found.value) == pytest.approx(2) and found.low is None
+    assert response.text(found) == "2.000 [-]" and "saturated" in response.noise()
+    assert judge(found, -1, 1) == OPEN
+
+
+def test_holm_agrees_with_a_calculation_by_hand():
+    made = [
+        Response("x", "", 1, {(A, 0): np.array(v)}, "documents").contrast({A: 1}) for v in ([1, 1.1, 0.9], [1, 3, 2])
+    ]
+    p = [each.p for each in made]
+    assert holm([made[1], None, made[0]]) == [pytest.approx(max(p[1], 2 * p[0])), None, pytest.approx(2 * p[0])]
+
+
+def test_a_verdict_needs_the_whole_interval():
+    estimate = Response("x", "", 1, {(A, 0): np.array([1.0, 1.2, 0.8])}, "documents").contrast({A: 1})
+    assert 0.4 < estimate.low < 0.6 < 1.4 < estimate.high < 1.6
+    assert [judge(estimate, *ends) for ends in ((0, 2), (0, 1), (2, 3), (-3, 0.1))] == [
+        SUPPORTED, OPEN, CONTRADICTED, CONTRADICTED,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("needs", "highs", "verdict"),
+    [
+        ("all", (2, 2), SUPPORTED),
+        ("all", (2, 1), OPEN),
+        ("all", (2, 0.1), CONTRADICTED),
+        ("any", (2, 0.1), SUPPORTED),
+        ("any", (1, 0.1), OPEN),
+        ("any", (0.1, 0.1), CONTRADICTED),
+    ],
+)
+def test_a_claim_rests_on_all_or_any_of_its_statements(needs, highs, verdict):
+    response = Response("x", "nats", 1, {(A, 0): np.array([1.0, 1.1, 0.9])}, "documents")
+    statements = [Statement(f"below {high}", response, {A: 1}, high=high) for high in highs]
+    judged = Claim("c", "s", statements, needs).judge()
+    assert judged["verdict"] == verdict and judged["why"]
+    assert {each["estimate"]["level"] for each in judged["statements"]} == {0.975}
+    unmet = Claim("c", "s", statements, needs, premises=[Statement("it falls", response, {A: 1}, high=0)]).judge()
+    assert unmet["verdict"] == OPEN and unmet["why"].startswith("It was not seen that it falls: +1.0")
