@@ -19,6 +19,7 @@ from qat.runs import Run, ptq_mode, run_id, untouched_of
 TASKS = {"mmlu": (228, 0.26), "hellaswag": (200, 0.43), "arc_easy": (200, 0.58), "arc_challenge": (200, 0.35)}
 ROLES = ("activation", "weight", "gradient")
 PTQ = ptq_mode(QuantConfig(format="hif8"))
+HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
 
 
 def config(**changes) -> dict:
@@ -156,6 +157,17 @@ def _json(path: Path, value) -> None:
 def _lines(path: Path, rows: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def compared_pair(folder: Path, **changes) -> tuple[Path, Path]:
+    """The folders of a quantized run and its baseline, both scored, without PTQ or the untouched checkpoint."""
+    answers, text = {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}, {"wikipedia": [3.0, 3.2, 3.4]}
+    plain = {key: value for key, value in changes.items() if not key.startswith("quant.")}
+    base = write_run(folder / "base", config(**plain), [2.0], {"bf16": answers}, {"bf16": text})
+    modes = ("w8a8", "bf16")
+    return write_run(
+        folder / "run", config(**HIF8, **changes), [2.1], dict.fromkeys(modes, answers), dict.fromkeys(modes, text)
+    ), base
 
 
 # ------------------------------------------------------------------------------- all eight experiments

@@ -9,9 +9,8 @@ from qat.floor import floor, original, repeats
 from qat.paired import half_width
 from qat.report import Experiment, tables, write
 from qat.runs import Run, run_id
-from tests.synthetic_runs import config, edit, write_run
+from tests.synthetic_runs import HIF8, config, edit, write_run
 
-HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
 RIGHT = [True] * 60 + [False] * 40
 TEXT = [3.0, 3.2, 3.4]
 

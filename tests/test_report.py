@@ -1,6 +1,5 @@
 """The report: complete, self-contained, the same in both formats, and never stopped by what is missing."""
 
-import itertools
 import json
 import math
 import re
@@ -11,26 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import t
 
 from qat.config import BenchmarkConfig
 from qat.report import Experiment, tables, write
 from qat.report.experiment import Curve, Telemetry, published
 from qat.runs import Run
 from tests.synthetic_runs import (
-    PTQ,
+    HIF8,
     ROLES,
+    compared_pair,
     config,
     edit,
     losses,
     suite,
-    untouched_beside,
     write_probes,
     write_run,
     write_telemetry,
 )
 
-HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
 CONTEXT = {"Command": "make suite"}
 
 
@@ -181,40 +178,6 @@ def test_what_is_missing_names_its_command(report):
     assert re.search(says, markdown)
 
 
-def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
-    runs, baselines = [], []
-    for seed, shift in enumerate((0.0, 0.1, 0.2)):
-        text = {"wikipedia": [3.0, 3.2, 3.4]}
-        answers = {"arc_easy": [True] * 60 + [False] * 40, "mmlu": [True] * 30 + [False] * 70}
-        of = {"seed": seed}
-        ptq = {"wikipedia": [value + 0.5 for value in text["wikipedia"]]}
-        scored = {"bf16": answers, PTQ: answers}, {"bf16": text, PTQ: ptq}
-        baselines.append(write_run(tmp_path / f"base{seed}", config(**of), [2.0], *scored))
-        start = {"wikipedia": [value + 1 for value in text["wikipedia"]]}
-        write_run(untouched_beside(baselines[-1]), config(**of), [], {"bf16": answers}, {"bf16": start})
-        ours = {
-            "wikipedia": [value + shift + bump for value, bump in zip(text["wikipedia"], (0, 0.1, 0.2), strict=True)]
-        }
-        answers = dict.fromkeys(("bf16", "w8a8"), answers)
-        texts = {"bf16": text, "w8a8": ours}
-        runs.append(write_run(tmp_path / f"run{seed}", config(**HIF8, **of), [2.0 + shift], answers, texts))
-    experiment = Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines])
-    rows = [[str(cell) for cell in row] for row in tables.seeds([experiment]).rows]
-    # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
-    half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
-    assert [row[:3] for row in rows] == [
-        ["exp8", "W8A8", "3"], ["", "W8A8 by PTQ", "3"], ["", "BF16 weights", "3"], ["", "untouched checkpoint", "3"],
-    ]  # fmt: skip
-    cells, ptq, bf16, untouched = (row[3:] for row in rows)
-    assert cells[0].startswith("5.000 [") and [ptq[0], bf16[0], untouched[0]] == [""] * 3
-    assert cells[1] == f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]" and cells[2] == f"{half:.4f}"
-    assert cells[3] == "+0.00 [+0.00, +0.00]" and float(cells[4]) > 0
-    assert ptq[1] == "+0.5000 [+0.5000, +0.5000]" and bf16[1].startswith("+0.0000")
-    assert untouched[1] == "+1.0000 [+1.0000, +1.0000]" and (untouched[2], untouched[4]) == ("–", "–")
-    html, markdown = write([experiment], tmp_path / "out", {})
-    assert "The noise between seeds" in Page(html).text and cells[1] in markdown.read_text()
-
-
 def test_what_a_run_warned_of_is_a_caution(tmp_path):
     base = write_run(tmp_path / "base", config(), losses(1, 4, 1e-5))
     lost = [{"kind": "lost updates", "step": step, "warning": f"{share} % lost"} for step, share in ((1, 30), (9, 90))]
@@ -240,7 +203,7 @@ def test_what_a_run_warned_of_is_a_caution(tmp_path):
 
 
 def test_without_ptq_or_the_untouched_checkpoint_the_rest_is_shown(tmp_path):
-    run, base = (Run(path) for path in _compared(tmp_path))
+    run, base = (Run(path) for path in compared_pair(tmp_path))
     experiment = Experiment("exp8", [run], [base])
     html, markdown = write([experiment], tmp_path / "out", {})
     for text in (Page(html).text, markdown.read_text()):
@@ -252,32 +215,12 @@ def test_without_ptq_or_the_untouched_checkpoint_the_rest_is_shown(tmp_path):
 
 
 def test_the_benchmark_that_is_asked_for_is_shown_and_no_other(tmp_path):
-    run, base = (Run(path) for path in _compared(tmp_path))
+    run, base = (Run(path) for path in compared_pair(tmp_path))
     other = Experiment("exp8", [run], [base], BenchmarkConfig(name="paper"))
     assert other.pairs[0].comparison is None and "has no paper evaluation" in other.pairs[0].missing
     html, _ = write([other], tmp_path / "out", {})
     assert re.search(r"Benchmark:?\s+paper", Page(html).text)
     assert Experiment("exp8", [run], [base]).pairs[0].comparison["benchmark"] == "quick"
-
-
-def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):
-    runs, bases = [], []
-    for number, (seed, overflow) in enumerate(itertools.product((0, 1), ("clip", "inf"))):
-        made = _compared(tmp_path / str(number), **{"seed": seed, "quant.overflow": overflow})
-        run, base = (Run(path.rename(path.with_name(f"{path.name}{number}"))) for path in made)
-        runs, bases = [*runs, run], [*bases, base]
-    rows = tables.seeds([Experiment("mine", runs, bases)]).rows
-    assert [str(row[0]) for row in rows if str(row[0])] == ["mine overflow clip", "mine overflow inf"]
-
-
-def _compared(folder: Path, **changes) -> tuple[Path, Path]:
-    answers, text = {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}, {"wikipedia": [3.0, 3.2, 3.4]}
-    plain = {key: value for key, value in changes.items() if not key.startswith("quant.")}
-    base = write_run(folder / "base", config(**plain), [2.0], {"bf16": answers}, {"bf16": text})
-    modes = ("w8a8", "bf16")
-    return write_run(
-        folder / "run", config(**HIF8, **changes), [2.1], dict.fromkeys(modes, answers), dict.fromkeys(modes, text)
-    ), base
 
 
 def test_nothing_at_all(tmp_path):

@@ -6,9 +6,7 @@ from omegaconf import OmegaConf
 from qat.report import selected, write
 from qat.runs import baseline_of, run_id
 from tests.conftest import typed
-from tests.synthetic_runs import answers, config, losses, write_run
-
-HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
+from tests.synthetic_runs import HIF8, answers, config, losses, write_run
 
 
 def made(folder, settings):

@@ -1,0 +1,55 @@
+"""The seeds' table: the noise between seeds beside one run's own."""
+
+import itertools
+import math
+
+from scipy.stats import t
+
+from qat.report import Experiment, tables, write
+from qat.runs import Run
+from tests.synthetic_runs import HIF8, PTQ, compared_pair, config, untouched_beside, write_run
+from tests.test_report import Page
+
+
+def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
+    runs, baselines = [], []
+    for seed, shift in enumerate((0.0, 0.1, 0.2)):
+        text = {"wikipedia": [3.0, 3.2, 3.4]}
+        answers = {"arc_easy": [True] * 60 + [False] * 40, "mmlu": [True] * 30 + [False] * 70}
+        of = {"seed": seed}
+        ptq = {"wikipedia": [value + 0.5 for value in text["wikipedia"]]}
+        scored = {"bf16": answers, PTQ: answers}, {"bf16": text, PTQ: ptq}
+        baselines.append(write_run(tmp_path / f"base{seed}", config(**of), [2.0], *scored))
+        start = {"wikipedia": [value + 1 for value in text["wikipedia"]]}
+        write_run(untouched_beside(baselines[-1]), config(**of), [], {"bf16": answers}, {"bf16": start})
+        ours = {
+            "wikipedia": [value + shift + bump for value, bump in zip(text["wikipedia"], (0, 0.1, 0.2), strict=True)]
+        }
+        answers = dict.fromkeys(("bf16", "w8a8"), answers)
+        texts = {"bf16": text, "w8a8": ours}
+        runs.append(write_run(tmp_path / f"run{seed}", config(**HIF8, **of), [2.0 + shift], answers, texts))
+    experiment = Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines])
+    rows = [[str(cell) for cell in row] for row in tables.seeds([experiment]).rows]
+    # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
+    half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    assert [row[:3] for row in rows] == [
+        ["exp8", "W8A8", "3"], ["", "W8A8 by PTQ", "3"], ["", "BF16 weights", "3"], ["", "untouched checkpoint", "3"],
+    ]  # fmt: skip
+    cells, ptq, bf16, untouched = (row[3:] for row in rows)
+    assert cells[0].startswith("5.000 [") and [ptq[0], bf16[0], untouched[0]] == [""] * 3
+    assert cells[1] == f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]" and cells[2] == f"{half:.4f}"
+    assert cells[3] == "+0.00 [+0.00, +0.00]" and float(cells[4]) > 0
+    assert ptq[1] == "+0.5000 [+0.5000, +0.5000]" and bf16[1].startswith("+0.0000")
+    assert untouched[1] == "+1.0000 [+1.0000, +1.0000]" and (untouched[2], untouched[4]) == ("–", "–")
+    html, markdown = write([experiment], tmp_path / "out", {})
+    assert "The noise between seeds" in Page(html).text and cells[1] in markdown.read_text()
+
+
+def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):
+    runs, bases = [], []
+    for number, (seed, overflow) in enumerate(itertools.product((0, 1), ("clip", "inf"))):
+        made = compared_pair(tmp_path / str(number), **{"seed": seed, "quant.overflow": overflow})
+        run, base = (Run(path.rename(path.with_name(f"{path.name}{number}"))) for path in made)
+        runs, bases = [*runs, run], [*bases, base]
+    rows = tables.seeds([Experiment("mine", runs, bases)]).rows
+    assert [str(row[0]) for row in rows if str(row[0])] == ["mine overflow clip", "mine overflow inf"]
