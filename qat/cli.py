@@ -27,11 +27,11 @@ from qat.validate import validate, validate_surroundings
 CONF = str(ROOT / "conf")
 
 
-def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None, reads_text: bool = False) -> None:
+def entry(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (), reads_text: bool = False) -> None:
     """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
 
-    takes: `run`, `runs` or `record`, for a script that takes folders by that key. reads_text: prepare it first where it
-    is missing, for runs are named by it.
+    takes: of `run`, `runs` and `record`, the keys by which the script takes folders. reads_text: prepare it first where
+    it is missing, for runs are named by it.
     In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.sweeps`).
     Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
@@ -75,7 +75,9 @@ def entry(work: Callable[[Config, DictConfig], None], takes: str | None = None, 
         sys.exit(code or failed)
 
 
-def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes: str | None, reads_text: bool) -> None:
+def _mendable(
+    work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes: tuple[str, ...], reads_text: bool
+) -> None:
     """Do `work`, again after a stop that did not end the process. Errors: UserError for all that the user can mend."""
     try:
         while True:
@@ -91,9 +93,9 @@ def _mendable(work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes
         raise UserError(explain(error)) from error
 
 
-def _accepted(config: Config, takes: str | None) -> Config:
+def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
     for key in ("run", "runs", "record"):
-        if key != takes and getattr(config, key) is not None:
+        if key not in takes and getattr(config, key) is not None:
             name = Path(sys.argv[0]).name
             raise ConfigError(
                 f"{key}={getattr(config, key)}: {name} does not take it; give it the words that made a run"

@@ -80,26 +80,22 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
     """
     run, baseline = Run(run), Run(baseline)
     _refuse_unmatched(run, baseline)
-    loss, command = training_loss(run, baseline), eval_command(run, benchmark)
-    reference = Scored(baseline, benchmark, "bf16", command)
-    origin = Scored(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
-    ptq = Scored(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
-    own = {mode: ptq if mode == "ptq" else Scored(run, benchmark, mode, command) for mode in MODES}
-    if not ptq.exists:
-        del own["ptq"]
+    loss = training_loss(run, baseline)
+    own, reference, origin = sides(run, baseline, benchmark, untouched)
     for scored in (*own.values(), *([origin] if origin else [])):
         scored.refuse_unlike(reference)
+    ptq = own.get("ptq")
     texts, tasks = reference.record["heldout"], reference.record["tasks"]
     answers = {(task, mode): scored.answers(task, reference) for task in tasks for mode, scored in own.items()}
     return {
         "run": run.id,
         "baseline": baseline.id,
         "untouched": origin.run.id if origin else None,
-        "ptq": ptq.mode if ptq.exists else None,
+        "ptq": ptq.mode if ptq else None,
         "benchmark": benchmark,
         "loss": loss,
         "heldout": [_heldout(text, mode, own[mode], reference, origin) for text in texts for mode in own],
-        "qat": [_recovered(text, own, reference) for text in texts] if ptq.exists else [],
+        "qat": [_recovered(text, own, reference) for text in texts] if ptq else [],
         "tasks": [
             _task(task, mode, own[mode], reference, origin, counted) for (task, mode), counted in answers.items()
         ],
@@ -108,6 +104,20 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
             for mode in (own if len(tasks) > 1 else ())
         ],
     }
+
+
+def sides(
+    run: Run, baseline: Run, benchmark: str, untouched: Path | None
+) -> tuple[dict[str, Scored], Scored, Scored | None]:
+    """What is compared: the run by mode (and the baseline by PTQ, where that was scored), the baseline in BF16, and the
+    untouched checkpoint, where it is named."""
+    command = eval_command(run, benchmark)
+    own = {mode: Scored(run, benchmark, mode, command) for mode in MODES if mode != "ptq"}
+    ptq = Scored(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
+    if ptq.exists:
+        own = {mode: ptq if mode == "ptq" else own[mode] for mode in MODES}
+    origin = Scored(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
+    return own, Scored(baseline, benchmark, "bf16", command), origin
 
 
 def training_loss(run: Run, baseline: Run) -> dict:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import bdtr, bdtrc, stdtrit
+from scipy.special import bdtr, bdtrc, stdtr, stdtrit
 
 LEVEL = 0.05
 POWER = 0.8  # of the smallest difference that is called detectable
@@ -100,6 +100,52 @@ def half_width(values: Sequence[float]) -> float | None:
     mean = sum(values) / n
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return float(stdtrit(n - 1, 1 - LEVEL / 2)) * error
+
+
+class Mean(NamedTuple):
+    """A mean with its standard error, in the unit of what it is of, and the error's degrees of freedom."""
+
+    value: float
+    error: float
+    df: float
+
+    def interval(self, level: float = 1 - LEVEL) -> list[float]:
+        """Student's interval."""
+        half = float(stdtrit(self.df, (1 + level) / 2)) * self.error
+        return [self.value - half, self.value + half]
+
+    def p_value(self) -> float:
+        """Student's two-sided test against zero."""
+        if not self.error:
+            return float(self.value == 0)
+        return 2 * float(stdtr(self.df, -abs(self.value) / self.error))
+
+
+def crossed(changes: np.ndarray, reach: float = 0.0, between: tuple[float, float] | None = None) -> Mean:
+    """The mean of what changed, FP64 [runs, units], where all runs answered the same questions or read the same
+    documents: its error covers further runs and further units.
+
+    The variances of the mean over either, less that of their interaction, which is in both (Cameron, Gelbach and Miller
+    2011), but never below either; degrees of freedom after Satterthwaite. reach: for answers, how far a unit can move
+    at all (see `extended`). between: variance of the mean over runs and its degrees of freedom, of a model that knows
+    more runs than these. Needs two runs or `between`, and two units.
+    """
+    runs, units = changes.shape
+    of_runs, of_units, mean = changes.mean(1), changes.mean(0), changes.mean()
+    over_runs, df = between or (of_runs.var(ddof=1) / runs, runs - 1)
+    widened = extended(of_units, reach) if reach else of_units
+    over_units = widened.var(ddof=1) / len(widened)
+    rest = changes - of_runs[:, None] - of_units + mean
+    both = (rest**2).sum() / max(1, (runs - 1) * (units - 1)) / changes.size
+    variance = max(over_runs + over_units - both, over_runs, over_units)
+    spread = over_runs**2 / df + over_units**2 / (len(widened) - 1)
+    return Mean(float(mean), math.sqrt(variance), variance**2 / spread if spread else df)
+
+
+def extended(units: np.ndarray, reach: float) -> np.ndarray:
+    """Units as if one more had moved as far as it can either way (Bonett and Price 2012, for a pair): where few answers
+    differ their variance says too little, and where none does it says nothing."""
+    return np.append(units, [-reach, reach])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

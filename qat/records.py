@@ -36,19 +36,14 @@ def of_studies(report: Path) -> set[str]:
     return {row[key] for study in results(report).values() for row in study["runs"] for key in ("run", "baseline")}
 
 
-def keep(runs: Iterable[Run], report: Path, record: Path) -> tuple[list[str], list[str]]:
-    """Copy a report's folder and the small parts of `runs` into a record; (names kept, names left out as unfinished).
+def keep(runs: Iterable[Run], report: Path | None, record: Path) -> tuple[list[str], list[str]]:
+    """Copy a report's folder, if any, and the small parts of `runs` into a record; (names kept, names left out as
+    unfinished).
 
-    What the record has besides stays. The same runs give the same bytes. Errors: UserError without a report.
+    What the record has besides stays. The same runs give the same bytes. Errors: UserError for a folder of no report.
     """
-    if not (report / "report.md").exists():
-        raise UserError(f"{report} has no report.md; write it first: make report")
-    record.mkdir(parents=True, exist_ok=True)
-    for path in (*report.glob("report.*"), *report.glob("*.png")):
-        shutil.copy(path, record)
-    for name in TITLES:
-        if (report / name).exists():
-            shutil.copytree(report / name, record / name, dirs_exist_ok=True)
+    if report:
+        _keep_report(report, record)
     kept, unfinished = [], []
     for run in runs:
         if run.config() and (run.finished or not run.status()):  # the untouched checkpoint has no status
@@ -76,6 +71,17 @@ def restore(record: Path, runs: Path) -> tuple[list[str], list[str]]:
         _restore(folder, target)
         put.append(folder.name)
     return put, there
+
+
+def _keep_report(report: Path, record: Path) -> None:
+    if not (report / "report.md").exists():
+        raise UserError(f"{report} has no report.md; write it first: make report")
+    record.mkdir(parents=True, exist_ok=True)
+    for path in (*report.glob("report.*"), *report.glob("*.png")):
+        shutil.copy(path, record)
+    for name in TITLES:
+        if (report / name).exists():
+            shutil.copytree(report / name, record / name, dirs_exist_ok=True)
 
 
 def _keep(run: Run, folder: Path) -> None:

@@ -67,22 +67,34 @@ class Scored:
     def heldout(self, text: str, other: Scored) -> dict:
         """Loss less the other's on a held-out text, in nats a token, paired over its documents: the difference, its
         95 % interval (None of fewer than two documents) and the smallest difference that could have been detected."""
-        ours, theirs = (each.record["heldout"][text] for each in (self, other))
-        change = ours["loss"] - theirs["loss"]
-        paired = [a - b for a, b in zip(ours["document_losses"], theirs["document_losses"], strict=True)]
+        change = self.record["heldout"][text]["loss"] - other.record["heldout"][text]["loss"]
+        paired = self.document_changes(text, other)
         half, row = half_width(paired), {"difference": change, "documents": len(paired)}
         if half is None:
             return row | {"ci": None, "detectable": None}
         return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}
 
+    def document_changes(self, text: str, other: Scored) -> list[float]:
+        """Each document's loss less the other's, in nats a token."""
+        ours, theirs = (each.record["heldout"][text]["document_losses"] for each in (self, other))
+        return [a - b for a, b in zip(ours, theirs, strict=True)]
+
     def answers(self, task: str, other: Scored) -> Answers:
         """The questions of a task, counted by who is right; lost are those that only the other has right."""
+        pairs = self._right(task, other)
+        return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
+
+    def answer_changes(self, task: str, other: Scored) -> list[int]:
+        """Each question of a task: 1 where only this one is right, -1 where only the other is, else 0."""
+        return [ours - theirs for theirs, ours in self._right(task, other)]
+
+    def _right(self, task: str, other: Scored) -> list[tuple[bool, bool]]:
+        """Whether the other and this one are right, question by question."""
         ours, theirs = self._samples(task), other._samples(task)
         for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
             for key in ("doc_hash", "prompt_hash"):
                 self._refuse_unequal(other, f"{task} question {number} {key}", a[key], b[key])
-        pairs = [(bool(b["correct"]), bool(a["correct"])) for a, b in zip(ours, theirs, strict=True)]
-        return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
+        return [(bool(b["correct"]), bool(a["correct"])) for a, b in zip(ours, theirs, strict=True)]
 
     def _samples(self, task: str) -> list[dict]:
         samples, record = self.run.samples(self.benchmark, self.mode, task), self.record["tasks"][task]

@@ -85,9 +85,9 @@ def signed(value: float, digits: int = 2, plus: str = "+") -> str:
     return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
 
 
-def interval(ci: Sequence[float] | None, digits: int = 2) -> str:
+def interval(ci: Sequence[float] | None, digits: int = 2, plus: str = "+") -> str:
     """An interval as "[low, high]"."""
-    return "[-]" if ci is None else f"[{signed(ci[0], digits)}, {signed(ci[1], digits)}]"
+    return "[-]" if ci is None else f"[{signed(ci[0], digits, plus)}, {signed(ci[1], digits, plus)}]"
 
 
 def p_text(p: float) -> str:
@@ -134,8 +134,8 @@ def _recovered(rows: list[Mapping], text: str) -> str:
     costs, changes = (_span([row["ptq"] for row in rows]), _span([-row["recovered"] for row in rows]))
     return (
         f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. With QAT and "
-        f"its own scales that changes by {changes}: it is lower beyond noise (95 %) in {better} of {len(rows)} runs, "
-        f"higher in {worse}."
+        f"its own scales that changes by {changes}: it is lower beyond noise (95 %) in {better} of {len(rows)} "
+        f"comparisons, higher in {worse}."
     )
 
 

@@ -42,4 +42,4 @@ def _send(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes="run")
+    cli.entry(main, takes=("run",))

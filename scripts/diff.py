@@ -38,4 +38,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes="runs")
+    cli.entry(main, takes=("runs",))

@@ -1,6 +1,8 @@
 """Keep a report and the small parts of its runs, and of its studies' runs, as a record that git can hold.
 
 python scripts/record.py record=experiments/records/<date>_<name> [report.out=report] [the words of the report]
+python scripts/record.py record=experiments/records/<date>_<name> runs=[runs/a,runs/b]     # runs alone, as of a study
+                                                                                           # that was interrupted
 """
 
 import sys
@@ -15,14 +17,19 @@ def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from qat import records
-    from qat.report import described
+    from qat.report import described, selected
     from qat.report.experiment import untouched
     from qat.runs import Run
 
-    folder, report = records.named(config), Path(config.report.out)
-    experiments = described(config.report.experiments, list(HydraConfig.get().overrides.task), config.report.seeds)
+    folder = records.named(config)
+    report = Path(config.report.out) if config.runs is None else None
+    if report:
+        words = list(HydraConfig.get().overrides.task)
+        experiments = described(config.report.experiments, words, config.report.seeds)
+    else:
+        experiments = selected(config.runs)
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
-    runs += [Run(Path(config.runs_dir) / name) for name in records.of_studies(report)]
+    runs += [Run(Path(config.runs_dir) / name) for name in records.of_studies(report)] if report else []
     runs += [origin for run in runs if run.config() and (origin := untouched(run))]
     kept, left = records.keep({run.id: run for run in runs}.values(), report, folder)
     print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
@@ -31,4 +38,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes="record")
+    cli.entry(main, takes=("record", "runs"))

@@ -19,4 +19,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes="record")
+    cli.entry(main, takes=("record",))

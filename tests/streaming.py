@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,7 @@ def _work(cfg: dict, batches: int = 0, state: dict | None = None, heldout: int =
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored from the start in a shell's background job
     nap = time.sleep
     time.sleep = lambda seconds: nap(min(seconds, 0.01))  # the hub's own retries, too
     hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.01, 0.02

@@ -274,8 +274,8 @@ def test_qat_of_several_runs_is_counted(runs):
     results = [with_ptq(runs, losses) for losses in ([3.3, 3.61, 3.6], [3.2, 3.5, 3.4], [3.0, 3.31, 3.3])]
     assert qat_verdict(results) == (
         "Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs +0.0033 to +0.3033 nats a token. With QAT "
-        "and its own scales that changes by -0.2033 to +0.0967: it is lower beyond noise (95 %) in 1 of 3 runs, higher "
-        "in 1."
+        "and its own scales that changes by -0.2033 to +0.0967: it is lower beyond noise (95 %) in 1 of 3 comparisons, "
+        "higher in 1."
     )
     assert qat_verdict([compare(*runs, "quick") | {"qat": []}]) == ""
 

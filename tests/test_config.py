@@ -206,7 +206,7 @@ def test_an_experiments_own_sweep_is_expanded():
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
-# Most are in tests/test_bad_input.py.
+# Most are in tests/bad_input/.
 
 # Found in the composed configuration, which spares composing one for each: (words, what the line must hold).
 VALUES = [

@@ -25,9 +25,9 @@ def test_a_contrast_over_sequences_is_a_paired_t_test():
 
 
 def test_a_contrast_over_seeds_of_two_cells_is_a_paired_t_test():
-    """Two cells and a shift a seed: the residual is that of the differences."""
+    """Two cells and a shift a seed, units that are alike: the residual is that of the differences."""
     rng = np.random.default_rng(1)
-    values = {(key, seed): rng.normal(seed, 1, 8) for key in (A, B) for seed in range(4)}
+    values = {(key, seed): np.full(8, rng.normal(seed, 1)) for key in (A, B) for seed in range(4)}
     found = Response("x", "nats", 4, values, "documents").contrast({A: 1, B: -1})
     means = {key: [values[key, seed].mean() for seed in range(4)] for key in (A, B)}
     test = stats.ttest_rel(means[A], means[B])
@@ -36,6 +36,34 @@ def test_a_contrast_over_seeds_of_two_cells_is_a_paired_t_test():
         (np.subtract(means[A], means[B]).mean(), low, high, test.pvalue)
     )
     assert (found.n, found.of) == (8, "runs")
+
+
+def test_what_seeds_share_is_noise_of_a_cell_and_not_of_a_difference():
+    """Both cells are shifted alike by the seed: that moves either of them, and cancels between them."""
+    values = {(key, seed): np.full(8, seed + 0.1 * (key == A)) for key in (A, B) for seed in range(4)}
+    response = Response("x", "nats", 4, values, "documents")
+    difference, cell = response.contrast({A: 1, B: -1}), response.contrast({A: 1})
+    assert (difference.low, difference.high) == pytest.approx((0.1, 0.1))
+    test = stats.ttest_1samp([seed + 0.1 for seed in range(4)], 0)
+    assert (cell.low, cell.high, cell.p) == pytest.approx((*test.confidence_interval(), test.pvalue))
+
+
+def test_over_seeds_that_agree_the_noise_is_that_of_the_units():
+    rng = np.random.default_rng(1)
+    units = {A: rng.normal(0.1, 1, 12), B: rng.normal(0, 1, 12)}
+    values = {(key, seed): units[key] for key in (A, B) for seed in range(3)}
+    found = Response("x", "nats", 4, values, "documents").contrast({A: 1, B: -1}, 0.9)
+    test = stats.ttest_rel(units[A], units[B])
+    assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.9)))
+
+
+def test_answers_that_no_seed_changes_are_no_certainty():
+    """Sixty questions, three seeds, not one flip: no more is known than of one seed."""
+    once, thrice = (
+        Response("x", "points", 2, {(A, seed): np.zeros(60) for seed in range(seeds)}, "questions").contrast({A: 1})
+        for seeds in (1, 3)
+    )
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high)) and once.low < -3
 
 
 def test_few_answers_that_differ_are_not_taken_for_certainty():

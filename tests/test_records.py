@@ -113,6 +113,15 @@ def test_the_runs_of_a_study_are_found_through_its_result(tmp_path):
     assert records.of_studies(tmp_path) == {"a", "b"}
 
 
+def test_runs_are_kept_without_a_report_where_they_are_named(kept, main, tmp_path):
+    named = ",".join(str(kept.runs / name) for name in ("exp8-max", "exp8-bf16"))
+    code, stdout, _ = main("record.py", f"record={tmp_path / 'record'}", f"runs=[{named}]")
+    assert code == 0 and stdout.startswith(f"record: {tmp_path / 'record'}, 3 runs")
+    origin = untouched(Run(kept.runs / "exp8-max")).id
+    assert {path.name for path in (tmp_path / "record" / "runs").iterdir()} == {"exp8-max", "exp8-bf16", origin}
+    assert [path.name for path in (tmp_path / "record").iterdir()] == ["runs"]
+
+
 @pytest.mark.parametrize("script", ["record.py", "restore.py"])
 def test_a_record_has_a_name(main, script):
     code, _, stderr = main(script)

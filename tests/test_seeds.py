@@ -3,15 +3,20 @@
 import itertools
 import math
 
+import pytest
 from scipy.stats import t
 
 from qat.report import Experiment, tables, write
+from qat.report.experiment import published
 from qat.runs import Run
-from tests.synthetic_runs import HIF8, PTQ, compared_pair, config, untouched_beside, write_run
+from tests.synthetic_runs import HIF8, PTQ, compared_pair, config, edit, untouched_beside, write_run
 from tests.test_report import Page
 
 
-def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
+@pytest.fixture
+def three(tmp_path) -> Experiment:
+    """Three seeds, each with its PTQ, over one untouched checkpoint. The documents change by 0, 0.1 and 0.2, and a seed
+    changes all of them by 0, 0.1 or 0.2 more; no answer changes."""
     runs, baselines = [], []
     for seed, shift in enumerate((0.0, 0.1, 0.2)):
         text = {"wikipedia": [3.0, 3.2, 3.4]}
@@ -28,8 +33,11 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
         answers = dict.fromkeys(("bf16", "w8a8"), answers)
         texts = {"bf16": text, "w8a8": ours}
         runs.append(write_run(tmp_path / f"run{seed}", config(**HIF8, **of), [2.0 + shift], answers, texts))
-    experiment = Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines])
-    rows = [[str(cell) for cell in row] for row in tables.seeds([experiment]).rows]
+    return Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines])
+
+
+def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
+    rows = [[str(cell) for cell in row] for row in tables.seeds([three]).rows]
     # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     assert [row[:3] for row in rows] == [
@@ -41,8 +49,45 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(tmp_path):
     assert cells[3] == "+0.00 [+0.00, +0.00]" and float(cells[4]) > 0
     assert ptq[1] == "+0.5000 [+0.5000, +0.5000]" and bf16[1].startswith("+0.0000")
     assert untouched[1] == "+1.0000 [+1.0000, +1.0000]" and (untouched[2], untouched[4]) == ("–", "–")
-    html, markdown = write([experiment], tmp_path / "out", {})
+    html, markdown = write([three], tmp_path / "out", {})
     assert "The noise between seeds" in Page(html).text and cells[1] in markdown.read_text()
+
+
+def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
+    """Documents change by 0, 0.1 and 0.2, seeds by 0, 0.1 and 0.2 more, without interaction: the variances add up."""
+    (row,) = tables.glance([three], published()).rows
+    label, _, ape, held, ptq, untouched_, kl, easy, mmlu = map(str, row)
+    error = 0.1 * math.sqrt(2 / 3)
+    half = t.ppf(0.975, 4) * error  # Satterthwaite: (1 + 1)^2 / (1 / 2 + 1 / 2) degrees of freedom
+    assert (label, held) == ("exp8", f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]")
+    assert ape.startswith("5.000 [") and ptq == "+0.5000 [+0.5000, +0.5000]" and untouched_ == "+1.0000"
+    for points, n in ((easy, 100), (mmlu, 100)):  # no flip in any seed: as of one seed, not certainty
+        half = 100 * t.ppf(0.975, n + 1) * math.sqrt(2 / (n + 1) / (n + 2))
+        assert points == f"+0.0 [{-half:+.1f}, {half:+.1f}]"
+    assert float(kl) > 0
+
+
+def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three, tmp_path):
+    _, markdown = write([three], tmp_path / "out", {})
+    text = markdown.read_text()
+    assert "mark in 0 of 1 recipes, of 3 compared runs (5.00 %)" in text
+    assert "differs from BF16 by +0.2000 nats a token; 0 of 1 intervals" in text
+    rows = [str(row[1]) for row in tables.summary([three], published()).rows]
+    assert rows == ["paper", "ours, W8A8", "ours, W8A8 by PTQ", "ours, BF16 weights", "ours, untouched"]
+
+
+def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
+    pairs = [compared_pair(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    for folder in pairs[1]:
+        edit(folder / "eval.json", lambda record: [mode.update(lm_eval="9") for mode in record["quick"].values()])
+    runs, baselines = (
+        [Run(folder.rename(folder.with_name(f"{folder.name}-{i}"))) for i, folder in enumerate(side)]
+        for side in zip(*pairs, strict=True)
+    )
+    experiment = Experiment("exp8", runs, baselines)
+    _, markdown = write([experiment], tmp_path / "out", {})
+    assert all(pair.comparison for pair in experiment.pairs) and not tables.glance([experiment], published()).rows
+    assert "> lm-eval version differs: 9 in base-1" in markdown.read_text()
 
 
 def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):

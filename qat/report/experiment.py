@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.compare import TASKS, compare, differences, mismatches, train_command
+from qat.compare import TASKS, compare, differences, mismatches, sides, train_command
 from qat.config import BenchmarkConfig, Config, UserError
-from qat.runs import Run, run_id, untouched_of
+from qat.replicates import over_seeds
+from qat.runs import Run, identity, run_id, untouched_of
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
@@ -79,6 +81,16 @@ class Experiment:
         labels = told_apart({run.id: self.configs[run.id] for run in runs})
         return [self._pair(run, f"{self.name} {labels[run.id]}".strip()) for run in runs]
 
+    @cached_property
+    def recipes(self) -> list[Recipe]:
+        """Its pairs by what they are but for their seed."""
+        own = defaultdict(list)
+        for pair in self.pairs:
+            parts = identity(self.typed[pair.run.id]) | {"seed": None}
+            own[json.dumps(parts, sort_keys=True)].append(pair)
+        labels = told_apart({key: pairs[0].config | {"seed": None} for key, pairs in own.items()})
+        return [Recipe(key, f"{self.name} {labels[key]}".strip(), pairs) for key, pairs in own.items()]
+
     def _quantized(self, run: Run) -> bool | None:
         """None for a run that does not exist yet."""
         return self.configs[run.id]["quant"]["format"] != "none" if run.id in self.configs else None
@@ -121,6 +133,48 @@ class Pair:
     @cached_property
     def telemetry(self) -> Telemetry:
         return Telemetry(self.run.telemetry())
+
+
+@dataclass
+class Recipe:
+    """Pairs that differ in nothing but their seed. identity: the same for two experiments that come to one recipe."""
+
+    identity: str
+    label: str
+    pairs: list[Pair]
+
+    @property
+    def compared(self) -> list[Pair]:
+        return [pair for pair in self.pairs if pair.comparison]
+
+    @property
+    def comparison(self) -> dict | None:
+        """That of its pair, or of several seeds their mean; None where there is none."""
+        return self._comparison[0]
+
+    @property
+    def missing(self) -> str | None:
+        """What stands in the way of a mean over seeds."""
+        return self._comparison[1]
+
+    @cached_property
+    def _comparison(self) -> tuple[dict | None, str | None]:
+        found = [pair.comparison for pair in self.compared]
+        if len(found) < 2:
+            return (found[0] if found else None), None
+        scored = [sides(pair.run, pair.baseline, pair.comparison["benchmark"], None)[:2] for pair in self.compared]
+        try:
+            return over_seeds(found, scored), None
+        except UserError as reason:
+            return None, str(reason)
+
+
+def distinct(experiments: Sequence[Experiment]) -> list[Recipe]:
+    """The recipes of experiments, those that several share once, under the first one's name."""
+    found = {}
+    for recipe in (recipe for e in experiments for recipe in e.recipes):
+        found.setdefault(recipe.identity, recipe)
+    return list(found.values())
 
 
 @dataclass

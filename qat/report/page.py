@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from qat import runtime
 from qat.compare import APE_MARK, TASKS
 from qat.report import pictures, tables
-from qat.report.experiment import Experiment, Pair, scientific, told_apart
+from qat.report.experiment import Experiment, Pair, distinct, scientific, told_apart
 from qat.report.panels import score_legend, share_legend
 from qat.report.plots import PALETTE, svg
 from qat.runs import Run
@@ -68,17 +68,31 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     compared = _compared(experiments)
     if not compared:
         return ["No quantized run has been compared with its BF16 baseline yet."]
-    apes = [c["loss"]["ape"] for c in compared.values()]
-    below = sum(c["loss"]["passes"] for c in compared.values())
-    span = f"{min(apes):.2f} to {max(apes):.2f} %" if len(apes) > 1 else f"{apes[0]:.2f} %"
-    loss = f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} compared runs ({span})."
+    recipes = [recipe.comparison for recipe in distinct(experiments) if recipe.comparison]
     absent = []
     for e in experiments:
         absent += [pair.label for pair in e.pairs if not pair.comparison]
         absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
     gaps = f"Not compared: {', '.join(absent)}." if absent else ""
-    lines = (loss, heldout_verdict(compared.values()), qat_verdict(compared.values()), verdict(compared), gaps)
+    lines = (
+        _loss_verdict(recipes, len(compared)),
+        heldout_verdict(recipes),
+        qat_verdict(recipes),
+        verdict(compared),
+        gaps,
+    )
     return [line for line in lines if line]
+
+
+def _loss_verdict(comparisons: Sequence[Mapping], runs: int) -> str:
+    """A sentence on the loss APE of recipes that so many runs were compared of."""
+    apes = [comparison["loss"]["ape"] for comparison in comparisons]
+    if not apes:
+        return ""
+    below = sum(comparison["loss"]["passes"] for comparison in comparisons)
+    span = f"{min(apes):.2f} to {max(apes):.2f} %" if len(apes) > 1 else f"{apes[0]:.2f} %"
+    what = f"recipes, of {runs} compared runs" if runs > len(apes) else "compared runs"
+    return f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} {what} ({span})."
 
 
 def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:
@@ -156,7 +170,7 @@ def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[di
 
 
 def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -> dict:
-    missing = [pair.missing for pair in experiment.pairs if pair.missing]
+    missing = [each.missing for each in (*experiment.pairs, *experiment.recipes) if each.missing]
     absent = experiment.absent or ([] if experiment.configs else [experiment.name])
     missing += [f"{name} has not been run yet; make it: {experiment.command}" for name in absent]
     runs = {run.id: run for run in (*experiment.runs, *experiment.baselines) if run.id in experiment.configs}

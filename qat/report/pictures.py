@@ -64,37 +64,37 @@ def of_learning_rates(experiment: Experiment) -> list[Panel]:
 
 
 def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
-    """Forest plots of every compared run in all modes: held-out loss a text, and all questions of all tasks."""
-    compared = [pair for e in experiments for pair in e.pairs if pair.comparison]
-    texts = dict.fromkeys(row["text"] for pair in compared for row in pair.comparison["heldout"])
+    """Forest plots of every recipe in all modes: held-out loss a text, and all questions of all tasks."""
+    compared = [recipe for e in experiments for recipe in e.recipes if recipe.comparison]
+    texts = dict.fromkeys(row["text"] for recipe in compared for row in recipe.comparison["heldout"])
     found = []
     for text in texts:
         rows = [
-            (pair.label, {r["mode"]: panels.Estimate(r["difference"], r["ci"]) for r in shown}, None)
-            for pair in compared
-            if (shown := [row for row in pair.comparison["heldout"] if row["text"] == text])
+            (recipe.label, {r["mode"]: panels.Estimate(r["difference"], r["ci"]) for r in shown}, None)
+            for recipe in compared
+            if (shown := [row for row in recipe.comparison["heldout"] if row["text"] == text])
         ]
         name = "Loss on held-out text" + (f", {text}" if len(texts) > 1 else "")
         found.append(panels.forest(name, rows, "nats a token"))
     pooled = [
-        (pair.label, {row["mode"]: _points(row) for row in pair.comparison["pooled"]}, None)
-        for pair in compared
-        if pair.comparison.get("pooled")
+        (recipe.label, {row["mode"]: _points(row) for row in recipe.comparison["pooled"]}, None)
+        for recipe in compared
+        if recipe.comparison.get("pooled")
     ]
     return found + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
 
 
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
-    """A forest plot a task: every compared run in all modes, beside the paper's difference."""
-    compared = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
-    limits = [abs(limit) for _, pair in compared for row in pair.comparison["tasks"] for limit in row["ci"]]
+    """A forest plot a task: every recipe in all modes, beside the paper's difference."""
+    compared = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
+    limits = [abs(limit) for _, recipe in compared for row in recipe.comparison["tasks"] for limit in row["ci"]]
     found = []
-    for task in tasks_of([row["task"] for row in pair.comparison["tasks"]] for _, pair in compared):
+    for task in tasks_of([row["task"] for row in recipe.comparison["tasks"]] for _, recipe in compared):
         rows = []
-        for name, pair in compared:
-            modes = {row["mode"]: _points(row) for row in pair.comparison["tasks"] if row["task"] == task}
+        for name, recipe in compared:
+            modes = {row["mode"]: _points(row) for row in recipe.comparison["tasks"] if row["task"] == task}
             score = paper["experiments"].get(name, {}).get("scores", {}).get(task, {})
-            rows.append((pair.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
+            rows.append((recipe.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
         found.append(panels.forest(TASKS.get(task, task), rows, "percentage points", 1.04 * max(limits)))
     return found
 
@@ -105,7 +105,7 @@ def _points(row: Mapping) -> panels.Estimate:
 
 def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:
     """Draw the README's pictures into `out`; returns {file name: what it shows} of those that have content."""
-    pairs = [pair for e in experiments for pair in e.pairs]
+    pairs = [recipe.pairs[0] for e in experiments for recipe in e.recipes]  # of several seeds the first
     legend = "    ".join(f"{mark} {meaning}" for mark, meaning in panels.score_legend().items())
     loss = [replace(p, width=340) for pair in pairs for p in of_loss(pair, f"{pair.label} · ")[1:]]
     overshoot = [panel for pair in pairs for panel in of_overshoot(pair, f"{pair.label} · ")]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +11,17 @@ from qat.config import UserError
 from qat.floor import floor as floor_of
 from qat.floor import repeats
 from qat.paired import half_width
-from qat.report.experiment import Curve, Experiment, Pair, scientific, tasks_of, told_apart, unlike, untouched
-from qat.runs import Run, identity
+from qat.report.experiment import (
+    Curve,
+    Experiment,
+    Recipe,
+    distinct,
+    scientific,
+    tasks_of,
+    unlike,
+    untouched,
+)
+from qat.runs import Run
 from qat.wording import (
     FLOOR_HEADER,
     HELDOUT_HEADER,
@@ -62,8 +69,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Relative drops and APE of every quantized run in every mode and of the checkpoint, beneath the paper's."""
-    compared = [pair.comparison for e in experiments for pair in e.pairs if pair.comparison]
+    """Relative drops and APE of every recipe in every mode and of the checkpoint, beneath the paper's."""
+    compared = [recipe.comparison for e in experiments for recipe in e.recipes if recipe.comparison]
     entries = {e.name: paper["experiments"].get(e.name, {}) for e in experiments}
     tasks = tasks_of([[row["task"] for row in c["tasks"]] for c in compared])
     tasks = tasks or tasks_of([TASKS])
@@ -72,28 +79,28 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         if experiment.bf16 and not experiment.pairs and not experiment.absent:
             continue  # BF16 only: shown with the baselines
         rows.append([Cell(experiment.name), Cell("paper"), *_paper_cells(entries[experiment.name], tasks)])
-        for pair in experiment.pairs:
-            rows += _pair_rows(experiment, pair, tasks)
+        for recipe in experiment.recipes:
+            rows += _recipe_rows(experiment, recipe, tasks)
         if not experiment.pairs:
             rows.append([Cell(""), Cell("no run yet"), *[Cell("–")] * (len(tasks) + 1)])
     return Table(["", "Source", "Loss APE %", *(f"{TASKS.get(t, t)}, drop %" for t in tasks)], rows)
 
 
 def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """One row a compared run, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and that of PTQ and of
-    the untouched checkpoint, where any was scored), points a task."""
-    pairs = [(e.name, pair) for e in experiments for pair in e.pairs if pair.comparison]
-    beside = {key: [_beside(pair.comparison, key) for _, pair in pairs] for key in ("PTQ", "untouched")}
+    """One row a recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and that of
+    PTQ and of the untouched checkpoint, where any was scored), points a task."""
+    recipes = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
+    beside = {key: [_beside(recipe.comparison, key) for _, recipe in recipes] for key in ("PTQ", "untouched")}
     beside = {key: cells for key, cells in beside.items() if any(cell.text != "–" for cell in cells)}
-    tasks = tasks_of([[row["task"] for row in pair.comparison["tasks"]] for _, pair in pairs])
+    tasks = tasks_of([[row["task"] for row in recipe.comparison["tasks"]] for _, recipe in recipes])
     rows = []
-    for row, (name, pair) in enumerate(pairs):
-        loss, entry = pair.comparison["loss"], paper["experiments"].get(name, {})
-        held = next(each for each in pair.comparison["heldout"] if each["mode"] == "w8a8")
-        points = {row["task"]: row for row in pair.comparison["tasks"] if row["mode"] == "w8a8"}
+    for row, (name, recipe) in enumerate(recipes):
+        comparison, entry = recipe.comparison, paper["experiments"].get(name, {})
+        held = next(each for each in comparison["heldout"] if each["mode"] == "w8a8")
+        points = {row["task"]: row for row in comparison["tasks"] if row["mode"] == "w8a8"}
         from_log = "from its log" if "ape" not in entry and "ape_log" in entry else ""
         published = Cell(str(entry.get("ape", entry.get("ape_log", "–"))), from_log)
-        cells = [Cell(pair.label), published, Cell(f"{loss['ape']:.3f}")]
+        cells = [Cell(recipe.label), published, Cell(_ape(comparison))]
         cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
         cells += [found[row] for found in beside.values()] + [Cell(f"{held['kl']:.4f}")]
         rows.append(cells + [Cell(signed(points[t]["points"], 1), interval(points[t]["ci"], 1)) for t in tasks])
@@ -125,18 +132,24 @@ def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def _pair_rows(experiment: Experiment, pair: Pair, tasks: Sequence[str]) -> list[list[Cell]]:
-    which = pair.label.removeprefix(experiment.name).strip()
-    if pair.comparison is None:
+def _ape(comparison: Mapping) -> str:
+    loss = comparison["loss"]
+    return f"{loss['ape']:.3f}" + (f" {interval(loss['ci'], 3, '')}" if "ci" in loss else "")
+
+
+def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -> list[list[Cell]]:
+    which, comparison = recipe.label.removeprefix(experiment.name).strip(), recipe.comparison
+    if comparison is None:
         return [[Cell(""), Cell("not compared", which), *[Cell("–")] * (len(tasks) + 1)]]
-    loss, found = pair.comparison["loss"], {(r["task"], r["mode"]): r for r in pair.comparison["tasks"]}
+    loss, found = comparison["loss"], {(r["task"], r["mode"]): r for r in comparison["tasks"]}
+    low, high = loss.get("ci", [loss["ape"]] * 2)
+    ape = Cell(_ape(comparison), "", _mark(loss["passes"], not low < APE_MARK <= high))
     rows = []
     for mode, name in MODES.items():
-        if mode == "ptq" and not pair.comparison.get("ptq"):
+        if mode == "ptq" and not comparison.get("ptq"):
             continue
-        ape = Cell(f"{loss['ape']:.3f}", "", _mark(loss["passes"])) if mode == "w8a8" else Cell("")
         cells = [_drop(found[task, mode]) if (task, mode) in found else Cell("–") for task in tasks]
-        rows.append([Cell(""), Cell(f"ours, {name}", which), ape, *cells])
+        rows.append([Cell(""), Cell(f"ours, {name}", which), ape if mode == "w8a8" else Cell(""), *cells])
     if any(row.get("untouched") is not None for row in found.values()):
         cells = [_untouched_drop(found[task, "w8a8"]) if (task, "w8a8") in found else Cell("–") for task in tasks]
         rows.append([Cell(""), Cell("ours, untouched", which), Cell(""), *cells])
@@ -248,8 +261,8 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
     checkpoint: mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside
     the mean half interval that one run has from its sampled text and questions."""
     rows = []
-    for label, pairs in _recipes(experiments).items():
-        found = [pair.comparison for pair in pairs]
+    for recipe in distinct(experiments):
+        label, found = recipe.label, [pair.comparison for pair in recipe.compared]
         if len(found) < 2:
             continue
         apes = [c["loss"]["ape"] for c in found]
@@ -264,20 +277,6 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
             rows.append([*cells, *points])
     header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
     return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
-
-
-def _recipes(experiments: Sequence[Experiment]) -> dict[str, list[Pair]]:
-    """The compared runs that differ in nothing but their seed, by what tells them apart from the experiment's others;
-    those that experiments share under the first one's name."""
-    recipes = {}
-    for experiment in experiments:
-        own = defaultdict(list)
-        for pair in (pair for pair in experiment.pairs if pair.comparison):
-            own[json.dumps(identity(pair.run.typed_config()) | {"seed": None}, sort_keys=True)].append(pair)
-        labels = told_apart({key: pairs[0].config | {"seed": None} for key, pairs in own.items()})
-        for key, pairs in own.items():
-            recipes.setdefault(key, (f"{experiment.name} {labels[key]}".strip(), pairs))
-    return dict(recipes.values())
 
 
 def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:

@@ -3,10 +3,12 @@
 An effect is a contrast: a weighted sum over cells. Where its noise is taken from depends on what there is:
 
 - several seeds: a linear model of one mean a cell and one shift a seed, ordinary least squares on one number a run. Its
-  residual is the noise between runs, and intervals say what further seeds would give.
-- one seed, and a response sampled in units (held-out documents, questions) that all cells share: the contrast is made
-  within each unit, where what the units have in common cancels, and gets Student's interval over units. It says what
-  further text would give *of these very runs*; how much another seed would differ is not in it.
+  residual is the noise between runs. Where the response is sampled in units (held-out documents, questions) that all
+  runs share, the noise between those is added (`qat.paired.crossed`): intervals say what further seeds, text and
+  questions would give.
+- one seed, and a response sampled in such units: the contrast is made within each unit, where what the units have in
+  common cancels, and gets Student's interval over units. It says what further text would give *of these very runs*; how
+  much another seed would differ is not in it.
 - one seed and one number a run: a linear model that lacks the cells' highest interaction, whose residual then stands
   for the noise. Without such a model the fit is saturated, and there is an estimate but no interval.
 
@@ -93,31 +95,54 @@ class Response:
         (seed,) = self.seeds
         units = sum(weight * self.values[key, seed] for key, weight in weights.items())
         value, n = float(np.mean(units)), len(units)
-        if self.sampled == "questions":
-            # As if one more question had moved as far as it can either way (Bonett and Price 2012, for a pair): where
-            # few answers differ their variance says too little, and where none does it says nothing.
-            reach = 100 * sum(abs(weight) for weight in weights.values())
-            units = np.append(units, [-reach, reach])
+        reach = self._reach(weights)
+        if reach:
+            units = paired.extended(units, reach)
         if len(units) < 2:
             return Estimate(value, None, None, None, n, self.sampled, level)
         sample = DescrStatsW(units)
         if not np.ptp(units):  # the very same numbers in every unit
             return Estimate(value, value, value, float(value == 0), n, self.sampled, level)
         low, high = sample.tconfint_mean(alpha=1 - level)
-        if self.sampled == "questions":  # no interval leads beyond what all answers together could do
+        if reach:  # no interval leads beyond what all answers together could do
             low, high = max(low, -reach), min(high, reach)
         return Estimate(value, float(low), float(high), float(sample.ttest_mean(0)[1]), n, self.sampled, level)
 
+    def _reach(self, weights: Weights) -> float:
+        """How far a contrast of one unit can move, in points; 0 where that has no end."""
+        return 100 * sum(map(abs, weights.values())) if self.sampled == "questions" else 0.0
+
     def _over_runs(self, weights: Weights, level: float) -> Estimate:
+        mean, n = self._mean_over_runs(weights), len(self.values)
+        if mean is None:
+            return Estimate(self._modelled(weights)[0], None, None, None, n, "runs", level)
+        (low, high), p = mean.interval(level), mean.p_value()
+        if reach := self._reach(weights):
+            low, high = max(low, -reach), min(high, reach)
+        return Estimate(mean.value, low, high, p if math.isfinite(p) else None, n, "runs", level)
+
+    def _mean_over_runs(self, weights: Weights) -> paired.Mean | None:
+        """The contrast with its error over seeds, and over units where there are such; None without any noise."""
+        whole = [seed for seed in self.seeds if all((key, seed) in self.values for key in weights)]
+        changes = [sum(weight * self.values[key, seed] for key, weight in weights.items()) for seed in whole]
+        value, variance, df = self._modelled(weights)
+        if len(whole) > 1 and not math.isclose(sum(weights.values()), 0, abs_tol=1e-9):
+            # What a seed shifts in all cells alike does not cancel: the model, which has it fixed, does not see it.
+            shifts = np.array([change.mean() for change in changes])
+            value, variance, df = shifts.mean(), shifts.var(ddof=1) / len(shifts), len(shifts) - 1
+        if df < 1:
+            return None
+        if not self.sampled or not whole or len(changes[0]) < 2:
+            return paired.Mean(float(value), math.sqrt(variance), df)
+        return paired.crossed(np.array(changes), self._reach(weights), (variance, df))._replace(value=float(value))
+
+    def _modelled(self, weights: Weights) -> tuple[float, float, float]:
+        """The contrast by the linear model, its variance (NaN for a saturated one) and degrees of freedom."""
         row = sum(weight * self._rows[key] for key, weight in weights.items())
         row = np.append(row, np.zeros(self._fit.model.exog.shape[1] - len(row)))  # seeds shift all cells alike
-        value, n = float(row @ self._fit.params), len(self.values)
-        if self._fit.df_resid < 1:
-            return Estimate(value, None, None, None, n, "runs", level)
-        test = self._fit.t_test(row)
-        low, high = map(float, np.squeeze(test.conf_int(alpha=1 - level)))
-        p = float(np.squeeze(test.pvalue))
-        return Estimate(value, low, high, p if math.isfinite(p) else None, n, "runs", level)
+        df = float(self._fit.df_resid)
+        variance = float(np.squeeze(self._fit.t_test(row).sd)) ** 2 if df >= 1 else math.nan
+        return float(row @ self._fit.params), variance, df
 
     @cached_property
     def _rows(self) -> Mapping[Key, np.ndarray]:
@@ -144,7 +169,8 @@ class Response:
             return f"One seed: intervals are the noise of {units} {self.sampled} only, not that between runs."
         if self._fit.df_resid < 1:
             return "One seed and one number a run: the model is saturated, so there are no intervals."
-        source = f"{seeds} seeds." if seeds > 1 else "One seed: the three-way interaction is taken for the noise."
+        also = f" and {units} {self.sampled}" if self.sampled else ""
+        source = f"{seeds} seeds{also}." if seeds > 1 else "One seed: the three-way interaction is taken for the noise."
         spread, residuals = math.sqrt(self._fit.mse_resid), np.asarray(self._fit.resid)
         if np.allclose(residuals, 0, atol=1e-9 * float(np.abs(self._fit.model.endog).max())):
             return f"{source} Nothing is left of it."

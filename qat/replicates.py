@@ -1,0 +1,96 @@
+"""Runs that differ in nothing but their seed, as one comparison.
+
+All of them answered the same questions and read the same text, so a difference from BF16 has two sources of noise: the
+seed, and the choice of questions or documents. Intervals here cover both (`qat.paired.crossed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qat.compare import APE_MARK, DROP_MARK
+from qat.paired import Mean, crossed, half_width
+from qat.scored import Scored
+
+Side = tuple[dict[str, Scored], Scored]  # of one seed: the run by mode, and its baseline
+
+
+def over_seeds(comparisons: Sequence[dict], scored: Sequence[Side]) -> dict:
+    """The mean of several comparisons (`qat.compare.compare`), one a seed, in the same form: scores, points and losses
+    are means, `ci` is a 95 % interval over seeds and questions (or documents), `p_value` Student's, `lost` and `gained`
+    are sums over the seeds. What not all of them have is left out.
+
+    scored: what each compares (`qat.compare.sides`). Errors: UserError where one was scored in another way.
+    """
+    for _, reference in scored[1:]:
+        reference.refuse_unlike(scored[0][1])
+    apes = [each["loss"]["ape"] for each in comparisons]
+    ape, half = float(np.mean(apes)), half_width(apes)
+    tasks = list(dict.fromkeys(row["task"] for row in comparisons[0]["tasks"]))
+    merged = {key: comparisons[0][key] for key in ("benchmark", "untouched", "ptq")}
+    return merged | {
+        "seeds": len(comparisons),
+        "loss": {"ape": ape, "ci": [ape - half, ape + half], "passes": ape < APE_MARK},
+        "heldout": [_heldout(rows, scored) for rows in _aligned(comparisons, "heldout", "text", "mode")],
+        "qat": [_recovered(rows, scored) for rows in _aligned(comparisons, "qat", "text")],
+        "tasks": [_answers(rows, scored, [rows[0]["task"]]) for rows in _aligned(comparisons, "tasks", "task", "mode")],
+        "pooled": [_answers(rows, scored, tasks) for rows in _aligned(comparisons, "pooled", "mode")],
+    }
+
+
+def _aligned(comparisons: Sequence[dict], part: str, *keys: str) -> list[list[dict]]:
+    """The rows of a part that every comparison has, one of each."""
+    tables = [{tuple(row[key] for key in keys): row for row in each[part]} for each in comparisons]
+    return [[table[name] for table in tables] for name in tables[0] if all(name in table for table in tables)]
+
+
+def _changes(scored: Sequence[Side], of: Callable[[dict[str, Scored], Scored], Sequence[float]], reach: float = 0.0):
+    """What changed, in the mean over runs and units; None of a single unit, which has no noise to be had."""
+    changes = np.array([of(own, reference) for own, reference in scored], float)
+    return crossed(changes, reach) if changes.shape[1] > 1 else None
+
+
+def _centred(mean: Mean | None, value: float, scale: float = 1.0) -> list[float] | None:
+    return mean and [scale * end for end in mean._replace(value=value / scale).interval()]
+
+
+def _means(rows: Sequence[dict], *keys: str) -> dict:
+    """Means over the rows of what they all have, else None."""
+    columns = {key: [row.get(key) for row in rows] for key in keys}
+    return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
+
+
+def _heldout(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
+    text, mode = rows[0]["text"], rows[0]["mode"]
+    merged = rows[0] | _means(rows, "loss", "baseline", "untouched", "difference", "kl")
+    mean = _changes(scored, lambda own, reference: own[mode].document_changes(text, reference))
+    return merged | {"ci": _centred(mean, merged["difference"])}
+
+
+def _recovered(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
+    merged = rows[0] | _means(rows, "ptq", "w8a8", "recovered")
+    mean = _changes(scored, lambda own, _: own["ptq"].document_changes(rows[0]["text"], own["w8a8"]))
+    return merged | {"ci": _centred(mean, merged["recovered"])}
+
+
+def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str]) -> dict:
+    mode = rows[0]["mode"]
+    merged = {key: rows[0][key] for key in ("task", "mode", "metric", "n", "chance") if key in rows[0]}
+    merged |= _means(rows, "untouched", "baseline", "score", "points")
+    merged |= {key: sum(row[key] for row in rows) for key in ("lost", "gained")}
+
+    def changes(own: dict[str, Scored], reference: Scored) -> list[int]:
+        return [change for task in tasks for change in own[mode].answer_changes(task, reference)]
+
+    mean = _changes(scored, changes, reach=1.0)
+    baseline, points = merged["baseline"], merged["points"]
+    drop = -100 * points / baseline if baseline else None
+    return merged | {
+        "ci": _centred(mean, points, 100),
+        "p_value": mean.p_value() if mean else 1.0,
+        "relative_drop": drop,
+        "passes": None if drop is None else drop < DROP_MARK,
+        "near_chance": any(row.get("near_chance") for row in rows),
+    }

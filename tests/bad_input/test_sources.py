@@ -1,0 +1,124 @@
+"""Texts, models and surroundings that are not as they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.bad_input.mistakes import DONE, PLAIN, WEIGHT, Case, World, answer, truncated, unscored
+
+
+def texts(**contents: str | bytes) -> Callable[[World], None]:
+    """A folder `own` of these files, `_` for the dot in their names."""
+
+    def prepare(world: World) -> None:
+        (world / "own").mkdir()
+        for name, content in contents.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            (world / "own" / name.replace("_", ".")).write_bytes(data)
+
+    return prepare
+
+
+def parquet(damage: Callable[[Path], None] | None = None, **columns: list) -> Callable[[World], None]:
+    def prepare(world: World) -> None:
+        from datasets import Dataset
+
+        (world / "own").mkdir()
+        Dataset.from_dict(columns).to_parquet(world / "own" / "0.parquet")
+        if damage:
+            damage(world / "own" / "0.parquet")
+
+    return prepare
+
+
+OWN = f"{PLAIN} data.path=own"
+HUB = f"{OWN} data.source=hub"
+TEXT = "some words " * 200
+DATA = [
+    Case(f"{PLAIN} data.path=nowhere", "data.path=nowhere: needs a folder with at least two .txt files, found 0"),
+    Case(OWN, "data.path=own: needs a folder with at least two .txt files, found 1", texts(a_txt=TEXT)),
+    Case(f"{PLAIN} data.path=texts/00.txt", "data.path=texts/00.txt: needs a folder with at least two .txt files"),
+    Case(OWN, "data.path=own: holds no documents to train on", texts(a_txt=TEXT, b_txt="", c_txt=" \n\n ")),
+    Case(OWN, "b.txt", texts(a_txt=TEXT, b_txt=b"\xff\xfe\x00w\x80")),
+    Case(OWN, "b.txt", texts(a_txt=TEXT, b_txt=bytes(range(256)) * 8)),
+    Case(HUB, "data.path=own: ", texts(readme_md="nothing")),
+    Case(HUB, "data.path=own: ", parquet(text=[TEXT], damage=truncated)),
+    Case(HUB, "data.path=own: ", parquet(content=[TEXT] * 2000)),
+    Case(HUB, "data.path=own: cannot be streamed (it has no column named text that", parquet(text=[3] * 2000)),
+    Case(
+        f"{PLAIN} data.source=hub data.path=HuggingFaceFW/fineweb",
+        "data.path=HuggingFaceFW/fineweb: cannot be streamed (",
+        env={"HF_HUB_OFFLINE": "1"},
+    ),
+    Case(f"{PLAIN} data.source=package data.path=nowhere/x", "nowhere/x is not installed: run `make setup`"),
+    Case(f"{PLAIN} data.source=package data.path=../x", "../x: not a place in a package; for a folder of your own"),
+]
+for case in DATA:
+    case.began = True
+
+
+def model(damage: Callable[[Path], None]) -> Callable[[World], None]:
+    return lambda world: damage(world / "model")
+
+
+def rewriting(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def naming(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def lacking(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+HF = f"{PLAIN} model.source=hub model.path=model"
+LOADED = "model.path=model: cannot be loaded ("
+MODELS = [
+    Case(f"{PLAIN} model.source=hub model.path=nowhere", "model.path=nowhere: cannot be loaded ("),
+    Case(HF, LOADED, model(naming("{"))),
+    Case(HF, LOADED, model(naming("[]"))),
+    Case(HF, LOADED, model(naming('{"model_type": "nonsense"}'))),
+    Case(HF, LOADED, model(lacking("config.json"))),
+    Case(HF, LOADED, model(lacking("model.safetensors"))),
+    Case(HF, LOADED, model(lacking("tokenizer.json", "tokenizer_config.json"))),
+    Case(HF, LOADED, model(lambda folder: truncated(folder / "model.safetensors"))),
+    Case(HF, LOADED, model(lambda folder: truncated(folder / "tokenizer.json"))),
+    Case(HF, f"model.path=model: has no weights for {WEIGHT} (1 missing)", model(rewriting(lambda t: t.pop(WEIGHT)))),
+    Case(
+        HF,
+        f"model.path=model: has no weights for {WEIGHT} (1",
+        model(rewriting(lambda t: t.update({WEIGHT: torch.ones(3)}))),
+    ),
+    Case(f"{PLAIN} +model.architecture.hidden_siz=3", "model.architecture.hidden_siz: unknown key; did you mean"),
+    Case(f"{PLAIN} model.architecture.num_attention_heads=5", "model.architecture: not a Llama ("),
+    Case(f"{PLAIN} model.architecture.hidden_size=wide", "model.architecture: not a Llama ("),
+]
+for case in MODELS:
+    case.began = True
+
+ENVIRONMENT = [
+    Case(DONE, "texts/00.txt", lambda w: unscored(w.done), "eval", env={"HIF8_CACHE": "texts/00.txt"}),
+    Case(DONE, "/dev/null/x", lambda w: unscored(w.done), "eval", env={"HIF8_CACHE": "/dev/null/x"}),
+    Case(f"{PLAIN} logger=wandb", "WANDB_MODE=garbage", env={"WANDB_MODE": "garbage"}),
+    Case(PLAIN, "OMP_NUM_THREADS=abc", env={"OMP_NUM_THREADS": "abc"}),
+    Case(PLAIN, "CUDA_VISIBLE_DEVICES=garbage", env={"CUDA_VISIBLE_DEVICES": "garbage"}),
+]
+
+CASES = [*DATA, *MODELS, *ENVIRONMENT]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_mistake_is_answered_in_one_line_and_harms_nothing(case, world, main, monkeypatch):
+    answer(case, world, main, monkeypatch)
