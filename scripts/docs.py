@@ -1,8 +1,9 @@
-"""Write what README.md and experiments/README.md show of their records, so that no number there is typed by hand.
+"""Write what README.md and the pages of experiments/ show of their records, so that no number there is typed by hand.
 
 python scripts/docs.py            --check: only say whether they are up to date
 """
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -19,17 +20,17 @@ _SECTION = re.compile(r"(<!-- from (\S+): written by `make docs` -->\n).*?(<!-- 
 def results(record: Path) -> str:
     """Of a record's report: settings, the table "At a glance", the verdict."""
     report = (record / "report.md").read_text()
-    facts = dict(re.findall(r"^- (\w+): (.+)$", report, re.MULTILINE))
-    table = re.search(r"^## At a glance\n.*?\n(\|.*?)\n\n", report, re.DOTALL | re.MULTILINE)[1]
-    verdict = re.search(r"^>.*?\n\n", report, re.DOTALL | re.MULTILINE)[0]
-    seeds = facts["Seed"].replace("; ", ",")
-    lines = [
-        f"`make suite` at BUDGET={facts['Budget']}, PROTOCOL={facts['Protocol']}, SEEDS={seeds}: {facts['Length']};",
-        f"benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in {facts['Arithmetic']} arithmetic.",
+    verdict = re.search(r"^>.*?\n\n", report, re.DOTALL | re.MULTILINE)[0].strip()
+    about = [
+        f"{_command(report, 'suite')}: {_facts(report)['Length']}.",
         "The quantized run in W8A8 less its BF16 baseline, with 95 % intervals. PTQ: that baseline in W8A8 without",
         "QAT; untouched: the checkpoint before any training.",
     ]
-    return "\n".join(lines) + f"\n\n{table}\n\n{verdict.strip()}\n"
+    if "; " in _facts(report)["Seed"]:
+        about.append(
+            "Of several seeds: the mean; intervals are about further seeds and further text or questions at once."
+        )
+    return "\n".join(about) + f"\n\n{_table(report, 'At a glance')}\n\n{verdict}\n"
 
 
 def claims(record: Path) -> str:
@@ -42,19 +43,64 @@ def claims(record: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_PAGES = {"README.md": results, "experiments/README.md": claims}
+def experiment(name: str, record: Path) -> str:
+    """Of a record's report: what it says of one experiment, and links to the runs it rests on."""
+    report = (record / "report.md").read_text()
+    section = re.search(rf"^## {name}: .*?\n(.*?)(?=^## )", report, re.DOTALL | re.MULTILINE)[1].strip()
+    asked, detail = re.match(r"(.*?\n\nPaper: .*?)\n\n(.*)", section, re.DOTALL).groups()
+    tables = [_rows(_table(report, title), name) for title in ("At a glance", "Beside the paper")]
+    if not any(tables):  # of BF16 runs only
+        tables = [_table(report, "BF16 baselines and the untouched checkpoint")]
+    above = Path("..") / record.relative_to(ROOT / "experiments")
+    source = f"Code {_facts(report)['Code']}. The [record of the suite]({above / 'report.md'}) explains the columns."
+    runs = [path.name for path in sorted((record / "runs").iterdir()) if path.name in detail + tables[0]]
+    links = "\n".join(f"- [{run}]({above / 'runs' / run})" for run in runs)
+    return "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *tables, detail, "The runs:", links]) + "\n"
+
+
+def _facts(report: str) -> dict[str, str]:
+    return dict(re.findall(r"^- (\w+): (.+)$", report, re.MULTILINE))
+
+
+def _command(report: str, target: str) -> str:
+    """What was run, on what."""
+    facts = _facts(report)
+    words = f"BUDGET={facts['Budget']}, PROTOCOL={facts['Protocol']}, SEEDS={facts['Seed'].replace('; ', ',')}"
+    made = f"benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in {facts['Arithmetic']} arithmetic"
+    return f"`make {target}` at {words},\n{made}"
+
+
+def _table(report: str, title: str) -> str:
+    """The first table under a heading."""
+    return re.search(rf"^## {title}\n.*?\n(\|.*?)\n\n", report, re.DOTALL | re.MULTILINE)[1]
+
+
+def _rows(table: str, name: str) -> str:
+    """A table's header and the rows of an experiment; those whose first cell is empty continue the one above."""
+    *header, first = table.split("\n", 2)
+    found, own = [], False
+    for line in first.split("\n"):
+        label = line.split("|")[1].strip()
+        own = label.partition(" ")[0] == name if label else own
+        found += [line] if own else []
+    return "\n".join([*header, *found]) if found else ""
+
+
+PAGES = {"README.md": results, "experiments/README.md": claims} | {
+    f"experiments/exp{number}/README.md": functools.partial(experiment, f"exp{number}") for number in range(1, 9)
+}
 
 
 def written(page: str, text: str) -> str:
     """A page with its section as its record has it. Errors: SystemExit when it names no record."""
-    write: Callable[[Path], str] = _PAGES[page]
+    write: Callable[[Path], str] = PAGES[page]
     if not _SECTION.search(text):
         sys.exit(f"error: {page} has no section that `make docs` writes; see scripts/docs.py")
     return _SECTION.sub(lambda part: part[1] + write(ROOT / part[2]) + part[3], text)
 
 
 def main() -> None:
-    for page in _PAGES:
+    for page in PAGES:
         now = (ROOT / page).read_text()
         if "--check" not in sys.argv:
             (ROOT / page).write_text(written(page, now))

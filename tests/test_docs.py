@@ -7,12 +7,18 @@ import re
 import pytest
 
 from qat.runtime import ROOT
-from scripts.docs import written
+from scripts.docs import PAGES, written
 
 
 @pytest.mark.parametrize(
     ("page", "number"),
-    [("README.md", "Held-out loss, nats"), ("experiments/README.md", "not decidable at this scale |")],
+    [
+        ("README.md", "Held-out loss, nats"),
+        ("experiments/README.md", "not decidable at this scale |"),
+        ("experiments/exp1/README.md", "| untouched checkpoint "),
+        ("experiments/exp2/README.md", "| exp2 most_recent |"),
+        ("experiments/exp8/README.md", "| W8A8 by PTQ "),
+    ],
 )
 def test_what_is_shown_of_a_record_is_the_records(page, number):
     text = (ROOT / page).read_text()
@@ -21,7 +27,7 @@ def test_what_is_shown_of_a_record_is_the_records(page, number):
 
 
 def test_what_the_readme_points_to_exists():
-    for page in ("README.md", "experiments/README.md"):
+    for page in PAGES:
         folder = (ROOT / page).parent
         links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text())
         assert links and not [link for link in links if not (folder / link).exists()]
