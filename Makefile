@@ -36,7 +36,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore plan text bench gpu test slow torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu test slow torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -129,6 +129,10 @@ RECORD ?=
 record: $(READY) ## keep report/ and the small parts of its runs in git: make record RECORD=experiments/records/2026-01-31_laptop SEEDS=0,1,2
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) "report.seeds=[$(SEEDS)]" $(WORDS)
+
+verify: $(READY) ## a record's runs beside the same runs repeated here: what differs, and whether it is inside the record's intervals
+	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
+	$(PY) scripts/$@.py record=$(RECORD)
 
 restore: $(READY) ## put a record's runs back into runs/: its reports can be made again, its suite goes on
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }

@@ -1,0 +1,57 @@
+"""A record beside its repetition: what differs is named, and what lies outside of the stated intervals is an error."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qat import records
+from qat.runs import Run, run_id
+from tests.synthetic_runs import compared_pair, edit
+
+
+@pytest.fixture
+def repeated(tmp_path) -> tuple[Path, Path]:
+    """A record of a run and its baseline, and the same two repeated: (record, run folder)."""
+    made = compared_pair(tmp_path / "made")
+    made = [path.rename(path.with_name(run_id(Run(path).typed_config()))) for path in made]
+    edit(made[0] / "eval.json", lambda record: [_shift(each, 0.01) for each in record["quick"].values()])
+    records.keep(map(Run, made), None, tmp_path / "record")
+    shutil.copytree(tmp_path / "made", tmp_path / "runs")
+    return tmp_path / "record", tmp_path / "runs" / made[0].name
+
+
+def _shift(scored: dict, nats: float) -> None:
+    text = scored["heldout"]["wikipedia"]
+    text["document_losses"] = [loss + nats * k for k, loss in enumerate(text["document_losses"])]
+    text["loss"] += nats
+
+
+def test_the_same_runs_are_the_same_bit_for_bit(repeated, main):
+    code, stdout, _ = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
+    assert code == 0 and stdout.count("bit-identical: every loss equal") == 2
+    (row,) = [line for line in stdout.splitlines() if "inside" in line]
+    assert f"| {repeated[1].name} | wikipedia" in row and "+0.0100 [-0.0148, +0.0348]" in row and "| +0.0100 |" in row
+
+
+@pytest.mark.parametrize(("nats", "told"), [(0.02, "inside"), (-0.05, "outside")])
+def test_a_difference_is_held_against_the_records_interval(repeated, main, nats, told):
+    edit(repeated[1] / "eval.json", lambda record: _shift(record["quick"]["w8a8"], nats))
+    code, stdout, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
+    assert f"{0.01 + nats:+.4f} | {told}" in " ".join(stdout.split()) and "not bit-identical" in stdout
+    assert (code, stderr) == (
+        (2, "error: 1 differences lie outside of the record's intervals\n") if told == "outside" else (0, "")
+    )
+
+
+def test_a_baseline_that_was_not_repeated_leaves_the_run_itself(repeated, main):
+    for path in repeated[1].parent.iterdir():
+        if path != repeated[1]:
+            shutil.rmtree(path)
+    code, stdout, _ = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
+    assert code == 0 and stdout.count("bit-identical") == 1 and "inside" not in stdout
+
+
+def test_without_a_run_in_both_the_command_to_repeat_is_named(repeated, main, tmp_path):
+    code, _, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={tmp_path / 'none'}")
+    assert (code, stderr.count("\n")) == (2, 1) and "has none of the 2 runs of" in stderr and "README.md" in stderr
