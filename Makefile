@@ -122,7 +122,7 @@ diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 report: $(READY) ## rebuild the suite's report from the run folders
 	$(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS)
 
-docs: $(READY) ## write what README.md and experiments/README.md show of their records
+docs: $(READY) ## write what README.md and the pages of experiments/ show of their records
 	$(PY) scripts/docs.py
 
 RECORD ?=

@@ -121,25 +121,29 @@ class Mean(NamedTuple):
         return 2 * float(stdtr(self.df, -abs(self.value) / self.error))
 
 
-def crossed(changes: np.ndarray, reach: float = 0.0, between: tuple[float, float] | None = None) -> Mean:
+def crossed(
+    changes: np.ndarray, reach: float = 0.0, between: tuple[float, float] | None = None, value: float | None = None
+) -> Mean:
     """The mean of what changed, FP64 [runs, units], where all runs answered the same questions or read the same
     documents: its error covers further runs and further units.
 
     The variances of the mean over either, less that of their interaction, which is in both (Cameron, Gelbach and Miller
-    2011), but never below either; degrees of freedom after Satterthwaite. reach: for answers, how far a unit can move
-    at all (see `extended`). between: variance of the mean over runs and its degrees of freedom, of a model that knows
-    more runs than these. Needs two runs or `between`, and two units.
+    2011), but never below either; degrees of freedom after Satterthwaite, but not below both ways' own. reach: for
+    answers, how far a unit can move at all (see `extended`); it shrinks the mean, too. between, value: the variance of
+    the mean over runs with its degrees of freedom, and the mean, of a model that knows more runs than these. Needs two
+    runs or `between`, and two units or `reach`.
     """
     runs, units = changes.shape
     of_runs, of_units, mean = changes.mean(1), changes.mean(0), changes.mean()
     over_runs, df = between or (of_runs.var(ddof=1) / runs, runs - 1)
     widened = extended(of_units, reach) if reach else of_units
-    over_units = widened.var(ddof=1) / len(widened)
+    over_units, df_units = widened.var(ddof=1) / len(widened), len(widened) - 1
     rest = changes - of_runs[:, None] - of_units + mean
     both = (rest**2).sum() / max(1, (runs - 1) * (units - 1)) / changes.size
     variance = max(over_runs + over_units - both, over_runs, over_units)
-    spread = over_runs**2 / df + over_units**2 / (len(widened) - 1)
-    return Mean(float(mean), math.sqrt(variance), variance**2 / spread if spread else df)
+    spread = over_runs**2 / df + over_units**2 / df_units
+    centre = (mean if value is None else value) * units / len(widened)
+    return Mean(float(centre), math.sqrt(variance), max(variance**2 / spread if spread else 0, min(df, df_units)))
 
 
 def extended(units: np.ndarray, reach: float) -> np.ndarray:

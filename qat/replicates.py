@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from qat.compare import APE_MARK, DROP_MARK
-from qat.paired import Mean, crossed, half_width
+from qat.paired import crossed, half_width
 from qat.scored import Scored
 
 Side = tuple[dict[str, Scored], Scored]  # of one seed: the run by mode, and its baseline
@@ -29,10 +29,12 @@ def over_seeds(comparisons: Sequence[dict], scored: Sequence[Side]) -> dict:
     apes = [each["loss"]["ape"] for each in comparisons]
     ape, half = float(np.mean(apes)), half_width(apes)
     tasks = list(dict.fromkeys(row["task"] for row in comparisons[0]["tasks"]))
-    merged = {key: comparisons[0][key] for key in ("benchmark", "untouched", "ptq")}
-    return merged | {
+    names = {key: [each[key] for each in comparisons] for key in ("run", "baseline", "ptq")}
+    return {
+        **{key: ", ".join(found) if all(found) else None for key, found in names.items()},
+        "benchmark": comparisons[0]["benchmark"],
         "seeds": len(comparisons),
-        "loss": {"ape": ape, "ci": [ape - half, ape + half], "passes": ape < APE_MARK},
+        "loss": {"ape": ape, "ci": [max(0.0, ape - half), ape + half], "passes": ape < APE_MARK},
         "heldout": [_heldout(rows, scored) for rows in _aligned(comparisons, "heldout", "text", "mode")],
         "qat": [_recovered(rows, scored) for rows in _aligned(comparisons, "qat", "text")],
         "tasks": [_answers(rows, scored, [rows[0]["task"]]) for rows in _aligned(comparisons, "tasks", "task", "mode")],
@@ -47,13 +49,9 @@ def _aligned(comparisons: Sequence[dict], part: str, *keys: str) -> list[list[di
 
 
 def _changes(scored: Sequence[Side], of: Callable[[dict[str, Scored], Scored], Sequence[float]], reach: float = 0.0):
-    """What changed, in the mean over runs and units; None of a single unit, which has no noise to be had."""
+    """What changed, in the mean over runs and units; None of a single document, which has no noise to be had."""
     changes = np.array([of(own, reference) for own, reference in scored], float)
-    return crossed(changes, reach) if changes.shape[1] > 1 else None
-
-
-def _centred(mean: Mean | None, value: float, scale: float = 1.0) -> list[float] | None:
-    return mean and [scale * end for end in mean._replace(value=value / scale).interval()]
+    return crossed(changes, reach) if changes.shape[1] > 1 or reach else None
 
 
 def _means(rows: Sequence[dict], *keys: str) -> dict:
@@ -64,15 +62,16 @@ def _means(rows: Sequence[dict], *keys: str) -> dict:
 
 def _heldout(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
     text, mode = rows[0]["text"], rows[0]["mode"]
-    merged = rows[0] | _means(rows, "loss", "baseline", "untouched", "difference", "kl")
+    merged = {key: rows[0][key] for key in ("text", "mode", "documents")}
+    merged |= _means(rows, "loss", "baseline", "untouched", "difference", "kl")
     mean = _changes(scored, lambda own, reference: own[mode].document_changes(text, reference))
-    return merged | {"ci": _centred(mean, merged["difference"])}
+    return merged | {"ci": mean and mean._replace(value=merged["difference"]).interval()}
 
 
 def _recovered(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
-    merged = rows[0] | _means(rows, "ptq", "w8a8", "recovered")
-    mean = _changes(scored, lambda own, _: own["ptq"].document_changes(rows[0]["text"], own["w8a8"]))
-    return merged | {"ci": _centred(mean, merged["recovered"])}
+    merged = {"text": rows[0]["text"]} | _means(rows, "ptq", "w8a8", "recovered")
+    mean = _changes(scored, lambda own, _: own["ptq"].document_changes(merged["text"], own["w8a8"]))
+    return merged | {"ci": mean and mean._replace(value=merged["recovered"]).interval()}
 
 
 def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str]) -> dict:
@@ -88,8 +87,8 @@ def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str])
     baseline, points = merged["baseline"], merged["points"]
     drop = -100 * points / baseline if baseline else None
     return merged | {
-        "ci": _centred(mean, points, 100),
-        "p_value": mean.p_value() if mean else 1.0,
+        "ci": [100 * min(1.0, max(-1.0, end)) for end in mean.interval()],
+        "p_value": mean.p_value(),
         "relative_drop": drop,
         "passes": None if drop is None else drop < DROP_MARK,
         "near_chance": any(row.get("near_chance") for row in rows),

@@ -70,13 +70,11 @@ def _chosen(group) -> dict:
 
 
 def _effective_scaling(cfg: Config) -> dict:
-    """The scaling without what it never looks at: the options of other rules, without a BF16 warmup whether its history
-    is kept or discarded, and whether what is discarded was observed."""
+    """The scaling without what it never looks at: the options of other rules, and without a BF16 warmup whether its
+    history is kept or discarded."""
     ignored = {"window", "alpha"} - set(scaling.options(cfg.scaling))
     if not cfg.bf16_warmup_steps:
         ignored |= {"observe_in_warmup", "discard_after_warmup"}
-    elif cfg.scaling.discard_after_warmup:
-        ignored.add("observe_in_warmup")
     return {name: value for name, value in _chosen(cfg.scaling).items() if name not in ignored}
 
 

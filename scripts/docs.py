@@ -50,12 +50,17 @@ def experiment(name: str, record: Path) -> str:
     asked, detail = re.match(r"(.*?\n\nPaper: .*?)\n\n(.*)", section, re.DOTALL).groups()
     tables = [_rows(_table(report, title), name) for title in ("At a glance", "Beside the paper")]
     if not any(tables):  # of BF16 runs only
-        tables = [_table(report, "BF16 baselines and the untouched checkpoint")]
+        tables = ["All BF16 runs of the suite:\n\n" + _table(report, "BF16 baselines and the untouched checkpoint")]
     above = Path("..") / record.relative_to(ROOT / "experiments")
-    source = f"Code {_facts(report)['Code']}. The [record of the suite]({above / 'report.md'}) explains the columns."
+    source = (
+        f"The [record of the suite]({above / 'report.md'}) explains the columns. Its code: {_facts(report)['Code']}."
+    )
     runs = [path.name for path in sorted((record / "runs").iterdir()) if path.name in detail + tables[0]]
     links = "\n".join(f"- [{run}]({above / 'runs' / run})" for run in runs)
-    return "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *tables, detail, "The runs:", links]) + "\n"
+    return (
+        "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *tables, detail, "The runs named here:", links])
+        + "\n"
+    )
 
 
 def _facts(report: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ def main(config, _) -> None:
     text, outside = verify(records.named(config), Path(config.runs_dir))
     print(text)
     if outside:
-        raise cli.UserError(f"{outside} differences lie outside of the record's intervals")
+        raise cli.UserError(f"outside of the record's intervals: {outside} of the differences above")
 
 
 if __name__ == "__main__":

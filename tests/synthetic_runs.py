@@ -159,9 +159,10 @@ def _lines(path: Path, rows: list) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def compared_pair(folder: Path, **changes) -> tuple[Path, Path]:
+def compared_pair(folder: Path, answers: dict | None = None, **changes) -> tuple[Path, Path]:
     """The folders of a quantized run and its baseline, both scored, without PTQ or the untouched checkpoint."""
-    answers, text = {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}, {"wikipedia": [3.0, 3.2, 3.4]}
+    answers = answers or {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}
+    text = {"wikipedia": [3.0, 3.2, 3.4]}
     plain = {key: value for key, value in changes.items() if not key.startswith("quant.")}
     base = write_run(folder / "base", config(**plain), [2.0], {"bf16": answers}, {"bf16": text})
     modes = ("w8a8", "bf16")

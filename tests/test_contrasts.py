@@ -57,13 +57,41 @@ def test_over_seeds_that_agree_the_noise_is_that_of_the_units():
     assert (found.low, found.high) == pytest.approx(tuple(test.confidence_interval(0.9)))
 
 
-def test_answers_that_no_seed_changes_are_no_certainty():
-    """Sixty questions, three seeds, not one flip: no more is known than of one seed."""
+@pytest.mark.parametrize("lost", [0, 9])
+def test_answers_that_seeds_change_alike_are_no_certainty(lost):
+    """Sixty questions, three seeds, the same flips or none: no more is known than of one seed."""
+    flips = np.where(np.arange(60) < lost, -100.0, 0.0)
     once, thrice = (
-        Response("x", "points", 2, {(A, seed): np.zeros(60) for seed in range(seeds)}, "questions").contrast({A: 1})
+        Response("x", "points", 2, dict.fromkeys([(A, seed) for seed in range(seeds)], flips), "questions")
         for seeds in (1, 3)
     )
-    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high)) and once.low < -3
+    once, thrice = once.contrast({A: 1}), thrice.contrast({A: 1})
+    assert (thrice.value, thrice.low, thrice.high) == pytest.approx((once.value, once.low, once.high))
+    assert thrice.p == pytest.approx(once.p) and thrice.low < -3
+
+
+def test_seeds_and_documents_are_both_in_a_difference():
+    """The model's noise between runs and the documents' own: their variances, less that of what both have."""
+    rng = np.random.default_rng(3)
+    shared = rng.normal(0, 1, 10)
+    values = {(k, s): shared * (k == A) + rng.normal(0, 0.5) + rng.normal(0, 0.2, 10) for k in (A, B) for s in range(3)}
+    found = Response("x", "nats", 4, values, "documents").contrast({A: 1, B: -1})
+    changes = np.array([values[A, s] - values[B, s] for s in range(3)])
+    runs, units = changes.mean(1).var(ddof=1) / 3, changes.mean(0).var(ddof=1) / 10
+    rest = changes - changes.mean(1, keepdims=True) - changes.mean(0) + changes.mean()
+    error = math.sqrt(runs + units - (rest**2).sum() / 18 / 30)
+    half = stats.t.ppf(0.975, error**4 / (runs**2 / 2 + units**2 / 9)) * error
+    assert found.value == pytest.approx(changes.mean())
+    assert (found.low, found.high) == pytest.approx((changes.mean() - half, changes.mean() + half))
+
+
+def test_seeds_that_lack_a_cell_leave_no_interval_of_what_seeds_share():
+    """Cell B has two seeds, A one: B has an interval, and their difference and A alone have none."""
+    rng = np.random.default_rng(4)
+    values = {key: rng.normal(0, 1, 6) for key in ((A, 0), (B, 0), (B, 1))}
+    response = Response("x", "nats", 4, values, "documents")
+    assert response.contrast({A: 1}).low is None and response.contrast({A: 0.5, B: 0.5}).low is None
+    assert response.contrast({B: 1}).low is not None and "2 seeds and 6 documents" in response.noise()
 
 
 def test_few_answers_that_differ_are_not_taken_for_certainty():

@@ -26,6 +26,12 @@ def test_what_is_shown_of_a_record_is_the_records(page, number):
     assert written(page, text.replace(number, "typed by hand")) == text
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_stale(page):
+    text = (ROOT / page).read_text()
+    assert written(page, text) == text
+
+
 def test_what_the_readme_points_to_exists():
     for page in PAGES:
         folder = (ROOT / page).parent

@@ -126,10 +126,6 @@ def test_what_becomes_of_the_warmups_history_counts_only_with_a_warmup(config):
     change = {"scaling.discard_after_warmup": False}
     assert not renamed(config, ("experiment=exp8", "warmup=none"), **change)
     assert renamed(config, ("experiment=exp8", "warmup=bf16_500"), **change)
-    unseen = {"scaling.observe_in_warmup": False}
-    assert not renamed(config, ("experiment=exp8", "warmup=bf16_500"), **unseen)
-    kept = config("experiment=exp8", "warmup=bf16_500", **change)
-    assert run_id(config("experiment=exp8", "warmup=bf16_500", **change, **unseen)) != run_id(kept)
 
 
 def test_a_stream_is_the_same_with_and_without_the_cache(config):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 from scipy.stats import t
@@ -36,6 +37,14 @@ def three(tmp_path) -> Experiment:
     return Experiment("exp8", [Run(run) for run in runs], [Run(base) for base in baselines])
 
 
+def named_apart(pairs: list[tuple[Path, Path]]) -> list[list[Run]]:
+    """The runs and the baselines of pairs of folders, numbered."""
+    return [
+        [Run(folder.rename(folder.with_name(f"{folder.name}-{i}"))) for i, folder in enumerate(side)]
+        for side in zip(*pairs, strict=True)
+    ]
+
+
 def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
     rows = [[str(cell) for cell in row] for row in tables.seeds([three]).rows]
     # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
@@ -60,11 +69,14 @@ def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
     error = 0.1 * math.sqrt(2 / 3)
     half = t.ppf(0.975, 4) * error  # Satterthwaite: (1 + 1)^2 / (1 / 2 + 1 / 2) degrees of freedom
     assert (label, held) == ("exp8", f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]")
-    assert ape.startswith("5.000 [") and ptq == "+0.5000 [+0.5000, +0.5000]" and untouched_ == "+1.0000"
-    for points, n in ((easy, 100), (mmlu, 100)):  # no flip in any seed: as of one seed, not certainty
+    half_ape = t.ppf(0.975, 2) * 5 / math.sqrt(3)  # 0, 5 and 10 %, and none below 0
+    assert (
+        ape == f"5.000 [0.000, {5 + half_ape:.3f}]" and ptq == "+0.5000 [+0.5000, +0.5000]" and untouched_ == "+1.0000"
+    )
+    for points, n in ((easy, 100), (mmlu, 100)):  # no flip in any seed, and no certainty
         half = 100 * t.ppf(0.975, n + 1) * math.sqrt(2 / (n + 1) / (n + 2))
         assert points == f"+0.0 [{-half:+.1f}, {half:+.1f}]"
-    assert float(kl) > 0
+    assert kl == "0.0021"
 
 
 def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three, tmp_path):
@@ -80,21 +92,43 @@ def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
     pairs = [compared_pair(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     for folder in pairs[1]:
         edit(folder / "eval.json", lambda record: [mode.update(lm_eval="9") for mode in record["quick"].values()])
-    runs, baselines = (
-        [Run(folder.rename(folder.with_name(f"{folder.name}-{i}"))) for i, folder in enumerate(side)]
-        for side in zip(*pairs, strict=True)
-    )
-    experiment = Experiment("exp8", runs, baselines)
+    experiment = Experiment("exp8", *named_apart(pairs))
     _, markdown = write([experiment], tmp_path / "out", {})
     assert all(pair.comparison for pair in experiment.pairs) and not tables.glance([experiment], published()).rows
-    assert "> lm-eval version differs: 9 in base-1" in markdown.read_text()
+    text = markdown.read_text()
+    assert "> lm-eval version differs: 9 in base-1" in text and "> Not compared: exp8." in text
+    assert "The noise between seeds" not in text and "seeds: their mean" not in text
+
+
+def test_a_run_that_is_named_twice_is_not_two_seeds(tmp_path):
+    experiment = Experiment("exp8", *named_apart([compared_pair(tmp_path / str(number)) for number in (0, 1)]))
+    (recipe,) = experiment.recipes
+    assert len(recipe.compared) == 2 and recipe.comparison is None
+    assert recipe.missing == "exp8 has a seed twice (run-0, run-1), so there is no mean over seeds; leave one out"
+
+
+def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_lacks(three, tmp_path):
+    for run in three.runs[1:]:
+        (run.path / "eval.json").unlink()
+    _, markdown = write([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out", {})
+    text = markdown.read_text()
+    assert "| exp8 seed 0 |" in text and "One seed a cell: intervals cover" in text
+    assert "> Not compared: exp8 seed 1, exp8 seed 2." in text
+
+
+def test_one_question_and_several_seeds_have_the_widest_interval(tmp_path):
+    pairs = [compared_pair(tmp_path / str(seed), {"arc_easy": [True]}, seed=seed) for seed in (0, 1)]
+    experiment = Experiment("exp8", *named_apart(pairs))
+    row = experiment.recipes[0].comparison["tasks"][0]
+    assert row["ci"] == [-100, 100] and row["p_value"] == 1
+    write([experiment], tmp_path / "out", {})
 
 
 def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):
-    runs, bases = [], []
-    for number, (seed, overflow) in enumerate(itertools.product((0, 1), ("clip", "inf"))):
-        made = compared_pair(tmp_path / str(number), **{"seed": seed, "quant.overflow": overflow})
-        run, base = (Run(path.rename(path.with_name(f"{path.name}{number}"))) for path in made)
-        runs, bases = [*runs, run], [*bases, base]
-    rows = tables.seeds([Experiment("mine", runs, bases)]).rows
+    cases = enumerate(itertools.product((0, 1), ("clip", "inf")))
+    pairs = [
+        compared_pair(tmp_path / str(number), **{"seed": seed, "quant.overflow": overflow})
+        for number, (seed, overflow) in cases
+    ]
+    rows = tables.seeds([Experiment("mine", *named_apart(pairs))]).rows
     assert [str(row[0]) for row in rows if str(row[0])] == ["mine overflow clip", "mine overflow inf"]

@@ -40,7 +40,7 @@ def test_a_difference_is_held_against_the_records_interval(repeated, main, nats,
     code, stdout, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
     assert f"{0.01 + nats:+.4f} | {told}" in " ".join(stdout.split()) and "not bit-identical" in stdout
     assert (code, stderr) == (
-        (2, "error: 1 differences lie outside of the record's intervals\n") if told == "outside" else (0, "")
+        (2, "error: outside of the record's intervals: 1 of the differences above\n") if told == "outside" else (0, "")
     )
 
 
@@ -49,7 +49,14 @@ def test_a_baseline_that_was_not_repeated_leaves_the_run_itself(repeated, main):
         if path != repeated[1]:
             shutil.rmtree(path)
     code, stdout, _ = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
-    assert code == 0 and stdout.count("bit-identical") == 1 and "inside" not in stdout
+    assert code == 0 and stdout.count("| bit-identical: every loss equal |") == 1 and "inside" not in stdout
+
+
+def test_a_run_that_was_scored_in_another_way_does_not_hide_the_others(repeated, main):
+    edit(repeated[1] / "eval.json", lambda record: record["quick"]["w8a8"].update(lm_eval="9"))
+    code, stdout, _ = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
+    assert code == 0 and "not comparable with the record: lm-eval version differs: 9" in stdout
+    assert stdout.count("| bit-identical: every loss equal") == 1
 
 
 def test_without_a_run_in_both_the_command_to_repeat_is_named(repeated, main, tmp_path):

@@ -140,12 +140,17 @@ class Recipe:
     """Pairs that differ in nothing but their seed. identity: the same for two experiments that come to one recipe."""
 
     identity: str
-    label: str
+    name: str
     pairs: list[Pair]
 
     @property
     def compared(self) -> list[Pair]:
         return [pair for pair in self.pairs if pair.comparison]
+
+    @property
+    def label(self) -> str:
+        """Its name, with the seed where only one of several is compared."""
+        return self.compared[0].label if len(self.compared) == 1 else self.name
 
     @property
     def comparison(self) -> dict | None:
@@ -162,6 +167,9 @@ class Recipe:
         found = [pair.comparison for pair in self.compared]
         if len(found) < 2:
             return (found[0] if found else None), None
+        if len({pair.config["seed"] for pair in self.compared}) < len(found):
+            ids = ", ".join(pair.run.id for pair in self.compared)
+            return None, f"{self.name} has a seed twice ({ids}), so there is no mean over seeds; leave one out"
         scored = [sides(pair.run, pair.baseline, pair.comparison["benchmark"], None)[:2] for pair in self.compared]
         try:
             return over_seeds(found, scored), None
@@ -169,12 +177,13 @@ class Recipe:
             return None, str(reason)
 
 
-def distinct(experiments: Sequence[Experiment]) -> list[Recipe]:
-    """The recipes of experiments, those that several share once, under the first one's name."""
-    found = {}
+def distinct(experiments: Sequence[Experiment]) -> dict[str, Recipe]:
+    """The recipes of experiments by label, those that several share once, under all their labels."""
+    labels, found = defaultdict(list), {}
     for recipe in (recipe for e in experiments for recipe in e.recipes):
+        labels[recipe.identity].append(recipe.label)
         found.setdefault(recipe.identity, recipe)
-    return list(found.values())
+    return {"/".join(labels[key]): recipe for key, recipe in found.items()}
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -65,26 +65,26 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
 
 def _lead(experiments: Sequence[Experiment]) -> list[str]:
     """The verdict: loss, benchmarks, and what is not known."""
-    compared = _compared(experiments)
-    if not compared:
+    if not _compared(experiments):
         return ["No quantized run has been compared with its BF16 baseline yet."]
-    recipes = [recipe.comparison for recipe in distinct(experiments) if recipe.comparison]
+    recipes = {label: recipe for label, recipe in distinct(experiments).items() if recipe.comparison}
+    compared = {label: recipe.comparison for label, recipe in recipes.items()}
+    runs = sum(len(recipe.compared) for recipe in recipes.values())
     absent = []
     for e in experiments:
-        absent += [pair.label for pair in e.pairs if not pair.comparison]
+        absent += [each.label for each in (*e.pairs, *e.recipes) if each.missing]
         absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
-    gaps = f"Not compared: {', '.join(absent)}." if absent else ""
     lines = (
-        _loss_verdict(recipes, len(compared)),
-        heldout_verdict(recipes),
-        qat_verdict(recipes),
+        _loss_verdict(compared.values(), runs),
+        heldout_verdict(compared.values()),
+        qat_verdict(compared.values()),
         verdict(compared),
-        gaps,
+        f"Not compared: {', '.join(absent)}." if absent else "",
     )
     return [line for line in lines if line]
 
 
-def _loss_verdict(comparisons: Sequence[Mapping], runs: int) -> str:
+def _loss_verdict(comparisons: Collection[Mapping], runs: int) -> str:
     """A sentence on the loss APE of recipes that so many runs were compared of."""
     apes = [comparison["loss"]["ape"] for comparison in comparisons]
     if not apes:
@@ -120,8 +120,11 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
         "did not drop is no evidence of health."
         for task, row in near.items()
     ]
-    if rows and all(len({p.config["seed"] for p in e.pairs}) <= 1 for e in experiments):
-        found.append("One seed a cell: intervals cover the choice of questions, not the noise between training runs.")
+    seeds = {label: len(recipe.compared) for label, recipe in distinct(experiments).items() if recipe.compared}
+    alone = [label for label, count in seeds.items() if count == 1]
+    if alone:
+        of = f"of {', '.join(alone)}" if len(alone) < len(seeds) else "a cell"
+        found.append(f"One seed {of}: intervals cover the choice of questions, not the noise between training runs.")
     if rows and all(row["untouched"] is None for row in rows):
         found.append("The untouched checkpoint was not evaluated, so what BF16 training itself changed is unknown.")
     without = [label for label, comparison in _compared(experiments).items() if not comparison.get("ptq")]

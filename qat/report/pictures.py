@@ -105,7 +105,7 @@ def _points(row: Mapping) -> panels.Estimate:
 
 def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:
     """Draw the README's pictures into `out`; returns {file name: what it shows} of those that have content."""
-    pairs = [recipe.pairs[0] for e in experiments for recipe in e.recipes]  # of several seeds the first
+    pairs = [(recipe.compared or recipe.pairs)[0] for e in experiments for recipe in e.recipes]  # of several seeds one
     legend = "    ".join(f"{mark} {meaning}" for mark, meaning in panels.score_legend().items())
     loss = [replace(p, width=340) for pair in pairs for p in of_loss(pair, f"{pair.label} · ")[1:]]
     overshoot = [panel for pair in pairs for panel in of_overshoot(pair, f"{pair.label} · ")]

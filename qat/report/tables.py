@@ -261,9 +261,9 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
     checkpoint: mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside
     the mean half interval that one run has from its sampled text and questions."""
     rows = []
-    for recipe in distinct(experiments):
-        label, found = recipe.label, [pair.comparison for pair in recipe.compared]
-        if len(found) < 2:
+    for label, recipe in distinct(experiments).items():
+        found = [pair.comparison for pair in recipe.compared]
+        if len(found) < 2 or recipe.missing:
             continue
         apes = [c["loss"]["ape"] for c in found]
         for mode, name in (MODES | {"untouched": "untouched checkpoint"}).items():

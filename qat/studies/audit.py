@@ -3,7 +3,7 @@
 Every cell is exp8 or exp3 under protocol=paper with one change. What a switch does is the difference between the cell
 with it and the cell without, each less its own matched baseline: a switch that changes training itself (labels, master
 weights, duplicates) has a baseline of its own, and what it does to forgetting is baseline against baseline.
-`scaling.observe_in_warmup` is not among them: a history that is discarded may as well be empty, so it is the same run.
+`scaling.observe_in_warmup` is not among them: a history that is discarded may as well be empty, so it changes nothing.
 """
 
 from __future__ import annotations

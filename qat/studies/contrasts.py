@@ -5,7 +5,8 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 - several seeds: a linear model of one mean a cell and one shift a seed, ordinary least squares on one number a run. Its
   residual is the noise between runs. Where the response is sampled in units (held-out documents, questions) that all
   runs share, the noise between those is added (`qat.paired.crossed`): intervals say what further seeds, text and
-  questions would give.
+  questions would give. Of weights that do not add up to zero, as for a single cell, the noise is that of one value a
+  seed: what a seed shifts in all cells does not cancel there.
 - one seed, and a response sampled in such units: the contrast is made within each unit, where what the units have in
   common cancels, and gets Student's interval over units. It says what further text would give *of these very runs*; how
   much another seed would differ is not in it.
@@ -113,28 +114,32 @@ class Response:
         return 100 * sum(map(abs, weights.values())) if self.sampled == "questions" else 0.0
 
     def _over_runs(self, weights: Weights, level: float) -> Estimate:
-        mean, n = self._mean_over_runs(weights), len(self.values)
+        n, mean, value = len(self.values), *self._mean_over_runs(weights)
         if mean is None:
-            return Estimate(self._modelled(weights)[0], None, None, None, n, "runs", level)
+            return Estimate(value, None, None, None, n, "runs", level)
         (low, high), p = mean.interval(level), mean.p_value()
-        if reach := self._reach(weights):
+        if reach := self._reach(weights):  # as above
             low, high = max(low, -reach), min(high, reach)
-        return Estimate(mean.value, low, high, p if math.isfinite(p) else None, n, "runs", level)
+        return Estimate(value, low, high, p, n, "runs", level)
 
-    def _mean_over_runs(self, weights: Weights) -> paired.Mean | None:
-        """The contrast with its error over seeds, and over units where there are such; None without any noise."""
+    def _mean_over_runs(self, weights: Weights) -> tuple[paired.Mean | None, float]:
+        """The contrast with its error over seeds, and over units where there are such (None: there is no noise to be
+        had), and its value."""
         whole = [seed for seed in self.seeds if all((key, seed) in self.values for key in weights)]
         changes = [sum(weight * self.values[key, seed] for key, weight in weights.items()) for seed in whole]
         value, variance, df = self._modelled(weights)
-        if len(whole) > 1 and not math.isclose(sum(weights.values()), 0, abs_tol=1e-9):
-            # What a seed shifts in all cells alike does not cancel: the model, which has it fixed, does not see it.
+        if len(self.seeds) > 1 and not math.isclose(sum(weights.values()), 0, abs_tol=1e-9):
+            # What a seed shifts in all cells alike does not cancel, and the model, which has it fixed, does not see it.
+            if len(whole) < 2:
+                return None, value
             shifts = np.array([change.mean() for change in changes])
-            value, variance, df = shifts.mean(), shifts.var(ddof=1) / len(shifts), len(shifts) - 1
-        if df < 1:
-            return None
-        if not self.sampled or not whole or len(changes[0]) < 2:
-            return paired.Mean(float(value), math.sqrt(variance), df)
-        return paired.crossed(np.array(changes), self._reach(weights), (variance, df))._replace(value=float(value))
+            value, variance, df = float(shifts.mean()), shifts.var(ddof=1) / len(shifts), len(shifts) - 1
+        if df < 1 or (self.sampled and not whole):
+            return None, value
+        reach = self._reach(weights)
+        if not self.sampled or (len(changes[0]) < 2 and not reach):
+            return paired.Mean(value, math.sqrt(variance), df), value
+        return paired.crossed(np.array(changes), reach, (variance, df), value), value
 
     def _modelled(self, weights: Weights) -> tuple[float, float, float]:
         """The contrast by the linear model, its variance (NaN for a saturated one) and degrees of freedom."""
@@ -167,10 +172,10 @@ class Response:
         seeds, units = len(self.seeds), len(next(iter(self.values.values())))
         if self.within_units:
             return f"One seed: intervals are the noise of {units} {self.sampled} only, not that between runs."
-        if self._fit.df_resid < 1:
-            return "One seed and one number a run: the model is saturated, so there are no intervals."
         also = f" and {units} {self.sampled}" if self.sampled else ""
         source = f"{seeds} seeds{also}." if seeds > 1 else "One seed: the three-way interaction is taken for the noise."
+        if self._fit.df_resid < 1:
+            return source if seeds > 1 else "One seed and one number a run: the model is saturated, without intervals."
         spread, residuals = math.sqrt(self._fit.mse_resid), np.asarray(self._fit.resid)
         if np.allclose(residuals, 0, atol=1e-9 * float(np.abs(self._fit.model.endog).max())):
             return f"{source} Nothing is left of it."

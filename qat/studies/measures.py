@@ -11,6 +11,7 @@ import numpy as np
 from qat.compare import TASKS, compare, eval_command
 from qat.config import UserError
 from qat.runs import Run, baseline_of, untouched_of
+from qat.scored import Scored
 from qat.studies.cells import Cell, Key
 from qat.studies.contrasts import Response
 
@@ -46,14 +47,23 @@ class Measured:
 
 
 def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
-    """What the cells measured, and {label: why not} of those that cannot be read."""
-    found, missing = [], {}
+    """What the cells measured, and {label: why not} of those that cannot be read, or were not scored as the first."""
+    found, missing, first = [], {}, None
     for cell in cells:
         try:
+            base = _baseline(cell)
+            if first:
+                base.refuse_unlike(first)
             found.append(_read(cell))
+            first = first or base
         except UserError as reason:
             missing[cell.label] = str(reason)
     return found, missing
+
+
+def _baseline(cell: Cell) -> Scored:
+    run, benchmark = Run.of(cell.cfg), cell.cfg.benchmark.name
+    return Scored(Run.of(baseline_of(cell.cfg)), benchmark, "bf16", eval_command(run, benchmark))
 
 
 def _read(cell: Cell) -> Measured:
