@@ -74,14 +74,14 @@ def restore(record: Path, runs: Path) -> tuple[list[str], list[str]]:
 
 
 def _keep_report(report: Path, record: Path) -> None:
-    if not (report / "report.md").exists():
-        raise UserError(f"{report} has no report.md; write it first: make report")
+    studies = [name for name in TITLES if (report / name).exists()]
+    if not studies and not (report / "report.md").exists():
+        raise UserError(f"{report} has no report.md and no study; write it first: make report")
     record.mkdir(parents=True, exist_ok=True)
     for path in (*report.glob("report.*"), *report.glob("*.png")):
         shutil.copy(path, record)
-    for name in TITLES:
-        if (report / name).exists():
-            shutil.copytree(report / name, record / name, dirs_exist_ok=True)
+    for name in studies:
+        shutil.copytree(report / name, record / name, dirs_exist_ok=True)
 
 
 def _keep(run: Run, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keep a report and the small parts of its runs, and of its studies' runs, as a record that git can hold.
+"""Keep a report, or a study alone, and the small parts of its runs as a record that git can hold.
 
 python scripts/record.py record=experiments/records/<date>_<name> [report.out=report] [the words of the report]
 python scripts/record.py record=experiments/records/<date>_<name> runs=[runs/a,runs/b]     # runs alone, as of a study
@@ -23,11 +23,13 @@ def main(config, _) -> None:
 
     folder = records.named(config)
     report = Path(config.report.out) if config.runs is None else None
-    if report:
+    if report is None:
+        experiments = selected(config.runs)
+    elif (report / "report.md").exists():
         words = list(HydraConfig.get().overrides.task)
         experiments = described(config.report.experiments, words, config.report.seeds)
-    else:
-        experiments = selected(config.runs)
+    else:  # of a study alone
+        experiments = []
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
     runs += [Run(Path(config.runs_dir) / name) for name in records.of_studies(report)] if report else []
     runs += [origin for run in runs if run.config() and (origin := untouched(run))]

@@ -122,6 +122,16 @@ def test_runs_are_kept_without_a_report_where_they_are_named(kept, main, tmp_pat
     assert [path.name for path in (tmp_path / "record").iterdir()] == ["runs"]
 
 
+def test_a_study_is_kept_without_a_report(kept, main, tmp_path):
+    found = {"claims": [], "runs": [{"run": "exp8-max", "baseline": "exp8-bf16", "seed": 0}]}
+    (tmp_path / "report" / "audit").mkdir(parents=True)
+    (tmp_path / "report" / "audit" / "audit.json").write_text(json.dumps(found))
+    words = f"record={tmp_path / 'record'}", f"report.out={tmp_path / 'report'}", f"runs_dir={kept.runs}"
+    code, stdout, _ = main("record.py", *words)
+    assert code == 0 and ", 3 runs" in stdout and "left out" not in stdout
+    assert {path.name for path in (tmp_path / "record").iterdir()} == {"audit", "runs"}
+
+
 @pytest.mark.parametrize("script", ["record.py", "restore.py"])
 def test_a_record_has_a_name(main, script):
     code, _, stderr = main(script)
@@ -131,6 +141,6 @@ def test_a_record_has_a_name(main, script):
 def test_only_records_are_restored_and_only_reports_kept(main, tmp_path):
     code, _, stderr = main("restore.py", "record=nowhere")
     assert (code, stderr.count("\n")) == (2, 1) and "record=nowhere: not a record" in stderr
-    with pytest.raises(UserError, match=r"has no report\.md; write it first: make report"):
+    with pytest.raises(UserError, match=r"has no report\.md and no study; write it first: make report"):
         records.keep([], tmp_path / "report", tmp_path / "record")
     assert not (tmp_path / "record").exists()
