@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -156,6 +157,16 @@ def config_of(folder: str) -> Config:
     return cfg
 
 
+@functools.lru_cache(1024)  # a report asks for each configuration many times, and a tenth of a second adds up
+def _parsed(text: str) -> dict:
+    return _mapping(OmegaConf.to_container(OmegaConf.create(text)))
+
+
+@functools.lru_cache(1024)
+def _typed(text: str) -> Config:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _parsed(text)))
+
+
 def _mapping(content, *required: str) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"a mapping was expected, not {type(content).__name__}")
@@ -199,14 +210,14 @@ class Run:
         with _readable(path):
             if not path.exists():
                 return {}
-            return _mapping(OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8"))))
+            return copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
 
     def typed_config(self) -> Config:
         """The configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
         if not (self.path / "config.yaml").exists():
             raise UserError(f"run={self.path}: not a run folder (no config.yaml); see `ls {self.path.parent}`")
         with _readable(self.path / "config.yaml"):
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), self.config()))
+            return copy.deepcopy(_typed((self.path / "config.yaml").read_text(encoding="utf-8")))
 
     @property
     def fingerprint(self) -> str:
