@@ -100,7 +100,7 @@ def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         points = {row["task"]: row for row in comparison["tasks"] if row["mode"] == "w8a8"}
         from_log = "from its log" if "ape" not in entry and "ape_log" in entry else ""
         published = Cell(str(entry.get("ape", entry.get("ape_log", "–"))), from_log)
-        cells = [Cell(recipe.label), published, Cell(_ape(comparison))]
+        cells = [Cell(recipe.label), published, _ape(comparison["loss"])]
         cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
         cells += [found[row] for found in beside.values()] + [Cell(f"{held['kl']:.4f}")]
         rows.append(cells + [Cell(signed(points[t]["points"], 1), interval(points[t]["ci"], 1)) for t in tasks])
@@ -132,9 +132,8 @@ def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def _ape(comparison: Mapping) -> str:
-    loss = comparison["loss"]
-    return f"{loss['ape']:.3f}" + (f" {interval(loss['ci'], 3, '')}" if "ci" in loss else "")
+def _ape(loss: Mapping, mark: str = "") -> Cell:
+    return Cell(f"{loss['ape']:.3f}", interval(loss["ci"], 3, "") if "ci" in loss else "", mark)
 
 
 def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -> list[list[Cell]]:
@@ -143,7 +142,7 @@ def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -
         return [[Cell(""), Cell("not compared", which), *[Cell("–")] * (len(tasks) + 1)]]
     loss, found = comparison["loss"], {(r["task"], r["mode"]): r for r in comparison["tasks"]}
     low, high = loss.get("ci", [loss["ape"]] * 2)
-    ape = Cell(_ape(comparison), "", _mark(loss["passes"], not low < APE_MARK <= high))
+    ape = _ape(loss, _mark(loss["passes"], not low < APE_MARK <= high))
     rows = []
     for mode, name in MODES.items():
         if mode == "ptq" and not comparison.get("ptq"):
