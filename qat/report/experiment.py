@@ -77,19 +77,25 @@ class Experiment:
     @cached_property
     def pairs(self) -> list[Pair]:
         """Its quantized runs, each with its baseline and its comparison or the reason why there is none."""
-        runs = [run for run in self.runs if self._quantized(run)]
-        labels = told_apart({run.id: self.configs[run.id] for run in runs})
-        return [self._pair(run, f"{self.name} {labels[run.id]}".strip()) for run in runs]
+        return [pair for recipe in self.recipes for pair in recipe.pairs]
 
     @cached_property
     def recipes(self) -> list[Recipe]:
-        """Its pairs by what they are but for their seed."""
+        """Its quantized runs by what they are but for their seed."""
         own = defaultdict(list)
-        for pair in self.pairs:
-            parts = identity(self.typed[pair.run.id]) | {"seed": None}
-            own[json.dumps(parts, sort_keys=True)].append(pair)
-        labels = told_apart({key: pairs[0].config | {"seed": None} for key, pairs in own.items()})
-        return [Recipe(key, f"{self.name} {labels[key]}".strip(), pairs) for key, pairs in own.items()]
+        for run in (run for run in self.runs if self._quantized(run)):
+            parts = identity(self.typed[run.id]) | {"seed": None}
+            own[json.dumps(parts, sort_keys=True)].append(run)
+        names = told_apart({key: self.configs[runs[0].id] | {"seed": None} for key, runs in own.items()})
+        seeds = {run.id: self.configs[run.id]["seed"] for runs in own.values() for run in runs}
+        found = []
+        for key, runs in own.items():
+            name = f"{self.name} {names[key]}".strip()
+            labels = told_apart({run.id: {"seed": seeds[run.id]} for run in runs})
+            if len(set(seeds.values())) > 1 and len(runs) == 1:
+                labels = {runs[0].id: f"seed {seeds[runs[0].id]}"}
+            found.append(Recipe(key, name, [self._pair(run, f"{name} {labels[run.id]}".strip()) for run in runs]))
+        return found
 
     def _quantized(self, run: Run) -> bool | None:
         """None for a run that does not exist yet."""
