@@ -184,14 +184,15 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
     real = sum(p <= LEVEL for p in holm([row["p_value"] for _, row in rows]))
     name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
     reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name}) cannot be excluded"
-    seeds = any("seeds" in comparison for comparison in comparisons.values())
+    seeds = {"seeds" in comparison for comparison in comparisons.values()}
+    kind = "" if False not in seeds else ", of one seed exact McNemar"
     tests = f"of {len(rows)} exact McNemar tests (5 %, Holm's correction over all)"
-    if seeds:
-        tests = f"of {len(rows)} tests (Student's over seeds and questions; 5 %, Holm's correction over all)"
+    if True in seeds:
+        tests = f"of {len(rows)} tests (Student's over seeds and questions{kind}; 5 %, Holm's correction over all)"
     if not real:
         flips = math.ceil(math.log2(2 * len(rows) / LEVEL))
         smallest = f"the smallest p is {p_text(rows[0][1]['p_value'])} ({rows[0][0]})"
-        least = "" if seeds else f"to be found, at least {flips} answers must change, all one way, and "
+        least = "" if True in seeds else f"to be found, at least {flips} answers must change, all one way, and "
         return (
             f"None {tests} finds a difference from BF16; {smallest}. That is no evidence of equality: {least}with "
             f"these questions {reach}."

@@ -92,7 +92,10 @@ def _loss_verdict(comparisons: Collection[Mapping], runs: int) -> str:
     below = sum(comparison["loss"]["passes"] for comparison in comparisons)
     span = f"{min(apes):.2f} to {max(apes):.2f} %" if len(apes) > 1 else f"{apes[0]:.2f} %"
     what = f"recipes, of {runs} compared runs" if runs > len(apes) else "compared runs"
-    return f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} {what} ({span})."
+    ends = [comparison["loss"]["ci"] for comparison in comparisons if "ci" in comparison["loss"]]
+    unsure = sum(low < APE_MARK <= high for low, high in ends)
+    rest = f"; {unsure} of their intervals over seeds {'reach' if unsure > 1 else 'reaches'} over it" if unsure else ""
+    return f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} {what} ({span}){rest}."
 
 
 def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:

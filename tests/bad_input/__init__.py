@@ -1,1 +1,1 @@
-"""Malformed input of every kind: each is answered with one line and exit code 2, and nothing is written or damaged."""
+"""Malformed input of every kind, a table a module, and the one test that all of it is given to."""

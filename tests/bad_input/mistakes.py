@@ -1,9 +1,7 @@
-"""What a mistake is, what it is made in, and how it is to be answered."""
+"""What a mistake is, and what it is made in."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,41 +121,3 @@ def unscored(run: Run) -> None:
     for modes in found.values():
         modes.pop("w8a8", None)
     run.write_json("eval.json", found)
-
-
-def answer(case: Case, world: World, main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the mistake: it is answered in one line and exit code 2, and nothing is written or damaged."""
-    if case.prepare:
-        case.prepare(world)
-    for name, value in (case.env or {}).items():
-        monkeypatch.setenv(name, value)
-    words = case.words.replace("{run}", f"runs/{world.done.id}" if "{run}" in case.words else "")
-    before = snapshot(world.path)
-    code, _, stderr = main(f"{case.script}.py", *words.split(" "))
-    *bars, line = stderr.removesuffix("\n").split("\n")
-    assert code == 2 and all("step/s" in bar for bar in bars), stderr
-    assert line.startswith("error: ") and case.wanted in line and len(line) < 500
-    after = snapshot(world.path)
-    if case.began:
-        begun(world.path, before, after, line.removeprefix("error: "))
-    else:
-        assert after == before
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    """What a folder holds: relative path -> hash of the content."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.name != ".lock"]
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-        for path in paths
-    }
-
-
-def begun(folder: Path, before: dict[str, str], after: dict[str, str], reason: str) -> None:
-    """One run folder says that it failed and why; of what was there, nothing else changed."""
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert before.keys() <= after.keys()
-    (run,) = {Path(*Path(name).parts[:2]) for name in changed if name != "runs"}
-    status = json.loads((folder / run / "status.json").read_text())
-    assert (status["state"], status["reason"]) == ("failed", reason)
-    assert {name for name in changed if name in before} <= {f"{run}/status.json", f"{run}/environment.json"}

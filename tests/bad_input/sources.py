@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bad_input.mistakes import DONE, PLAIN, WEIGHT, Case, World, answer, truncated, unscored
+from tests.bad_input.mistakes import DONE, PLAIN, WEIGHT, Case, World, truncated, unscored
 
 
 def texts(**contents: str | bytes) -> Callable[[World], None]:
@@ -117,8 +116,3 @@ ENVIRONMENT = [
 ]
 
 CASES = [*DATA, *MODELS, *ENVIRONMENT]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_mistake_is_answered_in_one_line_and_harms_nothing(case, world, main, monkeypatch):
-    answer(case, world, main, monkeypatch)

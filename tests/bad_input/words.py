@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-
-from tests.bad_input.mistakes import A_NAME, Case, World, answer
+from tests.bad_input.mistakes import A_NAME, Case, World
 
 OVERRIDES = [
     Case("experiment=exp9", "experiment=exp9: unknown choice; did you mean 'exp8'?"),
@@ -115,8 +113,3 @@ CONFIGS = [
 ]
 
 CASES = [*OVERRIDES, *NAMES, *CONFIGS]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_mistake_is_answered_in_one_line_and_harms_nothing(case, main, tmp_path, monkeypatch):
-    answer(case, World(tmp_path), main, monkeypatch)

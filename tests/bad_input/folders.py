@@ -5,9 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 
-import pytest
-
-from tests.bad_input.mistakes import A_NAME, DONE, SMALL, STOPPED, Case, World, answer
+from tests.bad_input.mistakes import A_NAME, DONE, SMALL, STOPPED, Case, World
 
 
 def writing(name: str, text: str | bytes, words: str = DONE) -> Callable[[World], None]:
@@ -113,8 +111,3 @@ CASES = [
     Case(f"{SMALL} seed=2 runs_dir=/dev/null/x", "/dev/null/x", script="train"),
     Case(f"report.experiments=[exp7] report.out=texts/00.txt {DONE}", "texts/00.txt: File exists", script="report"),
 ]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_mistake_is_answered_in_one_line_and_harms_nothing(case, world, main, monkeypatch):
-    answer(case, world, main, monkeypatch)
