@@ -41,7 +41,7 @@ EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
 	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  with BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 SEEDS=0,1,2 RANKS=1 ARGS=\"any.key=value ...\""
+	@echo "  what trains takes BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released SEED=0 SEEDS=0,1,2 RANKS=1 ARGS=\"any.key=value ...\""
 
 setup: $(READY) ## install everything that runs need into .venv
 
@@ -93,9 +93,11 @@ suite_%:
 	@echo "error: LAUNCHER=$*: the suite takes basic or slurm; make sweep takes local, too"; exit 2
 
 # What a launcher asks for: conf/hydra/launcher/
-sweep: $(READY) ## the paper's grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basic|local|slurm
+sweep: $(READY) ## a grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basic|local|slurm
+	@[ $(RANKS) = 1 -o $(LAUNCHER) = basic ] || \
+	  { echo "error: RANKS=$(RANKS): with LAUNCHER=$(LAUNCHER) a job is one process; leave one of them out"; exit 2; }
 	@[ $(LAUNCHER) = basic ] || $(PY) -m pip install -q --no-compile -c constraints.txt -e '.[launchers]'
-	$(PY) scripts/train.py -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
+	$(TRAIN) -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
 	  warmup=none,bf16_500 seed=$(SEEDS) $(WORDS)
 
 # More seeds than one give intervals that hold for further runs: make factorial SEEDS=0,1,2
@@ -111,7 +113,6 @@ audit: $(READY) ## what the released code did otherwise, one switch at a time ->
 
 # Its original is made too, where it is missing. With several GPUs or threads, the two may differ.
 floor: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make floor EXP=exp8
-	@[ -n "$(EXP)" ] || { echo "error: name an experiment: make floor EXP=exp8"; exit 2; }
 	@$(call RUN,$(EXP)) && $(call RUN,$(EXP) repeat=1)
 	$(PY) scripts/report.py "report.experiments=[$(EXP)]" report.out=report/$(EXP) "report.seeds=[$(SEEDS)]" $(WORDS)
 
@@ -132,11 +133,11 @@ record: $(READY) ## keep report/ and the small parts of its runs in git: make re
 
 verify: $(READY) ## a record's runs beside the same runs repeated here: what differs, and whether it is inside the record's intervals
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$@.py record=$(RECORD)
+	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 restore: $(READY) ## put a record's runs back into runs/: its reports can be made again, its suite goes on
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$@.py record=$(RECORD)
+	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -> bench/bench.md
 	@# Apart from the rest: wherever transformers finds torchao it imports it, with warnings.

@@ -183,7 +183,8 @@ def explain(error: Exception) -> str:
     if group:
         return f"{group[1]}: unknown key; {_close(group[1], [*_groups(), *_keys()])}"
     # Hydra reads `lr=1e-4` as a number and refuses it as a group's option.
-    wrong = next((word for word in sys.argv[1:] if word.partition("=")[0] in _groups()), None)
+    given = (re.fullmatch(r"(\w+)=(?:[^A-Za-z_].*|true|false)", word, re.IGNORECASE) for word in sys.argv[1:])
+    wrong = next((word[0] for word in given if word and word[1] in _groups()), None)
     if wrong and "must be a string or a list" in text:
         group_name, _, value = wrong.partition("=")
         return f"{wrong}: a group takes a name; {_close(value, _options(group_name))} (any other: optim.lr=3e-5)"

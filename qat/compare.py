@@ -1,7 +1,7 @@
 """How far a quantized run is from its matched BF16 baseline, and which of the differences are more than noise.
 
 Both runs saw the same batches and answered the same questions, so everything here is paired: loss step by step,
-held-out loss sequence by sequence, answers question by question. Unlike things are refused, not compared. The baseline
+held-out loss document by document, answers question by question. Unlike things are refused, not compared. The baseline
 in W8A8 without QAT (`qat.ptq`) stands beside the run: what QAT recovers is what PTQ loses and the run does not.
 
 Points are absolute percentage points (run - baseline); a relative drop is (baseline - run) / baseline, the paper's
@@ -147,9 +147,11 @@ def training_loss(run: Run, baseline: Run) -> dict:
 
 
 def train_command(run: Run) -> str:
-    """The command that starts or resumes `run`: the one in its `environment.json`, else its experiment's."""
-    recorded = run.environment().get("command")
-    return f"python {recorded or 'scripts/train.py experiment=' + str(run.config()['experiment'])}"
+    """The command that starts or resumes `run`: the last that worked on it but for evaluation, which may have trained
+    it again, else its experiment's."""
+    commands = [each.get("command", "") for each in run.environments()]
+    training = [command for command in commands if command and "eval.py" not in command.partition(" ")[0]]
+    return f"python {training[-1] if training else 'scripts/train.py experiment=' + str(run.config()['experiment'])}"
 
 
 def eval_command(run: Run, benchmark: str) -> str:

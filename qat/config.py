@@ -121,7 +121,9 @@ class QuantConfig:
     overflow: str = "clip"
     ste: str = "pass_through"
     operands: str = "exact"
-    gemm: str = "bf16"  # fp8: HiF8 values as E4M3 bytes on FP8 tensor cores; exact from 2^-12 up
+    # bf16: products in the run's arithmetic (`budget.arithmetic`); fp8: HiF8 values as E4M3 bytes on FP8 tensor cores,
+    # exact from 2^-12 up
+    gemm: str = "bf16"
 
 
 @dataclass
@@ -160,7 +162,7 @@ class BudgetConfig:
     largest_logits: int = 2**28  # elements; more are made in pieces
     checkpoint_every: int = 100  # steps
     telemetry_every: int = 10  # steps
-    heldout_tokens: int = 2048  # tokens of text never trained on, for held-out loss and KL divergence
+    heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL divergence; half as many of `probe`
     probe_tokens: int = 128  # tokens of each text whose loss is looked at during training
 
 
@@ -224,7 +226,7 @@ class Config:
     runs_dir: str = "runs"
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
-    record: str | None = None  # record.py, restore.py: the folder of a record
+    record: str | None = None  # record.py, restore.py, verify.py: the folder of a record
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -268,6 +270,11 @@ class Config:
     @property
     def lr_warmup_steps(self) -> int:
         return _share(self.optim.lr_warmup, self.steps)
+
+    @property
+    def settle_steps(self) -> int:
+        """Steps run as most_recent before `scaling.algo` takes over."""
+        return _share(self.scaling.settle, self.steps)
 
     @property
     def quantized(self) -> bool:

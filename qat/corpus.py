@@ -73,7 +73,7 @@ class Files(Corpus):
         if len(files) < 2:
             raise UserError(f"{cfg.named}: needs a folder with at least two .txt files, found {len(files)}")
         self.kept = files[::HELDOUT_EVERY]
-        self.train = [f for f in files if f not in set(self.kept)]
+        self.train = [f for place, f in enumerate(files) if place % HELDOUT_EVERY]
         self.of = {"revision": _inventory(folder, files)}
 
     def _epoch(self, epoch: int, first: int) -> Iterator[Block]:

@@ -22,7 +22,7 @@ from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
 from qat.floor import floor, original
-from qat.runs import Run, baseline_of, ptq_mode, untouched_of
+from qat.runs import Run, baseline_of, is_ptq, ptq_mode, untouched_of
 from qat.scaling import Phase
 from qat.wording import FLOOR_HEADER, floor_cells, markdown, table
 
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def calibrated(self) -> bool:
-        return self.mode not in ("bf16", "w8a8")
+        return is_ptq(self.mode)
 
     def build(self) -> tuple[nn.Module, object]:
         """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""

@@ -151,10 +151,10 @@ def blocks(model) -> list[torch.nn.Module]:
 def document_token(tokenizer) -> int:
     """The token put before every document: a BOS where the vocabulary has a proper one. SmolLM2's GGUF names
     `<|im_start|>` as its BOS, but the model was trained with `<|endoftext|>` between documents."""
-    vocabulary = tokenizer.get_vocab()
-    if "<|endoftext|>" in vocabulary:
-        return vocabulary["<|endoftext|>"]
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    vocabulary, bos = tokenizer.get_vocab(), tokenizer.bos_token_id
+    if bos is not None and bos != vocabulary.get("<|im_start|>"):
+        return bos
+    for token in (vocabulary.get("<|endoftext|>"), bos, tokenizer.eos_token_id):
         if token is not None:
             return token
     raise UserError("the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with")

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import bdtr, bdtrc, stdtr, stdtrit
+from scipy.special import bdtr, bdtrc, ndtri, stdtr, stdtrit
 
 LEVEL = 0.05
 POWER = 0.8  # of the smallest difference that is called detectable
-_Z, _Z_POWER = 1.959964, 0.841621  # quantiles of the normal distribution: 97.5 %, and of `POWER`
+Z, _Z_POWER = (float(ndtri(share)) for share in (1 - LEVEL / 2, POWER))  # quantiles of the normal distribution
 _RESAMPLES = 10_000
 
 
@@ -48,7 +48,7 @@ def tango(lost: int, gained: int, n: int) -> tuple[float, float]:
         b = -lost - gained + (2 * n - gained + lost) * delta
         loss_rate = (math.sqrt(max(0.0, b * b + 8 * n * lost * delta * (1 - delta))) - b) / (4 * n)
         variance = n * (2 * loss_rate + delta * (1 - delta))
-        return (gained - lost - n * delta) ** 2 - _Z**2 * variance
+        return (gained - lost - n * delta) ** 2 - Z**2 * variance
 
     nudge = 1e-9  # at the change itself the excess is negative, or zero when nothing flipped: step off that root
     low = -1.0 if change == -1 else brentq(excess, -1.0, change - nudge)
@@ -81,7 +81,7 @@ def detectable(flips: int, n: int) -> float:
 
     def excess(change: float) -> float:
         discordant = max(rate, change)  # all flips one way at the least
-        spread = _Z * math.sqrt(discordant) + _Z_POWER * math.sqrt(max(0.0, discordant - change**2))
+        spread = Z * math.sqrt(discordant) + _Z_POWER * math.sqrt(max(0.0, discordant - change**2))
         return change * math.sqrt(n) - spread
 
     return 1.0 if excess(1.0) < 0 else brentq(excess, 0.0, 1.0)
@@ -89,7 +89,7 @@ def detectable(flips: int, n: int) -> float:
 
 def detectable_mean(half: float) -> float:
     """The same for a mean with a 95 % interval of +-`half`, in its unit (normal quantiles)."""
-    return half * (1 + _Z_POWER / _Z)
+    return half * (1 + _Z_POWER / Z)
 
 
 def half_width(values: Sequence[float]) -> float | None:

@@ -29,6 +29,7 @@ _IRRELEVANT = {
     "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": (),
 }
+ENVIRONMENT_LISTS = ("installed", "build")  # of `runtime.environment`, what is a hundred lines long
 _OF_TRAINING = ("gradients", "target_gradient", "ste")  # of `quant`, what a forward pass does not know of
 
 
@@ -93,6 +94,11 @@ def untouched_of(cfg: Config) -> Config:
     untouched = baseline_of(cfg)
     untouched.budget.steps = 0
     return untouched
+
+
+def is_ptq(mode: str) -> bool:
+    """Whether an evaluation's mode is one of `ptq_mode`."""
+    return mode.startswith("ptq-")
 
 
 def ptq_mode(quant: QuantConfig) -> str:
@@ -228,7 +234,13 @@ class Run:
         return self._json("status.json", "state", "step", "steps")
 
     def environment(self) -> dict:
+        """That of the process that worked on it last."""
         return self._json("environment.json")
+
+    def environments(self) -> list[dict]:
+        """Those of all processes that worked on it, the last one's last."""
+        last = self.environment()
+        return [*last.get("earlier", []), last] if last else []
 
     def evaluations(self) -> dict:
         evaluations = self._json("eval.json")
@@ -276,7 +288,11 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.yaml").exists():
             self._replace("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-        self.write_json("environment.json", runtime.environment())
+        now, before = runtime.environment(), self.environment()
+        earlier = before.pop("earlier", [])
+        if before and before != now:  # resumed elsewhere, or by another version or command
+            earlier.append({name: value for name, value in before.items() if name not in ENVIRONMENT_LISTS})
+        self.write_json("environment.json", now | ({"earlier": earlier} if earlier else {}))
 
     def write_json(self, name: str, content: dict) -> None:
         self._replace(name, json.dumps(content, indent=1))

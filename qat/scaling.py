@@ -102,7 +102,7 @@ class ScaleBank:
 
     def __init__(self, names: list[str], targets: list[float], cfg: Config, device: torch.device | str = "cpu"):
         self.names, self.cfg = names, cfg.scaling
-        self.settle_steps = round(cfg.scaling.settle * cfg.steps)
+        self.settle_steps = cfg.settle_steps
         self.observe_when_off = cfg.scaling.observe_in_warmup and not cfg.scaling.discard_after_warmup
         self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
         self.history = torch.zeros(entries(cfg.scaling), len(names), device=device)

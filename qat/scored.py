@@ -7,7 +7,7 @@ from functools import cached_property
 
 from qat.config import UserError
 from qat.paired import Answers, detectable_mean, half_width
-from qat.runs import Run
+from qat.runs import Run, is_ptq
 
 _TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
 
@@ -26,7 +26,7 @@ class Scored:
 
     @property
     def name(self) -> str:
-        return f"{self.run.id} ({self.mode})" if self.mode.startswith("ptq-") else self.run.id
+        return f"{self.run.id} ({self.mode})" if is_ptq(self.mode) else self.run.id
 
     @property
     def exists(self) -> bool:
@@ -62,7 +62,8 @@ class Scored:
 
     def _refuse_unequal(self, other: Scored, what: str, a, b) -> None:
         if a != b:
-            raise UserError(f"{what} differs: {a} in {self.name}, {b} in {other.name}; evaluate both in the same way")
+            fix = f"delete the eval.json of the one that is wrong, and make it again: {self.command}"
+            raise UserError(f"{what} differs: {a} in {self.name}, {b} in {other.name}; {fix}")
 
     def heldout(self, text: str, other: Scored) -> dict:
         """Loss less the other's on a held-out text, in nats a token, paired over its documents: the difference, its

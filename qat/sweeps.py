@@ -14,8 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
-from qat import files
-from qat.config import UserError
+from qat import files, ranks
+from qat.config import ConfigError, UserError
 from qat.stops import REQUEUE, Preempted
 
 
@@ -29,7 +29,8 @@ class Sweep(Callback):
 
 
 def run(job: Callable[[], None]) -> None:
-    """Do a job. In a sweep its outcome is written down and nothing but Ctrl-C is raised."""
+    """Do a job. In a sweep its outcome is written down and nothing but Ctrl-C is raised; of many ranks, the failure of
+    one ends the process, for it must not begin the next job while the others wait for it in this one."""
     hydra = HydraConfig.get()
     if hydra.mode != RunMode.MULTIRUN:
         job()
@@ -49,6 +50,8 @@ def run(job: Callable[[], None]) -> None:
         became("done")
     except UserError as error:
         became("failed", str(error))
+        if ranks.count() > 1 and not isinstance(error, ConfigError):  # of a bad configuration every rank knows
+            raise
     except Preempted as stop:
         became("preempted", str(stop))
     except KeyboardInterrupt:
@@ -57,6 +60,8 @@ def run(job: Callable[[], None]) -> None:
     except Exception as error:  # a defect of ours, to be seen whole where the job ran
         traceback.print_exc()
         became("failed", " ".join(f"{type(error).__name__}: {error}".split())[:400])
+        if ranks.count() > 1:
+            sys.exit(1)
 
 
 def report() -> int:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from operator import attrgetter
 
 from qat.benchmarks import TASKS
-from qat.config import CHOICES, ROLES, Config, ConfigError, nearest
+from qat.config import CHOICES, ROLES, Config, ConfigError, ProbeConfig, nearest
 from qat.formats import FORMATS
 
 
@@ -223,6 +223,13 @@ def _check_sources(cfg: Config) -> None:
             raise ConfigError(f"{key}.path=null: {key}.source={text.source} needs a path, as in {key}={example}")
         if text and text.cache and text.source != "hub":
             raise ConfigError(f"{key}.cache=true: {key}.source={text.source} is not streamed; set {key}.cache=false")
+        if text and text.subset and text.source != "hub":
+            raise ConfigError(f"{key}.subset={text.subset}: {key}.source={text.source} has none; leave it out")
+        if text and text.revision and text.source not in ("hub", "prepared"):
+            raise ConfigError(f"{key}.revision={text.revision}: {key}.source={text.source} has none; leave it out")
+    if cfg.model.revision and cfg.model.source != "hub":
+        revision, source = cfg.model.revision, cfg.model.source
+        raise ConfigError(f"model.revision={revision}: model.source={source} has none; leave it out")
 
 
 def _check_probe(cfg: Config) -> None:
@@ -231,6 +238,10 @@ def _check_probe(cfg: Config) -> None:
     if cfg.probe.source not in CHOICES["data.source"]:
         fix = nearest(cfg.probe.source, CHOICES["data.source"])
         raise ConfigError(f"probe.source={cfg.probe.source}: unknown value; {fix}")
+    for key in ("label_shift", "duplicate_workers", "tokenizer_threads", "shuffle_buffer"):
+        value = getattr(cfg.probe, key)
+        if value != getattr(ProbeConfig, key):
+            raise ConfigError(f"probe.{key}={value}: has no effect on a text that is only measured; leave it out")
     if cfg.probe.name == cfg.data.name:
         raise ConfigError(
             f"probe.name={cfg.probe.name}: is the text trained on, not one of another kind; give it another name, or "

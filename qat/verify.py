@@ -14,15 +14,16 @@ from qat.report.experiment import untouched
 from qat.runs import Run, baseline_of, run_id
 from qat.wording import FLOOR_HEADER, floor_cells, interval, markdown, signed
 
+_UNLIKE = "not comparable with the record"
 HEADER = ["Run", "Held-out text", "W8A8 less BF16, nats: the record [95 % CI over texts]", "Here", ""]
 
 
 def verify(record: Path, runs: Path) -> tuple[str, int]:
     """Every run of a record that is in `runs`, too: what it differs by from the record's, and whether its difference
-    from its baseline lies inside the record's interval; (Markdown, how many differences lie outside).
+    from its baseline lies inside the record's interval; (Markdown, how many lie outside or cannot be compared).
 
     The interval is that of other text of the kind, so it is wide beside what a repetition on like hardware should show;
-    the paired differences, in the first table, are the closer look. Errors: UserError where no run is in both.
+    the paired differences, in the first table, are the closer look. Errors: UserError where no run was repeated.
     """
     with tempfile.TemporaryDirectory() as folder:
         records.restore(record, Path(folder))
@@ -30,19 +31,29 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
         both = [(run, Run(runs / run.id)) for run in kept if run.finished and Run(runs / run.id).finished]
         if not both:
             raise UserError(f"{runs} has none of the {len(kept)} runs of {record}; repeat its command (its README.md)")
+        both = [pair for pair in both if not _copied(*pair)]
+        if not both:
+            restored = f"{runs} has the runs of {record} as they were put back, none repeated"
+            raise UserError(f"{restored}; repeat its command, and this one, with ARGS=runs_dir=<another folder>")
         floors = [_floor(*pair) for pair in both]
         rows = [row for pair in both if pair[0].typed_config().quantized for row in _differences(*pair)]
     drop = FLOOR_HEADER.index("Repeat")
     parts = [markdown(_without(FLOOR_HEADER, drop), [_without(cells, drop) for cells in floors])]
     parts += [markdown(HEADER, rows)] if rows else []
-    return "\n\n".join(parts) + "\n", sum(row[-1] == "outside" for row in rows)
+    failed = sum(row[-1] == "outside" for row in rows) + sum(cells[-1].startswith(_UNLIKE) for cells in floors)
+    return "\n\n".join(parts) + "\n", failed
+
+
+def _copied(first: Run, again: Run) -> bool:
+    """Whether the one was put back from the other: two runs never take the same time in every step."""
+    return first.metrics() == again.metrics()
 
 
 def _floor(first: Run, again: Run) -> list[str]:
     try:
         return floor_cells(floor(first, again, _benchmark(first)))
     except UserError as reason:
-        return [first.id, *["-"] * (len(FLOOR_HEADER) - 2), f"not comparable with the record: {reason}"]
+        return [first.id, *["-"] * (len(FLOOR_HEADER) - 2), f"{_UNLIKE}: {reason}"]
 
 
 def _benchmark(run: Run) -> str:

@@ -34,7 +34,7 @@ def _send(config) -> None:
     if name == "local" or mode == "disabled":
         raise cli.ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
     cfg = cli.of_folder(config, "logger", "benchmark")
-    cfg.logger, cfg.benchmark = config.logger, config.benchmark
+    cfg.logger = config.logger
     run = Run.of(cfg)
     send(run, cfg)
     if mode == "offline":

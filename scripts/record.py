@@ -17,6 +17,7 @@ def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from qat import records
+    from qat.floor import repeats
     from qat.report import described, selected
     from qat.report.experiment import untouched
     from qat.runs import Run
@@ -32,6 +33,7 @@ def main(config, _) -> None:
         experiments = []
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
     runs += [Run(Path(config.runs_dir) / name) for name in records.of_studies(report)] if report else []
+    runs += [repeat for run in runs if run.config() for repeat in repeats(run)]
     runs += [origin for run in runs if run.config() and (origin := untouched(run))]
     kept, left = records.keep({run.id: run for run in runs}.values(), report, folder)
     print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))

@@ -4,6 +4,9 @@
 #
 # PY=python NODES=1 RANKS=8 SBATCH="--partition=gpu --account=lab" scripts/slurm_submit.sh [the words of a run]
 set -euo pipefail
+# As the Makefile has them, for whoever comes past it.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 jobs=$(WORLD_SIZE=$((NODES * RANKS)) $PY scripts/jobs.py "$@")
 read -r baselines all folder <<<"$jobs"
 one="--nodes=1 --gpus-per-node=1 --cpus-per-task=8"

@@ -15,10 +15,10 @@ def main(config, _) -> None:
     from qat import records
     from qat.verify import verify
 
-    text, outside = verify(records.named(config), Path(config.runs_dir))
+    text, failed = verify(records.named(config), Path(config.runs_dir))
     print(text)
-    if outside:
-        raise cli.UserError(f"outside of the record's intervals: {outside} of the differences above")
+    if failed:
+        raise cli.UserError(f"{failed} of the rows above: outside of the record's intervals, or not comparable with it")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pytest
 
 from qat import dashboard
 from qat.config import ROLES
+from qat.runs import Run, run_id
+from tests.synthetic_runs import config, write_run
 
 TASKS = ["mmlu", "arc_easy"]
 
@@ -83,3 +85,16 @@ def test_with_a_key_it_is_saved_for_whoever_is_logged_in(main, monkeypatch, enti
 def test_what_cannot_be_sent_is_refused_in_one_line(main, words, said):
     code, _, error = main("dashboard.py", *words)
     assert code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_folder_is_sent_again_with_the_scores_of_its_own_benchmark(main, monkeypatch, tmp_path):
+    sent = []
+    monkeypatch.setattr("qat.tracking.send", lambda run, cfg: sent.append((cfg.benchmark.name, cfg.logger.mode)))
+    folder = write_run(
+        tmp_path / "made", config(**{"benchmark.name": "full", "benchmark.tasks": {"mmlu": {}}, "data.path": "a/b"})
+    )
+    folder = folder.rename(tmp_path / run_id(Run(folder).typed_config()))
+    for words in ((), ("benchmark=smoke", "logger.mode=online")):
+        code, _, said = main("dashboard.py", f"run={folder}", *words)
+        assert code == 0, said
+    assert sent == [("full", "offline"), ("smoke", "online")]

@@ -74,3 +74,10 @@ def test_other_questions_are_refused(tmp_path):
     edit(again.path / "eval.json", lambda record: record["quick"]["w8a8"].update(lm_eval="old"))
     with pytest.raises(UserError, match="lm-eval version differs: old in"):
         floor(first, again, "quick")
+
+
+def test_a_record_keeps_the_repetitions_that_its_report_shows(tmp_path, main):
+    write_run(tmp_path / "base", config(), (2.4, 2.0))
+    first, again = write_repeat(tmp_path, 0), write_repeat(tmp_path, 1)
+    code, _, _ = main("record.py", f"record={tmp_path}/kept", f"runs=[{first.path},{tmp_path}/base]")
+    assert code == 0 and {first.id, again.id} <= {path.name for path in (tmp_path / "kept" / "runs").iterdir()}

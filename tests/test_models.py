@@ -25,6 +25,8 @@ def test_documents_are_separated_by_what_the_model_was_trained_with():
     smollm2 = Vocabulary(["<|im_start|>", "<|im_end|>", "<|endoftext|>"], bos=0, eos=1)
     assert models.document_token(smollm2) == 2
     assert models.document_token(Vocabulary(["<s>", "</s>"], bos=0, eos=1)) == 0
+    assert models.document_token(Vocabulary(["<s>", "<|endoftext|>"], bos=0, eos=1)) == 0  # Phi-3
+    assert models.document_token(Vocabulary(["<|endoftext|>", "<|im_end|>"], eos=1)) == 0  # Qwen
     assert models.document_token(Vocabulary(["a", "</s>"], eos=1)) == 1
     with pytest.raises(UserError, match="no BOS, EOS"):
         models.document_token(Vocabulary(["a"]))

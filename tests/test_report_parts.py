@@ -5,14 +5,18 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
-from qat.config import UserError
-from qat.report import write
-from qat.report.experiment import SHARES, Telemetry
+from qat.config import BenchmarkConfig, UserError
+from qat.report import Experiment, tables, write
+from qat.report.experiment import SHARES, Telemetry, published
+from qat.report.panels import overshoot
+from qat.runs import Run
 from qat.studies import factorial
 from qat.studies.page import write_factorial
 from tests.conftest import typed
 from tests.studies import WORDS, invent
+from tests.synthetic_runs import compared_pair, edit
 
 
 def test_amax_stands_beside_what_was_predicted():
@@ -62,3 +66,29 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     (tmp_path / "audit" / "audit.json").write_text('{"claims": 3}')
     with pytest.raises(UserError, match=r"audit\.json is damaged \(.*\); write it again: make audit"):
         write([], tmp_path, {})
+
+
+def test_a_column_of_the_heat_map_stands_at_its_step():
+    """Logged are the first step, every so many, and the last."""
+    rows = [{"step": step, "layer": "layers.1", "role": "weight", "overshoot": 1.0} for step in (2, 8, 14, 16)]
+    axes = Figure().add_subplot()
+    overshoot(Telemetry(rows), "weight", "", last_step=16, bar=False).draw(axes)
+    (mesh,) = axes.collections
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [1.5, 5, 11, 15, 16.5]
+
+
+def test_baselines_are_shown_by_the_benchmark_that_is_asked_for(tmp_path):
+    """Their folders keep the configuration of the first command."""
+    run, base = compared_pair(tmp_path)
+    edit(base / "eval.json", lambda record: record.update(full={"bf16": {"tasks": {}, "heldout": {}}}))
+    for name, shown in (("quick", "50.00"), ("full", "–"), ("other", "–")):
+        experiment = Experiment("exp8", [Run(run)], [Run(base)], BenchmarkConfig(name=name))
+        row = tables.baselines([experiment], published()).rows[0]
+        assert str(row[0]) == base.name and shown in str(row[-1])
+
+
+def test_recipes_with_other_tasks_stand_side_by_side(tmp_path):
+    pairs = [compared_pair(tmp_path / name, {name: [True, False] * 20}) for name in ("mmlu", "arc_easy")]
+    experiments = [Experiment(run.parent.name, [Run(run)], [Run(base)]) for run, base in pairs]
+    rows = tables.glance(experiments, published()).rows
+    assert [[str(cell) == "–" for cell in row[-2:]] for row in rows] == [[False, True], [True, False]]

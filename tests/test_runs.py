@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qat import runs, scaling
+from qat.compare import train_command
 from qat.config import CHOICES, UserError
 from qat.runs import Run, baseline_of, run_id, untouched_of
 from tests.conftest import RUNS
@@ -30,11 +31,9 @@ CHANGES = {
     "seed": 1,
     "repeat": 1,
     "model.path": "elsewhere",
-    "model.revision": "abc",
     "data.path": "elsewhere",
     "data.label_shift": "twice",
     "data.duplicate_workers": 2,
-    "data.revision": "v1.0",
     "optim.lr": 2e-5,
     "optim.beta2": 0.96,
     "optim.lr_warmup": 0.1,
@@ -88,6 +87,13 @@ SAME = {
 @pytest.mark.parametrize("key", CHANGES)
 def test_what_changes_a_number_changes_the_name(config, key):
     assert renamed(config, ("experiment=exp8",), **{key: CHANGES[key]})
+
+
+@pytest.mark.parametrize("group", ["model", "data"])
+def test_another_revision_is_another_run(config, group):
+    hub = {f"{group}.source": "hub", f"{group}.path": "an/id"}
+    one, other = (config(**hub, **{f"{group}.revision": each}) for each in ("v1", "v2"))
+    assert run_id(one) != run_id(other)
 
 
 def test_what_changes_no_number_leaves_the_name(config):
@@ -204,6 +210,18 @@ def test_the_untouched_checkpoint_is_one_for_all_runs_of_a_model(config):
 # --------------------------------------------------------------------------------------------------------- folders
 
 
+def test_every_process_that_worked_on_a_run_is_remembered(config, monkeypatch):
+    """A resume elsewhere, and evaluation that trains lost weights again: the latter's command trains nothing new."""
+    cfg, first = config("experiment=exp8"), {"command": "scripts/train.py a=1", "cores": 2, "installed": {"x": "1"}}
+    elsewhere = {"command": "scripts/train.py a=1", "cores": 8, "installed": {"x": "2"}}
+    run = Run.of(cfg)
+    for environment in (first, first, elsewhere, elsewhere | {"command": "scripts/eval.py run=x"}):
+        monkeypatch.setattr("qat.runtime.environment", lambda found=environment: dict(found))
+        run.create(cfg)
+    assert [each["cores"] for each in run.environments()] == [2, 8, 8] and "installed" not in run.environments()[0]
+    assert run.environment()["installed"] == {"x": "2"} and train_command(run) == "python scripts/train.py a=1"
+
+
 def test_a_folder_gives_its_configuration_back(config):
     cfg = config("experiment=exp8", **{"optim.lr": 3e-5, "data.tokenizer_threads": 3})
     run = Run.of(cfg)
@@ -211,6 +229,7 @@ def test_a_folder_gives_its_configuration_back(config):
         run.create(cfg)
     assert run.typed_config() == cfg and run.id == run_id(run.typed_config())
     assert run.environment()["packages"]["torch"] and not run.finished
+    assert run.environments() == [run.environment()]
     (run.path / "config.yaml").write_text("optim: {lr: fast}")
     with pytest.raises(UserError, match=r"^[^\n]*/config\.yaml is damaged \([^\n]*\); delete the run folder[^\n]*$"):
         run.typed_config()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -74,6 +75,23 @@ def test_a_table_says_what_became_of_every_job(main, monkeypatch, does, code, ro
     assert left == code and stderr.splitlines()[-1].startswith(last)
     assert table(out) == [f" {row}" for row in ["done seed=0", *rows]]
     assert ("Traceback" in stderr) == (does is defective)
+
+
+@pytest.mark.parametrize(("does", "code"), [(refused, 2), (defective, 1)])
+def test_ranks_do_not_part(main, monkeypatch, does, code):
+    """Of many ranks one may fail alone; were it to begin the next job, the others' collectives would meet another
+    run's."""
+    begun = []
+    monkeypatch.setattr("qat.loop.train_with_baseline", lambda cfg: (begun.append(cfg.seed), does(cfg)))
+    monkeypatch.setattr("qat.sweeps.ranks", SimpleNamespace(count=lambda: 2))
+    assert main("train.py", "-m", *TINY, "seed=0,1")[0] == code and begun == [0]
+
+
+def test_a_configuration_that_every_rank_refuses_stops_no_other_job(main, monkeypatch):
+    monkeypatch.setattr("qat.sweeps.ranks", SimpleNamespace(count=lambda: 2))
+    monkeypatch.setattr("qat.loop.train_with_baseline", lambda cfg: None)
+    left, out, _ = main("train.py", "-m", *TINY, "optim.lr=1e-4,-1")
+    assert left == 2 and [row.split()[0] for row in table(out)] == ["done", "failed"]
 
 
 # -------------------------------------------------------------------------------------------------------- side by side

@@ -18,6 +18,8 @@ def repeated(tmp_path) -> tuple[Path, Path]:
     edit(made[0] / "eval.json", lambda record: [_shift(each, 0.01) for each in record["quick"].values()])
     records.keep(map(Run, made), None, tmp_path / "record")
     shutil.copytree(tmp_path / "made", tmp_path / "runs")
+    for path in (tmp_path / "runs").iterdir():
+        edit(path / "metrics.jsonl", lambda row: row.update(seconds=1.5))
     return tmp_path / "record", tmp_path / "runs" / made[0].name
 
 
@@ -40,7 +42,9 @@ def test_a_difference_is_held_against_the_records_interval(repeated, main, nats,
     code, stdout, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
     assert f"{0.01 + nats:+.4f} | {told}" in " ".join(stdout.split()) and "not bit-identical" in stdout
     assert (code, stderr) == (
-        (2, "error: outside of the record's intervals: 1 of the differences above\n") if told == "outside" else (0, "")
+        (2, "error: 1 of the rows above: outside of the record's intervals, or not comparable with it\n")
+        if told == "outside"
+        else (0, "")
     )
 
 
@@ -55,8 +59,14 @@ def test_a_baseline_that_was_not_repeated_leaves_the_run_itself(repeated, main):
 def test_a_run_that_was_scored_in_another_way_does_not_hide_the_others(repeated, main):
     edit(repeated[1] / "eval.json", lambda record: record["quick"]["w8a8"].update(lm_eval="9"))
     code, stdout, _ = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
-    assert code == 0 and "not comparable with the record: lm-eval version differs: 9" in stdout
+    assert code == 2 and "not comparable with the record: lm-eval version differs: 9" in stdout
     assert stdout.count("| bit-identical: every loss equal") == 1
+
+
+def test_what_was_put_back_is_no_repetition(repeated, main, tmp_path):
+    records.restore(repeated[0], tmp_path / "back")
+    code, _, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={tmp_path / 'back'}")
+    assert (code, stderr.count("\n")) == (2, 1) and "as they were put back, none repeated; repeat its" in stderr
 
 
 def test_without_a_run_in_both_the_command_to_repeat_is_named(repeated, main, tmp_path):

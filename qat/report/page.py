@@ -17,7 +17,7 @@ from qat.report import pictures, tables
 from qat.report.experiment import Experiment, Pair, distinct, scientific, told_apart
 from qat.report.panels import score_legend, share_legend
 from qat.report.plots import PALETTE, svg
-from qat.runs import Run
+from qat.runs import ENVIRONMENT_LISTS, Run
 from qat.wording import heldout_verdict, loss_text, qat_verdict, verdict
 
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
@@ -153,7 +153,7 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
     """What the runs' own configs say; several values where they differ."""
     configs = [config for e in experiments for config in e.configs.values()]
     runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines)}
-    environments = [found for run in runs.values() if (found := run.environment())]
+    environments = [environment for run in runs.values() for environment in run.environments()]
     lines = {
         "Model": [c["model"]["name"] for c in configs],
         "Data": [c["data"]["name"] for c in configs],
@@ -240,7 +240,7 @@ def _recipe(pair: Pair) -> str:
 
 def _details(run: Run, config: Mapping) -> str:
     # A hundred lines a run, which its folder has.
-    environment = {name: each for name, each in run.environment().items() if name not in ("installed", "build")}
+    environment = {name: each for name, each in run.environment().items() if name not in ENVIRONMENT_LISTS}
     parts = {"config": config, "environment": environment, "status": run.status()}
     return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
 

@@ -88,18 +88,19 @@ def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: 
 
     def draw(axes: Axes) -> None:
         colours = _diverging()
-        gap = np.min(np.diff(steps), initial=last_step) / 2 if len(steps) > 1 else 0.5
+        starts = np.arange(0, len(steps), -(-len(steps) // _COLUMNS))
         with np.errstate(divide="ignore"):  # an amax of 0 is -inf here, and takes the colour of the lower end
-            shade = np.log2(np.fmax.reduceat(grid, range(0, len(steps), -(-len(steps) // _COLUMNS)), axis=1))
-        image = axes.imshow(
+            shade = np.log2(np.fmax.reduceat(grid, starts, axis=1))
+        # Steps are logged at no even pace: a column reaches half way to its neighbours.
+        edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
+        image = axes.pcolormesh(
+            edges[[*starts, -1]],
+            np.arange(len(blocks) + 1) - 0.5,
             shade,
             cmap=colours,
             vmin=-_REACH,
             vmax=_REACH,
-            aspect="auto",
-            interpolation="none",
-            origin="lower",
-            extent=(steps[0] - gap, steps[-1] + gap, -0.5, len(blocks) - 0.5),
+            rasterized=True,
         )
         axes.set_xlim(0.5, last_step + 0.5)
         shown = range(0, len(blocks), -(-len(blocks) // 6))

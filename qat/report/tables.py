@@ -10,7 +10,7 @@ from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
 from qat.config import UserError
 from qat.floor import floor as floor_of
 from qat.floor import repeats
-from qat.paired import half_width
+from qat.paired import Z, half_width
 from qat.report.experiment import (
     Curve,
     Experiment,
@@ -21,7 +21,6 @@ from qat.report.experiment import (
     unlike,
     untouched,
 )
-from qat.runs import Run
 from qat.wording import (
     FLOOR_HEADER,
     HELDOUT_HEADER,
@@ -103,9 +102,13 @@ def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         cells = [Cell(recipe.label), published, _ape(comparison["loss"])]
         cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
         cells += [found[row] for found in beside.values()] + [Cell(f"{held['kl']:.4f}")]
-        rows.append(cells + [Cell(signed(points[t]["points"], 1), interval(points[t]["ci"], 1)) for t in tasks])
+        rows.append(cells + [_points(points.get(task)) for task in tasks])
     header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", *beside, "KL, nats"]
     return Table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
+
+
+def _points(row: Mapping | None) -> Cell:
+    return Cell(signed(row["points"], 1), interval(row["ci"], 1)) if row else Cell("–")
 
 
 def _beside(comparison: Mapping, what: str) -> Cell:
@@ -201,19 +204,22 @@ def _value(value) -> str:
 
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     """Scores (percent, with standard errors) and losses of the untouched checkpoint and the BF16 runs."""
-    runs = {run.id: run for e in experiments for run in e.bf16}
-    starts = {run.id: run for run in map(untouched, runs.values()) if run}
-    configs = {name: run.config() for name, run in (starts | runs).items()}
-    records = {name: _record(run, configs[name]["benchmark"]["name"]) for name, run in (starts | runs).items()}
+    runs = {run.id: (run, e.configs[run.id]) for e in experiments for run in e.bf16}
+    starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := untouched(run))}
+    records = {
+        name: run.evaluations().get(config["benchmark"]["name"], {}).get("bf16", {})
+        for name, (run, config) in (starts | runs).items()
+    }
     names = tasks_of(record.get("tasks", {}) for record in records.values()) or tasks_of([TASKS])
     rows = []
     for name, record in records.items():
-        loss = Curve.of(runs[name]).loss if name in runs else []
+        run, config = runs.get(name, (None, None))
+        loss = Curve.of(run).loss if run else []
         scores = {t: f"{100 * r['score']:.2f} ± {100 * r['stderr']:.2f}" for t, r in record.get("tasks", {}).items()}
         held = ", ".join(f"{name} {text['loss']:.4f}" for name, text in record.get("heldout", {}).items())
-        cells = [scientific(configs[name]["optim"]["lr"]) if name in runs else "–"]
+        cells = [scientific(config["optim"]["lr"]) if run else "–"]
         cells += [f"{loss[-1]:.4f}" if len(loss) else "–", held or "–"]
-        label = name if name in runs else "untouched checkpoint"
+        label = name if run else "untouched checkpoint"
         rows.append([label, *cells, *(scores.get(task, "–") for task in names)])
     for name in ("exp1", "exp8"):
         entry = paper["experiments"][name]
@@ -222,13 +228,6 @@ def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         rows.append([f"paper, {name} BF16", *cells, *(scores.get(task, "–") for task in names)])
     header = ["Weights", "Learning rate", "Final loss, nats", "Held-out loss, nats"]
     return _table([*header, *(f"{TASKS.get(t, t)} %" for t in names)], rows)
-
-
-def _record(run: Run, benchmark: str) -> Mapping:
-    """A BF16 run's scores in a benchmark, or in whichever it has."""
-    found = run.evaluations()
-    chosen = found.get(benchmark) or next(iter(found.values()), {})
-    return chosen.get("bf16", {})
 
 
 def _listed(value) -> list:
@@ -248,7 +247,7 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
     for task in tasks_of([widest]):
         row = widest[task]
         flips, mark = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_MARK / 100
-        need = f"{_round_up(1.96**2 * flips / (mark / 100) ** 2):,}" if flips and mark else "–"
+        need = f"{_round_up(Z**2 * flips / (mark / 100) ** 2):,}" if flips and mark else "–"
         cells = [TASKS.get(task, task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
         rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{mark:.2f}", need])
     header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % mark, points"]

@@ -94,7 +94,9 @@ def _split(cfg: Config) -> list[str] | None:
     micro, accumulation = cfg.batch
     if accumulation > 1:
         return []
-    return ["budget.micro_batch=1", f"budget.accumulation={micro}"] if micro > 1 else None
+    if micro == 1:
+        return None
+    return ["budget.micro_batch=1", f"budget.accumulation={micro}", "budget.batch_factor=1"]  # `micro` has the factor
 
 
 # --------------------------------------------------------------------------------------------------- effects

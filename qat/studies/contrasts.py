@@ -45,7 +45,7 @@ Weights = Mapping[Key, float]
 @dataclass
 class Estimate:
     """The value of a contrast, its interval of `level` and its p-value against zero, both None where there is no noise
-    to be had; n: how many units (`of`: sequences, questions, runs) it comes from."""
+    to be had; n: how many units (`of`: documents, questions, runs) it comes from."""
 
     value: float
     low: float | None

@@ -117,7 +117,7 @@ def _summary(claims: Sequence[Mapping]) -> str:
 
 def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
-    environments = [found for m in measured if (found := Run(runs / m.run).environment())]
+    environments = [environment for m in measured for environment in Run(runs / m.run).environments()]
     hardware = "; ".join(dict.fromkeys(map(runtime.hardware, environments)))
     code = "; ".join(dict.fromkeys(runtime.code(each["git"]) for each in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"

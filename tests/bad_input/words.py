@@ -12,6 +12,7 @@ OVERRIDES = [
     Case("scaling=exp_smoth", "scaling=exp_smoth: unknown choice; did you mean 'exp_smooth'?"),
     Case("window=64", "window=64: a group takes a name; did you mean 'w64'?"),
     Case("lr=1e-4", "lr=1e-4: a group takes a name; did you mean 'lr1e-4'?"),
+    Case("experiment=exp8 lr=3e-5", "lr=3e-5: a group takes a name; did you mean 'lr"),
     Case("optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
     Case("sed=3", "sed: unknown key; did you mean 'seed'?"),
     Case("+optim.lrr=1", "optim.lrr: unknown key; did you mean 'optim.lr'?"),
@@ -47,6 +48,10 @@ OVERRIDES = [
         "model.path=null",
         "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M",
     ),
+    Case("model.revision=main", "model.revision=main: model.source=package has none; leave it out"),
+    Case("data.revision=main", "data.revision=main: data.source=package has none; leave it out"),
+    Case("data.subset=en", "data.subset=en: data.source=package has none; leave it out"),
+    Case("probe.label_shift=twice", "probe.label_shift=twice: has no effect on a text that is only measured"),
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
     Case(
         "model=tiny run=runs",
