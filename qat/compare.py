@@ -5,7 +5,7 @@ held-out loss document by document, answers question by question. Unlike things 
 in W8A8 without QAT (`qat.ptq`) stands beside the run: what QAT recovers is what PTQ loses and the run does not.
 
 Points are absolute percentage points (run - baseline); a relative drop is (baseline - run) / baseline, the paper's
-measure, in percent. The paper's marks: a relative drop below 1 % a task and a loss APE below 0.5 %.
+measure, in percent. The paper's thresholds: a relative drop below 1 % a task and a loss APE below 0.5 %.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from qat.paired import LEVEL, Answers, above_chance, bootstrap, detectable, mcne
 from qat.runs import Run, identity, ptq_mode
 from qat.scored import Scored
 
-APE_MARK = 0.5  # percent, paper section 1
-DROP_MARK = 1.0  # percent, paper section 1
+APE_THRESHOLD = 0.5  # percent, paper section 1
+DROP_THRESHOLD = 1.0  # percent, paper section 1
 TASKS = {"mmlu": "MMLU", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights"}
 
@@ -143,7 +143,7 @@ def training_loss(run: Run, baseline: Run) -> dict:
     largest = max(abs(mine - other) for mine, other in pairs)
     last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
     skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
-    return {"steps": len(q), "skipped": skipped, "ape": ape, "largest": largest, **last, "passes": ape < APE_MARK}
+    return {"steps": len(q), "skipped": skipped, "ape": ape, "largest": largest, **last, "passes": ape < APE_THRESHOLD}
 
 
 def train_command(run: Run) -> str:
@@ -238,5 +238,5 @@ def _scores(tasks: Sequence[Answers], baseline: float, score: float) -> dict:
         "n": n,
         "p_value": mcnemar(lost, gained),
         "detectable": 100 * detectable(lost + gained, n),
-        "passes": None if drop is None else drop < DROP_MARK,
+        "passes": None if drop is None else drop < DROP_THRESHOLD,
     }

@@ -72,7 +72,7 @@ def _loss() -> ws.Section:
         ("train/grad_norm", "Gradient norm before clipping"),
     ]
     bars = [
-        ("loss_ape_percent", "Loss APE, % (the paper's mark: 0.5)"),
+        ("loss_ape_percent", "Loss APE, % (the paper's threshold: 0.5)"),
         ("w8a8/heldout/difference", "Held-out loss less the baseline's, nats"),
         ("w8a8/heldout/kl", "KL from the baseline, nats"),
     ]
@@ -82,7 +82,7 @@ def _loss() -> ws.Section:
 
 
 def _scores(mode: str, tasks: list[str]) -> ws.Section:
-    measures = {"points": "points", "relative_drop": "relative drop, % (the paper's mark: 1)"}
+    measures = {"points": "points", "relative_drop": "relative drop, % (the paper's threshold: 1)"}
     panels = [
         wr.BarPlot(title=f"{TASKS.get(task, task)}: {words}", metrics=[f"{mode}/{task}/{measure}"])
         for measure, words in measures.items()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qat.compare import APE_MARK, DROP_MARK
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.paired import crossed, half_width
 from qat.scored import Scored
 
@@ -34,7 +34,7 @@ def over_seeds(comparisons: Sequence[dict], scored: Sequence[Side]) -> dict:
         **{key: ", ".join(found) if all(found) else None for key, found in names.items()},
         "benchmark": comparisons[0]["benchmark"],
         "seeds": len(comparisons),
-        "loss": {"ape": ape, "ci": [max(0.0, ape - half), ape + half], "passes": ape < APE_MARK},
+        "loss": {"ape": ape, "ci": [max(0.0, ape - half), ape + half], "passes": ape < APE_THRESHOLD},
         "heldout": [_heldout(rows, scored) for rows in _aligned(comparisons, "heldout", "text", "mode")],
         "qat": [_recovered(rows, scored) for rows in _aligned(comparisons, "qat", "text")],
         "tasks": [_answers(rows, scored, [rows[0]["task"]]) for rows in _aligned(comparisons, "tasks", "task", "mode")],
@@ -90,6 +90,6 @@ def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str])
         "ci": [100 * min(1.0, max(-1.0, end)) for end in mean.interval()],
         "p_value": mean.p_value(),
         "relative_drop": drop,
-        "passes": None if drop is None else drop < DROP_MARK,
+        "passes": None if drop is None else drop < DROP_THRESHOLD,
         "near_chance": any(row.get("near_chance") for row in rows),
     }

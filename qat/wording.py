@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS
 from qat.paired import LEVEL, holm
 
 TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
@@ -63,14 +63,14 @@ def floor_cells(row: Mapping) -> list[str]:
 
 
 def resolved(row: dict) -> bool:
-    """Whether the whole interval of `points` lies on one side of the 1 % mark."""
+    """Whether the whole interval of `points` lies on one side of the 1 % threshold."""
     low, high = row["ci"]
-    return not low <= -row["baseline"] * DROP_MARK / 100 <= high
+    return not low <= -row["baseline"] * DROP_THRESHOLD / 100 <= high
 
 
 def remark(row: dict) -> str:
-    """Pass mark and caveats of a task row: "unresolved" where the interval spans the mark."""
-    words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_MARK:g} %"]
+    """Pass mark and caveats of a task row: "unresolved" where the interval spans the threshold."""
+    words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_THRESHOLD:g} %"]
     words += [] if resolved(row) else ["unresolved"]
     return ", ".join(words + (["near chance"] if row.get("near_chance") else []))
 
@@ -98,11 +98,11 @@ def p_text(p: float) -> str:
 def loss_text(comparison: dict) -> str:
     """One sentence on the training loss."""
     loss = comparison["loss"]
-    mark = f"{'below' if loss['passes'] else 'over'} the {APE_MARK} % mark"
+    side = f"{'below' if loss['passes'] else 'over'} the {APE_THRESHOLD} % threshold"
     ends = f"final loss {loss['final']:.4f}, BF16 {loss['final_baseline']:.4f}"
     skipped = f" {loss['skipped']} steps were skipped for want of a finite gradient." if loss.get("skipped") else ""
     return (
-        f"Loss APE {loss['ape']:.3f} % ({mark}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}.{skipped}"
+        f"Loss APE {loss['ape']:.3f} % ({side}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}.{skipped}"
     )
 
 
@@ -133,9 +133,9 @@ def _recovered(rows: list[Mapping], text: str) -> str:
     worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
     costs, changes = (_span([row["ptq"] for row in rows]), _span([-row["recovered"] for row in rows]))
     return (
-        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. With QAT and "
-        f"its own scales that changes by {changes}: it is lower beyond noise (95 %) in {better} of {len(rows)} "
-        f"comparisons, higher in {worse}."
+        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. "
+        f"QAT, with its own scales, minus PTQ: {changes}; of {len(rows)} intervals (95 %, uncorrected) {better} lie "
+        f"below zero, {worse} above."
     )
 
 

@@ -23,8 +23,9 @@ def results(record: Path) -> str:
     verdict = re.search(r"^>.*?\n\n", report, re.DOTALL | re.MULTILINE)[0].strip()
     about = [
         f"{_command(report, 'suite')}: {_facts(report)['Length']}.",
-        "The quantized run in W8A8 less its BF16 baseline, with 95 % intervals. PTQ: that baseline in W8A8 without",
-        "QAT; untouched: the checkpoint before any training.",
+        "Held-out loss and points: the quantized run in W8A8 minus its BF16 baseline, with 95 % intervals. PTQ: that",
+        "baseline in W8A8 without QAT, minus itself in BF16; untouched: the checkpoint before any training, minus the",
+        "same.",
     ]
     if "; " in _facts(report)["Seed"]:
         about.append(

@@ -99,12 +99,12 @@ def test_the_share_of_forgetting_that_the_labels_explain():
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.03, SUPPORTED), (0.0, CONTRADICTED), (0.0148, OPEN)])
 def test_what_clipping_costs(gain, verdict):
-    """The mark is 0.5 % of 3.1 nats: 0.0155."""
+    """The threshold is 0.5 % of 3.1 nats: 0.0155."""
 
     def damage(key, seed) -> float:
         return 0.05 - gain * (key == ("exp3", "overflow to Inf"))
 
-    claim = answers(damage=damage, noise=0.003)["Clipping at the target costs more than the mark"]
+    claim = answers(damage=damage, noise=0.003)["Clipping at the target costs more than the threshold"]
     assert claim["verdict"] == verdict
 
 

@@ -221,7 +221,7 @@ def test_table(runs):
         "3",
     ]
     assert lines[12] == (
-        "Loss APE 35.000 % (over the 0.5 % mark), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
+        "Loss APE 35.000 % (over the 0.5 % threshold), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
     )
 
 
@@ -273,9 +273,9 @@ def test_whether_qat_was_needed_is_said_in_words(runs, losses, says):
 def test_qat_of_several_runs_is_counted(runs):
     results = [with_ptq(runs, losses) for losses in ([3.3, 3.61, 3.6], [3.2, 3.5, 3.4], [3.0, 3.31, 3.3])]
     assert qat_verdict(results) == (
-        "Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs +0.0033 to +0.3033 nats a token. With QAT "
-        "and its own scales that changes by -0.2033 to +0.0967: it is lower beyond noise (95 %) in 1 of 3 comparisons, "
-        "higher in 1."
+        "Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs +0.0033 to +0.3033 nats a token. QAT, "
+        "with its own scales, minus PTQ: -0.2033 to +0.0967; of 3 intervals (95 %, uncorrected) 1 lie below zero, 1 "
+        "above."
     )
     assert qat_verdict([compare(*runs, "quick") | {"qat": []}]) == ""
 

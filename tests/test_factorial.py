@@ -191,7 +191,7 @@ def test_the_papers_claims_are_judged_by_the_marks():
     assert verdicts["Necessary: the low learning rate"] == SUPPORTED
     warmup = claims["Necessary: the BF16 warmup"]
     assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, OPEN]  # 60 questions are too few
-    sufficient = claims["Sufficient: the recipe keeps every mark (W8A8)"]["statements"]
+    sufficient = claims["Sufficient: the recipe meets every threshold (W8A8)"]["statements"]
     assert [each["verdict"] for each in sufficient] == [SUPPORTED, SUPPORTED, OPEN, OPEN, OPEN]
     assert sufficient[1]["text"].startswith("0.100 [")
     high = claims["Training at lr 1e-4 forgets, at lr 1e-5 it does not"]["statements"][0]
@@ -203,7 +203,7 @@ def test_the_papers_claims_are_judged_by_the_marks():
     [(0.05, 0.01, SUPPORTED), (0.01, 0.0, CONTRADICTED), (0.05, 0.08, CONTRADICTED), (0.0155, 0.01, OPEN)],
 )
 def test_qat_is_needed_where_ptq_misses_the_mark_and_the_recipe_is_better(ptq, damage, verdict):
-    """The mark is 0.5 % of 3.1 nats: 0.0155."""
+    """The threshold is 0.5 % of 3.1 nats: 0.0155."""
     measured = invent(KEYS, damage=lambda key, _: damage, ptq=lambda key: ptq if key[1] == "1e-5" else 1.0)
     claim = next(claim for claim in factorial.claims(measured) if claim["claim"].startswith("QAT is needed"))
     assert claim["verdict"] == verdict, claim["why"]

@@ -85,7 +85,7 @@ def test_both_formats_hold_everything(report):
     for k in range(1, 9):
         assert f"exp{k}" in page.ids and f"## exp{k}: " in markdown
     shared = [
-        "0.5 % mark in 6 of 6 compared runs",
+        "0.5 % threshold in 6 of 6 compared runs",
         "None of 60 exact McNemar tests",  # PTQ of three baselines, each counted once
         "Not compared: exp7.",
         "42.51 → 41.25",
@@ -104,7 +104,7 @@ def test_both_formats_hold_everything(report):
         "of 6 intervals (95 %, uncorrected) exclude zero",
         "comes to the same run as exp4",
         "first 2 steps in BF16",
-        "Questions to resolve the mark",
+        "Questions to resolve the threshold",
         "paper, exp8 BF16",
         "KL, nats",
         "data.label_shift",

@@ -52,7 +52,7 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     page, kept = html.read_text(), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
     assert page.count('id="factorial"') == 1 and 'id="audit"' not in page
     for words in (
-        "Sufficient: the recipe keeps every mark (W8A8)",
+        "Sufficient: the recipe meets every threshold (W8A8)",
         "Model: tiny",
         *kept["claims"][0]["says"].split(","),
     ):

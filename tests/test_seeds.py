@@ -82,9 +82,8 @@ def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
 def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three, tmp_path):
     _, markdown = write([three], tmp_path / "out", {})
     text = markdown.read_text()
-    assert (
-        "mark in 0 of 1 recipes, of 3 compared runs (5.00 %); 1 of their intervals over seeds reaches over it." in text
-    )
+    assert "threshold in 0 of 1 recipes, of 3 compared runs (5.00 %); 1 of their intervals over seeds" in text
+    assert "intervals over seeds reaches over it." in text
     assert "None of 6 tests (Student's over seeds and questions; 5 %, Holm's" in text
     assert "differs from BF16 by +0.2000 nats a token; 0 of 1 intervals" in text
     rows = [str(row[1]) for row in tables.summary([three], published()).rows]

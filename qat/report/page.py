@@ -12,7 +12,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from qat import runtime
-from qat.compare import APE_MARK, TASKS
+from qat.compare import APE_THRESHOLD, TASKS
 from qat.report import pictures, tables
 from qat.report.experiment import Experiment, Pair, distinct, scientific, told_apart
 from qat.report.panels import score_legend, share_legend
@@ -93,9 +93,9 @@ def _loss_verdict(comparisons: Collection[Mapping], runs: int) -> str:
     span = f"{min(apes):.2f} to {max(apes):.2f} %" if len(apes) > 1 else f"{apes[0]:.2f} %"
     what = f"recipes, of {runs} compared runs" if runs > len(apes) else "compared runs"
     ends = [comparison["loss"]["ci"] for comparison in comparisons if "ci" in comparison["loss"]]
-    unsure = sum(low < APE_MARK <= high for low, high in ends)
+    unsure = sum(low < APE_THRESHOLD <= high for low, high in ends)
     rest = f"; {unsure} of their intervals over seeds {'reach' if unsure > 1 else 'reaches'} over it" if unsure else ""
-    return f"Loss APE is below the paper's {APE_MARK} % mark in {below} of {len(apes)} {what} ({span}){rest}."
+    return f"Loss APE is below the paper's {APE_THRESHOLD} % threshold in {below} of {len(apes)} {what} ({span}){rest}."
 
 
 def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Model": [c["model"]["name"] for c in configs],
         "Data": [c["data"]["name"] for c in configs],
         "Budget": [c["budget"]["name"] for c in configs],
-        "Length": [config.size for e in experiments for config in e.typed.values()],
+        "Length": _lengths(experiments),
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
@@ -168,6 +168,15 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Code": [runtime.code(e["git"]) for e in environments if e["git"]],
     }
     return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
+
+
+def _lengths(experiments: Sequence[Experiment]) -> list[str]:
+    """Steps and batch, each with the experiments that have it where they are several."""
+    names: dict[str, dict[str, None]] = {}
+    for e in experiments:
+        for config in e.typed.values():
+            names.setdefault(config.size, {})[e.name] = None
+    return [f"{size} ({', '.join(those)})" for size, those in names.items()] if len(names) > 1 else list(names)
 
 
 def _experiments(experiments: Sequence[Experiment], entries: Mapping) -> list[dict]:

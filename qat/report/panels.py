@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.compare import APE_MARK, DROP_MARK, MODES
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES
 from qat.report.experiment import SHARES, Curve, Telemetry
 from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
 from qat.watchdogs import FORGOTTEN, noise
@@ -38,21 +38,21 @@ def losses(curves: Mapping[str, Curve], title: str) -> Panel:
 
 
 def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) -> Panel:
-    """Loss of a run relative to its baseline's, in percent, beside the mark on the mean of its absolute value."""
+    """Loss of a run relative to its baseline's, in percent, beside the threshold of the mean of its size."""
 
     def draw(axes: Axes) -> None:
         steps, percent = run.relative_to(baseline)
-        for mark in (-APE_MARK, APE_MARK):
-            axes.axhline(mark, color=MUTED, linewidth=0.9, dashes=(2, 3))
+        for threshold in (-APE_THRESHOLD, APE_THRESHOLD):
+            axes.axhline(threshold, color=MUTED, linewidth=0.9, dashes=(2, 3))
         axes.axhline(0, color=BASE, linewidth=2.2)
         axes.plot(*_thin(steps, percent), color=ACCENT)
         _mark_start(axes, run)
-        reach = max(1.4 * APE_MARK, 1.15 * float(np.max(np.abs(percent[np.isfinite(percent)]), initial=0)))
+        reach = max(1.4 * APE_THRESHOLD, 1.15 * float(np.max(np.abs(percent[np.isfinite(percent)]), initial=0)))
         axes.set_ylim(-reach, reach)
         _step_axis(axes, "Difference (% of BF16 loss)")
         if ape is not None:
             axes.text(0.99, 0.98, f"APE {ape:.3f} %", transform=axes.transAxes, ha="right", va="top", color=ACCENT)
-        axes.text(0.99, 0.02, f"dotted: ±{APE_MARK} %", transform=axes.transAxes, ha="right", color=MUTED, fontsize=9)
+        axes.text(0.99, 0.02, f"dotted: ±{APE_THRESHOLD} %", transform=axes.transAxes, ha="right", color=MUTED, size=9)
 
     return Panel(title, draw)
 
@@ -179,11 +179,11 @@ def updates(telemetry: Telemetry) -> Panel:
 
 
 class Estimate(NamedTuple):
-    """A difference from BF16 with its 95 % interval, and the value at which a mark is just missed."""
+    """A difference from BF16 with its 95 % interval, and the value at which a threshold is just missed."""
 
     value: float
     ci: Sequence[float] | None
-    mark: float | None = None
+    threshold: float | None = None
 
 
 def forest(
@@ -221,7 +221,7 @@ def score_legend() -> dict[str, str]:
     return {
         **{mark: f"{MODES[mode]}, 95 % interval" for mode, (mark, _, _) in _MODE_MARKS.items()},
         "✕": "paper",
-        "|": f"{DROP_MARK:g} % mark: the drop that just fails",
+        "|": f"{DROP_THRESHOLD:g} % threshold: the drop that just fails",
     }
 
 
@@ -229,8 +229,8 @@ def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], shape: str, f
     for each, y in rows:
         if each.ci:
             axes.hlines(y, *each.ci, color=ACCENT, linewidth=1.3)
-        if each.mark is not None:
-            axes.plot(each.mark, y, "|", color=MUTED, markersize=7)
+        if each.threshold is not None:
+            axes.plot(each.threshold, y, "|", color=MUTED, markersize=7)
     values, heights = [each.value for each, _ in rows], [y for _, y in rows]
     axes.plot(values, heights, shape, color=ACCENT, markerfacecolor=fill, markersize=5.5)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat.compare import DROP_MARK, TASKS
+from qat.compare import DROP_THRESHOLD, TASKS
 from qat.config import ROLES
 from qat.report import panels
 from qat.report.experiment import Curve, Experiment, Pair, Telemetry, tasks_of, told_apart
@@ -100,7 +100,7 @@ def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
 
 
 def _points(row: Mapping) -> panels.Estimate:
-    return panels.Estimate(row["points"], row["ci"], -row["baseline"] * DROP_MARK / 100)
+    return panels.Estimate(row["points"], row["ci"], -row["baseline"] * DROP_THRESHOLD / 100)
 
 
 def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:

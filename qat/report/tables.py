@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qat.compare import APE_MARK, DROP_MARK, MODES, TASKS, differences
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences
 from qat.config import UserError
 from qat.floor import floor as floor_of
 from qat.floor import repeats
@@ -126,12 +126,12 @@ def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
     ape, log = entry.get("ape"), entry.get("ape_log", "–")
     cells = [Cell(str(log), "from its log" if "ape_log" in entry else "")]
     if ape is not None:
-        cells = [Cell(f"{ape:.2f}", f"log: {log}", _mark(ape < APE_MARK))]
+        cells = [Cell(f"{ape:.2f}", f"log: {log}", _mark(ape < APE_THRESHOLD))]
     for task in tasks:
         scores = entry.get("scores", {}).get(task, {})
         drop, moved = scores.get("drop"), "quantized" in scores
         aside = f"{scores['bf16']:.2f} → {scores['quantized']:.2f}" if moved else ""
-        cells.append(Cell("–") if drop is None else Cell(f"{drop:.2f}", aside, _mark(drop < DROP_MARK)))
+        cells.append(Cell("–") if drop is None else Cell(f"{drop:.2f}", aside, _mark(drop < DROP_THRESHOLD)))
     return cells
 
 
@@ -145,7 +145,7 @@ def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -
         return [[Cell(""), Cell("not compared", which), *[Cell("–")] * (len(tasks) + 1)]]
     loss, found = comparison["loss"], {(r["task"], r["mode"]): r for r in comparison["tasks"]}
     low, high = loss.get("ci", [loss["ape"]] * 2)
-    ape = _ape(loss, _mark(loss["passes"], not low < APE_MARK <= high))
+    ape = _ape(loss, _mark(loss["passes"], not low < APE_THRESHOLD <= high))
     rows = []
     for mode, name in MODES.items():
         if mode == "ptq" and not comparison.get("ptq"):
@@ -235,9 +235,10 @@ def _listed(value) -> list:
 
 
 def resolution(experiments: Sequence[Experiment]) -> Table:
-    """What the benchmark can tell: for each task the W8A8 row with the widest interval, beside the 1 % mark in points.
+    """What the benchmark can tell: for each task the W8A8 row with the widest interval, beside 1 % in points.
 
-    The last column is the n at which half of the interval would equal the mark at this flip rate: z^2 * flips / mark^2.
+    The last column is the n at which half of the interval would equal the threshold at this flip rate:
+    z^2 * flips / threshold^2.
     """
     widest = {}
     for row in (r for e in experiments for p in e.pairs if p.comparison for r in p.comparison["tasks"]):
@@ -246,12 +247,12 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
     rows = []
     for task in tasks_of([widest]):
         row = widest[task]
-        flips, mark = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_MARK / 100
-        need = f"{_round_up(Z**2 * flips / (mark / 100) ** 2):,}" if flips and mark else "–"
+        flips, threshold = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_THRESHOLD / 100
+        need = f"{_round_up(Z**2 * flips / (threshold / 100) ** 2):,}" if flips and threshold else "–"
         cells = [TASKS.get(task, task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
-        rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{mark:.2f}", need])
-    header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % mark, points"]
-    return _table([*header, "Questions to resolve the mark"], rows)
+        rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{threshold:.2f}", need])
+    header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % threshold, points"]
+    return _table([*header, "Questions to resolve the threshold"], rows)
 
 
 def seeds(experiments: Sequence[Experiment]) -> Table:

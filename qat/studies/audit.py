@@ -16,7 +16,7 @@ import numpy as np
 from statsmodels.regression.linear_model import OLS
 
 from qat import ranks, suite
-from qat.compare import APE_MARK, DROP_MARK
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import Config, ConfigError
 from qat.runs import Run
 from qat.studies import measures
@@ -158,20 +158,21 @@ def claims(measured: Sequence[Measured]) -> list[dict]:
     if not measured:
         return []
     held = measures.heldout(measured, "w8a8")
-    mark = APE_MARK / 100 * float(np.mean([m.losses["baseline"].mean() for m in measured if m.key[1] == PLAIN] or [0]))
-    made = [_labels(measured), _clipping(held, mark), _calls(held, mark), _linears(measured), _modes(measured, mark)]
+    plain = [m.losses["baseline"].mean() for m in measured if m.key[1] == PLAIN]
+    limit = APE_THRESHOLD / 100 * float(np.mean(plain or [0]))
+    made = [_labels(measured), _clipping(held, limit), _calls(held, limit), _linears(measured), _modes(measured, limit)]
     return [claim.judge() for claim in made]
 
 
 def _labels(measured: Sequence[Measured]) -> Claim:
     forgetting = measures.points(measured, "baseline", "untouched")
-    mark = DROP_MARK * float(np.mean([m.answers("untouched").mean() for m in measured]))
+    limit = DROP_THRESHOLD * float(np.mean([m.answers("untouched").mean() for m in measured]))
     once, twice = ("exp3", PLAIN), ("exp3", "labels shifted twice")
     more = Statement(
-        "BF16 at lr 1e-4 forgets more than the mark beyond what it does with sound labels",
+        "BF16 at lr 1e-4 forgets more than the threshold beyond what it does with sound labels",
         forgetting,
         {twice: 1, once: -1},
-        high=-mark,
+        high=-limit,
     )
     share = Response("Share of the forgetting", "of it", 2, {})
     explains = Statement(
@@ -199,12 +200,12 @@ def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Esti
     return Estimate(1 - ratio, 1 - ratio - half, 1 - ratio + half, None, slope.n, slope.of, level)
 
 
-def _clipping(held: Response, mark: float) -> Claim:
+def _clipping(held: Response, limit: float) -> Claim:
     return Claim(
-        "Clipping at the target costs more than the mark",
+        "Clipping at the target costs more than the threshold",
         "The text clips to 15; the code does not, and its values go on to the next tier",
         [
-            Statement(f"{base}: {how} is better than clipping", held, {(base, how): 1, (base, PLAIN): -1}, high=-mark)
+            Statement(f"{base}: {how} is better than clipping", held, {(base, how): 1, (base, PLAIN): -1}, high=-limit)
             for base in ("exp8", "exp3")
             for how in ("overflow saturates", "overflow to Inf")
         ],
@@ -212,12 +213,12 @@ def _clipping(held: Response, mark: float) -> Claim:
     )
 
 
-def _calls(held: Response, mark: float) -> Claim:
+def _calls(held: Response, limit: float) -> Claim:
     change = {(SPLIT, "a tick a call"): 1, (SPLIT, PLAIN): -1}
     return Claim(
         "A window counted in calls is as good as one in steps",
         "“64 steps”; in the code 64 calls, which are 8 steps",
-        [Statement("the difference is within the mark", held, change, -mark, mark)],
+        [Statement("the difference is within the threshold", held, change, -limit, limit)],
     )
 
 
@@ -252,13 +253,13 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
     return Estimate(float(fit.params[0]), low, high, float(fit.pvalues[0]), len(runs), "runs", level)
 
 
-def _modes(measured: Sequence[Measured], mark: float) -> Claim:
+def _modes(measured: Sequence[Measured], limit: float) -> Claim:
     between = measures.heldout(measured, "w8a8", "bf16")
     return Claim(
         "Scores of BF16 weights stand for those of W8A8",
         "Results are called W8A8; benchmarks ran without any quantizer",
         [
-            Statement(f"{base}: the same held-out loss in either mode", between, {(base, PLAIN): 1}, -mark, mark)
+            Statement(f"{base}: the same held-out loss in either mode", between, {(base, PLAIN): 1}, -limit, limit)
             for base in ("exp8", "exp3")
         ],
     )

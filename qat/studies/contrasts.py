@@ -292,13 +292,21 @@ def _why(verdict: str, found: Sequence[dict]) -> str:
     same = [each for each in found if each["verdict"] == verdict]
     if verdict != OPEN:
         first = f"“{same[0]['statement']}” is {verdict}: {same[0]['text']} {same[0]['unit']}"
-        return f"{first}; so are all." if len(same) == len(found) > 1 else f"{first}."
+        return f"{first}; so are the others." if len(same) == len(found) > 1 else f"{first}."
     each = same[0]
     if each["estimate"] is None:
         return f"“{each['statement']}”: a cell that it needs is missing."
     if each["estimate"]["low"] is None:
         return f"“{each['statement']}”: {each['text']} {each['unit']}, and one run a cell leaves no interval."
-    return f"“{each['statement']}”: {each['text']} {each['unit']} reaches over the edge of {region(each['region'])}."
+    return f"“{each['statement']}”: {each['text']} {each['unit']}, {_spanned(each['region'])}."
+
+
+def _spanned(ends: Sequence[float | None]) -> str:
+    """That an interval lies neither inside of a region nor outside of it."""
+    if None in ends:
+        end = ends[0] if ends[1] is None else ends[1]
+        return f"an interval that contains {end + 0.0:.4g}"
+    return f"an interval neither within {region(ends)} nor clear of it"
 
 
 def region(ends: Sequence[float | None]) -> str:

@@ -4,20 +4,20 @@ The grid is {current, most_recent, exp_smooth, max} x {window 1, 16, 64} x {lr 1
 exp8, of 48 cells. Only `max` reads its window, and of window 1 it is `most_recent` to the bit, so they come to 20 runs:
 five levels of scaling by two by two. The quantized runs of one learning rate share their BF16 baseline.
 
-The marks are the paper's (section 1). Its 0.5 % of the training loss (APE) is also asked of the held-out loss, which
-has an interval; its 1 % of a score is asked of each task and of all questions together. What the claims come to:
+The thresholds are the paper's (section 1). Its 0.5 % of the training loss (APE) is also asked of the held-out loss,
+which has an interval; its 1 % of a score is asked of each task and of all questions together. What the claims come to:
 
 - saturation: by the last amax more tensors exceed their prediction, and more elements are clipped, than by `max`.
 - best: the held-out loss in W8A8 is lower by `max` than by any other rule.
-- forgetting: BF16 training at lr 1e-4 loses more of the checkpoint's answers than the mark, at lr 1e-5 less. It is a
-  matter of the baselines alone, so no scaling rule has a part in it.
+- forgetting: BF16 training at lr 1e-4 loses more of the checkpoint's answers than the threshold, at lr 1e-5 less. It is
+  a matter of the baselines alone, so no scaling rule has a part in it.
 - orthogonal: what the max window and the warmup do to the held-out loss (run less baseline) is the same at either
-  learning rate, and what the one does does not depend on the other: all three interactions are within the mark. Where
-  neither damage nor forgetting was seen there is nothing to be orthogonal.
-- necessary, for each fix: the recipe without it misses a mark. For the max window and the warmup: of held-out loss or
-  of all questions, against the baseline. For the learning rate, whose baseline forgets too: against the checkpoint.
-- sufficient: the recipe keeps every mark, and loses no more of the checkpoint's answers than the mark.
-- QAT: the recipe's baseline in W8A8 without QAT (PTQ) misses the mark of held-out loss, and the recipe is better.
+  learning rate, and what the one does does not depend on the other: all three interactions are within the threshold.
+  Where neither damage nor forgetting was seen there is nothing to be orthogonal.
+- necessary, for each fix: the recipe without it misses a threshold. For the max window and the warmup: of held-out loss
+  or of all questions, against the baseline. For the learning rate, whose baseline forgets too: against the checkpoint.
+- sufficient: the recipe meets every threshold, and loses no more of the checkpoint's answers than the threshold.
+- QAT: the recipe's baseline in W8A8 without QAT (PTQ) misses the threshold of held-out loss, and the recipe is better.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qat import suite
-from qat.compare import APE_MARK, DROP_MARK, TASKS
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, TASKS
 from qat.studies import measures
 from qat.studies.cells import Cell, Key, refuse
 from qat.studies.contrasts import Claim, Response, Statement, Weights, holm, sum_coded
@@ -153,16 +153,17 @@ def claims(measured: Sequence[Measured]) -> list[dict]:
     return [claim.judge() for claim in made]
 
 
-def _marks(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
-    """(held-out loss in nats, points over all questions) that the marks come to beside a cell's baseline."""
+def _thresholds(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
+    """(held-out loss in nats, points over all questions) that the thresholds come to beside a cell's baseline."""
     those = [m for m in measured if m.key[1] == key[1]] or measured
     loss = float(np.mean([m.losses["baseline"].mean() for m in those]))
-    return APE_MARK / 100 * loss, _drop(those, "baseline")
+    return APE_THRESHOLD / 100 * loss, _drop(those, "baseline")
 
 
 def _drop(measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
-    """The 1 % mark in points."""
-    return DROP_MARK * float(np.mean([(m.right[scored][task] if task else m.answers(scored)).mean() for m in measured]))
+    """The 1 % threshold in points."""
+    answers = (m.right[scored][task] if task else m.answers(scored) for m in measured)
+    return DROP_THRESHOLD * float(np.mean([each.mean() for each in answers]))
 
 
 def _saturation(found: Mapping[str, Response]) -> Claim:
@@ -195,19 +196,19 @@ def _best(found: Mapping[str, Response]) -> Claim:
 
 
 def _forgets(measured: Sequence[Measured]) -> Claim:
-    points, mark = baselines(measured)["forgetting"], _drop(measured, "untouched")
+    points, threshold = baselines(measured)["forgetting"], _drop(measured, "untouched")
     return Claim(
         "Training at lr 1e-4 forgets, at lr 1e-5 it does not",
         "MMLU of the BF16 runs: 26.66 % at lr 1e-4, 43.36 % at lr 1e-5; the untouched checkpoint was not scored",
         [
-            Statement("BF16 at lr 1e-4 loses more than the mark", points, {("1e-4",): 1}, high=-mark),
-            Statement("BF16 at lr 1e-5 loses less than the mark", points, {("1e-5",): 1}, low=-mark),
+            Statement("BF16 at lr 1e-4 loses more than the threshold", points, {("1e-4",): 1}, high=-threshold),
+            Statement("BF16 at lr 1e-5 loses less than the threshold", points, {("1e-5",): 1}, low=-threshold),
         ],
     )
 
 
 def _orthogonal(measured: Sequence[Measured], found: Mapping[str, Response]) -> Claim:
-    mark, _ = _marks(measured)
+    threshold, _ = _thresholds(measured)
     rate, warm = _CONTRASTS["lr"]["lr 1e-5"], _CONTRASTS["warmup"]["warmup"]
     crossed = {
         "the max window does the same at either learning rate": weights(scaling=_MAX, lr=rate),
@@ -218,7 +219,7 @@ def _orthogonal(measured: Sequence[Measured], found: Mapping[str, Response]) -> 
     return Claim(
         "Saturation and forgetting are orthogonal",
         "Two failures with separate causes and separate fixes; never crossed",
-        [Statement(what, response, each, -mark, mark) for what, each in crossed.items()],
+        [Statement(what, response, each, -threshold, threshold) for what, each in crossed.items()],
         premises=[
             Statement("scaling by the last amax does damage", response, weights(scaling={"most_recent": 1}), low=0),
             Statement("BF16 at lr 1e-4 forgets", baselines(measured)["forgetting"], {("1e-4",): 1}, high=0),
@@ -235,45 +236,44 @@ _WITHOUT = {
 
 def _necessary(measured: Sequence[Measured], found: Mapping[str, Response], fix: str) -> Claim:
     cell = _WITHOUT[fix]
-    loss, drop = _marks(measured, cell)
+    loss, drop = _thresholds(measured, cell)
     held, points = found["heldout w8a8"], found["points w8a8"]
     statements = [
-        Statement("without it the held-out loss is over the mark", held, {cell: 1}, low=loss),
-        Statement("without it the answers are over the mark", points, {cell: 1}, high=-drop),
+        Statement("without it the held-out loss is over the threshold", held, {cell: 1}, low=loss),
+        Statement("without it the answers are over the threshold", points, {cell: 1}, high=-drop),
     ]
     if cell[1] != RECIPE[1]:
-        lost, mark = measures.points(measured, "w8a8", "untouched"), _drop(measured, "untouched")
-        what = "without it more of the checkpoint's answers are lost than the mark"
-        statements = [Statement(what, lost, {cell: 1}, high=-mark)]
+        lost, threshold = measures.points(measured, "w8a8", "untouched"), _drop(measured, "untouched")
+        what = "without it more of the checkpoint's answers are lost than the threshold"
+        statements = [Statement(what, lost, {cell: 1}, high=-threshold)]
     return Claim(f"Necessary: {fix}", "Never left out alone", statements, needs="any")
 
 
 def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
-    loss, _ = _marks(measured)
+    loss, _ = _thresholds(measured)
     those = [m for m in measured if m.key[1] == RECIPE[1]] or measured
     at = {RECIPE: 1}
-    kept = [Statement("held-out loss within the mark", measures.heldout(measured, mode), at, high=loss)]
+    kept = [Statement("held-out loss within the threshold", measures.heldout(measured, mode), at, high=loss)]
     if mode == "w8a8":  # of the training, however it is scored afterwards
-        kept.append(Statement("loss APE within the mark", responses(measured)["ape"], at, high=APE_MARK))
+        kept.append(Statement("loss APE within the threshold", responses(measured)["ape"], at, high=APE_THRESHOLD))
     for task in measured[0].right["baseline"]:
         points = measures.points(measured, mode, task=task)
         kept.append(
-            Statement(f"{TASKS.get(task, task)} within the mark", points, at, low=-_drop(those, "baseline", task))
+            Statement(f"{TASKS.get(task, task)} within the threshold", points, at, low=-_drop(those, "baseline", task))
         )
     lost = measures.points(measured, mode, "untouched")
     kept.append(Statement("the checkpoint's answers are kept", lost, at, low=-_drop(measured, "untouched")))
     says = "Exp 8: APE 0.11 %, drops of 0.43, 0.58, 1.06 and 0.22 %; scored on BF16 weights, against its baseline"
-    return Claim(f"Sufficient: the recipe keeps every mark ({MODES[mode]})", says, kept)
+    return Claim(f"Sufficient: the recipe meets every threshold ({MODES[mode]})", says, kept)
 
 
 def _qat(measured: Sequence[Measured]) -> Claim:
-    mark, _ = _marks(measured)
-    rate = RECIPE[1]
+    (loss, _), rate = _thresholds(measured), RECIPE[1]
     return Claim(
         "QAT is needed: quantizing the trained BF16 model does not do",
         "Not tried: there is no PTQ row",
         [
-            Statement("PTQ's held-out loss is over the mark", baselines(measured)["ptq"], {(rate,): 1}, low=mark),
+            Statement("PTQ's held-out loss is over the threshold", baselines(measured)["ptq"], {(rate,): 1}, low=loss),
             Statement("the recipe is better than PTQ", measures.heldout(measured, "w8a8", "ptq"), {RECIPE: 1}, high=0),
         ],
     )

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from qat import runtime
-from qat.compare import APE_MARK, DROP_MARK
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import Config
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
 from qat.report.studies import TITLES, claims_table, interaction
@@ -28,7 +28,7 @@ READING = (
     "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
     "correction over its column. A verdict asks whether the whole interval lies where the statement is true "
     "(supported), wholly outside (contradicted), or neither. "
-    f"Marks: {APE_MARK:g} % of the loss, {DROP_MARK:g} % of a score."
+    f"Thresholds: {APE_THRESHOLD:g} % of the loss, {DROP_THRESHOLD:g} % of a score."
 )
 
 
@@ -128,7 +128,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
         "Data": cfg.data.name,
         "Budget": f"{cfg.budget.name}, {cfg.size}",
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
-        "Runs": f"{len(measured)}, seeds {seeds}",
+        "Runs": f"{len({m.run for m in measured})} quantized runs, {'seeds' if ',' in seeds else 'seed'} {seeds}",
         "Hardware": hardware or "unknown",
         "Code": code or "unknown",
         "Command": f"python {' '.join(sys.argv)}",
@@ -149,7 +149,7 @@ def _short_runs(cfg: Config) -> str:
         return ""
     return (
         f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here, "
-        "which an interaction that is taken for the noise counts twice."
+        "which residuals that are taken for the noise count twice."
     )
 
 
