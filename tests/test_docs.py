@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from qat.report.experiment import published
 from qat.runtime import ROOT
 from scripts.docs import PAGES, written
 
@@ -30,6 +31,13 @@ def test_what_is_shown_of_a_record_is_the_records(page, number):
 def test_no_page_is_stale(page):
     text = (ROOT / page).read_text()
     assert written(page, text) == text
+
+
+def test_an_experiment_asks_one_question_everywhere():
+    for name, entry in published()["experiments"].items():
+        row = f"| [{name}]({name}/README.md) | {entry['question']} |"
+        assert row in (ROOT / "experiments" / "README.md").read_text()
+        assert f"# {entry['question']}" in (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
 
 
 def test_what_the_readme_points_to_exists():
