@@ -266,3 +266,15 @@ def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
 def test_before_any_run_there_is_a_page(grid, tmp_path):
     path = page.write_factorial([], {"all": "not started"}, grid[0].cfg, tmp_path)
     assert "Nothing has been measured yet" in path.read_text() and "- all: not started" in path.read_text()
+
+
+def test_current_scaling_has_no_part_in_what_exceeds_a_prediction():
+    """It is never beyond anything: its zeros would halve the effects of others, and pass for runs without noise."""
+    measured = invent(
+        KEYS, (0, 1, 2), overshoot=lambda key: 0.0 if key[0] == "current" else 0.4 - 0.2 * (key[1] == "1e-5")
+    )
+    by_name = {each["response"]: each for each in factorial.effects(measured)}
+    rows = {row["effect"]: row for row in by_name["Tensors beyond their predicted amax"]["effects"]}
+    assert rows["lr 1e-5"]["estimate"]["value"] == pytest.approx(-20) and rows["current"]["estimate"] is None
+    rows = {row["effect"]: row for row in by_name["Held-out loss, W8A8 less baseline"]["effects"]}
+    assert rows["current"]["estimate"] is not None

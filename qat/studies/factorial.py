@@ -48,6 +48,8 @@ FACTORS = {"scaling": SCALINGS, "lr": RATES, "warmup": WARMUPS}
 _SET = ("experiment", *FACTORS, "window", "quant", "scaling.algo", "scaling.window", "optim.lr", "warmup.bf16")
 RECIPE = ("max w64", "1e-5", "5 %")
 
+# It scales by the very amax: nothing is ever beyond it, in any run, and noise would be taken for smaller than it is.
+_PREDICTS_NOTHING = ("current",)
 # What each factor is contrasted by: label -> weights of its levels.
 _MAX = {"max w64": 1, "most_recent": -1}
 _CONTRASTS = {
@@ -71,23 +73,25 @@ def design(words: Sequence[str]) -> list[Cell]:
     return cells
 
 
-def weights(**given: Mapping[str, float]) -> Weights:
-    """Weights of the cells: the products of those given by factor and level, the mean over every other factor."""
-    sides = [given.get(name) or {level: 1 / len(levels) for level in levels} for name, levels in FACTORS.items()]
+def weights(left_out: Sequence[str] = (), **given: Mapping[str, float]) -> Weights:
+    """Weights of the cells: the products of those given by factor and level, the mean over every other factor without
+    the levels that are left out."""
+    others = {name: [level for level in levels if level not in left_out] for name, levels in FACTORS.items()}
+    sides = [given.get(name) or dict.fromkeys(levels, 1 / len(levels)) for name, levels in others.items()]
     return {
         tuple(level for level, _ in picked): float(np.prod([weight for _, weight in picked]))
         for picked in itertools.product(*(side.items() for side in sides))
     }
 
 
-def contrasts() -> dict[str, Weights]:
-    """Main effects and two-way interactions, each against most_recent, lr 1e-4, no warmup."""
+def contrasts(left_out: Sequence[str] = ()) -> dict[str, Weights]:
+    """Main effects and two-way interactions, each against most_recent, lr 1e-4, no warmup; means are as `weights`."""
     found = {}
     for count in (1, 2):
         for names in itertools.combinations(_CONTRASTS, count):
             for picked in itertools.product(*(_CONTRASTS[name].items() for name in names)):
                 label = " × ".join(label for label, _ in picked)
-                found[label] = weights(**{name: w for name, (_, w) in zip(names, picked, strict=True)})
+                found[label] = weights(left_out, **{name: w for name, (_, w) in zip(names, picked, strict=True)})
     return found
 
 
@@ -104,21 +108,22 @@ def two_way() -> dict[Key, np.ndarray]:
 
 def responses(measured: Sequence[Measured]) -> dict[str, Response]:
     """Everything that the factors may change, by a short name."""
-    alone = {"model": two_way()}
+    alone, predicted = {"model": two_way()}, [m for m in measured if m.key[0] not in _PREDICTS_NOTHING]
     return {
         **{f"heldout {mode}": measures.heldout(measured, mode) for mode in MODES},
         **{f"points {mode}": measures.points(measured, mode) for mode in MODES},
         "ape": measures.ape(measured, **alone),
-        "overshoot": measures.overshoot(measured, **alone),
-        "clipped": measures.clipped(measured, **alone),
+        "overshoot": measures.overshoot(predicted, **alone),
+        "clipped": measures.clipped(predicted, **alone),
     }
 
 
 def effects(measured: Sequence[Measured]) -> list[dict]:
     """For each response its effects, with Holm's correction over them, and what their noise is; JSON-able."""
     found = []
-    for response in responses(measured).values():
-        estimates = {label: response.contrast(each) for label, each in contrasts().items()}
+    for name, response in responses(measured).items():
+        left_out = _PREDICTS_NOTHING if name in ("overshoot", "clipped") else ()
+        estimates = {label: response.contrast(each) for label, each in contrasts(left_out).items()}
         rows = [
             {"effect": label, "estimate": None if e is None else vars(e), "text": response.text(e), "p_holm": p}
             for (label, e), p in zip(estimates.items(), holm(list(estimates.values())), strict=True)

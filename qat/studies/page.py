@@ -80,8 +80,9 @@ _NOTE_BASELINES = (
     "rule or warmup has a part in either."
 )
 _NOTE_EFFECTS = (
-    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors; × is an interaction, the change "
-    "of the one effect by the other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
+    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors (current, which predicts nothing, "
+    "has no part in what exceeds a prediction or the target); × is an interaction, the change of the one effect by the "
+    "other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
 )
 _NOTE_SWITCHES = (
     "What each changes: the cell with it, less its own baseline, less the same of the cell it is thrown in. Row: of "
