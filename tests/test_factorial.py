@@ -270,9 +270,8 @@ def test_before_any_run_there_is_a_page(grid, tmp_path):
 
 def test_current_scaling_has_no_part_in_what_exceeds_a_prediction():
     """It is never beyond anything: its zeros would halve the effects of others, and pass for runs without noise."""
-    measured = invent(
-        KEYS, (0, 1, 2), overshoot=lambda key: 0.0 if key[0] == "current" else 0.4 - 0.2 * (key[1] == "1e-5")
-    )
+    shares = {("current", rate): 0.0 for rate in ("1e-4", "1e-5")}
+    measured = invent(KEYS, (0, 1, 2), overshoot=lambda key: shares.get(key[:2], 0.4 if key[1] == "1e-4" else 0.2))
     by_name = {each["response"]: each for each in factorial.effects(measured)}
     rows = {row["effect"]: row for row in by_name["Tensors beyond their predicted amax"]["effects"]}
     assert rows["lr 1e-5"]["estimate"]["value"] == pytest.approx(-20) and rows["current"]["estimate"] is None

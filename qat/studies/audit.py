@@ -85,9 +85,7 @@ def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
     """Those cells that can be trained here or have been trained, and {label: why it is left out}."""
     alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and ranks.count() == 1]
     left_out = [cell for cell in alone if not Run.of(cell.cfg).finished]
-    why = (
-        "one rank has nobody to synchronize with; train it with RANKS=2 or more, which must divide budget.accumulation"
-    )
+    why = "one rank has nobody to synchronize with; train it with RANKS=2 or more, a divisor of budget.accumulation"
     return [cell for cell in cells if cell not in left_out], {cell.label: why for cell in left_out}
 
 

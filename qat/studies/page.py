@@ -80,7 +80,7 @@ _NOTE_BASELINES = (
     "rule or warmup has a part in either."
 )
 _NOTE_EFFECTS = (
-    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors (current, which predicts nothing, "
+    "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors (current predicts nothing, and "
     "has no part in what exceeds a prediction or the target); × is an interaction, the change of the one effect by the "
     "other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
 )
