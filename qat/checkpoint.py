@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,22 +96,14 @@ def keep_newest(folder: Path, count: int) -> None:
 def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     folder.mkdir()
     for name, group in tensors.items():
-        _save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        with files.naming(path):
+            save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, path)
     facts["checksums"] = {file.name: _checksum(file) for file in sorted(folder.iterdir())}
     with files.naming(folder / "facts.json"):
         (folder / "facts.json").write_text(json.dumps(facts | {"checksum": _digest(facts)}))
     for file in (*folder.iterdir(), folder):
         files.flush(file)
-
-
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # tells of the system's errors in words
-        code = re.search(r"os error (\d+)", str(error))
-        if not code:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:

@@ -58,8 +58,6 @@ def export(cfg: Config) -> Path:
         for file in temporary.iterdir():
             files.flush(file)
         _put(temporary, out)
-    except SafetensorError as error:  # tells of the system's errors in words
-        raise UserError(f"{temporary}: cannot be written ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"export: {out} ({card.sizes(model)})", flush=True)

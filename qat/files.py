@@ -7,9 +7,12 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -61,9 +64,15 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system within this context name `path`: where a write fails, Python does not say."""
+    """Errors of the system within this context name `path`: where a write fails, Python does not say. Those that
+    safetensors tells of in words become what they are."""
     try:
         yield
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
