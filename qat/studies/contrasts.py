@@ -292,7 +292,8 @@ def _why(verdict: str, found: Sequence[dict]) -> str:
     same = [each for each in found if each["verdict"] == verdict]
     if verdict != OPEN:
         first = f"“{same[0]['statement']}” is {verdict}: {same[0]['text']} {same[0]['unit']}"
-        return f"{first}; so are the others." if len(same) == len(found) > 1 else f"{first}."
+        others = "; so is the other" if len(found) == 2 else "; so are the others"
+        return f"{first}{others if len(same) == len(found) > 1 else ''}."
     each = same[0]
     if each["estimate"] is None:
         return f"“{each['statement']}”: a cell that it needs is missing."
