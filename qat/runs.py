@@ -29,7 +29,6 @@ _IRRELEVANT = {
     "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": (),
 }
-ENVIRONMENT_LISTS = ("installed", "build")  # of `runtime.environment`, what is a hundred lines long
 _OF_TRAINING = ("gradients", "target_gradient", "ste")  # of `quant`, what a forward pass does not know of
 
 
@@ -291,7 +290,7 @@ class Run:
         now, before = runtime.environment(), self.environment()
         earlier = before.pop("earlier", [])
         if before and before != now:  # resumed elsewhere, or by another version or command
-            earlier.append({name: value for name, value in before.items() if name not in ENVIRONMENT_LISTS})
+            earlier.append(runtime.brief(before))
         self.write_json("environment.json", now | ({"earlier": earlier} if earlier else {}))
 
     def write_json(self, name: str, content: dict) -> None:

@@ -132,6 +132,11 @@ def environment() -> dict:
     }
 
 
+def brief(environment: Mapping) -> dict:
+    """An `environment` without its lists of a hundred lines."""
+    return {name: value for name, value in environment.items() if name not in ("installed", "build")}
+
+
 def hardware(environment: Mapping) -> str:
     """What computed, of an `environment`: its GPU, else its processor."""
     return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"

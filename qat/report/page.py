@@ -17,7 +17,7 @@ from qat.report import pictures, tables
 from qat.report.experiment import Experiment, Pair, distinct, scientific, told_apart
 from qat.report.panels import score_legend, share_legend
 from qat.report.plots import PALETTE, svg
-from qat.runs import ENVIRONMENT_LISTS, Run
+from qat.runs import Run
 from qat.wording import heldout_verdict, loss_text, qat_verdict, verdict
 
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
@@ -248,9 +248,7 @@ def _recipe(pair: Pair) -> str:
 
 
 def _details(run: Run, config: Mapping) -> str:
-    # A hundred lines a run, which its folder has.
-    environment = {name: each for name, each in run.environment().items() if name not in ENVIRONMENT_LISTS}
-    parts = {"config": config, "environment": environment, "status": run.status()}
+    parts = {"config": config, "environment": runtime.brief(run.environment()), "status": run.status()}
     return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
 
 
