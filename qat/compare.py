@@ -16,8 +16,9 @@ from operator import attrgetter
 from pathlib import Path
 
 from qat.config import Config, UserError
+from qat.identity import identity, ptq_mode
 from qat.paired import LEVEL, Answers, above_chance, bootstrap, detectable, mcnemar, tango
-from qat.runs import Run, identity, ptq_mode
+from qat.runs import Run
 from qat.scored import Scored
 
 APE_THRESHOLD = 0.5  # percent, paper section 1
@@ -57,7 +58,7 @@ def differences(left: Mapping, right: Mapping) -> dict[str, tuple]:
 def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
     """Those differences that keep one run from being the matched baseline of the other, as in `differences`.
 
-    Looked at is what can change a number of training (`qat.runs.identity`), less quantization itself.
+    Looked at is what can change a number of training (`qat.identity.identity`), less quantization itself.
     """
     parts = [identity(config) for config in (run, baseline)]
     found = differences(*({k: v for k, v in part.items() if k not in _UNDER_TEST} for part in parts))

@@ -4,8 +4,8 @@ Hydra composes `conf/` onto these dataclasses, so an unknown key or a wrong type
 `qat.validate` refuses what types cannot say. Both end in a `ConfigError` of one line that names the key, the value and
 the nearest valid choice, before any model is loaded.
 
-The defaults below are part of every run's name, which leaves them out (`qat.runs.identity`): a new field may have any
-default that keeps old runs what they were, and a default never changes afterwards.
+The defaults below are part of every run's name, which leaves them out (`qat.identity.identity`): a new field may have
+any default that keeps old runs what they were, and a default never changes afterwards.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ from qat.compare import compare
 from qat.config import Config, ConfigError, UserError
 from qat.convert import convert
 from qat.floor import floor, original
-from qat.runs import Run, baseline_of, is_ptq, ptq_mode, untouched_of
+from qat.identity import baseline_of, is_ptq, ptq_mode, untouched_of
+from qat.runs import Run
 from qat.scaling import Phase
 from qat.wording import FLOOR_HEADER, floor_cells, markdown, table
 
@@ -35,7 +36,7 @@ class Subject:
 
     cfg: Config
     run: Run
-    mode: str  # bf16; w8a8, with the run's own scales; or `qat.runs.ptq_mode`, with calibrated ones
+    mode: str  # bf16; w8a8, with the run's own scales; or `qat.identity.ptq_mode`, with calibrated ones
 
     @property
     def trained(self) -> bool:

@@ -10,7 +10,8 @@ import dataclasses
 import itertools
 
 from qat.compare import eval_command, training_loss
-from qat.runs import Run, run_id
+from qat.identity import run_id
+from qat.runs import Run
 from qat.scored import Scored
 
 

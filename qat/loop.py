@@ -17,8 +17,9 @@ from qat.config import Config, UserError
 from qat.convert import convert
 from qat.files import flush
 from qat.formats import TOLERANCE
+from qat.identity import baseline_of
 from qat.probes import TextProbe
-from qat.runs import Run, baseline_of
+from qat.runs import Run
 from qat.step import StepResult, Trainer
 from qat.telemetry import Probe, UpdateProbe
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qat import data, runtime
 from qat.config import Config, ScalingConfig
-from qat.runs import baseline_of
+from qat.identity import baseline_of
 from qat.scaling import ScaleBank
 
 SEQUENCES = 16  # of the run's first training text that calibrate, at its own length, in its own micro-batches

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qat.config import UserError
+from qat.identity import is_ptq
 from qat.paired import Answers, detectable_mean, half_width
-from qat.runs import Run, is_ptq
+from qat.runs import Run
 
 _TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The evaluation of `run` on a benchmark in a mode: bf16, w8a8, or PTQ's (`qat.runs.ptq_mode`).
+    """The evaluation of `run` on a benchmark in a mode: bf16, w8a8, or PTQ's (`qat.identity.ptq_mode`).
 
     command: what makes it anew. Whatever is missing or stale raises a `UserError` of one line that names it.
     """

@@ -10,7 +10,7 @@ from hydra import compose
 from qat import ranks
 from qat.cli import typed
 from qat.config import Config
-from qat.runs import baseline_of, run_id
+from qat.identity import baseline_of, run_id
 
 _OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=", "record=")
 

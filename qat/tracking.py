@@ -19,7 +19,8 @@ from statistics import fmean
 from qat import ranks
 from qat.config import Config
 from qat.formats import TOLERANCE
-from qat.runs import Run, baseline_of
+from qat.identity import baseline_of
+from qat.runs import Run
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from qat import records
 from qat.compare import compare
 from qat.config import UserError
 from qat.floor import floor
+from qat.identity import baseline_of, run_id
 from qat.report.experiment import untouched
-from qat.runs import Run, baseline_of, run_id
+from qat.runs import Run
 from qat.wording import FLOOR_HEADER, floor_cells, interval, markdown, signed
 
 _UNLIKE = "not comparable with the record"

@@ -9,7 +9,8 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from qat.config import Config
-from qat.runs import Run, baseline_of, ptq_mode, run_id, untouched_of
+from qat.identity import baseline_of, ptq_mode, run_id, untouched_of
+from qat.runs import Run
 from qat.studies.cells import Cell, Key
 from qat.studies.measures import Measured
 from tests.synthetic_runs import edit, write_run

@@ -13,8 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from qat.config import Config, QuantConfig
+from qat.identity import ptq_mode, run_id, untouched_of
 from qat.report import Experiment
-from qat.runs import Run, ptq_mode, run_id, untouched_of
+from qat.runs import Run
 
 TASKS = {"mmlu": (228, 0.26), "hellaswag": (200, 0.43), "arc_easy": (200, 0.58), "arc_challenge": (200, 0.35)}
 ROLES = ("activation", "weight", "gradient")

@@ -10,7 +10,8 @@ from scipy import stats
 from qat import cli
 from qat.compare import differences
 from qat.config import ConfigError, register
-from qat.runs import Run, baseline_of, identity, ptq_mode, run_id
+from qat.identity import baseline_of, identity, ptq_mode, run_id
+from qat.runs import Run
 from qat.studies import audit, measures, page
 from qat.studies.audit import PLAIN, SPLIT, SWITCHES
 from qat.studies.cells import replicated

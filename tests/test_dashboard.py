@@ -11,7 +11,8 @@ import pytest
 
 from qat import dashboard
 from qat.config import ROLES
-from qat.runs import Run, run_id
+from qat.identity import run_id
+from qat.runs import Run
 from tests.synthetic_runs import config, write_run
 
 TASKS = ["mmlu", "arc_easy"]

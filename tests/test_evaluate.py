@@ -17,8 +17,9 @@ from qat.config import TaskConfig, UserError
 from qat.convert import quantized_linears
 from qat.evaluate import Subject
 from qat.evaluate import evaluate as score
+from qat.identity import baseline_of, ptq_mode, untouched_of
 from qat.linear import Quantizer
-from qat.runs import Run, baseline_of, ptq_mode, untouched_of
+from qat.runs import Run
 from qat.scaling import ScaleBank
 from tests.conftest import RUNS, TINY, wandb_records
 from tests.test_dashboard import parts

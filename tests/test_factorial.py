@@ -12,7 +12,8 @@ from hydra import initialize_config_dir
 
 from qat import cli, suite
 from qat.config import ConfigError, ScalingConfig, UserError, register
-from qat.runs import Run, baseline_of, run_id
+from qat.identity import baseline_of, run_id
+from qat.runs import Run
 from qat.scaling import Phase, ScaleBank
 from qat.studies import cells, factorial, measures, page
 from qat.studies.cells import Cell

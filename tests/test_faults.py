@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from qat import benchmarks, checkpoint, data, files, loop
 from qat.config import TaskConfig
 from qat.evaluate import evaluate
-from qat.runs import Run, baseline_of, untouched_of
+from qat.identity import baseline_of, untouched_of
+from qat.runs import Run
 from tests.conftest import ROOT, RUNS
 from tests.torture import left
 

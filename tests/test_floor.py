@@ -6,9 +6,10 @@ import pytest
 
 from qat.config import UserError
 from qat.floor import floor, original, repeats
+from qat.identity import run_id
 from qat.paired import half_width
 from qat.report import Experiment, tables, write
-from qat.runs import Run, run_id
+from qat.runs import Run
 from tests.synthetic_runs import HIF8, config, edit, write_run
 
 RIGHT = [True] * 60 + [False] * 40

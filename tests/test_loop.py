@@ -13,7 +13,8 @@ import pytest
 
 from qat import checkpoint, loop, stops
 from qat.config import UserError
-from qat.runs import Run, baseline_of
+from qat.identity import baseline_of
+from qat.runs import Run
 from qat.step import Trainer, learning_rate
 from tests.conftest import ROOT, RUNS, TINY
 from tests.torture import left

@@ -10,9 +10,10 @@ import torch
 from qat import checkpoint, data, loop, models, runtime
 from qat.config import UserError
 from qat.convert import convert
+from qat.identity import baseline_of, run_id
 from qat.loss import token_losses
 from qat.probes import TextProbe
-from qat.runs import Run, baseline_of, run_id
+from qat.runs import Run
 from qat.scaling import Phase
 from qat.step import Trainer
 

@@ -7,8 +7,9 @@ import torch
 
 from qat import data, models, ptq
 from qat.convert import convert, quantized_linears
+from qat.identity import baseline_of
 from qat.ptq import calibrate, ptq_of
-from qat.runs import Run, baseline_of
+from qat.runs import Run
 from qat.scaling import Phase, ScaleBank
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from qat import runs, scaling
+from qat import scaling
 from qat.compare import train_command
 from qat.config import CHOICES, UserError
-from qat.runs import Run, baseline_of, run_id, untouched_of
+from qat.identity import baseline_of, identity, run_id, untouched_of
+from qat.runs import Run
 from tests.conftest import RUNS
 
 
@@ -192,7 +193,7 @@ def test_a_baseline_matches_in_all_but_quantization(config):
     assert dataclasses.asdict(cfg) == before and not baseline.quantized
     ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(baseline)
     assert {key for key in ours if ours[key] != theirs[key]} == {"quant", "scaling"}
-    own, matched = runs.identity(cfg), runs.identity(baseline)
+    own, matched = identity(cfg), identity(baseline)
     assert own.keys() - matched.keys() == {"quant", "scaling", "bf16_warmup_steps"}
     assert all(own[key] == matched[key] for key in matched)
     assert baseline_of(baseline) == baseline

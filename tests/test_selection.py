@@ -3,8 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
+from qat.identity import baseline_of, run_id
 from qat.report import selected, write
-from qat.runs import baseline_of, run_id
 from tests.conftest import typed
 from tests.synthetic_runs import HIF8, answers, config, losses, write_run
 

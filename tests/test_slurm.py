@@ -14,7 +14,8 @@ from hydra import initialize_config_dir
 
 from qat import cli, loop, suite
 from qat.config import ConfigError, register
-from qat.runs import Run, baseline_of, run_id
+from qat.identity import baseline_of, run_id
+from qat.runs import Run
 from tests import slurm
 from tests.conftest import ROOT, TINY
 

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import data, models, runtime
 from qat.convert import convert
+from qat.identity import baseline_of
 from qat.loop import train
-from qat.runs import Run, baseline_of
+from qat.runs import Run
 from qat.step import Trainer, learning_rate
 from qat.telemetry import Probe
 

@@ -12,7 +12,7 @@ from torch import nn
 from qat import loop
 from qat.config import Config, QuantConfig, ScalingConfig
 from qat.convert import convert
-from qat.runs import baseline_of
+from qat.identity import baseline_of
 from qat.telemetry import Probe, UpdateProbe
 
 LAYER = "layers.0.mlp.up_proj"

@@ -10,7 +10,7 @@ import pytest
 
 from qat import cli, data, prose, texts
 from qat.config import DataConfig, UserError
-from qat.runs import run_id
+from qat.identity import run_id
 from tests.conftest import TINY, composed
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,8 @@ import wandb
 from qat import loop, tracking
 from qat.compare import loss_ape
 from qat.config import LoggerConfig
-from qat.runs import Run, baseline_of
+from qat.identity import baseline_of
+from qat.runs import Run
 from qat.step import Trainer
 from tests.conftest import wandb_records
 

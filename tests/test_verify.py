@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qat import records
-from qat.runs import Run, run_id
+from qat.identity import run_id
+from qat.runs import Run
 from tests.synthetic_runs import compared_pair, edit
 
 

@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat.runs import Run, baseline_of
+from qat.identity import baseline_of
+from qat.runs import Run
 from tests.conftest import ROOT, RUNS, TINY, typed
 
 WORDS = (*TINY, "experiment=exp8", "warmup.bf16=0.2", "scaling.discard_after_warmup=false", "budget.steps=40")

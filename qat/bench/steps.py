@@ -16,8 +16,8 @@ from qat import models, runtime
 from qat.bench.plain import PlainQuantizedLinear
 from qat.config import Config, ConfigError, QuantConfig, ScalingConfig, nearest
 from qat.convert import convert
+from qat.identity import baseline_of
 from qat.loss import token_losses
-from qat.runs import baseline_of
 from qat.scaling import Phase
 from qat.step import Trainer
 

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from qat import models
 from qat.config import Config, UserError
 from qat.convert import Coverage
+from qat.identity import baseline_of
 from qat.plan import costs, memory
 from qat.plan.machine import Machine
-from qat.runs import Run, baseline_of
+from qat.runs import Run
 from qat.runtime import ROOT
 
 __all__ = ["Plan", "Training", "make"]

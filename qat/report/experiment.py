@@ -16,8 +16,9 @@ from omegaconf import OmegaConf
 
 from qat.compare import TASKS, compare, differences, mismatches, sides, train_command
 from qat.config import BenchmarkConfig, Config, UserError
+from qat.identity import identity, run_id, untouched_of
 from qat.replicates import over_seeds
-from qat.runs import Run, identity, run_id, untouched_of
+from qat.runs import Run
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1

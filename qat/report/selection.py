@@ -10,8 +10,9 @@ from pathlib import Path
 from qat import suite
 from qat.compare import mismatches
 from qat.config import Config, ConfigError
+from qat.identity import baseline_of, run_id
 from qat.report.experiment import Experiment
-from qat.runs import Run, baseline_of, run_id
+from qat.runs import Run
 
 OF_NONE = "custom"  # runs of no experiment
 

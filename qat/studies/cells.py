@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from qat import ranks
 from qat.config import Config, ConfigError, UserError
 from qat.evaluate import evaluate
+from qat.identity import baseline_of, run_id
 from qat.loop import train_with_baseline
-from qat.runs import Run, baseline_of, run_id
+from qat.runs import Run
 
 Key = tuple[str, ...]  # the levels of a cell, one a factor
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from qat.compare import TASKS, compare, eval_command
 from qat.config import UserError
-from qat.runs import Run, baseline_of, untouched_of
+from qat.identity import baseline_of, untouched_of
+from qat.runs import Run
 from qat.scored import Scored
 from qat.studies.cells import Cell, Key
 from qat.studies.contrasts import Response

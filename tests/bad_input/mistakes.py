@@ -11,8 +11,9 @@ import pytest
 
 from qat import loop
 from qat.evaluate import evaluate
+from qat.identity import baseline_of
 from qat.models import byte_tokenizer
-from qat.runs import Run, baseline_of
+from qat.runs import Run
 from tests.conftest import typed
 
 # A model of four blocks, six steps with a checkpoint after the second and the fourth, four questions.
