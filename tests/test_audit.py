@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 from hydra import initialize_config_dir
 from scipy import stats
@@ -78,8 +79,12 @@ def test_what_the_audit_sets_is_refused_on_the_command_line(word):
         audit.design([word])
 
 
+def of_scope(key) -> int:
+    return LINEARS.get(key[1], 75)
+
+
 def answers(**planted) -> dict[str, dict]:
-    planted = {"sequences": 32, "linears": lambda key: LINEARS.get(key[1], 75)} | planted
+    planted = {"sequences": 32, "linears": of_scope} | planted
     return {claim["claim"]: claim for claim in audit.claims(invent(KEYS, **planted))}
 
 
@@ -111,16 +116,36 @@ def test_what_clipping_costs(gain, verdict):
 
 @pytest.mark.parametrize(("power", "verdict"), [(0.6, SUPPORTED), (0.0, OPEN), (-0.6, CONTRADICTED)])
 def test_the_power_of_the_number_of_linears(power, verdict):
-    """Each base has a factor of its own; two per cent of noise, the same for both."""
+    """Each base has a factor of its own; two per cent of noise, the same for both: four points, not eight."""
     wobble = {PLAIN: 1.02, "MLP of all blocks": 0.98, "attention too": 1.02}
 
     def ape(key) -> float:
-        return (0.2 if key[0] == "exp3" else 0.1) * (LINEARS.get(key[1], 75) / 75) ** power * wobble.get(key[1], 1)
+        return (0.2 if key[0] == "exp3" else 0.1) * (of_scope(key) / 75) ** power * wobble.get(key[1], 1)
 
     claim = answers(ape=ape)["Loss APE follows the number of quantized linears"]
     (statement,) = claim["statements"]
-    assert claim["verdict"] == verdict and statement["estimate"]["n"] == 8
+    assert claim["verdict"] == verdict and statement["estimate"]["n"] == 4
     assert statement["estimate"]["low"] < power < statement["estimate"]["high"]
+    points = [ape(("exp8", scope)) for scope in audit.SCOPES]
+    line = stats.linregress(*np.log([[75, 90, 175, 210], points]))
+    assert statement["estimate"]["value"] == pytest.approx(line.slope)
+    half = stats.t.ppf(0.975, 2) * line.stderr
+    assert statement["estimate"]["high"] == pytest.approx(line.slope + half)
+
+
+def test_more_runs_of_the_same_scopes_make_their_power_no_surer():
+    """What a scope does beyond its number of linears is the same in every run, so it is no noise that averages out."""
+    measured = invent(KEYS, (0, 1, 2), ape=lambda key: 0.3 if key[1] == "MLP of all blocks" else 0.2, linears=of_scope)
+    one = audit.power_of_linears([m for m in measured if m.seed == 0 and m.key[0] == "exp8"], 0.95)
+    assert vars(audit.power_of_linears(measured, 0.95)) == pytest.approx(vars(one))
+    assert one.low < 0 < one.high
+
+
+def test_the_power_is_that_of_bases_with_all_scopes():
+    measured = invent(KEYS, ape=lambda key: 0.2 if key[0] == "exp3" else of_scope(key) / 500, linears=of_scope)
+    partly = [m for m in measured if m.key[0] == "exp8" or m.key[1] != "attention too"]
+    assert audit.power_of_linears(partly, 0.95).value == pytest.approx(1)
+    assert audit.power_of_linears([m for m in measured if m.key[1] == PLAIN], 0.95) is None
 
 
 def test_an_effect_is_what_the_switch_changes_of_the_difference():
@@ -140,7 +165,7 @@ def test_an_effect_is_what_the_switch_changes_of_the_difference():
 
 def test_what_a_switch_does_to_ptq_is_blank_where_it_is_the_same_ptq():
     wider = ("exp8", "attention too")
-    ptq = {"linears": lambda key: LINEARS.get(key[1], 75), "ptq": lambda key: 0.05 if key == wider else 0.02}
+    ptq = {"linears": of_scope, "ptq": lambda key: 0.05 if key == wider else 0.02}
     rows = {(row["base"], row["switch"]): row["effects"] for row in audit.effects(invent(KEYS, **ptq))}
     assert rows[wider]["Held-out loss, PTQ"]["estimate"]["value"] == pytest.approx(0.03)
     assert rows["exp8", "gradients to 224"]["Held-out loss, PTQ"]["text"] == "–"

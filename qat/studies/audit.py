@@ -239,18 +239,26 @@ def _linears(measured: Sequence[Measured]) -> Claim:
 
 
 def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | None:
-    """b of APE = a * linears ^ b, the factor a of each base and seed its own, by least squares on the logarithms. None
-    with fewer than two scopes."""
-    runs = [m for m in measured if m.key[0] in ("exp8", "exp3") and m.key[1] in SCOPES and m.ape > 0]
-    groups = list(dict.fromkeys((m.key[0], m.seed) for m in runs))
-    if len({m.linears for m in runs}) < 2:
+    """b of APE = a * linears ^ b by least squares on the logarithms, the factor a of each base and seed its own; None
+    with fewer than two scopes.
+
+    Which linears a scope adds matters beside their number, alike for every base and seed: so the noise is that between
+    scopes, in their means over the bases and seeds that have most of them, and more runs do not make it smaller.
+    """
+    linears, groups = {}, {}
+    for m in measured:
+        if m.key[0] in ("exp8", "exp3") and m.key[1] in SCOPES and m.ape > 0:
+            linears[m.key[1]] = m.linears
+            groups.setdefault((m.key[0], m.seed), {})[m.key[1]] = np.log(m.ape)
+    scopes = list(max(groups.values(), key=len, default={}))
+    if len({linears[scope] for scope in scopes}) < 2:
         return None
-    design = [[np.log(m.linears), *(float((m.key[0], m.seed) == group) for group in groups)] for m in runs]
-    fit = OLS(np.log([m.ape for m in runs]), np.array(design)).fit()
+    apes = [[group[scope] for scope in scopes] for group in groups.values() if set(scopes) <= set(group)]
+    fit = OLS(np.mean(apes, axis=0), [[np.log(linears[scope]), 1.0] for scope in scopes]).fit()
     if fit.df_resid < 1:
-        return Estimate(float(fit.params[0]), None, None, None, len(runs), "runs", level)
+        return Estimate(float(fit.params[0]), None, None, None, len(scopes), "scopes", level)
     low, high = map(float, fit.conf_int(alpha=1 - level)[0])
-    return Estimate(float(fit.params[0]), low, high, float(fit.pvalues[0]), len(runs), "runs", level)
+    return Estimate(float(fit.params[0]), low, high, float(fit.pvalues[0]), len(scopes), "scopes", level)
 
 
 def _modes(measured: Sequence[Measured], limit: float) -> Claim:
