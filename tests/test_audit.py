@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from qat.studies import audit, measures, page
 from qat.studies.audit import PLAIN, SPLIT, SWITCHES
 from qat.studies.cells import replicated
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
+from tests.conftest import typed
 from tests.studies import WORDS, invent, write
 from tests.synthetic_runs import edit
 
@@ -85,7 +87,12 @@ def of_scope(key) -> int:
 
 def answers(**planted) -> dict[str, dict]:
     planted = {"sequences": 32, "linears": of_scope} | planted
-    return {claim["claim"]: claim for claim in audit.claims(invent(KEYS, **planted))}
+    return judged(invent(KEYS, **planted))
+
+
+def judged(measured, *words: str) -> dict[str, dict]:
+    cfg = typed(Path("runs"), *WORDS, "experiment=exp8", "budget.micro_batch=4", "budget.accumulation=1", *words)
+    return {claim["claim"]: claim for claim in audit.claims(measured, cfg)}
 
 
 def test_the_share_of_forgetting_that_the_labels_explain():
@@ -131,6 +138,14 @@ def test_the_power_of_the_number_of_linears(power, verdict):
     assert statement["estimate"]["value"] == pytest.approx(line.slope)
     half = stats.t.ppf(0.975, 2) * line.stderr
     assert statement["estimate"]["high"] == pytest.approx(line.slope + half)
+
+
+def test_a_window_of_calls_is_compared_only_where_it_forgets():
+    """64 calls are 16 steps of 4: a run of 17 steps, one of them in BF16, never sees its window full and moving on."""
+    name, measured = "A window counted in calls is as good as one in steps", invent(KEYS)
+    short, long = (judged(measured, f"budget.steps={steps}", "warmup.bf16=0.05")[name] for steps in (17, 18))
+    assert long["verdict"] == SUPPORTED and short["verdict"] == OPEN
+    assert short["why"] == "It was not seen that a run outlasts a window of calls: +64 [+64, +64] quantized calls."
 
 
 def test_more_runs_of_the_same_scopes_make_their_power_no_surer():

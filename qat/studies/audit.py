@@ -153,15 +153,16 @@ def _effect(measured: Sequence[Measured], name: str, response: Response, key: Ke
 # ---------------------------------------------------------------------------------------------------- claims
 
 
-def claims(measured: Sequence[Measured]) -> list[dict]:
-    """The questions of the paper's disagreements, each judged (`qat.studies.contrasts.Claim`)."""
+def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
+    """The questions of the paper's disagreements, each judged (`qat.studies.contrasts.Claim`); cfg: of exp8 by the
+    text."""
     if not measured:
         return []
     held = measures.heldout(measured, "w8a8")
     plain = [m.losses["baseline"].mean() for m in measured if m.key[1] == PLAIN]
     limit = APE_THRESHOLD / 100 * float(np.mean(plain or [0]))
-    made = [_labels(measured), _clipping(held, limit), _calls(held, limit), _linears(measured), _modes(measured, limit)]
-    return [claim.judge() for claim in made]
+    made = [_labels(measured), _clipping(held, limit), _calls(held, limit, cfg), _linears(measured)]
+    return [claim.judge() for claim in (*made, _modes(measured, limit))]
 
 
 def _labels(measured: Sequence[Measured]) -> Claim:
@@ -213,12 +214,23 @@ def _clipping(held: Response, limit: float) -> Claim:
     )
 
 
-def _calls(held: Response, limit: float) -> Claim:
+def _calls(held: Response, limit: float, cfg: Config) -> Claim:
     change = {(SPLIT, "a tick a call"): 1, (SPLIT, PLAIN): -1}
+    micro, accumulation = cfg.batch
+    calls = (cfg.steps - cfg.bf16_warmup_steps) * (accumulation if accumulation > 1 else micro)
+    length = Response("Length of a run", "quantized calls", 0, {})
     return Claim(
         "A window counted in calls is as good as one in steps",
         "“64 steps”; in the code 64 calls, which are 8 steps",
         [Statement("the difference is within the threshold", held, change, -limit, limit)],
+        premises=[  # else neither window forgets anything, and they are one
+            Statement(
+                "a run outlasts a window of calls",
+                length,
+                low=cfg.scaling.window,
+                estimate=lambda level: Estimate(calls, calls, calls, None, 1, "run", level),
+            )
+        ],
     )
 
 

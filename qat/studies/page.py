@@ -54,7 +54,7 @@ def write_audit(
 ) -> Path:
     """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
-    claims, effects = audit.claims(measured), audit.effects(measured)
+    claims, effects = audit.claims(measured, cfg), audit.effects(measured)
     parts = [f"# {TITLES['audit']}", _summary(claims), READING]
     parts += [_listed(_facts(measured, cfg)), *_missing(missing | left_out), *_claims(claims)]
     if effects:
