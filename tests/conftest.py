@@ -135,6 +135,14 @@ def configure(texts):
     return make
 
 
+@pytest.fixture(scope="session")
+def scored(configure, tmp_path_factory):
+    """(configuration of a run that was trained and scored, its comparison, its checkpoint's files before scoring)"""
+    from tests.scored import train_and_score
+
+    return train_and_score(configure, tmp_path_factory.mktemp("scored"))
+
+
 @pytest.fixture
 def config(configure, tmp_path):
     """`configure` with its runs in tmp_path/runs."""

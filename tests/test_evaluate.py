@@ -2,62 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from qat import benchmarks, checkpoint, compare, dashboard, data, evaluate, loop, ptq, tracking
+from qat import checkpoint, compare, dashboard, data, evaluate, tracking
 from qat.compare import differences
-from qat.config import TaskConfig, UserError
+from qat.config import UserError
 from qat.convert import quantized_linears
-from qat.evaluate import Subject
 from qat.evaluate import evaluate as score
 from qat.identity import baseline_of, ptq_mode, untouched_of
 from qat.linear import Quantizer
 from qat.runs import Run
 from qat.scaling import ScaleBank
 from tests.conftest import RUNS, TINY, wandb_records
+from tests.scored import TASKS, WORDS, silent, subjects, tensors
 from tests.test_dashboard import parts
-
-TASKS = {"hellaswag": TaskConfig(shots=0, limit=2), "arc_easy": TaskConfig(shots=0, limit=4)}
-WORDS = ("experiment=exp8", "optim.lr=1e-4")
-
-
-def tensors(run: Run) -> dict:
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in run.checkpoints.rglob("*.*")}
-
-
-def silent(cfg):
-    """The same, not mirrored."""
-    return dataclasses.replace(cfg, logger=dataclasses.replace(cfg.logger, mode="disabled"))
-
-
-@pytest.fixture(scope="module")
-def scored(configure, tmp_path_factory):
-    """(configuration of a run that was trained and scored, its comparison, its checkpoint's files before scoring)"""
-    cfg = configure(tmp_path_factory.mktemp("scored"), *WORDS, "logger=wandb", **{"benchmark.tasks": TASKS})
-    loop.train_with_baseline(silent(cfg))
-    before = tensors(Run.of(cfg)) | tensors(Run.of(baseline_of(cfg)))
-    score(silent(baseline_of(cfg)))
-    return cfg, score(cfg), before
-
-
-def subjects(cfg) -> dict[str, Subject]:
-    untouched, baseline = untouched_of(cfg), baseline_of(cfg)
-    named = {
-        "untouched": (untouched, untouched, "bf16"),
-        "baseline": (baseline, baseline, "bf16"),
-        "ptq": (ptq.ptq_of(cfg), baseline, ptq_mode(cfg.quant)),
-        "bf16": (cfg, cfg, "bf16"),
-        "w8a8": (cfg, cfg, "w8a8"),
-    }
-    return {name: Subject(each, Run.of(owner), mode) for name, (each, owner, mode) in named.items()}
-
 
 # ----------------------------------------------------------------------------------------------------- what is written
 
@@ -200,126 +162,6 @@ def test_a_scored_model_leaves_its_scales_as_they_were(scored):
         model(input_ids=1000 * torch.ones(2, 64, dtype=torch.int64) % 257)
     assert all(torch.equal(value, saved[name]) for name, value in bank.state_dict().items())
     assert not bank.observed.any() and bank.scale.unique().numel() > 9
-
-
-def test_scoring_again_scores_nothing(scored, monkeypatch, capsys):
-    cfg, comparison, _ = scored
-    again = silent(cfg)
-    runs = {Run.of(each).path / "eval.json" for each in (cfg, baseline_of(cfg), untouched_of(cfg))}
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in runs}
-    monkeypatch.setattr(benchmarks, "score", lambda *_, **__: pytest.fail("scored again"))
-    capsys.readouterr()
-    assert json.loads(json.dumps(score(again))) == json.loads(json.dumps(comparison))
-    assert score(baseline_of(again)) is None
-    assert capsys.readouterr().out.count("scored already") == 5 + 2
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in runs} == before
-
-
-def test_runs_that_quantize_alike_share_one_ptq(scored, config):
-    """Of exp8 and exp7 at its learning rate the baseline is one, and so is its PTQ."""
-    cfg = scored[0]
-    other = copy.deepcopy(cfg)
-    other.scaling.algo, other.quant.ste, other.quant.gradients = "current", "masked", False
-    assert Run.of(other).path != Run.of(cfg).path and Run.of(baseline_of(other)).path == Run.of(baseline_of(cfg)).path
-    assert ptq_mode(other.quant) == ptq_mode(cfg.quant)
-    for key, value in {"scope": ["mlp.down_proj"], "operands": "descaled", "target_weight": 14.0}.items():
-        changed = copy.deepcopy(cfg)
-        setattr(changed.quant, key, value)
-        assert ptq_mode(changed.quant) != ptq_mode(cfg.quant)
-
-
-def test_another_calibration_is_scored_anew(scored, monkeypatch):
-    monkeypatch.setattr(ptq, "SEQUENCES", 4)
-    asked = []
-
-    def stop(*_, **__):
-        asked.append(True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(benchmarks, "score", stop)
-    with pytest.raises(KeyboardInterrupt):
-        score(silent(scored[0]))
-    assert asked
-
-
-def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
-    cfg = dataclasses.replace(silent(scored[0]), repeat=1)
-    assert not Run.of(cfg).path.exists() and Run.of(untouched_of(cfg)).path == Run.of(untouched_of(scored[0])).path
-    loop.train_with_baseline(cfg)
-    comparison = score(cfg)
-    assert comparison["baseline"] == Run.of(baseline_of(cfg)).id != Run.of(baseline_of(scored[0])).id
-    rows = [line for line in capsys.readouterr().out.splitlines() if "bit-identical" in line]
-    assert len(rows) == 2 and all("bit-identical: every loss equal" in row and "not bit" not in row for row in rows)
-    assert Run.of(scored[0]).id in rows[1] and Run.of(baseline_of(scored[0])).id in rows[0]
-
-
-@pytest.fixture
-def restored(scored, tmp_path):
-    """The configuration of the same run, in run folders of a record: without weights."""
-    cfg = dataclasses.replace(silent(scored[0]), **{RUNS: str(tmp_path / "restored")})
-    shutil.copytree(getattr(scored[0], RUNS), getattr(cfg, RUNS), ignore=shutil.ignore_patterns("checkpoints"))
-    return cfg
-
-
-def forget(run: Run, mode: str) -> None:
-    run.write_json("eval.json", {"smoke": {k: v for k, v in run.evaluations()["smoke"].items() if k != mode}})
-
-
-def test_without_weights_a_scored_run_is_compared_and_nothing_trained(restored, monkeypatch):
-    monkeypatch.setattr(loop, "train_again", None)
-    assert score(restored)["run"] == Run.of(restored).id
-
-
-def test_weights_that_are_gone_and_wanted_are_trained_again(restored, scored, capsys):
-    """To the same losses: what was scored before still counts."""
-    base, run = Run.of(baseline_of(restored)), Run.of(restored)
-    before = run.evaluations()["smoke"]
-    forget(run, "w8a8")
-    score(restored)
-    said = capsys.readouterr().out
-    assert said.count("its checkpoint is gone, so it is trained again") == 2
-    assert f"{base.id} (bf16): scored already" in said and f"{run.id} (bf16): scored already" in said
-    after = run.evaluations()["smoke"]
-    assert {**after["w8a8"], "seconds": 0} == {**before["w8a8"], "seconds": 0}
-
-
-def test_what_was_scored_of_other_weights_is_scored_anew(restored, capsys):
-    """The baseline's losses were other ones when it was scored: all that stands on it is made again."""
-    base, run = Run.of(baseline_of(restored)), Run.of(restored)
-    results = base.evaluations()
-    for record in results["smoke"].values():
-        record["of"] = ["0123456789"] * len(record["of"])
-    base.write_json("eval.json", results)
-    score(restored)
-    said = capsys.readouterr().out
-    assert f"{base.id} (bf16): scoring" in said and f"{base.id} ({ptq_mode(restored.quant)}): scoring" in said
-    assert f"{run.id} (w8a8): scored already" in said
-    assert base.evaluations()["smoke"]["bf16"]["of"] == [base.fingerprint]
-
-
-def test_other_questions_are_scored_anew(restored, monkeypatch):
-    restored.benchmark = dataclasses.replace(restored.benchmark, split="validation")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(benchmarks, "score", stop)
-    with pytest.raises(KeyboardInterrupt):
-        score(restored)
-
-
-def test_of_another_text_the_losses_are_taken_and_the_answers_kept(restored, monkeypatch):
-    before = {name: subject.run.evaluations()["smoke"] for name, subject in subjects(restored).items()}
-    restored.budget = dataclasses.replace(restored.budget, heldout_tokens=128)
-    monkeypatch.setattr(benchmarks, "score", None)
-    score(restored)
-    for name, subject in subjects(restored).items():
-        was, now = (record[subject.mode] for record in (before[name], subject.run.evaluations()["smoke"]))
-        assert was["tasks"] == now["tasks"] and was["asked"] != now["asked"]
-        assert was["heldout"]["embedded"]["tokens"] == 256 and now["heldout"]["embedded"]["tokens"] == 128
-        assert {task: len(subject.run.samples("smoke", subject.mode, task)) for task in TASKS} == {
-            task: TASKS[task].limit for task in TASKS
-        }
 
 
 def test_a_documents_loss_is_the_mean_over_its_sequences():

@@ -255,7 +255,7 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
     with fewer than two scopes.
 
     Which linears a scope adds matters beside their number, alike for every base and seed: so the noise is that between
-    scopes, in their means over the bases and seeds that have most of them, and more runs do not make it smaller.
+    scopes, in their means over the bases and seeds that have all of them, and more runs do not make it smaller.
     """
     linears, groups = {}, {}
     for m in measured:
