@@ -191,11 +191,21 @@ def _heldout(text: str, mode: str, scored: Scored, reference: Scored, origin: Sc
     return row | {"kl": ours["kl"]} | scored.heldout(text, reference)
 
 
+def of_qat(own: Mapping[str, Scored]) -> dict[str, tuple[Scored, Scored]]:
+    """What QAT less PTQ is made of: its weights, both under PTQ's scales, and its scales, both on its weights. Nothing
+    where an earlier version scored the run."""
+    ptq, qat, calibrated = own["ptq"], own["w8a8"], own["w8a8"].calibrated
+    return {"weights": (calibrated, ptq), "scales": (qat, calibrated)} if calibrated else {}
+
+
 def _recovered(text: str, own: Mapping[str, Scored], reference: Scored) -> dict:
-    """What W8A8 costs with QAT and without, over the BF16 baseline, and how much of it QAT recovers."""
+    """What W8A8 costs with QAT and without, over the BF16 baseline, how much of it QAT recovers, and by what."""
     costs = {mode: own[mode].heldout(text, reference)["difference"] for mode in ("ptq", "w8a8")}
     paired = own["ptq"].heldout(text, own["w8a8"])
-    return {"text": text, **costs, "recovered": paired["difference"], "ci": paired["ci"]}
+    parts = {part: ours.heldout(text, other) for part, (ours, other) in of_qat(own).items()}
+    return {"text": text, **costs, "recovered": paired["difference"], "ci": paired["ci"]} | {
+        part: {key: row[key] for key in ("difference", "ci")} for part, row in parts.items()
+    }
 
 
 def _task(task: str, mode: str, scored: Scored, reference: Scored, origin: Scored | None, answers: Answers) -> dict:

@@ -2,7 +2,8 @@
 
 Five things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, that baseline in W8A8
 without QAT (`qat.ptq`), and the run both ways: its weights in BF16 without quantizers (`bf16`, what the paper reports),
-and W8A8 with frozen scales (`w8a8`). Every model is scored as it would be exported, with its parameters in BF16.
+and W8A8 with frozen scales (`w8a8`), whose held-out loss is also taken under PTQ's scales. Every model is scored as it
+would be exported, with its parameters in BF16.
 Nothing is written into a checkpoint.
 """
 
@@ -142,7 +143,10 @@ class _Scorer:
 
     def scored(self, subject: Subject) -> bool:
         """Whether its folder has the scores of these weights, for what is asked."""
-        return self._done(subject).get("asked") == self._asked(subject)
+        done = self._done(subject)
+        # Results of earlier versions have no losses under PTQ's scales: they are left out of the comparison.
+        calibrated = done.get("calibrated", {}).get("sequences", ptq.SEQUENCES)
+        return done.get("asked") == self._asked(subject) and calibrated == ptq.SEQUENCES
 
     def _done(self, subject: Subject) -> dict:
         """What its folder has of these weights."""
@@ -183,6 +187,7 @@ class _Scorer:
             "heldout": self._heldout(subject, model, tokenizer),
             "asked": self._asked(subject),
             "of": self._of(subject),
+            **({"calibrated": self._calibrated(subject)} if mode == "w8a8" else {}),
             "seconds": round(time.perf_counter() - started, 1),
         }
         with subject.run.lock():
@@ -219,6 +224,11 @@ class _Scorer:
         if cfg.probe:
             texts[cfg.probe.name] = data.heldout(cfg.probe, tokenizer, wanted // 2)
         return {name: self._losses(subject, model, text) for name, text in texts.items()}
+
+    def _calibrated(self, subject: Subject) -> dict:
+        """The held-out losses of a run's weights under the scales that PTQ gives them."""
+        twin = Subject(ptq.calibrated(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
+        return {"sequences": ptq.SEQUENCES, "heldout": self._heldout(twin, *twin.build())}
 
     def _losses(self, subject: Subject, model: nn.Module, text: data.Heldout) -> dict:
         """Loss on a text, and for a quantized run its KL divergence from the baseline's predictions: means over its

@@ -24,16 +24,22 @@ def ptq_of(cfg: Config) -> Config:
     """The PTQ beside a quantized run: its baseline under its quantization."""
     ptq = baseline_of(cfg)
     ptq.quant = copy.deepcopy(cfg.quant)
+    return calibrated(ptq)
+
+
+def calibrated(cfg: Config) -> Config:
+    """A quantized run under PTQ's scales in the place of its own, which tells its weights from its scales."""
+    found = copy.deepcopy(cfg)
     # A bank that observes while nothing is quantized, and whose scale is what it observed.
-    ptq.scaling = ScalingConfig(algo="most_recent", observe_in_warmup=True, discard_after_warmup=False)
-    return ptq
+    found.scaling = ScalingConfig(algo="most_recent", observe_in_warmup=True, discard_after_warmup=False)
+    return found
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, bank: ScaleBank, cfg: Config, tokenizer) -> None:
     """Set the scales of a new bank of a converted model, which is in eval mode and not quantizing yet (`Phase.OFF`).
 
-    cfg: of `ptq_of`. Only weights and activations are seen: there is no backward pass. Errors: UserError when the
+    cfg: of `calibrated`. Only weights and activations are seen: there is no backward pass. Errors: UserError when the
     training text cannot be read.
     """
     once = dataclasses.replace(cfg.data, duplicate_workers=1)

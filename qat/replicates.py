@@ -6,11 +6,11 @@ seed, and the choice of questions or documents. Intervals here cover both (`qat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, of_qat
 from qat.paired import crossed, half_width
 from qat.scored import Scored
 
@@ -48,10 +48,11 @@ def _aligned(comparisons: Sequence[dict], part: str, *keys: str) -> list[list[di
     return [[table[name] for table in tables] for name in tables[0] if all(name in table for table in tables)]
 
 
-def _changes(scored: Sequence[Side], of: Callable[[dict[str, Scored], Scored], Sequence[float]], reach: float = 0.0):
-    """What changed, in the mean over runs and units; None of a single document, which has no noise to be had."""
-    changes = np.array([of(own, reference) for own, reference in scored], float)
-    return crossed(changes, reach) if changes.shape[1] > 1 or reach else None
+def _interval(pairs: Sequence[tuple[Scored, Scored]], text: str, value: float) -> list[float] | None:
+    """95 % around `value`, the mean of what the ones' losses on a text are above the others', one pair a seed; None of
+    a single document, which has no noise to be had."""
+    changes = np.array([ours.document_changes(text, other) for ours, other in pairs])
+    return crossed(changes)._replace(value=value).interval() if changes.shape[1] > 1 else None
 
 
 def _means(rows: Sequence[dict], *keys: str) -> dict:
@@ -64,14 +65,19 @@ def _heldout(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
     text, mode = rows[0]["text"], rows[0]["mode"]
     merged = {key: rows[0][key] for key in ("text", "mode", "documents")}
     merged |= _means(rows, "loss", "baseline", "untouched", "difference", "kl")
-    mean = _changes(scored, lambda own, reference: own[mode].document_changes(text, reference))
-    return merged | {"ci": mean and mean._replace(value=merged["difference"]).interval()}
+    pairs = [(own[mode], reference) for own, reference in scored]
+    return merged | {"ci": _interval(pairs, text, merged["difference"])}
 
 
 def _recovered(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
-    merged = {"text": rows[0]["text"]} | _means(rows, "ptq", "w8a8", "recovered")
-    mean = _changes(scored, lambda own, _: own["ptq"].document_changes(merged["text"], own["w8a8"]))
-    return merged | {"ci": mean and mean._replace(value=merged["recovered"]).interval()}
+    text = rows[0]["text"]
+    merged = {"text": text} | _means(rows, "ptq", "w8a8", "recovered")
+    merged["ci"] = _interval([(own["ptq"], own["w8a8"]) for own, _ in scored], text, merged["recovered"])
+    pairs = [of_qat(own) for own, _ in scored]
+    for part in pairs[0] if all(pairs) else ():
+        difference = float(np.mean([row[part]["difference"] for row in rows]))
+        merged[part] = {"difference": difference, "ci": _interval([each[part] for each in pairs], text, difference)}
+    return merged
 
 
 def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str]) -> dict:
@@ -83,7 +89,7 @@ def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str])
     def changes(own: dict[str, Scored], reference: Scored) -> list[int]:
         return [change for task in tasks for change in own[mode].answer_changes(task, reference)]
 
-    mean = _changes(scored, changes, reach=1.0)
+    mean = crossed(np.array([changes(*side) for side in scored], float), reach=1.0)
     baseline, points = merged["baseline"], merged["points"]
     drop = -100 * points / baseline if baseline else None
     return merged | {

@@ -44,6 +44,12 @@ class Scored:
             raise UserError(f"{self.name} was scored by an earlier version; score it again: {self.command}")
         return record
 
+    @cached_property
+    def calibrated(self) -> Calibrated | None:
+        """The same weights under PTQ's scales; None where an earlier version scored them."""
+        found = Calibrated(self.run, self.benchmark, self.mode, self.command)
+        return found if "calibrated" in self.record else None
+
     def refuse_unlike(self, other: Scored) -> None:
         """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
         ours, theirs = self.record, other.record
@@ -105,3 +111,11 @@ class Scored:
             stale = f"{right} of {len(samples)} right, eval.json says {record['score']:.4f} of {record['n']}"
             raise UserError(f"{self.run.id} samples of {task} in {self.mode}: {stale}; redo it: {self.command}")
         return samples
+
+
+class Calibrated(Scored):
+    """The held-out losses, and nothing else, of a quantized run's weights under PTQ's scales."""
+
+    @cached_property
+    def record(self) -> dict:
+        return Scored(self.run, self.benchmark, self.mode, self.command).record["calibrated"]

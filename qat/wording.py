@@ -128,15 +128,31 @@ def qat_verdict(comparisons: Iterable[Mapping]) -> str:
 
 def _recovered(rows: list[Mapping], text: str) -> str:
     if len(rows) == 1:
-        return _recovered_once(rows[0], text)
+        return _recovered_once(rows[0], text) + _parts(rows)
     better = sum(_beyond_noise(row) and row["recovered"] > 0 for row in rows)
     worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
     costs, changes = (_span([row["ptq"] for row in rows]), _span([-row["recovered"] for row in rows]))
     return (
         f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. "
         f"QAT, with its own scales, minus PTQ: {changes}; of {len(rows)} intervals (95 %, uncorrected) {better} lie "
-        f"below zero, {worse} above."
+        f"below zero, {worse} above.{_parts(rows)}"
     )
+
+
+def _parts(rows: Sequence[Mapping]) -> str:
+    """What QAT minus PTQ is made of, where the runs were scored under PTQ's scales, too; begins with a space."""
+    rows = [row for row in rows if "weights" in row]
+    if not rows:
+        return ""
+    weights, scales = ([row[part] for row in rows] for part in ("weights", "scales"))
+    return f" Of QAT minus PTQ, its weights (under PTQ's scales) make {_part(weights)}, its scales {_part(scales)}."
+
+
+def _part(rows: Sequence[Mapping]) -> str:
+    if len(rows) == 1:
+        return f"{signed(rows[0]['difference'], 4)} {interval(rows[0]['ci'], 4)}"
+    beyond = f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals exclude zero"
+    return f"{_span([row['difference'] for row in rows])} ({beyond})"
 
 
 def _span(values: Sequence[float]) -> str:

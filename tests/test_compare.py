@@ -225,8 +225,13 @@ def test_table(runs):
     )
 
 
-def with_ptq(runs, losses: list[float], lost: int = 20) -> dict:
-    """The comparison, with a PTQ of the baseline that has these held-out losses and lost so many answers."""
+def with_ptq(runs, losses: list[float], lost: int = 20, calibrated: list[float] | None = None) -> dict:
+    """The comparison, with a PTQ of the baseline that has these held-out losses and lost so many answers; `calibrated`
+    are the losses of the run's own weights under PTQ's scales."""
+    if calibrated:
+        text = {"loss": float(np.mean(calibrated)), "document_losses": calibrated, "text_hash": "h-wikipedia"}
+        scales = {"sequences": 16, "heldout": {"wikipedia": text}}
+        edit(runs[0] / "eval.json", lambda record: record["quick"]["w8a8"].update(calibrated=scales))
     answers = {"bf16": {"arc_easy": RIGHT}, PTQ: {"arc_easy": flipped(lost, 0)}}
     write_run(runs[1], config(), [2.5, 2.0], answers, TEXT | {PTQ: {"wikipedia": losses}})
     return compare(*runs, "quick")
@@ -278,6 +283,26 @@ def test_qat_of_several_runs_is_counted(runs):
         "above."
     )
     assert qat_verdict([compare(*runs, "quick") | {"qat": []}]) == ""
+
+
+def test_what_qat_does_is_told_apart_into_its_weights_and_its_scales(runs):
+    """The run has 3.1, 3.4, 3.4 under its own scales."""
+    result = with_ptq(runs, [3.2, 3.5, 3.6], calibrated=[3.1, 3.45, 3.5])
+    (qat,) = result["qat"]
+    weights, scales = [-0.1, -0.05, -0.1], [0, -0.05, -0.1]
+    for part, changes in (("weights", weights), ("scales", scales)):
+        mean, half = np.mean(changes), half_width(changes)
+        assert qat[part] == {"difference": pytest.approx(mean), "ci": pytest.approx([mean - half, mean + half])}
+    assert qat["weights"]["difference"] + qat["scales"]["difference"] == pytest.approx(-qat["recovered"])
+    assert qat_verdict([result]).endswith(
+        "Of QAT minus PTQ, its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales -0.0500 "
+        "[-0.1742, +0.0742]."
+    )
+    other = with_ptq(runs, [3.2, 3.5, 3.6], calibrated=[3.2, 3.5, 3.7])
+    assert qat_verdict([result, other, result]).endswith(
+        "its weights (under PTQ's scales) make -0.0833 to +0.0333 (2 of 3 intervals exclude zero), its scales -0.1667 "
+        "to -0.0500 (0 of 3 intervals exclude zero)."
+    )
 
 
 def test_a_stale_ptq_is_refused_by_name(runs):

@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qat import checkpoint, compare, dashboard, data, evaluate, tracking
+from qat import checkpoint, compare, dashboard, data, evaluate, ptq, tracking
 from qat.compare import differences
 from qat.config import UserError
-from qat.convert import quantized_linears
+from qat.convert import convert, quantized_linears
 from qat.evaluate import evaluate as score
 from qat.identity import baseline_of, ptq_mode, untouched_of
 from qat.linear import Quantizer
 from qat.runs import Run
-from qat.scaling import ScaleBank
+from qat.scaling import Phase, ScaleBank
 from tests.conftest import RUNS, TINY, wandb_records
 from tests.scored import TASKS, WORDS, silent, subjects, tensors
 from tests.test_dashboard import parts
@@ -131,6 +131,23 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
     exported, original = (dict(models[name][0].named_parameters()) for name in ("bf16", "untouched"))
     assert all(torch.equal(p.float(), saved["model"][name].bfloat16().float()) for name, p in exported.items())
     assert any(not torch.equal(p, original[name]) for name, p in exported.items())
+
+
+def test_the_losses_under_calibrated_scales_are_those_of_the_runs_own_weights(scored):
+    cfg = scored[0]
+    model, tokenizer = subjects(cfg)["bf16"].build()
+    bank, _ = convert(model, ptq.ptq_of(cfg))
+    ptq.calibrate(model, bank, ptq.ptq_of(cfg), tokenizer)
+    bank.phase = Phase.FROZEN
+    tokens, _, _ = data.heldout(cfg.data, tokenizer, 256)
+    with torch.no_grad():
+        logits = model(input_ids=tokens[:, :-1]).logits.float()
+    record = Run.of(cfg).evaluations()["smoke"]["w8a8"]
+    found = record["calibrated"]["heldout"]["embedded"]
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
+    assert found["loss"] != record["heldout"]["embedded"]["loss"]
+    assert found["text_hash"] == record["heldout"]["embedded"]["text_hash"]
+    assert {row["text"] for row in scored[1]["qat"] if "weights" in row} == {"embedded", "wikipedia"}
 
 
 def test_the_divergence_is_that_of_the_two_predictions(scored):

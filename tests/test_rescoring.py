@@ -57,6 +57,21 @@ def test_another_calibration_is_scored_anew(scored, monkeypatch):
     assert asked
 
 
+def test_losses_under_another_calibration_are_taken_anew(restored):
+    """And those of an earlier version, which has none, are left as they are."""
+    run = Run.of(restored)
+    losses = {}
+    for sequences in (4, None):
+        results = run.evaluations()
+        losses[sequences] = results["smoke"]["w8a8"].pop("calibrated")
+        if sequences:
+            results["smoke"]["w8a8"]["calibrated"] = {**losses[sequences], "sequences": sequences}
+        run.write_json("eval.json", results)
+        comparison = score(restored)
+        assert [("weights" in row) for row in comparison["qat"]] == [bool(sequences)] * 2
+    assert losses[4] == losses[None]
+
+
 def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
     cfg = dataclasses.replace(silent(scored[0]), repeat=1)
     assert not Run.of(cfg).path.exists() and Run.of(untouched_of(cfg)).path == Run.of(untouched_of(scored[0])).path

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import t
 
 from qat.report import Experiment, tables, write
-from qat.report.experiment import published
+from qat.report.experiment import distinct, published
 from qat.runs import Run
 from tests.synthetic_runs import HIF8, PTQ, compared_pair, config, edit, untouched_beside, write_run
 from tests.test_report import Page
@@ -77,6 +77,26 @@ def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
         half = 100 * t.ppf(0.975, n + 1) * math.sqrt(2 / (n + 1) / (n + 2))
         assert points == f"+0.0 [{-half:+.1f}, {half:+.1f}]"
     assert kl == "0.0021"
+
+
+def test_what_qat_does_to_weights_and_scales_has_the_noise_of_seeds_and_documents(three, tmp_path):
+    """Under PTQ's scales each document has half of what it has under the run's own."""
+    for run, base in zip(three.runs, three.baselines, strict=True):
+        own, plain = (each.evaluations()["quick"] for each in (run, base))
+        own, plain = own["w8a8"]["heldout"]["wikipedia"], plain["bf16"]["heldout"]["wikipedia"]
+        losses = [(a + b) / 2 for a, b in zip(own["document_losses"], plain["document_losses"], strict=True)]
+        text = {**own, "document_losses": losses, "loss": sum(losses) / 3}
+        calibrated = {"sequences": 16, "heldout": {"wikipedia": text}}
+        edit(run.path / "eval.json", lambda each, of=calibrated: each["quick"]["w8a8"].update(calibrated=of))
+    (recipe,) = distinct([three]).values()
+    (qat,) = recipe.comparison["qat"]
+    half = t.ppf(0.975, 4) * 0.1 * math.sqrt(2 / 3) / 2
+    assert qat["weights"] == {"difference": pytest.approx(-0.4), "ci": pytest.approx([-0.4 - half, -0.4 + half])}
+    assert qat["scales"] == {"difference": pytest.approx(0.1), "ci": pytest.approx([0.1 - half, 0.1 + half])}
+    edit(three.runs[1].path / "eval.json", lambda each: each["quick"]["w8a8"].pop("calibrated"))
+    again = Experiment("exp8", three.runs, three.baselines)
+    (recipe,) = distinct([again]).values()
+    assert recipe.comparison["qat"][0].keys().isdisjoint(("weights", "scales"))
 
 
 def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three, tmp_path):
