@@ -23,12 +23,16 @@ if numba.config.CPU_FEATURES is None and ll.get_host_cpu_features().get("avx512f
     numba.config.CPU_NAME = ll.get_host_cpu_name()
     numba.config.CPU_FEATURES = ll.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
-I = np.int32  # noqa: E741  integer literals must stay 32 bits wide, or the loops stop being vectorized
+# Numba makes int64 of whatever two int32 come to. Each result is cut back at once, or a vector holds half as many
+# elements, and AVX2 lacks some operations on those: the kernels would take four to five times as long there.
+I = np.int32  # noqa: E741
 _CHUNK = 16384  # elements a task: large enough to hide scheduling, small enough to balance two cores
 _SIZE, _SIGN, _INF = I(0x7FFFFFFF), I(-0x80000000), I(0x7F800000)
 _SMALLEST, _HALF_SMALLEST = I(0x34800000), I(0x34000000)  # 2^-22 and 2^-23
 _OVERFLOW = I(0x47200000)  # 1.25 * 2^15
-_DENORMAL, _E4M3_EXACT, _E4M3_LARGEST = I(0x38000000), I(0x39800000), I(0x41E00000)  # 2^-15, 2^-12 and 28
+_E4M3_EXACT, _E4M3_LARGEST = I(0x39800000), I(0x41E00000)  # 2^-12 and 28
+# The exponents of a tier, -3 to 3, -7 to 7 and -15 to 15, lie around the bits of 1.5: so far to either side.
+_MIDDLE, _TIER2, _TIER1, _TIER0 = I(0x3FC00000), I(7 << 22), I(15 << 22), I(31 << 22)
 
 
 @intrinsic
@@ -52,70 +56,49 @@ def _float(typing, value):
 
 
 @njit(error_model="numpy")
-def _log2(positive):
-    """Floor of the logarithm of a small positive int32, off its float32 exponent: that is vectorized everywhere."""
-    return (_bits(np.float32(positive)) >> I(23)) - I(127)
-
-
-@njit(error_model="numpy")
 def _round(bits, clip, beyond):
     """HiF8 rounding of float32 bits: magnitudes are clipped to `clip` first, those that round above 2^15 become
     `beyond`; NaN is lost.
 
     The same integer arithmetic as `qat.hif8.fake_quantize`, written as selects because branches stop vectorization.
     """
-    size = bits & _SIZE
+    size = I(bits & _SIZE)
     clipped = size if size < clip else clip
-    exponent = (clipped >> I(23)) - I(127)
-    distance = exponent if exponent >= I(0) else -exponent
-    dropped = I(19) + _log2(distance | I(2))  # 20 for distances up to 3, then one more from 4, 8 and 16
-    unit = I(1) << dropped
-    rounded = (clipped + (unit >> I(1))) & -unit
+    offset = I(clipped - _MIDDLE)
+    distance = I(offset ^ I(offset >> I(31)))  # ones' complement: of the two ends of a tier the lower one is in it
+    lost = I(I(I(distance >= _TIER2) + I(distance >= _TIER1)) + I(distance >= _TIER0))  # of 3 mantissa bits
+    half, kept = I(I(1 << 19) << lost), I(I(-1 << 20) << lost)
+    rounded = I(I(clipped + half) & kept)
     rounded = rounded if rounded > _SMALLEST else _SMALLEST
     rounded = beyond if clipped >= _OVERFLOW else rounded
-    return rounded | (bits & _SIGN) if clipped >= _HALF_SMALLEST else I(0)
-
-
-@njit(error_model="numpy")
-def _encode(bits):
-    """Code of the float32 bits of a HiF8 value: dot field, sign-magnitude exponent, fraction (`qat.hif8`)."""
-    size = bits & _SIZE
-    exponent = (size >> I(23)) - I(127)
-    distance = exponent if exponent >= I(0) else -exponent
-    width = _log2(distance + distance + I(1))  # of the exponent field
-    fraction = min(I(5) - width, I(3))
-    dot = min(I(8) << width, I(0x60))
-    field = distance - ((I(1) << width) >> I(1) if exponent >= I(0) else I(0))
-    code = dot | (field << fraction) | ((size & I(0x7FFFFF)) >> (I(23) - fraction))
-    code = exponent + I(23) if size < _DENORMAL else code
-    code = I(0) if size == I(0) else code
-    code = I(0x6F) if size == _INF else code
-    return code | ((bits >> I(24)) & I(0x80))
+    signed = I(rounded | I(bits & _SIGN))
+    return signed if clipped >= _HALF_SMALLEST else I(0)
 
 
 def _quantizer(bf16: bool, codes: bool):
     """A kernel for one dtype, with or without codes."""
 
     @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
-    def kernel(x, scale, clip, beyond, out, out_codes, amaxes):
+    def kernel(x, scale, clip, beyond, out, table, out_codes, amaxes):
         for task in prange(amaxes.size):
             first, last = task * _CHUNK, (task + 1) * _CHUNK
             source, target, coded = x[first:last], out[first:last], out_codes[first:last]
             amax = I(0)
             for i in range(source.size):
-                raw = I(source[i]) << I(16) if bf16 else I(source[i])
-                size = raw & _SIZE
+                raw = I(I(source[i]) << I(16)) if bf16 else I(source[i])
+                size = I(raw & _SIZE)
                 amax = size if size > amax else amax
                 rounded = _round(_bits(_float(raw) * scale), clip, beyond)
-                target[i] = rounded >> I(16) if bf16 else rounded
-                if codes:
-                    coded[i] = _encode(rounded)
+                target[i] = I(rounded >> I(16)) if bf16 else rounded
+            if codes:  # apart, as a look-up is not vectorized
+                for i in range(source.size):
+                    coded[i] = table[np.uint16(target[i]) >> 4 if bf16 else np.uint32(target[i]) >> 20]
             amaxes[task] = amax
             if amax > _INF:  # NaN bits are the largest of all: put back what rounding lost
                 for i in range(source.size):
-                    raw = I(source[i]) << I(16) if bf16 else I(source[i])
-                    if (raw & _SIZE) > _INF:
-                        target[i] = raw >> I(16) if bf16 else raw
+                    raw = I(I(source[i]) << I(16)) if bf16 else I(source[i])
+                    if I(raw & _SIZE) > _INF:
+                        target[i] = I(raw >> I(16)) if bf16 else raw
                         if codes:
                             coded[i] = I(0x80)
 
@@ -193,7 +176,7 @@ def quantize(
     _use_threads_of_torch()
     kernel = _KERNELS[x.dtype, emit == "codes"]
     edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond)
-    kernel(_flat(x), *edges, _flat(out), _flat(codes), amaxes)
+    kernel(_flat(x), *edges, _flat(out), _codes(), _flat(codes), amaxes)
     if observed is not None:
         # NaN bits are the largest of all, as integers.
         bits = observed.view(torch.int32)
@@ -202,7 +185,14 @@ def quantize(
 
 
 @functools.cache
-def _table(dtype: torch.dtype) -> np.ndarray:
+def _codes() -> np.ndarray:
+    """The code of every HiF8 value, by the highest 12 of its float32 bits."""
+    return _flat(hif8.encode((torch.arange(4096, dtype=torch.int32) << 20).view(torch.float32)))
+
+
+@functools.cache
+def _values(dtype: torch.dtype) -> np.ndarray:
+    """The value of every code."""
     return _flat(hif8.decode(torch.arange(256, dtype=torch.uint8)).to(dtype))
 
 
@@ -211,7 +201,7 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     source = codes.contiguous()
     out = torch.empty(source.shape, dtype=dtype)
     _use_threads_of_torch()
-    _decode(_flat(source), _table(dtype), _flat(out))
+    _decode(_flat(source), _values(dtype), _flat(out))
     return out
 
 

@@ -35,7 +35,7 @@ def _round(scaled, clip, beyond):
 
 @triton.jit
 def _encode(bits):
-    """Code of the float32 bits of a HiF8 value (see `qat.kernels.cpu._encode`)."""
+    """Code of the float32 bits of a HiF8 value (see `qat.hif8`)."""
     size = bits & 0x7FFFFFFF
     exponent = (size >> 23) - 127
     distance = tl.abs(exponent)
