@@ -6,7 +6,7 @@ Backward  dx = round(g * s_g) @ round(w * s_w)   / (s_g * s_w)
 
 The rounded values themselves are multiplied, and the product is unscaled, as hardware would (`qat.products`). The
 straight-through estimator passes gradients through the rounding; `masked` stops them where a value was beyond the
-target. For the backward pass, activations are kept as 8-bit codes.
+target. Until the backward pass, activations are kept as 8-bit codes, and on a CPU weights from step to step.
 """
 
 from __future__ import annotations
@@ -78,32 +78,35 @@ def _pass(gradient: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
 class _QuantizedMatmul(torch.autograd.Function):
     """(x [..., in], weight [out, in]) -> [..., out], with both gradients from quantized operands.
 
-    The operands stand for x and weight, which take part only to receive their gradients. products: `Products`;
-    gradients: the output gradients' `Quantizer`.
+    The operands stand for x and weight, which take part only to receive their gradients; the weight's is as
+    `Products.kept` left it. products: `Products`; gradients: the output gradients' `Quantizer`.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, x_values, x_codes, x_scale, x_inside, w_values, w_codes, w_scale, w_inside, products, gradients
-    ):
-        a, b = (Operand(v, c, s) for v, c, s in ((x_values, x_codes, x_scale), (w_values, w_codes, w_scale)))
-        ctx.save_for_backward(products.kept(a), x_scale, x_inside, w_values, w_codes, w_scale, w_inside)
+    def forward(ctx, x, weight, x_values, x_codes, x_scale, x_inside, w_kept, w_scale, w_inside, products, gradients):
+        kept = products.kept(Operand(x_values, x_codes, x_scale))
+        ctx.save_for_backward(kept, x_scale, x_inside, w_kept, w_scale, w_inside)
         ctx.products, ctx.gradients, ctx.shape, ctx.dtype = products, gradients, x.shape, x.dtype
-        rows = Operand(*(_rows(t) for t in (a.values, a.codes)), a.scale)
-        return products.outputs(rows, b, x.dtype).view(*x.shape[:-1], weight.shape[0])
+        rows = Operand(*(_rows(t) for t in (x_values, x_codes)), x_scale)
+        y = products.outputs(rows, products.restored(w_kept, w_scale, x.dtype), x.dtype)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, gradient):
-        kept, x_scale, x_inside, w_values, w_codes, w_scale, w_inside = ctx.saved_tensors
+        x_kept, x_scale, x_inside, w_kept, w_scale, w_inside = ctx.saved_tensors
         products, dtype = ctx.products, ctx.dtype
         g, _ = ctx.gradients(_rows(gradient))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = products.input_gradients(g, Operand(w_values, w_codes, w_scale), dtype).view(ctx.shape)
+            dx = products.input_gradients(g, products.restored(w_kept, w_scale, dtype), dtype).view(ctx.shape)
             dx = _pass(dx, x_inside)
         if ctx.needs_input_grad[1]:
-            dw = _pass(products.weight_gradients(g, products.restored(_rows(kept), x_scale, dtype), dtype), w_inside)
-        return dx, dw, *(None,) * 10
+            dw = _pass(products.weight_gradients(g, products.restored(_rows(x_kept), x_scale, dtype), dtype), w_inside)
+        return dx, dw, *(None,) * 9
+
+
+# What `Products.kept` left of a weight, its scale, and what the STE lets through.
+_Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -138,7 +141,7 @@ class QuantizedLinear(nn.Linear):
         self.bank, self.quantizers, self.products = bank, quantizers, products
         self.input = Input(quantizers["activation"])
         self.sharded = False  # compiled, and the weight is whole in the forward pass only: nobody can round it before
-        self._rounded: tuple[Operand, torch.Tensor | None] | None = None
+        self._rounded: _Weight | None = None
         self._rounded_for: object = None
 
     def share_input(self, other: QuantizedLinear) -> None:
@@ -151,7 +154,7 @@ class QuantizedLinear(nn.Linear):
         if self.bank.phase is Phase.OFF:
             return self._unquantized(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        (a, x_inside), (b, w_inside) = self.input(x, dtype), self._rounded_weight(dtype)
+        (a, x_inside), (kept, scale, w_inside) = self.input(x, dtype), self._rounded_weight(dtype)
         y = _QuantizedMatmul.apply(
             x.to(dtype),
             self.weight,
@@ -159,18 +162,17 @@ class QuantizedLinear(nn.Linear):
             a.codes,
             a.scale,
             x_inside,
-            b.values,
-            b.codes,
-            b.scale,
+            kept,
+            scale,
             w_inside,
             self.products,
             self.quantizers["gradient"],
         )
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    def _rounded_weight(self, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
+    def _rounded_weight(self, dtype: torch.dtype) -> _Weight:
         if self.sharded:
-            return self.quantizers["weight"](self.weight.to(dtype))
+            return self._kept_weight(dtype)
         if not torch.compiler.is_compiling():  # before a compiled step it was rounded for all its micro-batches
             self.round_weight(dtype)
         return self._rounded
@@ -186,8 +188,14 @@ class QuantizedLinear(nn.Linear):
         made_for = (self.weight._version, dtype, self.bank.ticks, self.bank.phase is Phase.FROZEN)
         # What is not rounded may be the weight itself, which FSDP takes away after each forward pass.
         if self._rounded_for != made_for or quantizer.probe or not quantizer.enabled:
-            self._rounded = quantizer(self.weight.to(dtype))
+            self._rounded = self._kept_weight(dtype)
             self._rounded_for = made_for
+
+    def _kept_weight(self, dtype: torch.dtype) -> _Weight:
+        # As codes while it trains on a CPU, where decoding them anew takes a hundredth of the product that follows.
+        emit = "codes" if self.weight.device.type == "cpu" and self.bank.phase is not Phase.FROZEN else "values"
+        operand, inside = self.quantizers["weight"](self.weight.to(dtype), emit)
+        return self.products.kept(operand), operand.scale, inside
 
     def _unquantized(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)

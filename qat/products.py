@@ -34,13 +34,13 @@ class Products:
         self.fp8, self.descaled = cfg.gemm == "fp8", cfg.operands == "descaled"
 
     def kept(self, operand: Operand) -> torch.Tensor:
-        """What to save of an operand for the backward pass: its codes where it has any."""
-        return operand.values if operand.scale is None else operand.codes
+        """What to save of an operand until it is multiplied: its codes where it has any."""
+        return operand.values if operand.codes is None or not operand.codes.numel() else operand.codes
 
     def restored(self, kept: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> Operand:
         """The operand of `kept`, its values in `dtype`."""
-        if scale is None:
-            return Operand(kept)
+        if kept.dtype is not torch.uint8:
+            return Operand(kept, None, scale)
         if self.fp8:
             return Operand(kept.new_empty(0, dtype=dtype), kept, scale)
         return Operand(kernels.decode(kept, self.format, dtype), kept, scale)

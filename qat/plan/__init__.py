@@ -88,7 +88,7 @@ def _training(cfg: Config, architecture, ranks: int, machine: Machine, on_gpus: 
     if architecture is not None:
         shape, coverage = memory.of_model(architecture, cfg)
         kind = costs.scope(coverage.kinds()) if cfg.quantized else None
-        known = memory.training(shape, coverage, cfg, ranks), costs.rates(cfg, shape, kind, machine, on_gpus)
+        known = memory.training(shape, coverage, cfg, ranks, on_gpus), costs.rates(cfg, shape, kind, machine, on_gpus)
     return Training(run.id, run.status().get("step", 0), cfg.quantized, *known)
 
 
