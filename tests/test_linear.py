@@ -197,14 +197,17 @@ def test_weight_is_rounded_once_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_wait_for_the_backward_pass_as_codes(dtype):
-    linear, _ = single(dtype, algo="max")
+def test_operands_wait_for_the_backward_pass_as_codes(dtype):
+    linear, bank = single(dtype, algo="max")
     x, _ = data(dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear(x)
-    of_x = [t for t in kept if t.numel() == x.numel()]
-    assert [t.dtype for t in of_x] == [torch.uint8]
+    for operand in (x, linear.weight):
+        assert [t.dtype for t in kept if t.numel() == operand.numel()] == [torch.uint8]
+    with bank.frozen(), torch.no_grad():  # where nothing waits, a weight is held as what is multiplied
+        linear(x)
+    assert linear._rounded[0].dtype is dtype
 
 
 def test_evaluation_and_recomputation_leave_the_bank_alone():
