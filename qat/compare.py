@@ -195,7 +195,10 @@ def of_qat(own: Mapping[str, Scored]) -> dict[str, tuple[Scored, Scored]]:
     """What QAT less PTQ is made of: its weights, both under PTQ's scales, and its scales, both on its weights. Nothing
     where an earlier version scored the run."""
     ptq, qat, calibrated = own["ptq"], own["w8a8"], own["w8a8"].calibrated
-    return {"weights": (calibrated, ptq), "scales": (qat, calibrated)} if calibrated else {}
+    if calibrated is None:
+        return {}
+    calibrated.refuse_unlike(ptq)
+    return {"weights": (calibrated, ptq), "scales": (qat, calibrated)}
 
 
 def _recovered(text: str, own: Mapping[str, Scored], reference: Scored) -> dict:

@@ -176,20 +176,21 @@ class _Scorer:
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
         if self.scored(subject):
-            print(f"{subject.run.id} ({mode}): scored already", flush=True)
+            early = mode == "w8a8" and "calibrated" not in self._done(subject)
+            note = ", without losses under PTQ's scales: to have them, delete its eval.json" if early else ""
+            print(f"{subject.run.id} ({mode}): scored already{note}", flush=True)
             return
         subject.regain()
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
         started = time.perf_counter()
         model, tokenizer = subject.build()
         answered, samples = self._questions(subject, model, tokenizer)
-        record = answered | {
-            "heldout": self._heldout(subject, model, tokenizer),
-            "asked": self._asked(subject),
-            "of": self._of(subject),
-            **({"calibrated": self._calibrated(subject)} if mode == "w8a8" else {}),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
+        record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.cfg.quantized)}
+        del model  # before another one is built
+        if mode == "w8a8":
+            record["calibrated"] = self._calibrated(subject)
+        seconds = round(time.perf_counter() - started, 1)
+        record |= {"asked": self._asked(subject), "of": self._of(subject), "seconds": seconds}
         with subject.run.lock():
             if not subject.trained:
                 subject.run.create(subject.cfg)
@@ -217,24 +218,24 @@ class _Scorer:
         scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, runtime.cache_dir(), limit, progress=True)
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
-    def _heldout(self, subject: Subject, model: nn.Module, tokenizer) -> dict[str, dict]:
-        """By text never trained on: the data's own, and the one of another kind that training was probed with."""
+    def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
+        """By text never trained on: the data's own, and the one of another kind that training was probed with; beside
+        the baseline's predictions or not."""
         cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
         texts = {cfg.data.name: data.heldout(cfg.data, tokenizer, wanted)}
         if cfg.probe:
             texts[cfg.probe.name] = data.heldout(cfg.probe, tokenizer, wanted // 2)
-        return {name: self._losses(subject, model, text) for name, text in texts.items()}
+        return {name: self._losses(model, text, beside) for name, text in texts.items()}
 
     def _calibrated(self, subject: Subject) -> dict:
         """The held-out losses of a run's weights under the scales that PTQ gives them."""
         twin = Subject(ptq.calibrated(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
-        return {"sequences": ptq.SEQUENCES, "heldout": self._heldout(twin, *twin.build())}
+        return {"sequences": ptq.SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
 
-    def _losses(self, subject: Subject, model: nn.Module, text: data.Heldout) -> dict:
-        """Loss on a text, and for a quantized run its KL divergence from the baseline's predictions: means over its
-        documents."""
+    def _losses(self, model: nn.Module, text: data.Heldout, beside: bool) -> dict:
+        """Loss on a text, and its KL divergence from the baseline's predictions: means over its documents."""
         batches = text.tokens.to(runtime.device()).split(_HELDOUT_BATCH)
-        baseline = self._baseline if subject.cfg.quantized else None
+        baseline = self._baseline if beside else None
         losses, divergence = [], []
         for batch in batches:
             ours = _log_probabilities(model, batch)

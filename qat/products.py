@@ -19,7 +19,7 @@ from qat.formats import E4M3_FACTOR
 @dataclass
 class Operand:
     """A tensor as a product takes it. values / scale approximates the original (scale None: values is the original);
-    codes: the values in 8 bits, kept for the backward pass; with gemm=fp8 they are multiplied, and values is empty."""
+    codes: the values in 8 bits, for where they wait; with gemm=fp8 they are multiplied, and values is empty."""
 
     values: torch.Tensor
     codes: torch.Tensor | None = None

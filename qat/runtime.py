@@ -56,14 +56,14 @@ def autocast(arithmetic: str):
 
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks instead of returning them to the kernel after each tensor: page faults on fresh
-    memory cost a third of a CPU training step otherwise. The few as large as an embedding are returned: kept, they
-    cut the heap into pieces, and the peak is a twentieth higher for nothing. Call before the first large allocation."""
+    memory cost a third of a CPU training step otherwise. The few as large as an embedding or all logits are returned:
+    kept, they cut the heap into pieces, and the peak is a twentieth higher. Call before the first large allocation."""
     if device().type != "cpu" or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 96 * 2**20)
+        mallopt(mmap_threshold, 96 * 2**20) or mallopt(mmap_threshold, 32 * 2**20)  # older glibc takes no more
         mallopt(trim_threshold, 2**31 - 1)
 
 

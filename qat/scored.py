@@ -61,8 +61,11 @@ class Scored:
         for task, record in ours["tasks"].items():
             for key in _TASK_IDENTITY:
                 self._refuse_unequal(other, f"{task} {key}", record[key], theirs["tasks"][task][key])
-        for text, record in ours["heldout"].items():
-            reference = theirs["heldout"][text]
+        self._refuse_unlike_texts(other)
+
+    def _refuse_unlike_texts(self, other: Scored) -> None:
+        for text, record in self.record["heldout"].items():
+            reference = other.record["heldout"][text]
             self._refuse_unequal(other, f"held-out {text} text_hash", record["text_hash"], reference["text_hash"])
             counts = len(record["document_losses"]), len(reference["document_losses"])
             self._refuse_unequal(other, f"held-out {text} documents", *counts)
@@ -119,3 +122,10 @@ class Calibrated(Scored):
     @cached_property
     def record(self) -> dict:
         return Scored(self.run, self.benchmark, self.mode, self.command).record["calibrated"]
+
+    def refuse_unlike(self, other: Scored) -> None:
+        """Raise `UserError` unless the other, a PTQ, was calibrated on as much text, and both read the same."""
+        ours = self.record["sequences"]
+        theirs = other.record.get("asked", {}).get("calibration_sequences", ours)
+        self._refuse_unequal(other, "calibration sequences", ours, theirs)
+        self._refuse_unlike_texts(other)

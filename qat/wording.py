@@ -140,9 +140,8 @@ def _recovered(rows: list[Mapping], text: str) -> str:
 
 
 def _parts(rows: Sequence[Mapping]) -> str:
-    """What QAT minus PTQ is made of, where the runs were scored under PTQ's scales, too; begins with a space."""
-    rows = [row for row in rows if "weights" in row]
-    if not rows:
+    """What QAT minus PTQ is made of, where all runs were scored under PTQ's scales, too; begins with a space."""
+    if not all("weights" in row for row in rows):
         return ""
     weights, scales = ([row[part] for row in rows] for part in ("weights", "scales"))
     return f" Of QAT minus PTQ, its weights (under PTQ's scales) make {_part(weights)}, its scales {_part(scales)}."

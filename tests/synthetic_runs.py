@@ -21,6 +21,8 @@ TASKS = {"mmlu": (228, 0.26), "hellaswag": (200, 0.43), "arc_easy": (200, 0.58),
 ROLES = ("activation", "weight", "gradient")
 PTQ = ptq_mode(QuantConfig(format="hif8"))
 HIF8 = {"quant.format": "hif8", "scaling.algo": "max", "scaling.window": 64}
+RIGHT = [True] * 60 + [False] * 40
+TEXT = {"bf16": {"wikipedia": [3.0, 3.2, 3.4]}}
 
 
 def config(**changes) -> dict:
@@ -170,6 +172,20 @@ def compared_pair(folder: Path, answers: dict | None = None, **changes) -> tuple
     return write_run(
         folder / "run", config(**HIF8, **changes), [2.1], dict.fromkeys(modes, answers), dict.fromkeys(modes, text)
     ), base
+
+
+def flipped(lost: int, gained: int) -> list[bool]:
+    """`RIGHT`, less so many and with so many others."""
+    return [False] * lost + [True] * (60 - lost + gained) + [False] * (40 - gained)
+
+
+def lossy_pair(folder: Path) -> tuple[Path, Path]:
+    """A run that lost 9 and gained 1 of 100 answers in W8A8, and its baseline."""
+    baseline = write_run(folder / "base", config(), [2.5, 2.0], {"bf16": {"arc_easy": RIGHT}}, TEXT)
+    answers = {"bf16": {"arc_easy": RIGHT}, "w8a8": {"arc_easy": flipped(9, 1)}}
+    texts = {"bf16": TEXT["bf16"], "w8a8": {"wikipedia": [3.1, 3.4, 3.4]}}
+    settings = config(**HIF8, **{"warmup.bf16": 0.05})
+    return write_run(folder / "run", settings, [2.0, 3.0], answers, texts), baseline
 
 
 # ------------------------------------------------------------------------------- all eight experiments

@@ -71,7 +71,11 @@ def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
     shape, planned = memory.of_model(models.architecture(cfg.model), cfg)
     assert planned == coverage
     size = 2 if arithmetic == "bf16" else 4
-    casts = memory.training(shape, planned, cfg, ranks=1).get("other linears in BF16", 0)
+    parts = memory.training(shape, planned, cfg, ranks=1, on_gpus=False)
+    if bank is not None:
+        held = sum(linear._rounded[0].nbytes for linear in quantized_linears(model).values())
+        assert held == parts["rounded weights"]
+    casts = parts.get("other linears in BF16", 0)
     measured = kept_by_autograd(trainer, tokens) - casts
     assert measured == pytest.approx(memory.activations(shape, planned, size) * 4 * 128, rel=memory.ERROR - 1)
 
@@ -97,9 +101,9 @@ def test_memory_is_within_its_stated_error_of_the_peak_that_a_record_measured(st
 def test_activation_checkpointing_leaves_a_block_and_what_enters_each(tmp_path):
     cfg = typed(tmp_path, *PANGU)
     shape, coverage = memory.of_model(plan._architecture(cfg, CPU)[0], cfg)
-    plain = memory.training(shape, coverage, cfg, ranks=1)
+    plain = memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
     cfg.budget.activation_checkpointing = True
-    tokens, after = 16 * 1024, memory.training(shape, coverage, cfg, ranks=1)
+    tokens, after = 16 * 1024, memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
     block = (plain["activations"] - 8 * 1536 * tokens) / 26
     assert after == plain | {"activations": pytest.approx(block + (26 * 4 + 8) * 1536 * tokens)}
 
@@ -107,11 +111,11 @@ def test_activation_checkpointing_leaves_a_block_and_what_enters_each(tmp_path):
 def test_ranks_share_what_fsdp_shards_and_ddp_adds_buckets(tmp_path):
     cfg = typed(tmp_path, *PANGU)
     shape, coverage = memory.of_model(plan._architecture(cfg, CPU)[0], cfg)
-    alone = memory.training(shape, coverage, cfg, ranks=1)
-    ddp = memory.training(shape, coverage, cfg, ranks=8)
+    alone = memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
+    ddp = memory.training(shape, coverage, cfg, ranks=8, on_gpus=True)
     assert ddp == alone | {"gradient buckets": 4 * shape.parameters}
     cfg.budget.parallel = "fsdp"
-    sharded = memory.training(shape, coverage, cfg, ranks=8)
+    sharded = memory.training(shape, coverage, cfg, ranks=8, on_gpus=True)
     for part in ("parameters, FP32", "gradients, FP32", "Adam moments, FP32"):
         assert sharded[part] == alone[part] / 8
     assert (
@@ -187,7 +191,9 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
             return False
 
         def score(self, subject):
-            self._heldout(subject, None, byte_tokenizer())
+            self._heldout(*subject.build(), beside=subject.cfg.quantized)
+            if subject.mode == "w8a8":
+                self._calibrated(subject)
 
     counted, logits = [], torch.zeros(1, 1, 257)
 
@@ -200,6 +206,7 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
     monkeypatch.setattr(evaluate, "compare", lambda *_: {})
     monkeypatch.setattr(evaluate, "table", str)
     monkeypatch.setattr(evaluate.tracking, "send", lambda *_: None)
+    monkeypatch.setattr(evaluate.Subject, "build", lambda _: (None, byte_tokenizer()))
     monkeypatch.setattr(evaluate.Subject, "check", lambda _: None)
     monkeypatch.setattr(evaluate.Subject, "regain", lambda _: None)
     cfg = config(words, **{"budget.heldout_tokens": 1024})

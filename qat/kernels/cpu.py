@@ -23,8 +23,8 @@ if numba.config.CPU_FEATURES is None and ll.get_host_cpu_features().get("avx512f
     numba.config.CPU_NAME = ll.get_host_cpu_name()
     numba.config.CPU_FEATURES = ll.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
-# Numba makes int64 of whatever two int32 come to. Each result is cut back at once, or a vector holds half as many
-# elements, and AVX2 lacks some operations on those: the kernels would take four to five times as long there.
+# Numba makes int64 of whatever two int32 come to. In what is to be vectorized each result is cut back at once, or a
+# vector holds half as many, and AVX2 lacks some operations on those: kernels would take four to five times as long.
 I = np.int32  # noqa: E741
 _CHUNK = 16384  # elements a task: large enough to hide scheduling, small enough to balance two cores
 _SIZE, _SIGN, _INF = I(0x7FFFFFFF), I(-0x80000000), I(0x7F800000)

@@ -62,9 +62,9 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """Passes over the held-out texts: one a model, and for the KL divergence of each of the three in a quantized
-        run's format, or trained in it, one of the baseline."""
-        return self.scored + (3 if self.cfg.quantized else 0)
+        """Passes over the held-out texts: one a model, one more of the run under PTQ's scales, and for the KL
+        divergence of each of the three in a quantized run's format, or trained in it, one of the baseline."""
+        return self.scored + (4 if self.cfg.quantized else 0)
 
 
 def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:

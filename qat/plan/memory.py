@@ -59,7 +59,7 @@ def of_model(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]:
     return shape, coverage
 
 
-def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus: bool = True) -> dict[str, float]:
+def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus: bool) -> dict[str, float]:
     """Bytes on each rank by what they are for, at the beginning of a backward pass, where their sum is largest."""
     size = 2 if cfg.budget.arithmetic == "bf16" else 4
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
@@ -68,7 +68,7 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
         "parameters, FP32": 4 * shape.parameters / sharded,
         "gradients, FP32": 4 * shape.parameters / sharded,
         "Adam moments, FP32": 8 * shape.parameters / sharded,
-        "rounded weights": (size if on_gpus else 1) * coverage.parameters,  # a CPU has codes
+        "rounded weights": (1 if cfg.quant.weights and not on_gpus else size) * coverage.parameters,  # a CPU has codes
         "other linears in BF16": 2 * (shape.linears - coverage.parameters) if size == 2 else 0,
         "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing) * tokens,
         "logits": 12 * min(tokens * shape.vocabulary, cfg.budget.largest_logits),
