@@ -18,7 +18,7 @@ RECORDS = ROOT / "experiments" / "records"
 PEAKS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}
 # Assumed where nothing is measured: a GPU, and the share of its peak that training reaches.
 ASSUMED_GPU, ASSUMED_SHARE = "H100", (0.15, 0.40)
-# Share of a bare product's rate that a training step reaches: 70 % in experiments/records/2026-11-22_bench_cpu.
+# Share of a bare product's rate that a training step reaches: 73 % in experiments/records/2026-11-23_bench_cpu.
 PRODUCT_SHARE = (0.35, 0.75)
 # A quantized step over a BF16 one: our CPU record, and the paper's released code by its own logs (all linears 4.0).
 SLOWER = {"mlp": (1.1, 2.65), "all": (1.2, 4.0)}
