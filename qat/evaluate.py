@@ -3,8 +3,7 @@
 Five things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, that baseline in W8A8
 without QAT (`qat.ptq`), and the run both ways: its weights in BF16 without quantizers (`bf16`, what the paper reports),
 and W8A8 with frozen scales (`w8a8`), whose held-out loss is also taken under PTQ's scales. Every model is scored as it
-would be exported, with its parameters in BF16.
-Nothing is written into a checkpoint.
+would be exported, with its parameters in BF16. Nothing is written into a checkpoint.
 """
 
 from __future__ import annotations

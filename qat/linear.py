@@ -105,10 +105,6 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dx, dw, *(None,) * 9
 
 
-# What `Products.kept` left of a weight, its scale, and what the STE lets through.
-_Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-
-
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """[..., features] -> [rows, features]."""
     return x if x is None or x.dim() < 2 else x.reshape(-1, x.shape[-1])
@@ -126,6 +122,10 @@ class _Observe(torch.autograd.Function):
     def backward(ctx, gradient):
         ctx.quantizer.observe(gradient)
         return gradient, None
+
+
+# What `Products.kept` left of a weight, its scale, and what the STE lets through.
+_Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class QuantizedLinear(nn.Linear):
