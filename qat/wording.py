@@ -143,8 +143,9 @@ def _parts(rows: Sequence[Mapping]) -> str:
     """What QAT minus PTQ is made of, where all runs were scored under PTQ's scales, too; begins with a space."""
     if not all("weights" in row for row in rows):
         return ""
-    weights, scales = ([row[part] for row in rows] for part in ("weights", "scales"))
-    return f" Of QAT minus PTQ, its weights (under PTQ's scales) make {_part(weights)}, its scales {_part(scales)}."
+    weights, scales = (_part([row[part] for row in rows]) for part in ("weights", "scales"))
+    whole = f" ({signed(-rows[0]['recovered'], 4)})" if len(rows) == 1 else ""  # of several it has just been said
+    return f" Of QAT minus PTQ{whole}, its weights (under PTQ's scales) make {weights}, its scales {scales}."
 
 
 def _part(rows: Sequence[Mapping]) -> str:

@@ -90,8 +90,8 @@ def test_what_qat_does_is_told_apart_into_its_weights_and_its_scales(runs):
         assert qat[part] == {"difference": pytest.approx(mean), "ci": pytest.approx([mean - half, mean + half])}
     assert qat["weights"]["difference"] + qat["scales"]["difference"] == pytest.approx(-qat["recovered"])
     assert qat_verdict([result]).endswith(
-        "Of QAT minus PTQ, its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales -0.0500 "
-        "[-0.1742, +0.0742]."
+        "Of QAT minus PTQ (-0.1333), its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales "
+        "-0.0500 [-0.1742, +0.0742]."
     )
     other = with_ptq(runs, [3.2, 3.5, 3.6], calibrated=[3.2, 3.5, 3.7])
     assert qat_verdict([result, other, result]).endswith(
