@@ -145,13 +145,15 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
 
 # One line a part, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what
-# else is needed: make gpu PY=python3 READY= TESTED=
+# else is needed (beside PyTorch and transformers: hydra-core, numba, pytest-xdist): make gpu PY=python3 READY= TESTED=
+OUT       ?= gpu
+GPU_TESTS := $(shell grep -l mark.gpu tests/test_*.py)
 gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
-	$(PY) -m pytest -n0 -m gpu
-	$(PY) scripts/bench.py $(GPU) bench.out=gpu/steps "bench.parts=[kernels,steps]" "bench.steps=[mlp,all]"
-	$(PY) scripts/bench.py $(GPU) bench.out=gpu/fp8 "bench.parts=[steps]" \
+	$(PY) -m pytest -n0 -m gpu $(GPU_TESTS)
+	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/steps "bench.parts=[kernels,steps]" "bench.steps=[mlp,all]"
+	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/fp8 "bench.parts=[steps]" \
 	  "bench.steps=[all,'all, fp8 products','all, current scaling']"
-	$(PY) scripts/bench.py $(GPU) bench.out=gpu/memory "bench.parts=[memory]" "bench.steps=[mlp,all,'all, fp8 products']"
+	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/memory "bench.parts=[memory]" "bench.steps=[mlp,all,'all, fp8 products']"
 
 test: lint ## lint, format check and the tests (CPU, no network)
 	$(PY) -m pytest -m "not slow and not gpu"

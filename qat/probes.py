@@ -2,7 +2,7 @@
 
 A probe is a forward pass in eval mode and in the arithmetic of training: a quantized run's with its current scales,
 before quantization starts without any. It leaves weights, gradients, scales and random numbers as they are, so a run
-with probes is, bit for bit, the run without.
+with probes is, bit for bit where the machine repeats itself, the run without.
 """
 
 from __future__ import annotations

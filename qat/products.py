@@ -73,9 +73,7 @@ class Products:
         factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
         if left.device.type == "cpu":
             return kernels.mm(left, right, factor)
-        # In FP32, because CUDA would round a BF16 product's 0-dim factor to BF16 first. A BF16 product is so rounded
-        # twice, once by the GEMM.
-        return ((left @ right).float() * factor).to(left.dtype)
+        return kernels.unscale(left @ right, factor)
 
 
 def _divided(operand: Operand) -> Operand:

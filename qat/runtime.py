@@ -54,6 +54,12 @@ def autocast(arithmetic: str):
     return contextlib.nullcontext()
 
 
+def attention_of_any_length():
+    """The context in which questions are scored. Left out is cuDNN, which plans attention for each length anew."""
+    kernels = torch.nn.attention.SDPBackend
+    return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
+
+
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks instead of returning them to the kernel after each tensor: page faults on fresh
     memory cost a third of a CPU training step otherwise. The few as large as an embedding or all logits are returned:

@@ -18,6 +18,7 @@ def tokens(cfg, seed: int) -> torch.Tensor:
 
 
 def trained(cfg, steps: int) -> tuple[list[float], Trainer]:
+    torch._dynamo.reset()  # it compiles the same code for at most eight configurations
     model, _ = models.load(cfg.model, cfg.seed)
     trainer = Trainer(model, convert(model, cfg)[0], cfg)
     return [trainer.step(number, [tokens(cfg, number)]).loss.item() for number in range(1, steps + 1)], trainer
@@ -56,13 +57,19 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_one_graph_gives_the_eager_numbers(config, traced, variant):
+def configured(config, variant: str):
+    """(configuration, how many steps show all that is compiled of it)."""
     cfg = config(*SMALL, *VARIANTS[variant], **{"optim.lr": 1e-3})
     cfg.budget.micro_batch = 12 if variant == "in pieces" else 2
-    steps = 9 if variant == "BF16 warmup" else 4
-    if variant != "BF16 warmup":
-        cfg.warmup.bf16 = 0.0
+    if variant == "BF16 warmup":
+        return cfg, 9
+    cfg.warmup.bf16 = 0.0
+    return cfg, 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_graph_gives_the_eager_numbers(config, traced, variant):
+    cfg, steps = configured(config, variant)
     eager, plain = trained(cfg, steps)
     assert not traced
     cfg.budget.compile = True
@@ -79,8 +86,8 @@ def test_one_graph_gives_the_eager_numbers(config, traced, variant):
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("descaled, by call", "BF16 warmup")])
 def test_a_step_never_waits_for_the_gpu(config, variant, compile):
-    cfg = config(*VARIANTS[variant], **{"budget.compile": compile})
-    cfg.warmup.bf16 = 0.0
+    cfg, _ = configured(config, variant)
+    cfg.budget.compile = compile
     _, trainer = trained(cfg, 3)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -94,10 +101,10 @@ def test_a_step_never_waits_for_the_gpu(config, variant, compile):
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inductor_gives_the_eager_numbers(config, variant):
-    cfg = config(*VARIANTS[variant], **{"optim.lr": 1e-3})
-    eager, _ = trained(cfg, 6)
+    cfg, steps = configured(config, variant)
+    eager, _ = trained(cfg, steps)
     cfg.budget.compile = True
-    compiled, _ = trained(cfg, 6)
+    compiled, _ = trained(cfg, steps)
     assert compiled == pytest.approx(eager, rel=2e-3)  # BF16 products, summed in another order
 
 

@@ -7,7 +7,7 @@ import torch
 
 from qat import hif8, kernels
 from qat.formats import FORMATS, to_e4m3
-from tests.test_hif8 import ALL_BF16, hard_values
+from tests.hif8_inputs import ALL_BF16, inputs, statistics_by_hand
 
 
 def nearest_even(x: float, fraction_bits: int, smallest_exponent: int) -> float:
@@ -53,18 +53,6 @@ def test_clip_stops_at_the_target(name):
     top = FORMATS[name].round(torch.tensor(15.0), "saturate").item()
     assert clipped.abs().max().item() == top
     assert clipped[-1].item() == -top
-
-
-def inputs() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    spread = torch.exp2(torch.randint(-30, 20, (100_000,), generator=generator).float())
-    return {
-        "all BF16": ALL_BF16,
-        "midpoints": hard_values(),
-        "random FP32": torch.randn(100_000, generator=generator) * spread,
-        "strided": torch.randn(300, 200, generator=generator).t(),
-        "empty": torch.empty(0),
-    }
 
 
 @pytest.mark.parametrize("emit", ["values", "codes"])
@@ -122,13 +110,6 @@ def test_hif8_values_are_e4m3_values_from_two_to_the_minus_12():
         assert nothing.numel() == 0 and torch.equal(bytes_, to_e4m3(values.clamp(-15, 15)))
 
 
-def statistics_by_hand(x: torch.Tensor, scale: torch.Tensor, overflow: str) -> torch.Tensor:
-    """`kernels.statistics` by the readable path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_fused", lambda *_: None)
-        return kernels.statistics(x, scale, "hif8", overflow, 15.0)
-
-
 @pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
 def test_statistics_kernel_is_the_reference(overflow):
     x = inputs()["random FP32"].clamp(-1e6, 1e6)
@@ -141,3 +122,10 @@ def test_statistics_kernel_is_the_reference(overflow):
     assert fused[1:5].sum() + fused[6] == fused[0]
     assert 0 < fused[7] < fused[0]
     torch.testing.assert_close(fused[8:], reference[8:], rtol=1e-9, atol=0)
+
+
+def test_unscaling_multiplies_in_fp32():
+    factor = torch.tensor(0.123456789)
+    expected = (ALL_BF16.float() * factor).bfloat16()
+    assert not torch.equal(expected.nan_to_num(), (ALL_BF16 * factor.bfloat16()).nan_to_num())
+    torch.testing.assert_close(kernels.unscale(ALL_BF16.clone(), factor), expected, rtol=0, atol=0, equal_nan=True)

@@ -5,32 +5,15 @@ import pytest
 import torch
 
 from qat import hif8
+from tests.hif8_inputs import ALL_BF16, CODES, hard_values, magnitudes
 
 hifloat8 = pytest.importorskip("en_dtypes").hifloat8  # it has no wheels beyond CPython 3.12
-
-ALL_BF16 = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-CODES = torch.arange(256, dtype=torch.uint8)
 
 
 def oracle(x: torch.Tensor) -> np.ndarray:
     """Codes that en-dtypes gives for FP32 values."""
     with np.errstate(invalid="ignore", over="ignore"):
         return x.float().numpy().astype(hifloat8).view(np.uint8)
-
-
-def magnitudes() -> torch.Tensor:
-    """The 127 finite magnitudes, zero first, in rising order."""
-    values = hif8.decode(CODES)
-    return values[values.isfinite() & (values >= 0)].sort().values
-
-
-def hard_values() -> torch.Tensor:
-    """All midpoints between neighbouring values, the two edges, and their FP32 neighbours, of both signs."""
-    values = magnitudes()
-    points = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.tensor([1.25 * 2.0**15, 2.0**-23])])
-    infinity = torch.tensor(float("inf"))
-    points = torch.cat([points, torch.nextafter(points, infinity), torch.nextafter(points, -infinity)])
-    return torch.cat([points, -points])
 
 
 def test_decode_all_codes():

@@ -13,7 +13,7 @@ import torch
 
 from qat import hif8
 from qat.formats import FORMATS, TOLERANCE, to_e4m3
-from tests.test_formats import inputs, statistics_by_hand
+from tests.hif8_inputs import inputs, statistics_by_hand
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy, of Inf and NaN
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

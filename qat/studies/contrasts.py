@@ -189,9 +189,11 @@ class Response:
         )
 
     def text(self, estimate: Estimate | None) -> str:
-        """An estimate with its interval, for a table."""
+        """An estimate with its interval, for a table; alone where it is a count that was not estimated."""
         if estimate is None:
             return "–"
+        if estimate.low is not None and estimate.low == estimate.high != 0:
+            return f"{estimate.value:.{self.digits}f}"
         if self.log:
             value, *ends = (v if v is None else math.exp(v) for v in (estimate.value, estimate.low, estimate.high))
             return f"{value:.{self.digits}f} " + ("[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends))
