@@ -18,6 +18,7 @@ from torch import nn
 from qat import kernels
 from qat.config import QuantConfig
 from qat.formats import TOLERANCE
+from qat.kernels import lookup
 from qat.products import Operand, Products
 from qat.scaling import Phase, ScaleBank
 
@@ -27,6 +28,7 @@ class Quantizer:
 
     def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig):
         self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
+        self.table = kernels.table(bank.observed.device, cfg.format, cfg.overflow, target) if enabled else None
         self.probe = None  # telemetry: called with (index, x, scale) while a probe is attached
 
     def __call__(self, x: torch.Tensor, emit: str = "values") -> tuple[Operand, torch.Tensor | None]:
@@ -38,7 +40,10 @@ class Quantizer:
         scale = self.bank.scale_of(self.index, x)
         emit = "e4m3" if c.gemm == "fp8" else emit
         noted = self.bank.noted(self.index)
-        values, codes = kernels.quantize(x, scale, *noted, c.format, c.overflow, self.target, emit)
+        if self.table is not None and torch.compiler.is_compiling():
+            values, codes = lookup.quantize(x, scale, *noted, self.table, emit)
+        else:
+            values, codes = kernels.quantize(x, scale, *noted, c.format, c.overflow, self.target, emit)
         if self.probe is not None:
             self.probe(self.index, x, scale)
         inside = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None

@@ -74,10 +74,10 @@ def _unnoticed(bank: ScaleBank | None):
     if bank is None:
         yield
         return
-    observed = bank.observed.clone()
+    observed = [tensor.clone() for tensor in bank.noted_in]
     try:
         # Without a history yet, tensors scale by their own amax (Phase.FIRST).
         with bank.frozen() if bank.phase is not Phase.OFF and bank.primed else contextlib.nullcontext():
             yield
     finally:
-        bank.observed.copy_(observed)
+        torch._foreach_copy_(bank.noted_in, observed)

@@ -135,10 +135,16 @@ class ScaleBank:
         return (self.apart[index], 0) if index in self.apart else (self.observed, index)
 
     def note_apart(self, index: int) -> None:
-        """From now on note the amax of tensor `index` in a tensor of its own: what is compiled apart and notes in its
-        backward pass must not find the tensor changed by others since its forward pass."""
+        """From now on note the amax of tensor `index` in a tensor of its own, which the fused kernel of a compiled step
+        can write by itself; and what is compiled apart and notes in its backward pass must not find the tensor changed
+        by others since its forward pass."""
         self.apart[index] = torch.zeros_like(self.observed[:1])
         self._apart_at = torch.tensor(list(self.apart), device=self.observed.device)
+
+    @property
+    def noted_in(self) -> list[torch.Tensor]:
+        """All that `noted` hands out."""
+        return [self.observed, *self.apart.values()]
 
     @property
     def observing(self) -> bool:

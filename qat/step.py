@@ -80,8 +80,9 @@ class Trainer:
             torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
             for linear in self._linears:
                 linear.sharded = True
-                if linear.quantizers["gradient"].enabled:
-                    self.bank.note_apart(linear.quantizers["gradient"].index)
+        for role, quantizer in ((r, q) for linear in self._linears for r, q in linear.quantizers.items() if q.enabled):
+            if quantizer.table is not None or (sharded and role == "gradient"):
+                self.bank.note_apart(quantizer.index)
         for part in parts:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
 

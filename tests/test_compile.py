@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 
-from qat import models
+from qat import kernels, models
 from qat.convert import convert
+from qat.kernels import lookup
 from qat.step import Trainer
 
 
@@ -80,6 +81,22 @@ def test_one_graph_gives_the_eager_numbers(config, traced, variant):
     if trainer.bank is not None:
         torch.testing.assert_close(trainer.bank.state_dict(), plain.bank.state_dict(), rtol=1e-4, atol=1e-7)
         assert trainer.bank.history.any(0).all()
+
+
+@pytest.mark.parametrize("variant", ["all linears", "current", "masked", "fp8 products", "activation checkpointing"])
+def test_looking_up_in_the_graph_gives_the_eager_numbers(config, traced, monkeypatch, variant):
+    """Steps compiled for a GPU, here run on the CPU: rounding is part of the graph, and each amax has its own entry."""
+    monkeypatch.setattr("qat.kernels.table", lambda device, _, *edges: lookup.table(device, *kernels._edges(*edges)))
+    cfg, steps = configured(config, variant)
+    eager, plain = trained(cfg, steps)
+    cfg.budget.compile = True
+    compiled, trainer = trained(cfg, steps)
+    assert len(traced) == 1
+    called = {str(node.target) for node in traced[0].graph.nodes}
+    assert not any("hif8.quantize" in name for name in called)
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    torch.testing.assert_close(trainer.bank.state_dict(), plain.bank.state_dict(), rtol=1e-4, atol=1e-7)
+    assert trainer.bank.history.any(0).all()
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import torch
 
 from qat import hif8, kernels
 from qat.formats import FORMATS, to_e4m3
+from qat.kernels import lookup
 from tests.hif8_inputs import ALL_BF16, inputs, statistics_by_hand
 
 
@@ -129,3 +130,21 @@ def test_unscaling_multiplies_in_fp32():
     expected = (ALL_BF16.float() * factor).bfloat16()
     assert not torch.equal(expected.nan_to_num(), (ALL_BF16 * factor.bfloat16()).nan_to_num())
     torch.testing.assert_close(kernels.unscale(ALL_BF16.clone(), factor), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
+@pytest.mark.parametrize("kind", [kind for kind in inputs() if kind != "empty"])
+def test_looking_up_is_the_reference(kind, overflow):
+    x = inputs()[kind]
+    for scale, target in ((1.0, 15.0), (0.37, 14.3), (1000.0, 15.0)):  # 14.3 lies between two entries
+        table = lookup.table(x.device, *kernels._edges(overflow, target))
+        observed = torch.zeros(3)
+        values, codes = lookup.quantize(x, torch.tensor(scale), observed, 1, table, "codes")
+        reference = FORMATS["hif8"].quantize(x.float() * scale, overflow, target).to(x.dtype)
+        torch.testing.assert_close(values, reference, rtol=0, atol=0, equal_nan=True)
+        assert values.dtype == x.dtype and not values[values == 0].signbit().any()
+        assert torch.equal(codes, hif8.encode(reference))
+        torch.testing.assert_close(observed, torch.stack([*torch.zeros(2), kernels.amax(x)])[[0, 2, 1]], equal_nan=True)
+        small = reference.nan_to_num(0).clamp(-28, 28)
+        _, bytes_ = lookup.quantize(small, torch.tensor(1.0), None, 0, table, "e4m3")
+        assert torch.equal(bytes_, to_e4m3(FORMATS["hif8"].quantize(small.float(), overflow, target)))

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from qat.formats import E4M3_FACTOR, FORMATS, TOLERANCE, to_e4m3
-from qat.kernels import cpu
+from qat.kernels import cpu, lookup
 
 # What `quantize` returns: the values; the values and their 8-bit codes; or E4M3 bytes of 16 times the values.
 EMITS = ("values", "codes", "e4m3")
@@ -96,6 +96,11 @@ def _edges(overflow: str, target: float) -> tuple[float, float]:
     """(what magnitudes are clipped to before rounding, what becomes of those that round above 2^15)."""
     infinity = float("inf")
     return target if overflow == "clip" else infinity, infinity if overflow == "inf" else FORMATS["hif8"].largest
+
+
+def table(device: torch.device, format: str, overflow: str, target: float) -> torch.Tensor | None:
+    """What compiled steps round with by `lookup.quantize`; None where they call `quantize`, as CPU steps do."""
+    return lookup.table(device, *_edges(overflow, target)) if format == "hif8" and device.type == "cuda" else None
 
 
 @_operator(

@@ -1,32 +1,30 @@
 """HiF8 on a GPU, in Triton: scale, round, encode and amax in one pass over memory.
 
 Bit-identical to `qat.hif8.fake_quantize(x.float() * scale)` followed by a cast back to the dtype of `x`. All tensors
-are contiguous. Rounding is one look-up: HiF8 keeps at most three bits of a mantissa, and ties go away from zero, so
-sign, exponent and four more bits say how a float32 rounds, whatever follows. Computed, value and code of an element
-took 81 instructions, 63 of them on units of half the rate: several times what memory leaves time for. Tests run these
-kernels on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) where there is none, and count their instructions.
+are contiguous. Rounding is a look-up (`qat.kernels.lookup`): computed, value and code of an element took 81
+instructions, 63 of them on units of half the rate, several times what memory leaves time for. Tests run these kernels
+on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) where there is none, and count their instructions.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
 from qat import hif8
-from qat.formats import to_e4m3
+from qat.kernels import lookup
 
 _BLOCK = 4096  # elements a program
 _STATISTICS = 10
-_CUT = tl.constexpr(19)  # bits of a float32 that do not matter
+_CUT = tl.constexpr(lookup.CUT)
 
 
 @triton.jit
 def _rounded(scaled, table):
-    """Entries of the table (see `_table`) for float32 values."""
+    """Entries of the table (see `qat.kernels.lookup`) for float32 values."""
     return tl.load(table + (scaled.to(tl.uint32, bitcast=True) >> _CUT))
 
 
@@ -95,15 +93,6 @@ def _float_bits(value: float) -> int:
     return torch.tensor(value, dtype=torch.float32).view(torch.int32).item()
 
 
-@functools.cache
-def _table(device: torch.device, clip: float, beyond: float) -> torch.Tensor:
-    """Of what a float32 begins with, int32 [8192]: its HiF8 value in BF16, the E4M3 byte of 16 times that, its code."""
-    begins = (torch.arange(1 << (32 - _CUT.value)) << _CUT.value).to(torch.int32).view(torch.float32)
-    values = hif8.fake_quantize(begins.clamp(-clip, clip), "inf" if math.isinf(beyond) else "saturate")
-    high = values.to(torch.bfloat16).view(torch.int16).int() << 16
-    return (high | to_e4m3(values).int() << 8 | hif8.encode(values).int()).to(device)
-
-
 def quantize(
     x: torch.Tensor,
     scale: torch.Tensor,
@@ -117,7 +106,7 @@ def quantize(
     out = x.new_empty(0) if emit == "e4m3" else torch.empty_like(x)
     codes = torch.empty(0 if emit == "values" else x.shape, dtype=torch.uint8, device=x.device)
     slot = None if observed is None else observed.view(torch.int32)[index:]
-    table = _table(x.device, clip, beyond)
+    table = lookup.table(x.device, clip, beyond)
     _quantize[_grid(x.numel())](x, scale, slot, out, codes, table, x.numel(), EMIT=emit, BLOCK=_BLOCK)
     return out, codes
 
@@ -139,6 +128,6 @@ def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float,
     """As `qat.kernels.statistics`, the powers summed in FP32 within a block."""
     grid = _grid(x.numel())
     rows = torch.empty((*grid, _STATISTICS), dtype=torch.float32, device=x.device)
-    table, edges = _table(x.device, clip, beyond), (_float_bits(clip), _float_bits(target))
+    table, edges = lookup.table(x.device, clip, beyond), (_float_bits(clip), _float_bits(target))
     _statistics[grid](x, scale, rows, table, x.numel(), *edges, BLOCK=_BLOCK)
     return rows.double().sum(0)
