@@ -95,7 +95,8 @@ class ScaleBank:
 
     names: one `<linear>/<role>` a tensor; targets: what each predicted amax is mapped to.
     history: [entries, tensors], a ring: `filled` entries (0-dim int64) are in use, `position` ([1]) is the next one;
-    observed: [tensors], the largest amax since the last commit; scale: [tensors].
+    observed: [tensors], the largest amax since the last commit, of tensors noted apart once `reduce` was called; scale:
+    [tensors].
     Only `commit` advances the history, and only the training step calls it; and calibration, once, on a bank that no
     step has (`qat.ptq`). Nothing here copies to the host.
     """

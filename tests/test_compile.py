@@ -94,6 +94,7 @@ def test_looking_up_in_the_graph_gives_the_eager_numbers(config, traced, monkeyp
     assert len(traced) == 1
     called = {str(node.target) for node in traced[0].graph.nodes}
     assert not any("hif8.quantize" in name for name in called)
+    assert len(trainer.bank.apart) == len(trainer.bank)
     assert compiled == pytest.approx(eager, rel=1e-5)
     torch.testing.assert_close(trainer.bank.state_dict(), plain.bank.state_dict(), rtol=1e-4, atol=1e-7)
     assert trainer.bank.history.any(0).all()

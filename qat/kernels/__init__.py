@@ -123,7 +123,7 @@ def mm(a, b, factor):
 
 
 def unscale(product: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A product, BF16 or FP32, any shape, times a 0-dim FP32 factor: multiplied in FP32, in one pass, in its place. A
+    """A product, a matrix in BF16 or FP32, times a 0-dim FP32 factor: multiplied in FP32, in one pass, in its place. A
     BF16 product is so rounded twice, once by the GEMM."""
     return product.mul_(factor.reshape(1))  # without a dimension it would be rounded to BF16 first
 

@@ -192,7 +192,7 @@ class Response:
         """An estimate with its interval, for a table; alone where it is a count that was not estimated."""
         if estimate is None:
             return "–"
-        if estimate.low is not None and estimate.low == estimate.high != 0:
+        if not self.values and estimate.low is not None and estimate.low == estimate.high:
             return f"{estimate.value:.{self.digits}f}"
         if self.log:
             value, *ends = (v if v is None else math.exp(v) for v in (estimate.value, estimate.low, estimate.high))
