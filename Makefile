@@ -36,7 +36,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu test slow torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test slow torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -144,15 +144,23 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	@[ -d $(VENV)/comparators ] || $(PY) -m pip install -q --no-compile --no-deps --target $(VENV)/comparators torchao==0.18.0
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
 
-# One line a part, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what
-# else is needed (beside PyTorch and transformers: hydra-core, numba, pytest-xdist): make gpu PY=python3 READY= TESTED=
+# In parts, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what else is
+# needed (transformers, hydra-core, pytest-xdist): make gpu_tests PY=python3 READY= TESTED=
 OUT       ?= gpu
 GPU_TESTS := $(shell grep -l mark.gpu tests/test_*.py)
-gpu: $(TESTED) ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
+gpu: gpu_tests gpu_steps gpu_fp8 gpu_memory ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
+
+gpu_tests: $(TESTED)
 	$(PY) -m pytest -n0 -m gpu $(GPU_TESTS)
+
+gpu_steps: $(READY)
 	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/steps "bench.parts=[kernels,steps]" "bench.steps=[mlp,all]"
+
+gpu_fp8: $(READY)
 	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/fp8 "bench.parts=[steps]" \
 	  "bench.steps=[all,'all, fp8 products','all, current scaling']"
+
+gpu_memory: $(READY)
 	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/memory "bench.parts=[memory]" "bench.steps=[mlp,all,'all, fp8 products']"
 
 test: lint ## lint, format check and the tests (CPU, no network)

@@ -12,10 +12,17 @@ from types import ModuleType
 import torch
 
 from qat.formats import E4M3_FACTOR, FORMATS, TOLERANCE, to_e4m3
-from qat.kernels import cpu, lookup
+from qat.kernels import lookup
 
 # What `quantize` returns: the values; the values and their 8-bit codes; or E4M3 bytes of 16 times the values.
 EMITS = ("values", "codes", "e4m3")
+
+
+@functools.cache
+def _cpu() -> ModuleType:
+    from qat.kernels import cpu  # Numba takes a second to import, and a GPU needs none
+
+    return cpu
 
 
 @functools.cache
@@ -31,7 +38,7 @@ def _fused(x: torch.Tensor, format: str) -> ModuleType | None:
     """The module with fused kernels for a tensor and a format; None: take the readable path."""
     if format != "hif8" or x.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return cpu if x.device.type == "cpu" else _gpu() if x.is_cuda else None
+    return _cpu() if x.device.type == "cpu" else _gpu() if x.is_cuda else None
 
 
 _LIBRARY = torch.library.Library("hif8", "DEF")
