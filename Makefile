@@ -145,7 +145,7 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
 
 # In parts, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what else is
-# needed (transformers, hydra-core, pytest-xdist): make gpu_tests PY=python3 READY= TESTED=
+# needed (transformers, hydra-core, pytest-xdist): make gpu_tests PY=python3 READY= TESTED=, and so the other three.
 OUT       ?= gpu
 GPU_TESTS := $(shell grep -l mark.gpu tests/test_*.py)
 gpu: gpu_tests gpu_steps gpu_fp8 gpu_memory ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/

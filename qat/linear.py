@@ -28,6 +28,7 @@ class Quantizer:
 
     def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig):
         self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
+        # Of compiled steps on a GPU: they round within the kernels that make `x`.
         self.table = kernels.table(bank.observed.device, cfg.format, cfg.overflow, target) if enabled else None
         self.probe = None  # telemetry: called with (index, x, scale) while a probe is attached
 

@@ -78,11 +78,11 @@ class Trainer:
         if sharded:
             parts = models.blocks(self.model)
             torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
-            for linear in self._linears:
-                linear.sharded = True
-        for role, quantizer in ((r, q) for linear in self._linears for r, q in linear.quantizers.items() if q.enabled):
-            if quantizer.table is not None or (sharded and role == "gradient"):
-                self.bank.note_apart(quantizer.index)
+        for linear in self._linears:
+            linear.sharded = sharded
+            for role, quantizer in linear.quantizers.items():
+                if quantizer.enabled and (quantizer.table is not None or (sharded and role == "gradient")):
+                    self.bank.note_apart(quantizer.index)
         for part in parts:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
 
