@@ -37,11 +37,11 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
             restored = f"{runs} has the runs of {record} as they were put back, none repeated"
             raise UserError(f"{restored}; repeat its command, and this one, with ARGS=runs_dir=<another folder>")
         floors = [_floor(*pair) for pair in both]
-        rows = [row for pair in both if pair[0].typed_config().quantized for row in _differences(*pair)]
+        rows = [row for pair, told in zip(both, floors, strict=True) for row in _differences(*pair, told[-1])]
     drop = FLOOR_HEADER.index("Repeat")
     parts = [markdown(_without(FLOOR_HEADER, drop), [_without(cells, drop) for cells in floors])]
     parts += [markdown(HEADER, rows)] if rows else []
-    failed = sum(row[-1] == "outside" for row in rows) + sum(cells[-1].startswith(_UNLIKE) for cells in floors)
+    failed = sum(cells[-1].startswith(("outside", _UNLIKE)) for cells in (*rows, *floors))
     return "\n\n".join(parts) + "\n", failed
 
 
@@ -65,12 +65,15 @@ def _without(cells: Sequence[str], place: int) -> list[str]:
     return [*cells[:place], *cells[place + 1 :]]
 
 
-def _differences(first: Run, again: Run) -> list[list[str]]:
-    """A row a held-out text; none where either is not scored beside its baseline."""
+def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
+    """A row a held-out text of a quantized run, one that says why where either cannot be compared with its baseline;
+    told: what the first table says of the run. Nothing of what it calls unlike, or identical without a baseline."""
+    if not first.typed_config().quantized or told.startswith(_UNLIKE):
+        return []
     try:
         stated, here = (_against_baseline(run, _benchmark(first)) for run in (first, again))
-    except UserError:
-        return []
+    except UserError as reason:
+        return [] if told.startswith("bit-identical") else [[first.id, "-", "-", "-", f"{_UNLIKE}: {reason}"]]
     rows = []
     for text, row in stated.items():
         difference, ci = here[text]["difference"], row["ci"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import initialize_config_dir
+from scipy import stats
 
 from qat import cli, suite
 from qat.config import ConfigError, ScalingConfig, UserError, register
@@ -139,14 +140,17 @@ def test_planted_effects_are_found_within_their_intervals(seeds):
     }
     for label, value in truth.items():
         found = response.contrast(contrasts[label], 0.999)
-        assert found.low < value < found.high and found.high - found.low < 0.012, label
+        assert found.low < value < found.high and found.high - found.low < (0.012 if len(seeds) == 1 else 0.06), label
         by_hand = sum(
             w * np.mean([response.values[key, s].mean() for s in seeds]) for key, w in contrasts[label].items()
         )
         assert found.value == pytest.approx(by_hand)
-    assert found.of == ("documents" if len(seeds) == 1 else "runs")
+    assert found.of == ("documents" if len(seeds) == 1 else "seeds")
     rows = {row["effect"]: row for row in factorial.effects(measured)[0]["effects"]}
-    assert rows["max w64 × lr 1e-5"]["p_holm"] < 0.001 and rows["lr 1e-5 × warmup"]["p_holm"] > 0.05
+    assert (
+        rows["max w64 × lr 1e-5"]["p_holm"] < (0.001 if len(seeds) == 1 else 0.003)
+        and rows["lr 1e-5 × warmup"]["p_holm"] > 0.05
+    )
     assert orthogonal(measured)["statements"][0]["verdict"] == CONTRADICTED
 
 
@@ -174,10 +178,14 @@ def test_without_damage_or_forgetting_nothing_is_orthogonal():
     assert claim["verdict"] == OPEN and claim["why"].startswith("It was not seen that BF16 at lr 1e-4 forgets")
 
 
-def test_the_papers_claims_are_judged_by_the_marks():
-    """The max window is needed and saves the recipe; the warmup is not; lr 1e-4 forgets two fifths of it all."""
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_the_papers_claims_are_judged_by_the_marks(seeds):
+    """The max window is needed and saves the recipe; the warmup is not; lr 1e-4 forgets two fifths of it all. Of one
+    seed what is one number a run has no noise, and decides nothing."""
+    alone = len(seeds) == 1
     measured = invent(
         KEYS,
+        seeds,
         damage=lambda key, _: 0.1 if key[0] == "most_recent" else 0.001,
         ape=lambda key: 0.6 if key[0] == "most_recent" else 0.1,
         overshoot=lambda key: 0.4 if key[0] == "most_recent" else 0.05 + (0.001 if key == factorial.RECIPE else 0),
@@ -185,7 +193,7 @@ def test_the_papers_claims_are_judged_by_the_marks():
     )
     claims = {claim["claim"]: claim for claim in factorial.claims(measured)}
     verdicts = {name: claim["verdict"] for name, claim in claims.items()}
-    assert verdicts["Scaling by the last amax saturates; the max window prevents it"] == SUPPORTED
+    assert verdicts["The max window saturates less than scaling by the last amax"] == (OPEN if alone else SUPPORTED)
     assert verdicts["Necessary: the max window"] == SUPPORTED
     best = claims["The max window does less damage than the other scalings"]
     assert [each["verdict"] for each in best["statements"]] == [SUPPORTED, OPEN, OPEN]
@@ -193,7 +201,7 @@ def test_the_papers_claims_are_judged_by_the_marks():
     warmup = claims["Necessary: the BF16 warmup"]
     assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, OPEN]  # 60 questions are too few
     sufficient = claims["Sufficient: the recipe meets every threshold (W8A8)"]["statements"]
-    assert [each["verdict"] for each in sufficient] == [SUPPORTED, SUPPORTED, OPEN, OPEN, OPEN]
+    assert [each["verdict"] for each in sufficient] == [SUPPORTED, OPEN if alone else SUPPORTED, OPEN, OPEN, OPEN]
     assert sufficient[1]["text"].startswith("0.100 [")
     high = claims["Training at lr 1e-4 forgets, at lr 1e-5 it does not"]["statements"][0]
     assert high["verdict"] == SUPPORTED and high["estimate"]["value"] == pytest.approx(-40)
@@ -211,23 +219,23 @@ def test_qat_is_needed_where_ptq_misses_the_mark_and_the_recipe_is_better(ptq, d
     assert claim["statements"][0]["estimate"]["value"] == pytest.approx(ptq, abs=1e-3)
 
 
-def test_the_three_way_interaction_is_the_noise_of_one_number_a_run():
-    """Factors that multiply the loss APE are found, and a planted three-way interaction is what is left."""
-    factors = {"most_recent": 2.0, "1e-4": 1.5, "5 %": 0.5}
-
-    def ape(key) -> float:
-        return 0.2 * math.prod(factors.get(level, 1) for level in key) * math.exp(0.1 * (key == factorial.RECIPE))
-
-    measured = invent(KEYS, ape=ape)
+def test_factors_of_the_loss_ape_are_found_over_seeds():
+    """most_recent has twice the APE of every other rule, and each seed a factor of its own in every cell."""
+    keys = [key for key in KEYS if key[0] in ("most_recent", "max w64")]
+    measured = invent(keys, (0, 1, 2), ape=lambda key: 0.4 if key[0] == "most_recent" else 0.2)
+    for number, m in enumerate(measured):
+        m.ape *= 1.01 ** (number * 5 % 7)
     response = factorial.responses(measured)["ape"]
-    found = response.contrast(factorial.contrasts()["max w64"], 0.99)
-    assert math.exp(found.low) < 0.5 < math.exp(found.high) < 0.7
-    rest = np.zeros((5, 2, 2))
-    rest[-1, 1, 1] = 0.1
-    for axis in range(3):
-        rest -= rest.mean(axis, keepdims=True)
-    left = math.sqrt((rest**2).sum() / 4)
-    assert f"standard deviation {left:.2g} on 4 degrees of freedom" in response.noise()
+    effect = {key: (-1) ** (key[0] == "most_recent") / 4 for key in keys}
+    found = response.contrast(effect)
+    changes = [
+        sum(w * math.log(m.ape) for m in measured if m.seed == seed for w in [effect[m.key]]) for seed in (0, 1, 2)
+    ]
+    test = stats.ttest_1samp(changes, 0)
+    assert (found.low, found.high, found.p) == pytest.approx((*test.confidence_interval(), test.pvalue))
+    assert math.exp(found.low) < 0.5 < math.exp(found.high) < 0.7 and found.low < found.high
+    alone = factorial.responses([m for m in measured if m.seed == 0])["ape"].contrast(effect)
+    assert alone.low is None and alone.p is None
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -274,7 +282,7 @@ def test_current_scaling_has_no_part_in_what_exceeds_a_prediction():
     shares = {("current", rate): 0.0 for rate in ("1e-4", "1e-5")}
     measured = invent(KEYS, (0, 1, 2), overshoot=lambda key: shares.get(key[:2], 0.4 if key[1] == "1e-4" else 0.2))
     by_name = {each["response"]: each for each in factorial.effects(measured)}
-    rows = {row["effect"]: row for row in by_name["Tensors beyond their predicted amax"]["effects"]}
+    rows = {row["effect"]: row for row in by_name["Share of tensors beyond their predicted amax"]["effects"]}
     assert rows["lr 1e-5"]["estimate"]["value"] == pytest.approx(-20) and rows["current"]["estimate"] is None
     rows = {row["effect"]: row for row in by_name["Held-out loss, W8A8 less baseline"]["effects"]}
     assert rows["current"]["estimate"] is not None

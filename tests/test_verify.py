@@ -57,6 +57,16 @@ def test_a_baseline_that_was_not_repeated_leaves_the_run_itself(repeated, main):
     assert code == 0 and stdout.count("| bit-identical: every loss equal |") == 1 and "inside" not in stdout
 
 
+def test_what_differs_and_has_no_baseline_here_is_not_passed_over(repeated, main):
+    for path in repeated[1].parent.iterdir():
+        if path != repeated[1]:
+            shutil.rmtree(path)
+    edit(repeated[1] / "eval.json", lambda record: _shift(record["quick"]["w8a8"], 1.0))
+    code, stdout, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
+    assert code == 2 and "1 of the rows above" in stderr
+    assert f"| {repeated[1].name} | - " in stdout and "not comparable with the record: " in stdout
+
+
 def test_a_run_that_was_scored_in_another_way_does_not_hide_the_others(repeated, main):
     edit(repeated[1] / "eval.json", lambda record: record["quick"]["w8a8"].update(lm_eval="9"))
     code, stdout, _ = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")

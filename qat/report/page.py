@@ -94,7 +94,7 @@ def _loss_verdict(comparisons: Collection[Mapping], runs: int) -> str:
     what = f"recipes, of {runs} compared runs" if runs > len(apes) else "compared runs"
     ends = [comparison["loss"]["ci"] for comparison in comparisons if "ci" in comparison["loss"]]
     unsure = sum(low < APE_THRESHOLD <= high for low, high in ends)
-    rest = f"; {unsure} of their intervals over seeds {'reach' if unsure > 1 else 'reaches'} over it" if unsure else ""
+    rest = f"; {unsure} of their intervals over seeds {'span' if unsure > 1 else 'spans'} it" if unsure else ""
     return f"Loss APE is below the paper's {APE_THRESHOLD} % threshold in {below} of {len(apes)} {what} ({span}){rest}."
 
 
@@ -241,7 +241,8 @@ def _amax(pair: Pair) -> dict | None:
 def _recipe(pair: Pair) -> str:
     quant, scaling, start = pair.config["quant"], pair.config["scaling"], pair.curve.start
     detail = {"max": f" of the last {scaling['window']}", "exp_smooth": f", alpha {scaling['alpha']:g}"}
-    warmup = f"first {start - 1} steps in BF16" if start and start > 1 else "quantized from the first step"
+    bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
+    warmup = bf16.get((start or 1) - 1, f"first {(start or 1) - 1} steps in BF16")
     parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), warmup]
     parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks']} BF16 blocks"]
     return " · ".join([*parts, ", ".join(quant["scope"])])

@@ -51,7 +51,7 @@ def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) 
         axes.set_ylim(-reach, reach)
         _step_axis(axes, "Difference (% of BF16 loss)")
         if ape is not None:
-            axes.text(0.99, 0.98, f"APE {ape:.3f} %", transform=axes.transAxes, ha="right", va="top", color=ACCENT)
+            axes.text(0.99, 1.01, f"APE {ape:.3f} %", transform=axes.transAxes, ha="right", color=ACCENT)
         axes.text(0.99, 0.02, f"dotted: ±{APE_THRESHOLD} %", transform=axes.transAxes, ha="right", color=MUTED, size=9)
 
     return Panel(title, draw)

@@ -304,8 +304,8 @@ def floor(experiments: Sequence[Experiment]) -> Table:
 
 def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
     mean, half = sum(values) / len(values), half_width(values)
-    low, high = (signed(mean + side * half, digits, plus) for side in (-1, 1))
-    return f"{signed(mean, digits, plus)} [{low}, {high}]"
+    ends = [mean - half, mean + half] if half else None  # seeds that agree to the last digit are no certainty
+    return f"{signed(mean, digits, plus)} {interval(ends, digits, plus)}"
 
 
 def _half_interval(rows: Sequence[Mapping], digits: int) -> str:

@@ -181,6 +181,7 @@ def _labels(measured: Sequence[Measured]) -> Claim:
         share,
         low=0.5,
         estimate=lambda level: explained(forgetting, once, twice, level),
+        without="it was not seen that anything is forgotten",
     )
     return Claim(
         "The double label shift explains the forgetting at lr 1e-4",
@@ -202,14 +203,12 @@ def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Esti
 
 
 def _clipping(held: Response, limit: float) -> Claim:
+    without = ("overflow saturates", "overflow to Inf")
+    changes = {f"{base}: {how}": {(base, how): 1, (base, PLAIN): -1} for base in ("exp8", "exp3") for how in without}
     return Claim(
         "Clipping at the target costs more than the threshold",
         "The text clips to 15; the code does not, and its values go on to the next tier",
-        [
-            Statement(f"{base}: {how} is better than clipping", held, {(base, how): 1, (base, PLAIN): -1}, high=-limit)
-            for base in ("exp8", "exp3")
-            for how in ("overflow saturates", "overflow to Inf")
-        ],
+        [Statement(f"{what} is better by more than that", held, each, high=-limit) for what, each in changes.items()],
         needs="any",
     )
 

@@ -124,19 +124,20 @@ def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", ta
     return _response(measured, name, "points", 2, change, "questions", **more)
 
 
-def ape(measured: Sequence[Measured], **more) -> Response:
+def ape(measured: Sequence[Measured]) -> Response:
     """Logarithm of the loss APE: its effects are factors."""
     with np.errstate(divide="ignore"):  # a run that equals its baseline has none, and is left out
-        return _response(measured, "Loss APE", "%", 3, lambda m: np.log([m.ape]), log=True, **more)
+        return _response(measured, "Loss APE", "%", 3, lambda m: np.log([m.ape]), log=True)
 
 
-def overshoot(measured: Sequence[Measured], **more) -> Response:
-    return _response(measured, "Tensors beyond their predicted amax", "%", 2, lambda m: [100 * m.overshoot], **more)
+def overshoot(measured: Sequence[Measured]) -> Response:
+    name = "Share of tensors beyond their predicted amax"
+    return _response(measured, name, "points", 2, lambda m: [100 * m.overshoot])
 
 
-def clipped(measured: Sequence[Measured], **more) -> Response:
+def clipped(measured: Sequence[Measured]) -> Response:
     name = "Elements beyond the target"
-    return _response(measured, name, "in a million", 2, lambda m: [1e6 * m.clipped], **more)
+    return _response(measured, name, "in a million", 2, lambda m: [1e6 * m.clipped])
 
 
 def _versus(ours: str, theirs: str) -> str:
@@ -151,7 +152,7 @@ def _response(
     of: Callable[[Measured], Sequence[float]],
     sampled: str = "",
     key: Callable[[Measured], Key] = lambda m: m.key,
-    **more,
+    log: bool = False,
 ) -> Response:
     values = {(key(m), m.seed): np.asarray(of(m), float) for m in measured}
-    return Response(name, unit, digits, {k: v for k, v in values.items() if np.isfinite(v).all()}, sampled, **more)
+    return Response(name, unit, digits, {k: v for k, v in values.items() if np.isfinite(v).all()}, sampled, log)

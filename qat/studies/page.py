@@ -150,7 +150,7 @@ def _short_runs(cfg: Config) -> str:
         return ""
     return (
         f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here, "
-        "which residuals that are taken for the noise count twice."
+        "which means over the scalings count twice."
     )
 
 
@@ -229,7 +229,7 @@ def _interactions(measured: Sequence[Measured]) -> list[dict]:
     """Every cell's mean and interval in two responses, as `qat.report.studies.interaction` draws them."""
     responses = {
         "Held-out loss in W8A8, run less BF16 (nats)": measures.heldout(measured, "w8a8"),
-        "Loss APE (%)": measures.ape(measured, model=factorial.two_way()),
+        "Loss APE (%)": measures.ape(measured),
     }
     drawn = []
     for title, response in responses.items():
