@@ -38,7 +38,7 @@ def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cf
     claims, effects = factorial.claims(measured), factorial.effects(measured)
     cells, header = _cells(measured)
     parts = [f"# {TITLES['factorial']}", _summary(claims), READING, _listed(_facts(measured, cfg))]
-    parts += [*_missing(missing), _short_runs(cfg), *_claims(claims)]
+    parts += [*_missing(missing), _REPEATED if factorial.repeated(measured) else "", *_claims(claims)]
     interactions = _interactions(measured) if measured else []
     if measured:
         png([interaction(each, legend=not i) for i, each in enumerate(interactions)], 2, out / "factorial.png")
@@ -83,6 +83,9 @@ _NOTE_EFFECTS = (
     "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors (current predicts nothing, and "
     "has no part in what exceeds a prediction or the target); × is an interaction, the change of the one effect by the "
     "other. Window 1 of `max` is most_recent itself. Effects on the loss APE are ratios."
+)
+_REPEATED = (
+    "No run is longer than a window of 16, so max w16 and max w64 are the same numbers here; effects count them once."
 )
 _NOTE_SWITCHES = (
     "What each changes: the cell with it, less its own baseline, less the same of the cell it is thrown in. Row: of "
@@ -143,15 +146,6 @@ def _listed(lines: Mapping[str, str]) -> str:
 
 def _missing(missing: Mapping[str, str]) -> list[str]:
     return ["## Missing", _listed(missing)] if missing else []
-
-
-def _short_runs(cfg: Config) -> str:
-    if cfg.steps * (cfg.batch[1] if cfg.scaling.tick == "call" else 1) > 17:
-        return ""
-    return (
-        f"Only {cfg.steps} steps: a window of 16 forgets nothing, so max w16 and max w64 are the same numbers here, "
-        "which means over the scalings count twice."
-    )
 
 
 def _claims(claims: Sequence[Mapping]) -> list[str]:
