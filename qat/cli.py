@@ -98,7 +98,7 @@ def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
         if key not in takes and getattr(config, key) is not None:
             name = Path(sys.argv[0]).name
             raise ConfigError(
-                f"{key}={getattr(config, key)}: {name} does not take it; give it the words that made a run"
+                f"{key}={getattr(config, key)}: {name} does not take it; give it the overrides that made a run"
             )
     return config
 

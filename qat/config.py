@@ -224,7 +224,7 @@ class Config:
     seed: int = 0
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"
-    run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the words that describe it
+    run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the overrides that describe it
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
     record: str | None = None  # record.py, restore.py, verify.py: the folder of a record
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -76,7 +76,7 @@ class Subject:
             state = self.run.status()
             progress = f"at step {state['step']} of {state['steps']}" if state else "not started"
             raise UserError(
-                f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same words"
+                f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same overrides"
             )
 
     def regain(self) -> None:

@@ -140,11 +140,10 @@ def crossed(changes: np.ndarray, reach: float = 0.0) -> Mean:
     ((over_units, df_units),) = mean.noise
     rest = changes - of_runs[:, None] - of_units + changes.mean()
     both = (rest**2).sum() / max(1, (runs - 1) * (units - 1)) / changes.size
-    variance = over_runs**2 + over_units**2 - both
-    ways = [(over_runs, df), (over_units, df_units)]
-    if variance > max(over_runs, over_units) ** 2:
-        ways.append((math.sqrt(variance), variance**2 / (over_runs**4 / df + over_units**4 / df_units)))
-    return Mean(mean.value, tuple(ways))
+    variance = max(over_runs**2 + over_units**2 - both, over_runs**2, over_units**2)
+    spread = over_runs**4 / df + over_units**4 / df_units
+    together = math.sqrt(variance), variance**2 / spread if spread else min(df, df_units)
+    return Mean(mean.value, ((over_runs, df), (over_units, df_units), together))
 
 
 def extended(units: np.ndarray, reach: float) -> np.ndarray:

@@ -25,7 +25,7 @@ def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = N
 def jobs(
     experiments: Sequence[str], overrides: list[str], seeds: Sequence[int] | None = None
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """(baselines, quantized runs) of experiments, each as the words that train it alone, inside a Hydra entry. What
+    """(baselines, quantized runs) of experiments, each as the overrides that train it alone, inside a Hydra entry. What
     experiments share is there once. Errors: ConfigError for what these ranks cannot train."""
     baselines, runs = {}, {}
     for experiment in experiments:

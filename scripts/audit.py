@@ -1,6 +1,6 @@
 """Throw the switches between the paper's text and its released code, one at a time, and say what each does.
 
-python scripts/audit.py [study.seeds=[0,1,2]] [report.out=report] [the words of a run]
+python scripts/audit.py [study.seeds=[0,1,2]] [report.out=report] [the overrides of a run]
 """
 
 import sys

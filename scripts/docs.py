@@ -1,4 +1,4 @@
-"""Write what README.md and the pages of experiments/ show of their records, so that no number there is typed by hand.
+"""Write the marked sections of README.md and experiments/, so that no number in them is typed by hand.
 
 python scripts/docs.py            --check: only say whether they are up to date
 """
@@ -9,9 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat.report import studies
+from qat.report import studies, tables
 from qat.runtime import ROOT
 
 _SECTION = re.compile(r"(<!-- from (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -42,6 +44,11 @@ def claims(record: Path) -> str:
         link = f"[all of it]({(record / name / f'{name}.md').relative_to(ROOT / 'experiments')})"
         parts += [f"`make {name}` ({about}; {link}):", studies.claims_table(study["claims"]).markdown()]
     return "\n\n".join(parts) + "\n"
+
+
+def disagreements(paper: Path) -> str:
+    """Where the paper's text and its released code part, with the switch for each."""
+    return tables.disagreements(yaml.safe_load(paper.read_text())).markdown() + "\n"
 
 
 def experiment(name: str, record: Path) -> str:
@@ -93,16 +100,21 @@ def _rows(table: str, name: str) -> str:
 
 
 PAGES = {"README.md": results, "experiments/README.md": claims} | {
-    f"experiments/exp{number}/README.md": functools.partial(experiment, f"exp{number}") for number in range(1, 9)
+    str(page.relative_to(ROOT)): functools.partial(experiment, page.parent.name)
+    for page in sorted((ROOT / "experiments").glob("exp*/README.md"))
 }
 
 
 def written(page: str, text: str) -> str:
     """A page with its section as its record has it. Errors: SystemExit when it names no record."""
-    write: Callable[[Path], str] = PAGES[page]
     if not _SECTION.search(text):
         sys.exit(f"error: {page} has no section that `make docs` writes; see scripts/docs.py")
-    return _SECTION.sub(lambda part: part[1] + write(ROOT / part[2]) + part[3], text)
+
+    def section(found: re.Match) -> str:
+        write: Callable[[Path], str] = disagreements if found[2].endswith(".yaml") else PAGES[page]
+        return found[1] + write(ROOT / found[2]) + found[3]
+
+    return _SECTION.sub(section, text)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Score a trained run, its baseline and the untouched checkpoint, and compare them.
 
-python scripts/eval.py experiment=exp8 [the words that trained it] [benchmark=paper]
+python scripts/eval.py experiment=exp8 [the overrides that trained it] [benchmark=paper]
 python scripts/eval.py run=runs/<id> [benchmark=paper] [logger=local]
 """
 

@@ -1,7 +1,7 @@
 """Write a finished run as a Hugging Face folder of 8-bit codes, with a model card.
 
 python scripts/export.py run=runs/<id> [export.out=folder]
-python scripts/export.py experiment=exp8 [the words that trained it]
+python scripts/export.py experiment=exp8 [the overrides that trained it]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Cross the paper's factors around exp8: train and score what is missing, and judge the paper's claims.
 
-python scripts/factorial.py [study.seeds=[0,1,2]] [report.out=report] [the words of a run]
+python scripts/factorial.py [study.seeds=[0,1,2]] [report.out=report] [the overrides of a run]
 """
 
 import sys

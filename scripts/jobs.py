@@ -1,6 +1,6 @@
-"""List the suite as jobs for a cluster's queue: a file with the words of each, baselines first, the report's last.
+"""List the suite as jobs for a cluster's queue: a file with the overrides of each, baselines first, the report's last.
 
-python scripts/jobs.py [report.experiments=[exp7,exp8]] [report.seeds=[0,1,2]] [the words of a run]
+python scripts/jobs.py [report.experiments=[exp7,exp8]] [report.seeds=[0,1,2]] [the overrides of a run]
 Prints how many baselines there are, how many runs with them, and the folder of the file `jobs`.
 """
 

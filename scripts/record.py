@@ -1,6 +1,6 @@
 """Keep a report, or a study alone, and the small parts of its runs as a record that git can hold.
 
-python scripts/record.py record=experiments/records/<date>_<name> [report.out=report] [the words of the report]
+python scripts/record.py record=experiments/records/<date>_<name> [report.out=report] [the overrides of the report]
 python scripts/record.py record=experiments/records/<date>_<name> runs=[runs/a,runs/b]     # runs alone, as of a study
                                                                                            # that was interrupted
 """

@@ -1,6 +1,6 @@
 """Write the report of the experiments, or of any runs, from their run folders.
 
-python scripts/report.py [report.experiments=[exp8]] [report.out=report] [the words that trained them]
+python scripts/report.py [report.experiments=[exp8]] [report.out=report] [the overrides that trained them]
 python scripts/report.py runs=[runs/a,runs/b,runs/c] [report.out=report]
 """
 

@@ -2,7 +2,7 @@
 # `make suite LAUNCHER=slurm`: the suite as job arrays, baselines first. An array begins when all of the one before have
 # ended, well or not: a failure stops nothing else, and the same command again runs what is missing.
 #
-# PY=python NODES=1 RANKS=8 SBATCH="--partition=gpu --account=lab" scripts/slurm_submit.sh [the words of a run]
+# PY=python NODES=1 RANKS=8 SBATCH="--partition=gpu --account=lab" scripts/slurm_submit.sh [the overrides of a run]
 set -euo pipefail
 # As the Makefile has them, for whoever comes past it.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}

@@ -200,9 +200,8 @@ def test_a_run_that_is_not_finished_is_refused_in_one_line(scored, words, main):
     before = sorted(path.name for path in folder.iterdir())
     code, _, stderr = main("eval.py", *words, "seed=5")
     assert code == 2 and stderr.count("\n") == 1 and stderr.startswith("error: tiny-bf16-")
-    assert (
-        "-s5-" in stderr and "is not started; train it first: `python scripts/train.py` with the same words" in stderr
-    )
+    assert "-s5-" in stderr
+    assert "is not started; train it first: `python scripts/train.py` with the same overrides" in stderr
     assert sorted(path.name for path in folder.iterdir()) == before
     run = Run.of(baseline_of(scored[0]))
     status = run.status()

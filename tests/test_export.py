@@ -304,7 +304,7 @@ def test_only_an_own_export_is_replaced(scored, folder, tmp_path):
 def test_what_has_no_codes_is_refused_in_one_line(config, words, main):
     code, _, stderr = main("export.py", *words, "seed=5")
     assert (code, stderr.count("\n")) == (2, 1)
-    assert stderr.endswith(" is not started; train it first: `python scripts/train.py` with the same words\n")
+    assert stderr.endswith(" is not started; train it first: `python scripts/train.py` with the same overrides\n")
     for more, reason in (
         (
             {"quant.format": "none"},

@@ -326,4 +326,4 @@ def _round_up(number: float) -> int:
 def disagreements(paper: Mapping) -> Table:
     """Where the paper's text and its released code or logs part."""
     rows = [[str(i), row["says"], row["did"], row["switch"]] for i, row in enumerate(paper["disagreements"], start=1)]
-    return _table(["", "The text", "The released code and logs", "Our switch"], rows)
+    return _table(["", "The text", "The released code and logs", "Our switch: the text's value, the code's"], rows)

@@ -55,7 +55,7 @@ OVERRIDES = [
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
     Case(
         "model=tiny run=runs",
-        "run=runs: train.py does not take it; give it the words that made a run",
+        "run=runs: train.py does not take it; give it the overrides that made a run",
     ),
     Case("runs=[runs]", "runs=['runs']: eval.py does not take it; give it the words", script="eval"),
     Case("report.experiments=[exp9]", "experiment=exp9: unknown choice; did you mean 'exp8'?", script="report"),
