@@ -145,7 +145,7 @@ def test_a_window_of_calls_is_compared_only_where_it_forgets():
     name, measured = "A window counted in calls is as good as one in steps", invent(KEYS)
     short, long = (judged(measured, f"budget.steps={steps}", "warmup.bf16=0.05")[name] for steps in (17, 18))
     assert long["verdict"] == SUPPORTED and short["verdict"] == OPEN
-    assert short["why"] == "It was not seen that a run outlasts a window of calls: 64 quantized calls."
+    assert short["why"] == "It was not seen that a run outlasts a window of calls (64 quantized calls; true above 64)."
 
 
 def test_more_runs_of_the_same_scopes_make_their_power_no_surer():

@@ -198,7 +198,8 @@ class Claim:
         premises = [premise.judge(1 - LEVEL / len(self.premises)) for premise in self.premises]
         found = [statement.judge(1 - LEVEL / len(self.statements)) for statement in self.statements]
         if unmet := next((each for each in premises if each["verdict"] != SUPPORTED), None):
-            verdict, why = OPEN, f"It was not seen that {unmet['statement']}: {unmet['text']} {unmet['unit']}."
+            seen = f"{unmet['text']} {unmet['unit']}; true {region(unmet['region'])}"
+            verdict, why = OPEN, f"It was not seen that {unmet['statement']} ({seen})."
         else:
             verdict = self._verdict(found)
             why = _why(verdict, found)
