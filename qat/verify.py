@@ -67,13 +67,15 @@ def _without(cells: Sequence[str], place: int) -> list[str]:
 
 def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
     """A row a held-out text of a quantized run, one that says why where either cannot be compared with its baseline;
-    told: what the first table says of the run. Nothing of what it calls unlike, or identical without a baseline."""
-    if not first.typed_config().quantized or told.startswith(_UNLIKE):
+    told: what the first table says of the run. Nothing of what it calls unlike or not scored, or identical without a
+    baseline."""
+    if not first.typed_config().quantized or told.startswith(_UNLIKE) or told.endswith("not scored"):
         return []
     try:
         stated, here = (_against_baseline(run, _benchmark(first)) for run in (first, again))
     except UserError as reason:
-        return [] if told.startswith("bit-identical") else [[first.id, "-", "-", "-", f"{_UNLIKE}: {reason}"]]
+        why, *_ = str(reason).split("; ")  # what follows is of a folder that is about to go
+        return [] if told.startswith("bit-identical") else [[first.id, "-", "-", "-", f"{_UNLIKE}: {why}"]]
     rows = []
     for text, row in stated.items():
         difference, ci = here[text]["difference"], row["ci"]

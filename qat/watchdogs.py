@@ -18,8 +18,8 @@ from qat.scaling import ScaleBank
 IMPLAUSIBLE = 0.6  # of ln(vocabulary), the loss of guessing; sound pretrained models start below 0.4
 LOST = 0.5  # share of weights that an update left as they were
 STILL = 1e-6  # share of weights that an update moves to another value of the format: 1 % in the paper's 10,000 steps
-# In the records of SmolLM2-135M (16 and 128 steps, after the first quantized one) window 64 has at most 19 % of a role's
-# tensors over 1.25, and none over 3.3; under most_recent and exp_smooth 51 to 61 % of the gradients, and one over 14.
+# In the records of SmolLM2-135M, after the first quantized step, window 64 has at most 19 % of a role's tensors over
+# 1.25, and none over 3.3; under most_recent and exp_smooth it is 51 to 61 % of the gradients, and one is at 14.
 LATE, WIDESPREAD, FAR = 1.25, 0.25, 4.0  # overshoot; share of a role's tensors that have it; overshoot of one tensor
 FLOOR = 18.0  # dB of SQNR; were all values in the tier of 1 mantissa bit, rounding would leave 20 (3 bits: 31)
 VANISHED = 0.1  # share of a tensor's values that become zero; sound runs stay near 0.001

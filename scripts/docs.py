@@ -56,17 +56,17 @@ def experiment(name: str, record: Path) -> str:
     report = (record / "report.md").read_text()
     section = re.search(rf"^## {name}: .*?\n(.*?)(?=^## )", report, re.DOTALL | re.MULTILINE)[1].strip()
     asked, detail = re.match(r"(.*?\n\nPaper: .*?)\n\n(.*)", section, re.DOTALL).groups()
-    tables = [_rows(_table(report, title), name) for title in ("At a glance", "Beside the paper")]
-    if not any(tables):  # of BF16 runs only
-        tables = ["All BF16 runs of the suite:\n\n" + _table(report, "BF16 baselines and the untouched checkpoint")]
+    rows = [_rows(_table(report, title), name) for title in ("At a glance", "Beside the paper")]
+    if not any(rows):  # of BF16 runs only
+        rows = ["All BF16 runs of the suite:\n\n" + _table(report, "BF16 baselines and the untouched checkpoint")]
     above = Path("..") / record.relative_to(ROOT / "experiments")
     source = (
         f"The [record of the suite]({above / 'report.md'}) explains the columns. Its code: {_facts(report)['Code']}."
     )
-    runs = [path.name for path in sorted((record / "runs").iterdir()) if path.name in detail + tables[0]]
+    runs = [path.name for path in sorted((record / "runs").iterdir()) if path.name in detail + rows[0]]
     links = "\n".join(f"- [{run}]({above / 'runs' / run})" for run in runs)
     return (
-        "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *tables, detail, "The runs named here:", links])
+        "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *rows, detail, "The runs named here:", links])
         + "\n"
     )
 
@@ -106,7 +106,7 @@ PAGES = {"README.md": results, "experiments/README.md": claims} | {
 
 
 def written(page: str, text: str) -> str:
-    """A page with its section as its record has it. Errors: SystemExit when it names no record."""
+    """A page with each section as its source has it, a record or paper.yaml. Errors: SystemExit where it has none."""
     if not _SECTION.search(text):
         sys.exit(f"error: {page} has no section that `make docs` writes; see scripts/docs.py")
 
@@ -123,7 +123,7 @@ def main() -> None:
         if "--check" not in sys.argv:
             (ROOT / page).write_text(written(page, now))
         elif written(page, now) != now:
-            sys.exit(f"error: {page} differs from its record; run `make docs`")
+            sys.exit(f"error: {page} differs from its sources; run `make docs`")
 
 
 if __name__ == "__main__":

@@ -150,6 +150,15 @@ def test_one_seed_and_one_number_a_run_have_estimates_and_no_intervals():
     assert judge(found, -1, 1) == OPEN
 
 
+def test_seeds_that_agree_are_no_certainty():
+    """Of one number a run, in three runs: that they do not differ says nothing of a fourth."""
+    response = Response(
+        "x", "points", 2, {(key, seed): np.array([0.1 * (key == A)]) for key in (A, B) for seed in range(3)}
+    )
+    found = response.contrast({A: 1, B: -1})
+    assert found.value == pytest.approx(0.1) and found.low is found.p is None and judge(found, 0, 1) == OPEN
+
+
 def test_holm_agrees_with_a_calculation_by_hand():
     made = [
         Response("x", "", 1, {(A, 0): np.array(v)}, "documents").contrast({A: 1}) for v in ([1, 1.1, 0.9], [1, 3, 2])

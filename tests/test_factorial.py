@@ -191,6 +191,10 @@ def test_the_papers_claims_are_judged_by_the_marks(seeds):
         overshoot=lambda key: 0.4 if key[0] == "most_recent" else 0.05 + (0.001 if key == factorial.RECIPE else 0),
         lost=forgets,
     )
+    for number, m in enumerate(measured):
+        m.ape, m.overshoot, m.clipped = (
+            value * 1.002 ** (7 * number % 11) for value in (m.ape, m.overshoot, m.clipped)
+        )
     claims = {claim["claim"]: claim for claim in factorial.claims(measured)}
     verdicts = {name: claim["verdict"] for name, claim in claims.items()}
     assert verdicts["The max window saturates less than scaling by the last amax"] == (OPEN if alone else SUPPORTED)
@@ -202,7 +206,9 @@ def test_the_papers_claims_are_judged_by_the_marks(seeds):
     assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, OPEN]  # 60 questions are too few
     sufficient = claims["Sufficient: the recipe meets every threshold (W8A8)"]["statements"]
     assert [each["verdict"] for each in sufficient] == [SUPPORTED, OPEN if alone else SUPPORTED, OPEN, OPEN, OPEN]
-    assert sufficient[1]["text"].startswith("0.100 [")
+    assert sufficient[1]["text"].startswith("0.10") and (sufficient[1]["estimate"]["low"] is None) == alone
+    saturation = claims["The max window saturates less than scaling by the last amax"]
+    assert ("points, all of it below 0; so is the other." in saturation["why"]) == (not alone)
     high = claims["Training at lr 1e-4 forgets, at lr 1e-5 it does not"]["statements"][0]
     assert high["verdict"] == SUPPORTED and high["estimate"]["value"] == pytest.approx(-40)
 
@@ -238,7 +244,7 @@ def test_factors_of_the_loss_ape_are_found_over_seeds():
     assert alone.low is None and alone.p is None
 
 
-def test_windows_that_no_run_outlasts_are_one_level():
+def test_windows_that_no_run_outlasts_are_one_level(grid, tmp_path):
     """max w16 and w64 to the last digit: one test in Holm's correction, one cell in means over the scalings."""
     measured = invent(KEYS, (0, 1, 2), damage=planted, noise=0.002)
     assert factorial.repeated(measured) == ()
@@ -247,12 +253,15 @@ def test_windows_that_no_run_outlasts_are_one_level():
         if m.key[0] == "max w16":
             m.losses, m.ape = wide[m.key[1:], m.seed].losses, wide[m.key[1:], m.seed].ape
     assert factorial.repeated(measured) == ("max w16",)
+    assert factorial.repeated([m for m in measured if m.key != ("max w64", "1e-4", "0")]) == ("max w16",)
     rows = {row["effect"]: row for row in factorial.effects(measured)[0]["effects"]}
     assert rows["max w16"]["estimate"] is rows["max w16 × lr 1e-5"]["estimate"] is rows["max w16"]["p_holm"] is None
     assert rows["lr 1e-5"]["estimate"]["value"] == pytest.approx(-0.04 / 4, abs=0.001)
     tested = [row for row in rows.values() if row["estimate"]]
     smallest = min(tested, key=lambda row: row["estimate"]["p"])
     assert len(tested) == 6 + 9 - 3 and smallest["p_holm"] == pytest.approx(12 * smallest["estimate"]["p"])
+    path = page.write_factorial(measured, {}, grid[0].cfg, tmp_path)
+    assert "max w16 and max w64 are the same numbers here; effects count them once." in path.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -282,7 +291,6 @@ def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
     assert "PTQ less baseline" in text and all(
         run["heldout_ptq"] == pytest.approx(0.02, abs=1e-3) for run in kept["runs"]
     )
-    assert "the same numbers here" not in text
     for claim in kept["claims"]:
         assert claim["claim"] in text and claim["verdict"] in text and claim["why"] in text
     assert len(kept["runs"]) == 3 and len(kept["effects"]) == 7
@@ -295,7 +303,7 @@ def test_before_any_run_there_is_a_page(grid, tmp_path):
 
 
 def test_current_scaling_has_no_part_in_what_exceeds_a_prediction():
-    """It is never beyond anything: its zeros would halve the effects of others, and pass for runs without noise."""
+    """It is never beyond anything, and its zeros would belittle the effects of others: 16 points, not 20."""
     shares = {("current", rate): 0.0 for rate in ("1e-4", "1e-5")}
     measured = invent(KEYS, (0, 1, 2), overshoot=lambda key: shares.get(key[:2], 0.4 if key[1] == "1e-4" else 0.2))
     by_name = {each["response"]: each for each in factorial.effects(measured)}

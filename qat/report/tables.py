@@ -304,7 +304,8 @@ def floor(experiments: Sequence[Experiment]) -> Table:
 
 def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
     mean, half = sum(values) / len(values), half_width(values)
-    ends = [mean - half, mean + half] if half else None  # seeds that agree to the last digit are no certainty
+    agree = max(values) - min(values) < 1e-9  # which is no certainty
+    ends = None if agree else [mean - half, mean + half]
     return f"{signed(mean, digits, plus)} {interval(ends, digits, plus)}"
 
 

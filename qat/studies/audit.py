@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np
-from statsmodels.regression.linear_model import OLS
+from scipy.stats import linregress
 
-from qat import ranks, suite
+from qat import paired, ranks, suite
 from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import Config, ConfigError
 from qat.runs import Run
@@ -181,7 +181,7 @@ def _labels(measured: Sequence[Measured]) -> Claim:
         share,
         low=0.5,
         estimate=lambda level: explained(forgetting, once, twice, level),
-        without="it was not seen that anything is forgotten",
+        without="it was not seen that anything is forgotten, or a cell that it needs is missing",
     )
     return Claim(
         "The double label shift explains the forgetting at lr 1e-4",
@@ -198,6 +198,8 @@ def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Esti
         return None
     ratio = sides[0].value / sides[1].value
     slope = forgetting.contrast({once: 1 / sides[1].value, twice: -ratio / sides[1].value}, level)
+    if slope is None or slope.low is None:  # seeds that have both cells are too few
+        return None
     half = (slope.high - slope.low) / 2
     return Estimate(1 - ratio, 1 - ratio - half, 1 - ratio + half, None, slope.n, slope.of, level)
 
@@ -265,11 +267,11 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
     if len({linears[scope] for scope in scopes}) < 2:
         return None
     apes = [[group[scope] for scope in scopes] for group in groups.values() if set(scopes) <= set(group)]
-    fit = OLS(np.mean(apes, axis=0), [[np.log(linears[scope]), 1.0] for scope in scopes]).fit()
-    if fit.df_resid < 1:
-        return Estimate(float(fit.params[0]), None, None, None, len(scopes), "scopes", level)
-    low, high = map(float, fit.conf_int(alpha=1 - level)[0])
-    return Estimate(float(fit.params[0]), low, high, float(fit.pvalues[0]), len(scopes), "scopes", level)
+    fit = linregress(np.log([linears[scope] for scope in scopes]), np.mean(apes, axis=0))
+    if len(scopes) < 3:
+        return Estimate(float(fit.slope), None, None, None, len(scopes), "scopes", level)
+    mean = paired.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),))
+    return Estimate(mean.value, *mean.interval(level), mean.p_value(), len(scopes), "scopes", level)
 
 
 def _modes(measured: Sequence[Measured], limit: float) -> Claim:

@@ -38,7 +38,7 @@ Weights = Mapping[Key, float]
 @dataclass
 class Estimate:
     """The value of a contrast, its interval of `level` and its p-value against zero, both None where there is no noise
-    to be had; n: how many units (`of`: documents, questions, runs) it comes from."""
+    to be had; n: how many (`of`: documents, questions, seeds, scopes) it comes from."""
 
     value: float
     low: float | None
@@ -101,7 +101,7 @@ class Response:
         between_units = self.sampled and (units > 1 or reach)
         if self.within_units:
             return paired.student(changes[0], reach) if between_units else None
-        if seeds < 2:
+        if seeds < 2 or (not between_units and np.ptp(changes.mean(1)) < 1e-9):  # seeds that agree are no certainty
             return None
         return paired.crossed(changes, reach) if between_units else paired.student(changes.mean(1))
 
@@ -161,13 +161,13 @@ class Statement:
         low, high = (end if end is None or not response.log else math.log(end) for end in (self.low, self.high))
         return {
             "statement": self.what,
-            "without": self.without,
             "response": response.name,
             "unit": response.unit,
             "estimate": None if estimate is None else vars(estimate),
             "text": response.text(estimate),
             "region": [self.low, self.high],
             "verdict": judge(estimate, -math.inf if low is None else low, math.inf if high is None else high),
+            **({"without": self.without} if estimate is None else {}),
         }
 
 
@@ -227,7 +227,9 @@ def _why(verdict: str, found: Sequence[dict]) -> str:
     if each["estimate"] is None:
         return f"“{each['statement']}”: {each['without']}."
     if each["estimate"]["low"] is None:
-        return f"“{each['statement']}”: {each['text']} {each['unit']}, and one run a cell leaves no interval."
+        return (
+            f"“{each['statement']}”: {each['text']} {each['unit']}, and one seed with all its cells leaves no interval."
+        )
     return f"“{each['statement']}”: {each['text']} {each['unit']}, {_spanned(each['region'])}."
 
 

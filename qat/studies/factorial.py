@@ -48,7 +48,7 @@ FACTORS = {"scaling": SCALINGS, "lr": RATES, "warmup": WARMUPS}
 _SET = ("experiment", *FACTORS, "window", "quant", "scaling.algo", "scaling.window", "optim.lr", "warmup.bf16")
 RECIPE = ("max w64", "1e-5", "5 %")
 
-# It scales by the very amax: nothing is ever beyond it, in any run, and its zeros would halve the effects of others.
+# It scales by the very amax: nothing is ever beyond it, in any run, and its zeros would belittle the effects of others.
 _PREDICTS_NOTHING = ("current",)
 # What each factor is contrasted by: label -> weights of its levels.
 _MAX = {"max w64": 1, "most_recent": -1}
@@ -102,8 +102,8 @@ def repeated(measured: Sequence[Measured]) -> tuple[str, ...]:
     one test, not two, and count once in means."""
     by_cell = {(m.key, m.seed): m for m in measured}
     pairs = [(m, by_cell.get((("max w64", *m.key[1:]), m.seed))) for m in measured if m.key[0] == "max w16"]
-    same = (b is not None and np.array_equal(a.losses["w8a8"], b.losses["w8a8"]) and a.ape == b.ape for a, b in pairs)
-    return ("max w16",) if pairs and all(same) else ()
+    same = [np.array_equal(a.losses["w8a8"], b.losses["w8a8"]) and a.ape == b.ape for a, b in pairs if b is not None]
+    return ("max w16",) if same and all(same) else ()
 
 
 def responses(measured: Sequence[Measured]) -> dict[str, Response]:

@@ -57,7 +57,7 @@ OVERRIDES = [
         "model=tiny run=runs",
         "run=runs: train.py does not take it; give it the overrides that made a run",
     ),
-    Case("runs=[runs]", "runs=['runs']: eval.py does not take it; give it the words", script="eval"),
+    Case("runs=[runs]", "runs=['runs']: eval.py does not take it; give it the overrides", script="eval"),
     Case("report.experiments=[exp9]", "experiment=exp9: unknown choice; did you mean 'exp8'?", script="report"),
     Case("report.experiments=[exp7]", "report.experiments=['exp7']: name two, as in", script="diff"),
     Case("report.experiments=[exp7,exp88]", "experiment=exp88: unknown choice; did you mean 'exp8'?", script="diff"),
