@@ -68,10 +68,6 @@ class Response:
     def seeds(self) -> list[int]:
         return sorted({seed for _, seed in self.values})
 
-    @cached_property
-    def cells(self) -> list[Key]:
-        return list(dict.fromkeys(key for key, _ in self.values))
-
     @property
     def within_units(self) -> bool:
         """Whether noise is that between units, for want of seeds."""
