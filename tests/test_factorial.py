@@ -125,9 +125,10 @@ def planted(key, seed=0) -> float:
     return {"most_recent": 0.03, "max w64": 0.005}.get(scaling, 0.01) + extra + 0.002 * seed
 
 
-@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
-def test_planted_effects_are_found_within_their_intervals(seeds):
-    measured = invent(KEYS, seeds, damage=planted, noise=0.002)
+@pytest.mark.parametrize(("seeds", "noise"), [((0,), 0.002), ((0, 1, 2), 0.0004)])
+def test_planted_effects_are_found_within_their_intervals(seeds, noise):
+    """Three seeds leave two degrees of freedom, so of them as much is seen in less noise only."""
+    measured = invent(KEYS, seeds, damage=planted, noise=noise)
     response = factorial.responses(measured)["heldout w8a8"]
     contrasts = factorial.contrasts()
     assert len(contrasts) == 6 + 9
@@ -140,17 +141,14 @@ def test_planted_effects_are_found_within_their_intervals(seeds):
     }
     for label, value in truth.items():
         found = response.contrast(contrasts[label], 0.999)
-        assert found.low < value < found.high and found.high - found.low < (0.012 if len(seeds) == 1 else 0.06), label
+        assert found.low < value < found.high and found.high - found.low < 0.012, label
         by_hand = sum(
             w * np.mean([response.values[key, s].mean() for s in seeds]) for key, w in contrasts[label].items()
         )
         assert found.value == pytest.approx(by_hand)
     assert found.of == ("documents" if len(seeds) == 1 else "seeds")
     rows = {row["effect"]: row for row in factorial.effects(measured)[0]["effects"]}
-    assert (
-        rows["max w64 × lr 1e-5"]["p_holm"] < (0.001 if len(seeds) == 1 else 0.003)
-        and rows["lr 1e-5 × warmup"]["p_holm"] > 0.05
-    )
+    assert rows["max w64 × lr 1e-5"]["p_holm"] < 0.001 and rows["lr 1e-5 × warmup"]["p_holm"] > 0.05
     assert orthogonal(measured)["statements"][0]["verdict"] == CONTRADICTED
 
 
@@ -206,7 +204,9 @@ def test_the_papers_claims_are_judged_by_the_marks(seeds):
     assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, OPEN]  # 60 questions are too few
     sufficient = claims["Sufficient: the recipe meets every threshold (W8A8)"]["statements"]
     assert [each["verdict"] for each in sufficient] == [SUPPORTED, OPEN if alone else SUPPORTED, OPEN, OPEN, OPEN]
-    assert sufficient[1]["text"].startswith("0.10") and (sufficient[1]["estimate"]["low"] is None) == alone
+    recipe = [math.log(m.ape) for m in measured if m.key == factorial.RECIPE]
+    assert sufficient[1]["estimate"]["value"] == pytest.approx(np.mean(recipe))
+    assert (sufficient[1]["estimate"]["low"] is None) == alone
     saturation = claims["The max window saturates less than scaling by the last amax"]
     assert ("points, all of it below 0; so is the other." in saturation["why"]) == (not alone)
     high = claims["Training at lr 1e-4 forgets, at lr 1e-5 it does not"]["statements"][0]
@@ -234,9 +234,7 @@ def test_factors_of_the_loss_ape_are_found_over_seeds():
     response = factorial.responses(measured)["ape"]
     effect = {key: (-1) ** (key[0] == "most_recent") / 4 for key in keys}
     found = response.contrast(effect)
-    changes = [
-        sum(w * math.log(m.ape) for m in measured if m.seed == seed for w in [effect[m.key]]) for seed in (0, 1, 2)
-    ]
+    changes = [sum(effect[m.key] * math.log(m.ape) for m in measured if m.seed == seed) for seed in (0, 1, 2)]
     test = stats.ttest_1samp(changes, 0)
     assert (found.low, found.high, found.p) == pytest.approx((*test.confidence_interval(), test.pvalue))
     assert math.exp(found.low) < 0.5 < math.exp(found.high) < 0.7 and found.low < found.high
