@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qat.config import Config, UserError
 from qat.identity import identity, ptq_mode
-from qat.paired import LEVEL, Answers, above_chance, bootstrap, detectable, mcnemar, tango
+from qat.paired import LEVEL, Answers, above_chance, bootstrap, detectable, mcnemar, tang, tango
 from qat.runs import Run
 from qat.scored import Scored
 
@@ -236,17 +236,18 @@ def _pooled(tasks: Sequence[Answers]) -> dict:
 
 def _scores(tasks: Sequence[Answers], baseline: float, score: float) -> dict:
     """What is said of paired answers: percent and points, with intervals, p-value and what could have been detected."""
-    lost, gained, n = sum(each.lost for each in tasks), sum(each.gained for each in tasks), sum(map(sum, tasks))
+    kept, lost, gained, wrong = (sum(counts) for counts in zip(*tasks, strict=True))
+    n = kept + lost + gained + wrong
     drop = 100 * (baseline - score) / baseline if baseline else None
-    resampled = {name: limits and [100 * limit for limit in limits] for name, limits in bootstrap(tasks).items()}
+    ratio = tang(kept, lost, gained)
     return {
         "baseline": baseline,
         "score": score,
         "points": score - baseline,
         "ci": [100 * limit for limit in tango(lost, gained, n)],
-        "ci_bootstrap": resampled["change"],
+        "ci_bootstrap": [100 * limit for limit in bootstrap(tasks)],
         "relative_drop": drop,
-        "relative_drop_ci": resampled["relative_drop"],
+        "relative_drop_ci": ratio and [100 * (1 - limit) for limit in reversed(ratio)],
         "lost": lost,
         "gained": gained,
         "n": n,

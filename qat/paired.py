@@ -56,21 +56,37 @@ def tango(lost: int, gained: int, n: int) -> tuple[float, float]:
     return low, high
 
 
-def bootstrap(tasks: Sequence[Answers]) -> dict[str, list[float] | None]:
-    """95 % percentile intervals of a paired bootstrap over questions, resampled within each task (Efron and Tibshirani
-    1993): {"change": of (gained - lost) / n, "relative_drop": of (lost - gained) / baseline's right answers}, as
-    shares; the latter None where a resample has a baseline without a right answer."""
+def tang(kept: int, lost: int, gained: int) -> tuple[float, float] | None:
+    """95 % score interval of the ratio of paired proportions, (kept + gained) / (kept + lost): how many times as many
+    answers are right in the run (Tang, Tang and Chan 2003). None where the baseline has none right.
+
+    It inverts the score test whose value at one is McNemar's, so it excludes one where `tango` excludes zero; like that
+    it does not collapse where nothing flipped. Questions that neither answers do not matter.
+    """
+    before, after, right = kept + lost, kept + gained, kept + lost + gained
+    if not before:
+        return None
+
+    def excess(ratio: float) -> float:  # squared score statistic against z^2; its two roots are the limits
+        b = ratio**2 * (right + gained) - after
+        root = math.sqrt(max(0.0, b * b + 4 * ratio**2 * (1 - ratio**2) * right * gained))
+        gain_rate = (b + root) / (2 * ratio * (1 + ratio) * right)  # most likely under the ratio, of what is right
+        variance = ratio * right * ((1 - ratio) + (1 + ratio) * gain_rate)
+        return (after - ratio * before) ** 2 - Z**2 * variance
+
+    nudge, reach = 1e-9, 2 * after / before + 4 * Z**2 * right / before**2  # there the variance is too small by far
+    low = 0.0 if after == 0 else brentq(excess, nudge, after / before * (1 - nudge))
+    return low, brentq(excess, after / before * (1 + nudge) + nudge, reach)
+
+
+def bootstrap(tasks: Sequence[Answers]) -> list[float]:
+    """95 % percentile interval of the change (gained - lost) / n, as shares, by a paired bootstrap over questions,
+    resampled within each task (Efron and Tibshirani 1993)."""
     draw = np.random.default_rng(0)
     drawn = [draw.multinomial(sum(each), np.array(each) / sum(each), _RESAMPLES) for each in tasks]
-    kept, lost, gained, wrong = sum(drawn).T
-    right = kept + lost
-    change = (gained - lost) / (right + gained + wrong)
-    drop = None if (right == 0).any() else _percentiles((lost - gained) / right)
-    return {"change": _percentiles(change), "relative_drop": drop}
-
-
-def _percentiles(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2]).tolist()
+    _, lost, gained, _ = sum(drawn).T
+    changes = (gained - lost) / sum(map(sum, tasks))
+    return np.quantile(changes, [LEVEL / 2, 1 - LEVEL / 2]).tolist()
 
 
 def detectable(flips: int, n: int) -> float:

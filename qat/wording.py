@@ -20,7 +20,7 @@ def task_cells(row: dict) -> list[str]:
     """One row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`. Detectable is the
     smallest change that the test finds in about 80 % of samples."""
     drop = "-" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
-    if row.get("relative_drop_ci") and row["lost"] + row["gained"]:  # without flips a bootstrap collapses to a point
+    if row.get("relative_drop_ci"):
         drop += f" {interval(row['relative_drop_ci'])}"
     flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
     name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"

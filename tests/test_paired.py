@@ -19,6 +19,7 @@ from qat.paired import (
     half_width,
     holm,
     mcnemar,
+    tang,
     tango,
 )
 
@@ -61,29 +62,52 @@ def test_tango_at_the_edges():
         assert (low < 0 < high) == ((gained - lost) ** 2 / (gained + lost) < 1.96**2)
 
 
+@pytest.mark.parametrize(
+    ("kept", "lost", "gained"), [(50, 9, 1), (43, 1, 0), (400, 30, 41), (0, 3, 5), (2, 7, 1), (9, 0, 4)]
+)
+def test_tang_inverts_the_score_test(kept, lost, gained):
+    """As for Tango's: at either limit the statistic is 1.96 for the most likely rates, by brute force."""
+    share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions gained, of all that either answers, under a given ratio
+    for ratio in tang(kept, lost, gained):
+        lost_share = 1 - ratio + ratio * share
+        rates = 1 - lost_share - share, lost_share, share
+        valid = np.all([rate > 0 for rate in rates], axis=0)
+        counts = (kept, lost, gained)
+        likelihood = sum(k * np.log(rate[valid]) for k, rate in zip(counts, rates, strict=True))
+        best = np.argmax(likelihood)
+        spread = ratio * sum(counts) * (lost_share[valid][best] + share[valid][best])
+        assert abs(kept + gained - ratio * (kept + lost)) / math.sqrt(spread) == pytest.approx(1.96, abs=2e-3)
+
+
+def test_tang_at_the_edges():
+    # Before and after a transplantation, Bentur et al. 2009, as in Fagerland, Lydersen and Laake 2014.
+    assert tang(1, 7, 1) == pytest.approx((0.065, 0.907), abs=5e-4)
+    assert tang(100, 0, 0) == pytest.approx((100 / (100 + 1.96**2), 1 + 1.96**2 / 100), abs=1e-4)
+    assert tang(40, 8, 3) == pytest.approx([1 / limit for limit in tang(40, 3, 8)[::-1]])
+    assert tang(0, 0, 3) is None and tang(0, 5, 0)[0] == 0
+    for lost, gained in ((1, 7), (2, 7), (3, 14), (5, 15)):  # one is inside exactly where Tango's keeps zero
+        for swapped in ((lost, gained), (gained, lost)):
+            (low, high), (least, most) = tang(200, *swapped), tango(*swapped, 500)
+            assert (low < 1 < high) == (least < 0 < most)
+
+
 @pytest.mark.parametrize("counts", [(50, 9, 1, 40), (400, 30, 41, 701), (12, 0, 0, 4)])
 def test_the_bootstrap_is_scipys_over_the_questions(counts):
     answers = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], counts, axis=0)
-    found = bootstrap([Answers(*counts)])
-    statistics = {
-        "change": lambda baseline, run, axis: (run - baseline).mean(axis),
-        "relative_drop": lambda baseline, run, axis: (baseline - run).sum(axis) / baseline.sum(axis),
-    }
-    for name, statistic in statistics.items():
-        how = {"paired": True, "vectorized": True, "method": "percentile", "rng": 1}
-        wanted = bootstrap_of_scipy(tuple(answers.T), statistic, **how).confidence_interval
-        # Two estimates from 10,000 resamples each of a quantile on a grid of 1 / n.
-        step = max(1 / sum(counts), 0.03 * (wanted.high - wanted.low))
-        assert found[name] == pytest.approx(wanted, abs=1.01 * step / (answers[:, 0].mean() if name != "change" else 1))
+    how = {"paired": True, "vectorized": True, "method": "percentile", "rng": 1}
+    change = bootstrap_of_scipy(tuple(answers.T), lambda baseline, run, axis: (run - baseline).mean(axis), **how)
+    wanted = change.confidence_interval
+    # Two estimates from 10,000 resamples each of a quantile on a grid of 1 / n.
+    step = max(1 / sum(counts), 0.03 * (wanted.high - wanted.low))
+    assert bootstrap([Answers(*counts)]) == pytest.approx(wanted, abs=1.01 * step)
 
 
 def test_pooled_questions_are_resampled_within_their_task():
     """A task whose answers never differ adds no spread of its own, however large."""
     still, moving = Answers(900, 0, 0, 100), Answers(50, 9, 1, 40)
-    low, high = bootstrap([still, moving])["change"]
-    alone = bootstrap([moving])["change"]
+    low, high = bootstrap([still, moving])
+    alone = bootstrap([moving])
     assert [low * 1100, high * 1100] == pytest.approx([limit * 100 for limit in alone], abs=1.01)
-    assert bootstrap([Answers(0, 0, 1, 9)])["relative_drop"] is None
 
 
 @pytest.mark.parametrize(("flips", "n"), [(60, 1000), (200, 1172), (900, 14042)])
