@@ -38,10 +38,12 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
-        """`save` of a copy of `tensors`, which may change when this returns; the one before is waited for."""
+        """`save` of a copy of `tensors`, which may change when this returns; the one before is waited for. `tensors` is
+        emptied on the way: gathered from ranks, they are there for this alone, and need not be there twice."""
         self.wait()
         copies = {
-            name: {key: t.detach().to("cpu", copy=True) for key, t in group.items()} for name, group in tensors.items()
+            name: {key: group.pop(key).detach().to("cpu", copy=True) for key in list(group)}
+            for name, group in tensors.items()
         }
         self._pending = self._thread.submit(save, self.folder, step, copies, facts)
 
@@ -187,9 +189,10 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors, `<parameter>/<state>`; zeros of a parameter that had no gradient yet."""
+    """The optimizer's state as flat tensors, `<parameter>/<state>`, gathered on the first rank (`qat.ranks.on_first`);
+    zeros of a parameter that had no gradient yet."""
     return {
-        f"{name}/{key}": ranks.whole(optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like))
+        f"{name}/{key}": ranks.on_first(optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like))
         for p, name in names.items()
         for key, like in _moments(p).items()
     }

@@ -104,19 +104,32 @@ def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
 
 
 def of_folder(config: Config, *groups: str) -> Config:
-    """The configuration of the run folder that `config` names, if any, else `config` itself. Of `groups`, those that
-    the command line has words of are as it says. Errors: UserError of `qat.runs.config_of`; ConfigError for a word of
-    anything else, which the folder knows and nothing would read."""
+    """The configuration of the run folder that `config` names, if any, else `config` itself. What the command line says
+    of `groups` is as it says: a group (benchmark=paper), or a key of the folder's (benchmark.batch_size=4). Errors:
+    UserError of `qat.runs.config_of`; ConfigError for a word of anything else, which the folder knows and nothing would
+    read."""
     if not config.run:
         return config
-    of_run = config_of(config.run)
-    for word in HydraConfig.get().overrides.task:
-        group = re.match(r"[+~]*(\w*)", word)[1]
-        if group in groups:
-            setattr(of_run, group, getattr(config, group))
-        elif group != "run":
+    of_run, words = config_of(config.run), HydraConfig.get().overrides.task
+    paths = [re.match(r"[+~]*([\w.]*)", word)[1].split(".") for word in words]
+    for word, path in sorted(zip(words, paths, strict=True), key=lambda each: len(each[1])):
+        if path[0] in groups:
+            _carry(path, config, of_run)
+        elif path != ["run"]:
             raise ConfigError(f"{word}: has no effect beside run=, which takes words of {', '.join(groups)} alone")
     return of_run
+
+
+def _carry(path: list[str], source, target) -> None:
+    """Let `target`, of dataclasses and dictionaries, have at `path` what `source` has there, or nothing either."""
+    name, *rest = path
+    ours, theirs = (node if isinstance(node, dict) else vars(node) for node in (target, source))
+    if name not in theirs:
+        ours.pop(name, None)
+    elif rest and name in ours:
+        _carry(rest, theirs[name], ours[name])
+    else:
+        ours[name] = theirs[name]
 
 
 def typed(cfg: DictConfig, reads_text: bool = False) -> Config:

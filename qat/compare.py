@@ -76,7 +76,8 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
 
     `untouched` is a run folder that holds the evaluation of the checkpoint both started from. Without an evaluation of
     the baseline under PTQ (an earlier version made none) its rows are left out. Scores, points and intervals are in
-    percent, losses and KL in nats a token. Raises `UserError` of one line for unfinished runs, missing evaluations, and
+    percent, losses and KL in nats a token; `scored_by` is what computed the scores, more than one where they moved.
+    Raises `UserError` of one line for unfinished runs, missing evaluations, and
     whatever differs between the two besides quantization.
     """
     run, baseline = Run(run), Run(baseline)
@@ -85,6 +86,8 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
     own, reference, origin = sides(run, baseline, benchmark, untouched)
     for scored in (*own.values(), *([origin] if origin else [])):
         scored.refuse_unlike(reference)
+    for scored in own.values():
+        scored.refuse_other_baseline(reference)
     ptq = own.get("ptq")
     texts, tasks = reference.record["heldout"], reference.record["tasks"]
     answers = {(task, mode): scored.answers(task, reference) for task in tasks for mode, scored in own.items()}
@@ -94,6 +97,7 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
         "untouched": origin.run.id if origin else None,
         "ptq": ptq.mode if ptq else None,
         "benchmark": benchmark,
+        "scored_by": sorted({each.record["by"] for each in (reference, *own.values()) if "by" in each.record}),
         "loss": loss,
         "heldout": [_heldout(text, mode, own[mode], reference, origin) for text in texts for mode in own],
         "qat": [_recovered(text, own, reference) for text in texts] if ptq else [],
@@ -216,9 +220,13 @@ def _task(task: str, mode: str, scored: Scored, reference: Scored, origin: Score
     start, chance = 100 * origin.record["tasks"][task]["score"] if origin else None, theirs["chance"]
     row = {"task": task, "mode": mode, "untouched": start, "metric": ours["metric"]}
     row |= _scores([answers], 100 * theirs["score"], 100 * ours["score"])
-    # Below chance a drop says as little as at chance, so this is one-sided.
-    near = above_chance(answers.kept + answers.lost, sum(answers), chance) > LEVEL
-    return row | {"chance": 100 * chance, "near_chance": near}
+    return row | {"chance": 100 * chance, "near_chance": near_chance(row["baseline"], row["n"], 100 * chance)}
+
+
+def near_chance(score: float, n: int, chance: float) -> bool:
+    """Whether a score of n questions, in percent as chance, is not told from guessing. Below chance a drop says as
+    little as at chance, so the test is one-sided."""
+    return above_chance(round(score * n / 100), n, chance / 100) > LEVEL
 
 
 def _all_questions(scored: Scored | None) -> float | None:

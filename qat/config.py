@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import PurePath
 from typing import Any, ClassVar
 
@@ -104,7 +105,7 @@ class OptimConfig:
     clip: float = 1.0
     lr_warmup: float = 0.03  # share of the steps
     max_skipped: int = 10  # steps in a row without a finite gradient, after which the run gives up
-    master_weights: bool = True  # false: parameters and Adam moments live in BF16
+    master_weights: bool = True  # false: parameters and Adam moments hold only what BF16 can
 
 
 @dataclass
@@ -261,6 +262,26 @@ class Config:
         sequences = round(self.budget.micro_batch * self.budget.accumulation * self.budget.batch_factor)
         micro = min(self.budget.micro_batch, sequences)
         return micro, sequences // micro
+
+    def calls(self, accumulation: int) -> int | None:
+        """Forward calls a step with another `budget.accumulation`; None where they would not be whole and equal."""
+        micro = self.budget.micro_batch
+        sequences = micro * accumulation * self.batch_factor
+        if sequences % 1 or (sequences > micro and sequences % micro):
+            return None
+        return max(1, int(sequences) // micro)
+
+    def nearest_accumulation(self, ranks: int = 1) -> int:
+        """The `budget.accumulation` nearest to this one whose calls so many ranks can share evenly."""
+        asked = self.budget.accumulation
+        calls = {each: self.calls(each) for each in range(1, asked + ranks * self.batch_factor.denominator + 1)}
+        fitting = (each for each, count in calls.items() if count is not None and count % ranks == 0)
+        return min(fitting, key=lambda each: (abs(each - asked), -each))
+
+    @property
+    def batch_factor(self) -> Fraction:
+        """`budget.batch_factor` without what a float adds to it."""
+        return Fraction(self.budget.batch_factor).limit_denominator(10**6)
 
     @property
     def bf16_warmup_steps(self) -> int:

@@ -16,8 +16,8 @@ _SETTINGS = ("scaling.algo", "scaling.window", "warmup.bf16", "optim.lr")  # the
 
 
 def workspace(entity: str, project: str, tasks: Iterable[str]) -> ws.Workspace:
-    """The workspace of a W&B project whose runs are scored on the benchmark `tasks`. Runs are grouped by experiment and
-    seed, each with its baseline; the differences are columns, to sort and filter by."""
+    """The workspace of a W&B project whose runs are scored on the benchmark `tasks`. Runs are grouped by seed and
+    learning rate, with their baseline; the differences are columns, to sort and filter by."""
     tasks = list(tasks)
     sections = [_loss(), *(_scores(mode, tasks) for mode in MODES), _scales(), _settings(tasks)]
     differences = ["loss_ape_percent", *(f"w8a8/{task}/points" for task in tasks)]
@@ -29,9 +29,10 @@ def workspace(entity: str, project: str, tasks: Iterable[str]) -> ws.Workspace:
         sections=sections,
         settings=ws.WorkspaceSettings(max_runs=50),
         runset_settings=ws.RunsetSettings(
-            # By name at last: the mean of a run and its baseline would say nothing.
-            groupby=[ws.Config("experiment"), ws.Config("seed"), ws.Metric("Name")],
-            order=[ws.Ordering(ws.Config("experiment")), ws.Ordering(ws.Config("seed"))],
+            # A baseline, which several experiments share, has their seed and learning rate, and the name of one. By
+            # name at last: the mean of a run and its baseline would say nothing.
+            groupby=[ws.Config("seed"), ws.Config("optim.lr"), ws.Metric("Name")],
+            order=[ws.Ordering(ws.Config(key)) for key in ("seed", "optim.lr", "experiment")],
             pinned_columns=[f"summary:{column}" for column in columns],
         ),
     )

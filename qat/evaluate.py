@@ -100,7 +100,7 @@ def evaluate(cfg: Config) -> dict | None:
     """
     if ranks.count() > 1:
         raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
-    runtime.keep_freed_memory()
+    runtime.prepare()
     run = Run.of(cfg)
     untouched, baseline = Subject(untouched_of(cfg), Run.of(untouched_of(cfg)), "bf16"), baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
@@ -189,7 +189,7 @@ class _Scorer:
         if mode == "w8a8":
             record["calibrated"] = self._calibrated(subject)
         seconds = round(time.perf_counter() - started, 1)
-        record |= {"asked": self._asked(subject), "of": self._of(subject), "seconds": seconds}
+        record |= {"asked": self._asked(subject), "of": self._of(subject), "by": runtime.what(), "seconds": seconds}
         with subject.run.lock():
             if not subject.trained:
                 subject.run.create(subject.cfg)

@@ -90,6 +90,7 @@ def load(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, 
         if (Path(folder) / _SUMS).exists() and (Path(folder) / _SUMS).read_text() != _sums(Path(folder)):
             raise ValueError(f"its weights are not those of {_SUMS}")
         wanted = runtime.arithmetic(arithmetic or found["arithmetic"])
+        runtime.round_sums_once()
         model, info = AutoModelForCausalLM.from_pretrained(
             **source, dtype=_ARITHMETIC[wanted], use_safetensors=True, output_loading_info=True
         )

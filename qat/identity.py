@@ -14,7 +14,7 @@ from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, WarmupC
 _IRRELEVANT = {
     "model": ("name", "licence", "blocks"),
     "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
-    "optim": (),
+    "optim": ("max_skipped",),
 }
 _OF_TRAINING = ("gradients", "target_gradient", "ste")  # of `quant`, what a forward pass does not know of
 

@@ -43,6 +43,7 @@ def train(cfg: Config) -> Run:
     with run.lock():
         if ranks.shared(run.finished):
             print(f"{run.id}: finished already", flush=True)
+            ranks.warn_count(cfg, run.environment().get("ranks", 1))
             return run
         run.create(cfg)
         step = run.status().get("step", 0)
@@ -79,7 +80,7 @@ class _Session:
         self.cfg, self.run, self.done, self.final = cfg, run, 0, False
         self.skipped = 0  # steps in a row, until now
         self.batch = None  # hash of the tokens of the step
-        runtime.keep_freed_memory()
+        runtime.prepare()
         torch.manual_seed(cfg.seed)
         if cfg.budget.compile:  # a sweep trains many runs in one process, and graphs of one code are limited
             torch._dynamo.reset()
@@ -282,14 +283,18 @@ class _Session:
             tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
         if not ranks.first():
             return
-        for name in _ROWS:  # a checkpoint must not outlive the rows before it
-            flush(self.run.path / name)
+        self._flush_rows()
         self.writer.save(self.done, tensors, self._facts(data=self.stream.state()))
         self.run.set_status("running", self.done, self.cfg.steps)
 
+    def _flush_rows(self) -> None:
+        """A checkpoint must not outlive the rows before it."""
+        for name in _ROWS:
+            flush(self.run.path / name)
+
     def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameters and scales, gathered from all ranks."""
-        tensors = {"model": {name: ranks.whole(parameter) for parameter, name in self.names.items()}}
+        """Parameters and scales, gathered from all ranks on the first (`qat.ranks.on_first`)."""
+        tensors = {"model": {name: ranks.on_first(parameter) for parameter, name in self.names.items()}}
         return tensors if self.bank is None else tensors | {"scales": self.bank.state_dict()}
 
     def _facts(self, **more) -> dict:
@@ -304,6 +309,7 @@ class _Session:
         if ranks.first() and self.final:  # stopped while the others went: there may be no other, so it stays as it is
             checkpoint.keep_newest(self.run.checkpoints, 1)
         elif ranks.first():
+            self._flush_rows()
             checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
         self.run.set_status("finished", self.done, self.cfg.steps)
 

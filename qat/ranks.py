@@ -61,22 +61,33 @@ def forsake() -> None:
 
 def check(cfg: Config) -> None:
     """Raise `ConfigError` for what many ranks cannot do."""
-    accumulation = cfg.batch[1]
-    if accumulation % count():
-        valid = max(1, round(accumulation / count())) * count()
+    calls = cfg.batch[1]
+    if calls % count():
+        part = f" ({calls} here)" if calls != cfg.budget.accumulation else ""  # of a batch smaller by batch_factor
         raise ConfigError(
-            f"budget.accumulation={accumulation}: {count()} ranks cannot share so many micro-batches a step evenly; "
-            f"the nearest valid value is {valid}, or start another number of ranks"
+            f"budget.accumulation={cfg.budget.accumulation}: {count()} ranks cannot share so many micro-batches a step"
+            f"{part} evenly; the nearest valid value is {cfg.nearest_accumulation(count())}, or start another number "
+            f"of ranks"
         )
 
 
 def check_count(cfg: Config, before: int) -> None:
     """Raise `UserError` when a run that `before` ranks began would go on otherwise with another number of them."""
-    for key, value in (("tick", "call"), ("sync", "none")):
-        if getattr(cfg.scaling, key) == value and count() != before:
-            raise UserError(
-                f"scaling.{key}={value}: its amax histories depend on the number of ranks, {before} until now"
-            )
+    found = _counted(cfg)
+    if found and count() != before:
+        raise UserError(f"{found}: its amax histories depend on the number of ranks, {before} until now")
+
+
+def warn_count(cfg: Config, before: int) -> None:
+    """Say of a run that `before` ranks trained when this many would have had other numbers."""
+    if _counted(cfg) and count() != before:
+        print(f"warning: {_counted(cfg)}: its amax histories are those of {before} ranks, not of {count()}", flush=True)
+
+
+def _counted(cfg: Config) -> str | None:
+    """What, of a quantized run's scaling, makes its numbers depend on how many ranks there are."""
+    words = (("tick", "call"), ("sync", "none")) if cfg.quantized else ()
+    return next((f"scaling.{key}={value}" for key, value in words if getattr(cfg.scaling, key) == value), None)
 
 
 # Between ranks -----------------------------------------------------------------------------------------------------
@@ -188,6 +199,15 @@ def sharded(module: nn.Module) -> bool:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor as one, gathered by all ranks together; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A sharded tensor as one, in the memory of the first rank's CPU, where more of them fit than on a GPU; None on the
+    other ranks, all of which must ask. Others as they are."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    gathered_here = tensor.detach().full_tensor()
+    return gathered_here.cpu() if first() else None
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, of_qat
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, near_chance, of_qat
 from qat.paired import crossed, half_width
 from qat.scored import Scored
 
@@ -97,5 +97,5 @@ def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str])
         "p_value": mean.p_value(),
         "relative_drop": drop,
         "passes": None if drop is None else drop < DROP_THRESHOLD,
-        "near_chance": any(row.get("near_chance") for row in rows),
+        "near_chance": "chance" in merged and near_chance(baseline, merged["n"], merged["chance"]),
     }

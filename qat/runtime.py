@@ -60,10 +60,22 @@ def attention_of_any_length():
     return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
 
 
+def prepare() -> None:
+    """What training and scoring need of this process; both must compute alike. Call before the first large
+    allocation."""
+    round_sums_once()
+    keep_freed_memory()
+
+
+def round_sums_once() -> None:
+    """Let a GPU round sums of BF16 products when they are complete, and not their parts."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def keep_freed_memory() -> None:
     """Let glibc reuse freed blocks instead of returning them to the kernel after each tensor: page faults on fresh
     memory cost a third of a CPU training step otherwise. The few as large as an embedding or all logits are returned:
-    kept, they cut the heap into pieces, and the peak is a twentieth higher. Call before the first large allocation."""
+    kept, they cut the heap into pieces, and the peak is a twentieth higher."""
     if device().type != "cpu" or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -147,6 +159,12 @@ def brief(environment: Mapping) -> dict:
 def hardware(environment: Mapping) -> str:
     """What computed, of an `environment`: its GPU, else its processor."""
     return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"
+
+
+def what() -> str:
+    """What computes here, in a line: hardware and version of PyTorch."""
+    now = environment()
+    return f"{hardware(now)}, torch {now['packages']['torch']}"
 
 
 def code(git: Mapping | None) -> str:

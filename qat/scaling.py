@@ -211,7 +211,8 @@ class ScaleBank:
 
     def _update_scale(self, step: int, advance: torch.Tensor) -> None:
         settling = step <= self.settle_steps
-        if not settling and self.ticks % self.cfg.update_every:
+        held = self.ticks % self.cfg.update_every and self.phase is not Phase.FIRST  # a spoiled step ticks, too
+        if held and not settling:
             return
         rule = PREDICTORS["most_recent" if settling else self.cfg.algo]
         age = torch.arange(len(self.history), device=self.history.device)

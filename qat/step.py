@@ -68,8 +68,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
-        # Sums of BF16 products are to be rounded once.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._store()
 
     def _compile(self, losses: TokenLosses) -> None:

@@ -82,24 +82,33 @@ class UpdateProbe:
         self.format = cfg.quant.format if bank is not None else None
         linears = quantized_linears(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.weights = {name: linear.weight for name, linear in linears.items()}
-        self.before = {name: ranks.whole(weight).detach().clone() for name, weight in self.weights.items()}
-        # The grid at the weight's own amax, whatever the bank's scale is before the first quantized step.
-        target, one = torch.tensor(cfg.quant.target_weight), torch.tensor(1.0)
-        self.scales = {name: to_scale(kernels.amax(w).cpu(), target, one) for name, w in self.before.items()}
+        self.target = torch.tensor(cfg.quant.target_weight)
+        # On the CPU of the first rank: a GPU may have no room for a second model during the step.
+        self.before = {name: self._copied(weight) for name, weight in self.weights.items()}
+
+    @staticmethod
+    def _copied(weight: torch.Tensor) -> torch.Tensor | None:
+        whole = ranks.whole(weight).detach()
+        return whole.to("cpu", copy=True) if ranks.first() else None
 
     def row(self, step: int) -> dict:
         """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
         changed, total = torch.zeros(3, dtype=torch.float64), 0
         for name, weight in self.weights.items():
-            now, before = ranks.whole(weight).detach(), self.before[name]
-            views = [(now, before), (now.bfloat16(), before.bfloat16())]
-            if self.format is not None:
-                scale = self.scales[name].to(weight.device)
-                views.append(tuple(self._rounded(t, scale) for t in (now, before)))
-            changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
-            total += weight.numel()
-        stored, bf16, rounded = (changed / max(total, 1)).tolist()
+            now = ranks.whole(weight).detach()
+            if ranks.first():
+                views = self._views(now, self.before[name].to(now.device))
+                changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
+                total += weight.numel()
+        stored, bf16, rounded = ranks.shared((changed / max(total, 1)).tolist())
         return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded if self.format else None}}
 
-    def _rounded(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return kernels.quantize(weight, scale, None, 0, self.format, "saturate", 0.0, "values")[0]
+    def _views(self, now: torch.Tensor, before: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """A weight after and before the step: as stored, in BF16, on the grid."""
+        views = [(now, before), (now.bfloat16(), before.bfloat16())]
+        if self.format is None:
+            return views
+        # The grid at the weight's own amax, whatever the bank's scale is before the first quantized step.
+        scale = to_scale(kernels.amax(before), self.target.to(before.device), torch.ones((), device=before.device))
+        rounding = (scale, None, 0, self.format, "saturate", 0.0, "values")
+        return [*views, tuple(kernels.quantize(each, *rounding)[0] for each in (now, before))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from operator import attrgetter
 
 from qat.benchmarks import TASKS
@@ -120,17 +119,11 @@ def _check_names(cfg: Config) -> None:
 
 
 def _check_batch(cfg: Config) -> None:
-    b, factor = cfg.budget, Fraction(cfg.budget.batch_factor).limit_denominator(10**6)
-
-    def fits(accumulation: int) -> bool:
-        sequences = b.micro_batch * accumulation * factor
-        return sequences % 1 == 0 and (sequences <= b.micro_batch or sequences % b.micro_batch == 0)
-
-    if not fits(b.accumulation):
-        valid = filter(fits, range(1, b.accumulation + factor.denominator + 1))
+    accumulation = cfg.budget.accumulation
+    if cfg.calls(accumulation) is None:
         raise ConfigError(
-            f"budget.accumulation={b.accumulation}: times batch_factor={factor} is no whole number of calls of equal "
-            f"size; the nearest valid value is {min(valid, key=lambda each: abs(each - b.accumulation))}"
+            f"budget.accumulation={accumulation}: times batch_factor={cfg.batch_factor} is no whole number of calls of "
+            f"equal size; the nearest valid value is {cfg.nearest_accumulation()}"
         )
 
 

@@ -41,6 +41,7 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
     drop = FLOOR_HEADER.index("Repeat")
     parts = [markdown(_without(FLOOR_HEADER, drop), [_without(cells, drop) for cells in floors])]
     parts += [markdown(HEADER, rows)] if rows else []
+    parts += [f"{len(both)} of the record's {len(kept)} runs were repeated here; nothing is said of the others."]
     failed = sum(cells[-1].startswith(("outside", _UNLIKE)) for cells in (*rows, *floors))
     return "\n\n".join(parts) + "\n", failed
 

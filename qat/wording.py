@@ -63,7 +63,11 @@ def floor_cells(row: Mapping) -> list[str]:
 
 
 def resolved(row: dict) -> bool:
-    """Whether the whole interval of `points` lies on one side of the 1 % threshold."""
+    """Whether the whole interval of the relative drop lies on one side of the 1 % threshold. Of several seeds there is
+    none, and that of `points` stands for it."""
+    if row.get("relative_drop_ci"):
+        low, high = row["relative_drop_ci"]
+        return not low <= DROP_THRESHOLD <= high
     low, high = row["ci"]
     return not low <= -row["baseline"] * DROP_THRESHOLD / 100 <= high
 
@@ -144,8 +148,7 @@ def _parts(rows: Sequence[Mapping]) -> str:
     if not all("weights" in row for row in rows):
         return ""
     weights, scales = (_part([row[part] for row in rows]) for part in ("weights", "scales"))
-    whole = f" ({signed(-rows[0]['recovered'], 4)})" if len(rows) == 1 else ""  # of several it has just been said
-    return f" Of QAT minus PTQ{whole}, its weights (under PTQ's scales) make {weights}, its scales {scales}."
+    return f" Of QAT minus PTQ, its weights (under PTQ's scales) make {weights}, its scales {scales}."
 
 
 def _part(rows: Sequence[Mapping]) -> str:
@@ -178,10 +181,11 @@ def _recovered_once(row: Mapping, text: str) -> str:
         f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {ptq} nats a token of held-out text{text},"
         f" with QAT and its scales {qat}"
     )
-    change = f"{signed(row['recovered'], 4)} {interval(row['ci'], 4)}"
+    ends = row["ci"] and [-end for end in reversed(row["ci"])]
+    change = f"QAT minus PTQ, {signed(-row['recovered'], 4)} {interval(ends, 4)}"
     if not _beyond_noise(row):
-        return f"{costs}; the difference, {change}, is not beyond noise, so this does not show that QAT was needed."
-    return f"{costs}: better by {change}." if row["recovered"] > 0 else f"{costs}: worse than PTQ, {change}."
+        return f"{costs}; {change}, is not beyond noise, so this does not show that QAT was needed."
+    return f"{costs}; {change}, is {'better' if row['recovered'] > 0 else 'worse'} beyond noise."
 
 
 def verdict(comparisons: Mapping[str, dict]) -> str:

@@ -4,6 +4,7 @@ python scripts/diff.py report.experiments=[exp7,exp8] [protocol=released any.key
 python scripts/diff.py runs=[runs/a,runs/b]
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def main(config, _) -> None:
 
     from qat import suite
     from qat.compare import differences
+    from qat.identity import run_id
+    from qat.report.experiment import told_apart
     from qat.report.selection import named
 
     key, names, example = "report.experiments", config.report.experiments, "[exp7,exp8]"
@@ -29,12 +32,12 @@ def main(config, _) -> None:
         cells = [[run.typed_config()] for run in named(names)]
     else:
         cells = [suite.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
-    for one in cells[0]:
-        for other in cells[1]:
-            plain = [OmegaConf.to_container(OmegaConf.structured(cell)) for cell in (one, other)]
-            print("  ".join(names))
-            for key, (ours, theirs) in differences(*plain).items():
-                print(f"  {key}: {ours} -> {theirs}")
+    sides = [{run_id(cell): OmegaConf.to_container(OmegaConf.structured(cell)) for cell in side} for side in cells]
+    labels = [told_apart(side) for side in sides]
+    for one, other in itertools.product(*sides):
+        print("  ".join(f"{names[k]} {labels[k][id]}".strip() for k, id in enumerate((one, other))))
+        for key, (ours, theirs) in differences(sides[0][one], sides[1][other]).items():
+            print(f"  {key}: {ours} -> {theirs}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 from qat.compare import compare, loss_ape
 from qat.config import UserError
 from qat.paired import half_width, holm
-from qat.wording import heldout_verdict, table, verdict
+from qat.runs import Run
+from qat.wording import heldout_verdict, remark, table, verdict
 from tests.synthetic_runs import HIF8, RIGHT, TEXT, config, edit, flipped, lossy_pair, write_run
 
 
@@ -91,6 +92,28 @@ def test_what_changes_no_number_may_differ(runs):
     changes = {"budget.checkpoint_every": 7, "logger.name": "wandb", "benchmark.name": "paper"}
     (runs[1] / "config.yaml").write_text(json.dumps(config(experiment="exp1", **changes)))
     assert compare(*runs, "quick")["baseline"] == "base"
+
+
+def test_scores_of_weights_that_were_trained_again_are_refused(runs):
+    """A checkpoint that was deleted comes back by training, on a GPU with other losses."""
+    prints = [Run(path).fingerprint for path in runs]
+    for record, of in zip(runs, (prints, prints[1:]), strict=True):
+        edit(record / "eval.json", lambda found, of=of: [each.update(of=of) for each in found["quick"].values()])
+    assert compare(*runs, "quick")["run"] == "run"
+    edit(runs[1] / "metrics.jsonl", lambda row: row.update(loss=row["loss"] + 0.01))
+    with pytest.raises(UserError, match="base was scored, and has been trained again since with other losses; score"):
+        compare(*runs, "quick")
+    new = Run(runs[1]).fingerprint
+    edit(runs[1] / "eval.json", lambda found: [each.update(of=[new]) for each in found["quick"].values()])
+    with pytest.raises(UserError, match="run was scored, and its baseline has been trained again since"):
+        compare(*runs, "quick")
+
+
+def test_scores_say_what_computed_them(runs):
+    assert compare(*runs, "quick")["scored_by"] == []  # of an earlier version
+    for path, by in zip(runs, ("a GPU", "a CPU"), strict=True):
+        edit(path / "eval.json", lambda found, by=by: [each.update(by=by) for each in found["quick"].values()])
+    assert compare(*runs, "quick")["scored_by"] == ["a CPU", "a GPU"]
 
 
 def in_eval(**changes):
@@ -225,6 +248,16 @@ def test_tasks_are_pooled_question_by_question(tmp_path):
     assert w8a8["p_value"] == pytest.approx(binomtest(1, 13).pvalue)
     assert w8a8["ci_bootstrap"] == pytest.approx(w8a8["ci"], abs=0.5)
     assert [line.split("|")[1].strip() for line in table(result).splitlines()[4:10]][-2:] == ["All questions"] * 2
+
+
+def test_a_remark_agrees_with_the_interval_beside_it(tmp_path):
+    """Of 16 questions, a drop of 31 % [1.2, 58], though the points alone reach a hundredth of the baseline's."""
+    right = [True] * 13 + [False] * 3
+    base = write_run(tmp_path / "base", config(), [2.0], {"bf16": {"arc_easy": right}})
+    answers = {"bf16": {"arc_easy": right}, "w8a8": {"arc_easy": [True] * 9 + [False] * 7}}
+    row = compare(write_run(tmp_path / "run", config(**HIF8), [2.0], answers), base, "quick")["tasks"][0]
+    assert row["relative_drop_ci"][0] > 1 and row["ci"][1] > -0.01 * row["baseline"]
+    assert remark(row) == "over 1 %"
 
 
 def test_verdict_neither_hides_nor_overclaims(runs):

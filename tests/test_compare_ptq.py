@@ -53,15 +53,15 @@ def test_ptq_of_the_baseline_stands_beside_the_run(runs):
     [
         (
             [3.3, 3.61, 3.6],
-            "+0.3033 nats a token of held-out text, with QAT and its scales +0.1000: better by +0.2033 [+0.1",
+            "+0.3033 nats a token of held-out text, with QAT and its scales +0.1000; QAT minus PTQ, -0.2033 [-0.2",
         ),
         (
             [3.2, 3.5, 3.4],
-            "with QAT and its scales +0.1000; the difference, +0.0667 [-0.0768, +0.2101], is not beyond noise, so",
+            "with QAT and its scales +0.1000; QAT minus PTQ, -0.0667 [-0.2101, +0.0768], is not beyond noise, so",
         ),
         (
             [3.0, 3.31, 3.3],
-            "costs +0.0033 nats a token of held-out text, with QAT and its scales +0.1000: worse than PTQ, -0.0967",
+            "held-out text, with QAT and its scales +0.1000; QAT minus PTQ, +0.0967 [+0.0823, +0.1110], is worse bey",
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_qat_does_is_told_apart_into_its_weights_and_its_scales(runs):
         assert qat[part] == {"difference": pytest.approx(mean), "ci": pytest.approx([mean - half, mean + half])}
     assert qat["weights"]["difference"] + qat["scales"]["difference"] == pytest.approx(-qat["recovered"])
     assert qat_verdict([result]).endswith(
-        "Of QAT minus PTQ (-0.1333), its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales "
+        "Of QAT minus PTQ, its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales "
         "-0.0500 [-0.1742, +0.0742]."
     )
     other = with_ptq(runs, [3.2, 3.5, 3.6], calibrated=[3.2, 3.5, 3.7])

@@ -122,6 +122,15 @@ def test_seeds_that_lack_a_cell_leave_no_interval_of_what_seeds_share():
     )
 
 
+def test_an_estimate_of_fewer_seeds_than_the_others_says_so():
+    values = {(key, seed): np.log([0.1 + 0.01 * seed]) for key in (A, B) for seed in range(3)}
+    del values[A, 1]
+    response = Response("x", "%", 3, values, log=True, without=1)
+    assert response.text(response.contrast({A: 1})).endswith(" (2 of 3 seeds)")
+    assert not response.text(response.contrast({B: 1})).endswith("seeds)")
+    assert response.noise().endswith("(Student's, 2 d.f.). 1 runs have no such number, and are left out.")
+
+
 def test_few_answers_that_differ_are_not_taken_for_certainty():
     """By hand: Bonett and Price's interval, with Student's quantile."""
     n, lost = 100, 3

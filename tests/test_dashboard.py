@@ -28,10 +28,10 @@ def parts(workspace) -> tuple[dict, dict[str, list[dict]]]:
     return section["runSets"][0], panels
 
 
-def test_runs_are_grouped_by_experiment_and_seed_and_sorted_by_columns_of_differences():
+def test_runs_are_grouped_with_their_baseline_and_sorted_by_columns_of_differences():
     run_set, panels = parts(dashboard.workspace("someone", "hif8-qat", TASKS))
-    assert [key["name"] for key in run_set["grouping"]] == ["experiment.value", "seed.value", "displayName"]
-    assert [key["key"]["name"] for key in run_set["sort"]["keys"]] == ["experiment", "seed"]
+    assert [key["name"] for key in run_set["grouping"]] == ["seed.value", "optim.value.lr", "displayName"]
+    assert [key["key"]["name"] for key in run_set["sort"]["keys"]] == ["seed", "optim.lr", "experiment"]
     shown = {"summary:loss_ape_percent", "summary:w8a8/mmlu/points", "summary:w8a8/arc_easy/points"}
     assert shown <= {key for key, pinned in run_set["runFeed"]["columnPinned"].items() if pinned}
     bars = {key for panel in panels["Bar Chart"] for key in panel["metrics"]}

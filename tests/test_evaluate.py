@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -221,6 +222,9 @@ def test_a_run_folder_can_be_named_instead_of_its_words(scored, main, monkeypatc
     assert cfg.logger == run.typed_config().logger and cfg.logger.name == "wandb"
     assert main("eval.py", f"run={run.path}", "~benchmark.tasks.mmlu", "logger=local")[0] == 0
     assert "mmlu" not in asked[-1].benchmark.tasks and asked[-1].logger.name == "local"
+    assert main("eval.py", f"run={run.path}", "benchmark.batch_size=3")[0] == 0
+    own = run.typed_config().benchmark
+    assert asked[-1].benchmark == dataclasses.replace(own, batch_size=3) and own.name == scored[0].benchmark.name
     code, _, stderr = main("eval.py", f"run={run.path.parent}")
     assert (code, stderr.count("\n")) == (2, 1) and "not a run folder (no config.yaml)" in stderr
 

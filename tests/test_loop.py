@@ -185,6 +185,16 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, 
     assert left(run) == left(Run.of(reference(words)))
 
 
+def test_no_checkpoint_outlives_the_rows_before_it(config, monkeypatch):
+    """Not even if the machine fails: they are on the disk when the last one takes the place of the others."""
+    done, real = [], checkpoint.save
+    monkeypatch.setattr(loop, "flush", lambda path: done.append((path.name, len(path.read_text().splitlines()))))
+    monkeypatch.setattr(checkpoint, "save", lambda *rest, **how: done.append("saved") or real(*rest, **how))
+    cfg = config(*PAPER)
+    loop.train(cfg)
+    assert done[-1] == "saved" and ("metrics.jsonl", cfg.steps) in done[-4:-1]
+
+
 def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, config, monkeypatch):
     cfg = config(*PAPER)
     run = Run.of(cfg)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qat import ranks
+from qat.config import ConfigError
 from qat.runs import Run
 from tests.conftest import ROOT, RUNS, TINY
 from tests.on_ranks import RUNS as ON_RANKS
@@ -131,6 +132,26 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused(seen):
         "budget.accumulation=3: 2 ranks cannot share so many micro-batches a step evenly; the nearest valid value is 4"
     )
     assert [seen("uneven", rank)["error"].startswith(line) for rank in (0, 1)] == [True, True]
+
+
+@pytest.mark.parametrize(("experiment", "asked", "valid"), [("exp2", 1, 8), ("exp2", 12, 16), ("exp8", 3, 4)])
+def test_the_nearest_valid_value_is_valid(monkeypatch, config, experiment, asked, valid):
+    """Also of an experiment whose batch is a part of the others'."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = {"budget.micro_batch": 16, "budget.accumulation": asked}
+    with pytest.raises(ConfigError, match=f"accumulation={asked}: 2 ranks .*the nearest valid value is {valid},"):
+        ranks.check(config(f"experiment={experiment}", **words))
+    ranks.check(config(f"experiment={experiment}", **words | {"budget.accumulation": valid}))
+
+
+def test_a_finished_run_of_another_number_of_ranks_is_told_of_where_that_changes_it(monkeypatch, config, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks.warn_count(config("experiment=exp8", "protocol=released"), 1)
+    assert "warning: scaling.tick=call: its amax histories are those of 1 ranks, not of 2" in capsys.readouterr().out
+    for words, before in ((("experiment=exp8",), 1), (("experiment=exp8", "protocol=released"), 2)):
+        ranks.warn_count(config(*words), before)
+    ranks.warn_count(config("experiment=exp8", "protocol=released", "quant=bf16"), 1)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):

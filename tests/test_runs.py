@@ -82,6 +82,7 @@ SAME = {
     "benchmark.split": "validation",
     "benchmark.batch_size": 2,
     "scaling.alpha": 0.9,  # of exp_smooth only
+    "optim.max_skipped": 99,
 }
 
 

@@ -155,6 +155,17 @@ def test_update_every_holds_the_scale():
     assert scales == [1, 1, 1, 4, 4, 4, 7, 7]
 
 
+def test_scales_are_not_held_before_there_are_any():
+    """The first quantized step was spoiled, so the next one is the first that tells of amaxes."""
+    bank = make("max", window=4, update_every=3, tensors=1)
+    bank.begin_step(1, 1)
+    note(bank, 0, math.inf)
+    bank.commit(1, torch.tensor(False))
+    bank.primed = False  # as the training loop does
+    tick(bank, 2, [3.0])
+    assert bank.phase is Phase.FIRST and bank.scale.item() == 5.0
+
+
 def test_settle_runs_most_recent_first():
     # The released code: until a tenth of the steps the last amax, updated each tick; then the algorithm, held.
     bank = make("max", window=16, settle=0.1, update_every=4, steps=40, tensors=1)

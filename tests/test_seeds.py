@@ -139,6 +139,22 @@ def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_la
     assert "> Not compared: exp8 seed 1, exp8 seed 2." in text
 
 
+def test_seeds_that_were_never_run_are_not_passed_over(three, tmp_path):
+    runs = [*three.runs[:1], Run(tmp_path / "not-there")]
+    _, markdown = write([Experiment("exp8", runs, three.baselines[:1])], tmp_path / "out", {})
+    assert "> Not compared: 1 runs of exp8 that are not there." in markdown.read_text()
+
+
+def test_a_task_at_chance_in_some_baselines_is_named_with_them(tmp_path):
+    at_chance, above = [True] * 10 + [False] * 30, [True] * 30 + [False] * 10
+    scores = {0: at_chance, 1: above}
+    pairs = [compared_pair(tmp_path / str(seed), {"arc_easy": right}, seed=seed) for seed, right in scores.items()]
+    experiment = Experiment("exp8", *named_apart(pairs))
+    _, markdown = write([experiment], tmp_path / "out", {})
+    assert "ARC-Easy in BF16 seed 0 alone, 25.0 % of 40 questions, cannot be told from chance" in markdown.read_text()
+    assert not experiment.recipes[0].comparison["tasks"][0]["near_chance"]  # half of them right in the mean
+
+
 def test_one_question_and_several_seeds_have_the_widest_interval(tmp_path):
     pairs = [compared_pair(tmp_path / str(seed), {"arc_easy": [True]}, seed=seed) for seed in (0, 1)]
     experiment = Experiment("exp8", *named_apart(pairs))

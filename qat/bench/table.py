@@ -41,7 +41,7 @@ def measure(cfg: Config) -> Path:
         if part not in parts:
             raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
     steps.check(cfg)
-    runtime.keep_freed_memory()
+    runtime.prepare()
     out = Path(cfg.bench.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = []

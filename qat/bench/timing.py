@@ -67,7 +67,7 @@ def peak_memory(work: Callable[..., object], *arguments) -> float:
 
 
 def _child(pipe, work, arguments) -> None:
-    runtime.keep_freed_memory()
+    runtime.prepare()
     work(*arguments)
     if torch.cuda.is_available():
         pipe.send(float(torch.cuda.max_memory_allocated()))

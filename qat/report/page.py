@@ -74,6 +74,7 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     for e in experiments:
         absent += [each.label for each in (*e.pairs, *e.recipes) if each.missing]
         absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
+        absent += [f"{len(e.absent)} runs of {e.name} that are not there"] if e.pairs and e.absent else []
     lines = (
         _loss_verdict(compared.values(), runs),
         heldout_verdict(compared.values()),
@@ -116,13 +117,7 @@ def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
 def _cautions(experiments: Sequence[Experiment]) -> list[str]:
     """What a reader must know before believing a number."""
     rows = [row for comparison in _compared(experiments).values() for row in comparison["tasks"]]
-    near = {row["task"]: row for row in rows if row["near_chance"]}
-    found = [
-        f"{TASKS.get(task, task)} in BF16, {row['baseline']:.1f} % of {row['n']:,} questions, cannot be told from "
-        f"chance, {row['chance']:.0f} % (binomial test, 5 %). A score at chance has nothing left to lose, so that it "
-        "did not drop is no evidence of health."
-        for task, row in near.items()
-    ]
+    found = _near_chance(experiments)
     seeds = {label: len(recipe.compared) for label, recipe in distinct(experiments).items() if recipe.compared}
     alone = [label for label, count in seeds.items() if count == 1]
     if alone:
@@ -136,8 +131,37 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
             f"W8A8 without QAT (PTQ) was not scored beside {', '.join(without)}, so whether QAT was needed is unknown; "
             "scripts/eval.py scores it."
         )
+    moved = {tuple(each.get("scored_by", ())) for each in _compared(experiments).values()}
+    found += [
+        f"A run and what it is compared with were scored on unlike machines ({'; '.join(by)}), whose sums differ in "
+        "their last bits."
+        for by in sorted(moved)
+        if len(by) > 1
+    ]
     runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs}
     return found + [line for run in runs.values() for line in _warnings(run)]
+
+
+def _near_chance(experiments: Sequence[Experiment]) -> list[str]:
+    """A sentence on each task that BF16 runs answer no better than by guessing, and on which runs those are."""
+    labels, scores = _labels(experiments), {}
+    for comparison in _compared(experiments).values():
+        for row in comparison["tasks"]:
+            scores.setdefault(row["task"], {})[comparison["baseline"]] = row
+    found = []
+    for task, rows in scores.items():
+        near = {run: row for run, row in rows.items() if row["near_chance"]}
+        if not near:
+            continue
+        of = next(iter(near.values()))
+        which = "BF16" if len(near) == len(rows) else f"{', '.join(labels[run] for run in near)} alone"
+        span = " to ".join(dict.fromkeys(f"{end(row['baseline'] for row in near.values()):.1f}" for end in (min, max)))
+        found.append(
+            f"{TASKS.get(task, task)} in {which}, {span} % of {of['n']:,} questions, cannot be told from chance, "
+            f"{of['chance']:.0f} % (binomial test, 5 %). A score at chance has nothing left to lose, so that it did "
+            "not drop is no evidence of health."
+        )
+    return found
 
 
 def _warnings(run: Run) -> list[str]:
@@ -213,7 +237,7 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     again = first != experiment.name
     return {
         "label": pair.label,
-        "recipe": _recipe(pair),
+        "recipe": _recipe(pair, experiment.typed[pair.run.id].bf16_warmup_steps),
         "runs": f"{pair.run.id} against {pair.baseline.id}" if pair.baseline else pair.run.id,
         "same_as": first if again else "",
         "sentences": [loss_text(compared), qat_verdict([compared]), verdict({"": compared})] if compared else [],
@@ -238,11 +262,11 @@ def _amax(pair: Pair) -> dict | None:
     return {"data": data, "worst": worst, "chosen": max(worst, key=worst.get)}
 
 
-def _recipe(pair: Pair) -> str:
-    quant, scaling, start = pair.config["quant"], pair.config["scaling"], pair.curve.start
+def _recipe(pair: Pair, bf16_steps: int) -> str:
+    quant, scaling = pair.config["quant"], pair.config["scaling"]
     detail = {"max": f" of the last {scaling['window']}", "exp_smooth": f", alpha {scaling['alpha']:g}"}
     bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
-    warmup = bf16.get((start or 1) - 1, f"first {(start or 1) - 1} steps in BF16")
+    warmup = bf16.get(bf16_steps, f"first {bf16_steps} steps in BF16")
     parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), warmup]
     parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks']} BF16 blocks"]
     return " · ".join([*parts, ", ".join(quant["scope"])])

@@ -54,7 +54,7 @@ class Response:
     """A quantity measured in the runs of a study.
 
     values: {(cell, seed): FP64 [units]}, one unit where `sampled` is empty; unit, digits: for display; log: values are
-    logarithms, shown as what they are of.
+    logarithms, shown as what they are of; without: how many runs have no finite value, and are not in `values`.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Response:
     values: dict[tuple[Key, int], np.ndarray]
     sampled: str = ""
     log: bool = False
+    without: int = 0
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -102,9 +103,12 @@ class Response:
         return paired.crossed(changes, reach) if between_units else paired.student(changes.mean(1))
 
     def noise(self) -> str:
-        """A sentence: what intervals are made of."""
+        """In words: what intervals are made of, and what is missing."""
         if not self.values:
             return "Nothing was measured."
+        return self._noise() + (f" {self.without} runs have no such number, and are left out." if self.without else "")
+
+    def _noise(self) -> str:
         seeds, units = len(self.seeds), len(next(iter(self.values.values())))
         if self.within_units:
             return f"One seed: intervals are the noise of {units} {self.sampled} only, not that between runs."
@@ -119,11 +123,14 @@ class Response:
             return "–"
         if not self.values and estimate.low is not None and estimate.low == estimate.high:
             return f"{estimate.value:.{self.digits}f}"
+        seeds = len(self.seeds)
+        of = f" ({estimate.n} of {seeds} seeds)" if estimate.of == "seeds" and estimate.n < seeds else ""
         if self.log:
             value, *ends = (v if v is None else math.exp(v) for v in (estimate.value, estimate.low, estimate.high))
-            return f"{value:.{self.digits}f} " + ("[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends))
+            limits = "[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends)
+            return f"{value:.{self.digits}f} {limits}{of}"
         ends = None if estimate.low is None else (estimate.low, estimate.high)
-        return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}"
+        return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}{of}"
 
 
 def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:

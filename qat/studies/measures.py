@@ -125,9 +125,9 @@ def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", ta
 
 
 def ape(measured: Sequence[Measured]) -> Response:
-    """Logarithm of the loss APE: its effects are factors."""
+    """Logarithm of the loss APE: its effects are factors, its means geometric."""
     with np.errstate(divide="ignore"):  # a run that equals its baseline has none, and is left out
-        return _response(measured, "Loss APE", "%", 3, lambda m: np.log([m.ape]), log=True)
+        return _response(measured, "Loss APE, geometric mean", "%", 3, lambda m: np.log([m.ape]), log=True)
 
 
 def overshoot(measured: Sequence[Measured]) -> Response:
@@ -155,4 +155,5 @@ def _response(
     log: bool = False,
 ) -> Response:
     values = {(key(m), m.seed): np.asarray(of(m), float) for m in measured}
-    return Response(name, unit, digits, {k: v for k, v in values.items() if np.isfinite(v).all()}, sampled, log)
+    finite = {k: v for k, v in values.items() if np.isfinite(v).all()}
+    return Response(name, unit, digits, finite, sampled, log, without=len(values) - len(finite))
