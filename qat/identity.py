@@ -59,7 +59,8 @@ def _chosen(group) -> dict:
 
 def _effective_scaling(cfg: Config) -> dict:
     """The scaling without what it never looks at: the options of other rules, and without a BF16 warmup whether its
-    history is kept or discarded."""
+    history is kept or discarded. What `current` leaves unread of `settle` and `update_every`, and a discarded history
+    of `observe_in_warmup`, stays: records have runs that are named by it."""
     ignored = {"window", "alpha"} - set(scaling.options(cfg.scaling))
     if not cfg.bf16_warmup_steps:
         ignored |= {"observe_in_warmup", "discard_after_warmup"}

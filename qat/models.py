@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -35,7 +34,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
-from qat import ranks
+from qat import files, ranks
 from qat.config import ModelConfig, UserError, nearest
 from qat.runtime import cache_dir, device, package_path
 
@@ -237,9 +236,14 @@ REGISTERED_TOKENIZER_CLASSES[SentencePiece.__name__] = SentencePiece  # AutoToke
 def _converted(gguf: Path) -> Path:
     """A GGUF file as a Hugging Face folder in the cache, made once. Weights are dequantized and rounded to BF16."""
     target = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        with files.lock(target.parent, target.parent.name):
+            if not target.exists():  # another process was first
+                _convert(gguf, target)
+    return target
+
+
+def _convert(gguf: Path, target: Path) -> None:
     print(f"converting {gguf.name} to BF16 safetensors (once)", flush=True)
     import gguf as gguf_package
 
@@ -252,15 +256,12 @@ def _converted(gguf: Path) -> Path:
     config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
-    temporary = Path(tempfile.mkdtemp(dir=target.parent))
+    temporary = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # a kill left it
     model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.save_pretrained(temporary)
-    try:
-        os.rename(temporary, target)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
-    return target
+    os.rename(temporary, target)
 
 
 def byte_tokenizer():
