@@ -76,9 +76,9 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
 
     `untouched` is a run folder that holds the evaluation of the checkpoint both started from. Without an evaluation of
     the baseline under PTQ (an earlier version made none) its rows are left out. Scores, points and intervals are in
-    percent, losses and KL in nats a token; `scored_by` is what computed the scores, more than one where they moved.
-    Raises `UserError` of one line for unfinished runs, missing evaluations, and
-    whatever differs between the two besides quantization.
+    percent, losses and KL in nats a token; `scored_by` is what computed the held-out losses, more than one entry where
+    not all were scored by the same. Raises `UserError` of one line for unfinished runs, missing or stale evaluations,
+    and whatever differs between the two besides quantization.
     """
     run, baseline = Run(run), Run(baseline)
     _refuse_unmatched(run, baseline)
@@ -86,8 +86,9 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
     own, reference, origin = sides(run, baseline, benchmark, untouched)
     for scored in (*own.values(), *([origin] if origin else [])):
         scored.refuse_unlike(reference)
+    fingerprint = baseline.fingerprint
     for scored in own.values():
-        scored.refuse_other_baseline(reference)
+        scored.refuse_other_baseline(baseline.id, fingerprint)
     ptq = own.get("ptq")
     texts, tasks = reference.record["heldout"], reference.record["tasks"]
     answers = {(task, mode): scored.answers(task, reference) for task in tasks for mode, scored in own.items()}

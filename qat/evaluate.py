@@ -113,6 +113,9 @@ def evaluate(cfg: Config) -> dict | None:
     scorer = _Scorer(cfg, reference)
     if not all(map(scorer.scored, subjects)):
         reference.regain()  # first of all: others are compared with its predictions
+    for subject in subjects:  # before any is scored: with other losses, what is there of a run is of other weights
+        if not scorer.scored(subject):
+            subject.regain()
     for subject in subjects:
         scorer.score(subject)
     comparison = None
@@ -179,7 +182,6 @@ class _Scorer:
             note = ", without losses under PTQ's scales: to have them, delete its eval.json" if early else ""
             print(f"{subject.run.id} ({mode}): scored already{note}", flush=True)
             return
-        subject.regain()
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
         started = time.perf_counter()
         model, tokenizer = subject.build()

@@ -40,8 +40,8 @@ def floor(run: Run, repeat: Run, benchmark: str) -> dict:
     when they were trained on other text, or scored differently.
     """
     loss, cfg = training_loss(repeat, run), repeat.typed_config()
-    mode, command = "w8a8" if cfg.quantized else "bf16", eval_command(repeat, benchmark)
-    first, again = (Scored(each, benchmark, mode, command) for each in (run, repeat))
+    mode = "w8a8" if cfg.quantized else "bf16"
+    first, again = (Scored(each, benchmark, mode, eval_command(each, benchmark)) for each in (run, repeat))
     scored = first.exists and again.exists
     result = {"run": run.id, "repeat": cfg.repeat, "mode": mode, "steps": loss["steps"]}
     result |= {"ape": loss["ape"], "largest": loss["largest"], "heldout": [], "flipped": None, "n": None}

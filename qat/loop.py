@@ -69,6 +69,7 @@ def train_again(cfg: Config) -> Run:
     run = Run.of(cfg)
     with run.lock():
         if not any(run.checkpoints.glob("step-*")):  # another process may have been faster
+            ranks.warn_count(cfg, run.environment().get("ranks", 1))
             run.set_status("running", 0, cfg.steps)
     return train(cfg)
 

@@ -42,17 +42,18 @@ class Scored:
         record = self.run.evaluations()[self.benchmark][self.mode]
         if any("document_losses" not in text for text in record["heldout"].values()):
             raise UserError(f"{self.name} was scored by an earlier version; score it again: {self.command}")
-        self._refuse_stale(record, 0, self.run, "has been trained again since")
+        self._refuse_stale(record, 0, self.run.fingerprint, "has been trained again since, to other losses")
         return record
 
-    def refuse_other_baseline(self, baseline: Scored) -> None:
-        """Raise `UserError` where it was compared, as KL divergence, with other weights than the baseline's."""
-        self._refuse_stale(self.record, 1, baseline.run, "its baseline has been trained again since")
+    def refuse_other_baseline(self, name: str, fingerprint: str) -> None:
+        """Raise `UserError` where it was compared, as KL divergence, with other weights than those of the baseline
+        `name`, which has this fingerprint."""
+        self._refuse_stale(self.record, 1, fingerprint, f"beside a baseline of other losses than {name}'s")
 
-    def _refuse_stale(self, record: dict, place: int, run: Run, since: str) -> None:
+    def _refuse_stale(self, record: dict, place: int, fingerprint: str, but: str) -> None:
         of = record.get("of", [])[place : place + 1]  # an earlier version did not say
-        if of and of != [run.fingerprint]:
-            raise UserError(f"{self.name} was scored, and {since} with other losses; score it again: {self.command}")
+        if of and of != [fingerprint]:
+            raise UserError(f"{self.name} was scored, but {but}; score it again: {self.command}")
 
     @cached_property
     def calibrated(self) -> Calibrated | None:

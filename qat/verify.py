@@ -28,8 +28,8 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         records.restore(record, Path(folder))
-        kept = [Run(path) for path in sorted(Path(folder).iterdir())]
-        both = [(run, Run(runs / run.id)) for run in kept if run.finished and Run(runs / run.id).finished]
+        kept = [run for run in map(Run, sorted(Path(folder).iterdir())) if run.finished]
+        both = [(run, Run(runs / run.id)) for run in kept if Run(runs / run.id).finished]
         if not both:
             raise UserError(f"{runs} has none of the {len(kept)} runs of {record}; repeat its command (its README.md)")
         both = [pair for pair in both if not _copied(*pair)]
@@ -41,7 +41,8 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
     drop = FLOOR_HEADER.index("Repeat")
     parts = [markdown(_without(FLOOR_HEADER, drop), [_without(cells, drop) for cells in floors])]
     parts += [markdown(HEADER, rows)] if rows else []
-    parts += [f"{len(both)} of the record's {len(kept)} runs were repeated here; nothing is said of the others."]
+    if len(both) < len(kept):
+        parts += [f"{len(both)} of the record's {len(kept)} runs were repeated here; nothing is said of the others."]
     failed = sum(cells[-1].startswith(("outside", _UNLIKE)) for cells in (*rows, *floors))
     return "\n\n".join(parts) + "\n", failed
 

@@ -43,10 +43,11 @@ def composed(*words: str):
 
 def typed(runs: Path, *words: str, **dotted):
     """A validated Config of `words`, its runs in the folder `runs`; keys of `dotted` are set afterwards."""
-    from qat import cli
+    from qat import cli, runtime
     from qat.validate import validate
 
     cfg = cli.typed(composed(*words))
+    runtime.round_sums_once()  # as every process that computes
     for key, value in {RUNS: str(runs), **dotted}.items():
         *groups, name = key.split(".")
         node = functools.reduce(getattr, groups, cfg)

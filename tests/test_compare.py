@@ -101,11 +101,11 @@ def test_scores_of_weights_that_were_trained_again_are_refused(runs):
         edit(record / "eval.json", lambda found, of=of: [each.update(of=of) for each in found["quick"].values()])
     assert compare(*runs, "quick")["run"] == "run"
     edit(runs[1] / "metrics.jsonl", lambda row: row.update(loss=row["loss"] + 0.01))
-    with pytest.raises(UserError, match="base was scored, and has been trained again since with other losses; score"):
+    with pytest.raises(UserError, match="base was scored, but has been trained again since, to other losses; score it"):
         compare(*runs, "quick")
     new = Run(runs[1]).fingerprint
     edit(runs[1] / "eval.json", lambda found: [each.update(of=[new]) for each in found["quick"].values()])
-    with pytest.raises(UserError, match="run was scored, and its baseline has been trained again since"):
+    with pytest.raises(UserError, match="run was scored, but beside a baseline of other losses than base's; score it"):
         compare(*runs, "quick")
 
 

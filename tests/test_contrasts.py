@@ -126,9 +126,14 @@ def test_an_estimate_of_fewer_seeds_than_the_others_says_so():
     values = {(key, seed): np.log([0.1 + 0.01 * seed]) for key in (A, B) for seed in range(3)}
     del values[A, 1]
     response = Response("x", "%", 3, values, log=True, without=1)
-    assert response.text(response.contrast({A: 1})).endswith(" (2 of 3 seeds)")
-    assert not response.text(response.contrast({B: 1})).endswith("seeds)")
-    assert response.noise().endswith("(Student's, 2 d.f.). 1 runs have no such number, and are left out.")
+    assert response.cell(response.contrast({A: 1})).endswith("] (2 of 3 seeds)")
+    assert response.cell(response.contrast({B: 1})).endswith("]") and response.cell(None) == "–"
+    assert response.noise().endswith("(Student's, 2 d.f.). Left out are 1 of the runs, which have no such number.")
+    why = Claim("c", "s", [Statement("it is small", response, {A: 1}, high=0.11)]).judge()["why"]
+    assert "] % (2 of 3 seeds), an interval that" in why
+    assert Response("x", "%", 3, {}, without=3).noise() == (
+        "Nothing was measured. Left out are 3 of the runs, which have no such number."
+    )
 
 
 def test_few_answers_that_differ_are_not_taken_for_certainty():

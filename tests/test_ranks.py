@@ -72,6 +72,14 @@ def test_all_ranks_hold_the_same_scales_loss_and_gradient_norm(seen, name):
             assert (ours.scale, ours.loss, ours.grad_norm) == (theirs.scale, theirs.loss, theirs.grad_norm)
 
 
+@pytest.mark.parametrize("name", ["ddp4", "fsdp2"])
+def test_updates_are_counted_over_whole_weights_on_any_number_of_ranks(seen, name):
+    runs = [Run(next((seen.runs / each).iterdir())) for each in ("one", name)]
+    one, ours = ([row["updated"] for row in run.telemetry() if "updated" in row] for run in runs)
+    assert one and all(0 < row["stored"] <= 1 for row in one)
+    assert [list(row.values()) for row in ours] == [pytest.approx(list(row.values()), abs=2e-3) for row in one]
+
+
 @pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2"])
 def test_held_out_texts_have_the_same_losses_on_any_number_of_ranks(seen, name):
     runs = [Run(next((seen.runs / each).iterdir())) for each in ("one", name)]

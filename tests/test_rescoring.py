@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from qat.identity import baseline_of, ptq_mode, untouched_of
 from qat.runs import Run
 from tests.conftest import RUNS
 from tests.scored import TASKS, silent, subjects
+from tests.synthetic_runs import edit
 
 
 def test_scoring_again_scores_nothing(scored, monkeypatch, capsys):
@@ -111,6 +113,22 @@ def test_weights_that_are_gone_and_wanted_are_trained_again(restored, scored, ca
     assert f"{base.id} (bf16): scored already" in said and f"{run.id} (bf16): scored already" in said
     after = run.evaluations()["smoke"]
     assert {**after["w8a8"], "seconds": 0} == {**before["w8a8"], "seconds": 0}
+
+
+def test_weights_trained_again_to_other_losses_are_scored_as_a_whole(restored, scored, monkeypatch, capsys):
+    """As on a GPU: no score of the weights before stands beside those of the weights after."""
+    run = Run.of(restored)
+    forget(run, "w8a8")
+
+    def train_again(cfg):
+        again = Run.of(cfg)
+        edit(again.path / "metrics.jsonl", lambda row: row.update(loss=row["loss"] + 1e-6))
+        shutil.copytree(Path(getattr(scored[0], RUNS)) / again.id / "checkpoints", again.checkpoints)
+
+    monkeypatch.setattr(loop, "train_again", train_again)
+    assert score(restored)["run"] == run.id
+    assert f"{run.id} (bf16): scoring" in capsys.readouterr().out
+    assert {record["of"][0] for record in run.evaluations()["smoke"].values()} == {run.fingerprint}
 
 
 def test_what_was_scored_of_other_weights_is_scored_anew(restored, capsys):

@@ -142,7 +142,14 @@ def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_la
 def test_seeds_that_were_never_run_are_not_passed_over(three, tmp_path):
     runs = [*three.runs[:1], Run(tmp_path / "not-there")]
     _, markdown = write([Experiment("exp8", runs, three.baselines[:1])], tmp_path / "out", {})
-    assert "> Not compared: 1 runs of exp8 that are not there." in markdown.read_text()
+    assert "> Not compared: exp8 (1 of 2 runs missing)." in markdown.read_text()
+
+
+def test_scores_by_unlike_machines_are_told_of(three, tmp_path):
+    for by, run in zip(("a GPU", "a CPU"), (three.runs[0], three.baselines[0]), strict=True):
+        edit(run.path / "eval.json", lambda record, by=by: [mode.update(by=by) for mode in record["quick"].values()])
+    _, markdown = write([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out", {})
+    assert "were scored by unlike machines or versions (a CPU; a GPU), whose sums" in markdown.read_text()
 
 
 def test_a_task_at_chance_in_some_baselines_is_named_with_them(tmp_path):

@@ -68,7 +68,7 @@ class Experiment:
     @cached_property
     def absent(self) -> list[str]:
         """Ids of its runs whose folder does not exist yet."""
-        return [run.id for run in (*self.runs, *self.baselines) if run.id not in self.configs]
+        return list(dict.fromkeys(run.id for run in (*self.runs, *self.baselines) if run.id not in self.configs))
 
     @cached_property
     def bf16(self) -> list[Run]:

@@ -74,7 +74,8 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
     for e in experiments:
         absent += [each.label for each in (*e.pairs, *e.recipes) if each.missing]
         absent += [e.name] if not e.pairs and (e.absent or not e.configs) else []
-        absent += [f"{len(e.absent)} runs of {e.name} that are not there"] if e.pairs and e.absent else []
+        gone = sum(run.id in e.absent for run in e.runs)
+        absent += [f"{e.name} ({gone} of {len(e.runs)} runs missing)"] if e.pairs and gone else []
     lines = (
         _loss_verdict(compared.values(), runs),
         heldout_verdict(compared.values()),
@@ -133,8 +134,8 @@ def _cautions(experiments: Sequence[Experiment]) -> list[str]:
         )
     moved = {tuple(each.get("scored_by", ())) for each in _compared(experiments).values()}
     found += [
-        f"A run and what it is compared with were scored on unlike machines ({'; '.join(by)}), whose sums differ in "
-        "their last bits."
+        f"A run and what it is compared with were scored by unlike machines or versions ({'; '.join(by)}), whose "
+        "sums differ in their last bits."
         for by in sorted(moved)
         if len(by) > 1
     ]

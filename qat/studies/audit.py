@@ -117,7 +117,7 @@ def effects(measured: Sequence[Measured]) -> list[dict]:
             "row": next(each.row for each in SWITCHES if each.name == switch),
             "linears": next(m.linears for m in measured if m.key == (base, switch)),
             "effects": {
-                name: {"estimate": e and vars(e), "text": found[name].text(e), "p_holm": p}
+                name: {"estimate": e and vars(e), "text": found[name].cell(e), "p_holm": p}
                 for name, (e, p) in ((name, column[i]) for name, column in columns.items())
             },
         }

@@ -104,9 +104,8 @@ class Response:
 
     def noise(self) -> str:
         """In words: what intervals are made of, and what is missing."""
-        if not self.values:
-            return "Nothing was measured."
-        return self._noise() + (f" {self.without} runs have no such number, and are left out." if self.without else "")
+        left_out = f" Left out are {self.without} of the runs, which have no such number." if self.without else ""
+        return (self._noise() if self.values else "Nothing was measured.") + left_out
 
     def _noise(self) -> str:
         seeds, units = len(self.seeds), len(next(iter(self.values.values())))
@@ -123,14 +122,20 @@ class Response:
             return "–"
         if not self.values and estimate.low is not None and estimate.low == estimate.high:
             return f"{estimate.value:.{self.digits}f}"
-        seeds = len(self.seeds)
-        of = f" ({estimate.n} of {seeds} seeds)" if estimate.of == "seeds" and estimate.n < seeds else ""
         if self.log:
             value, *ends = (v if v is None else math.exp(v) for v in (estimate.value, estimate.low, estimate.high))
-            limits = "[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends)
-            return f"{value:.{self.digits}f} {limits}{of}"
+            return f"{value:.{self.digits}f} " + ("[-]" if ends[0] is None else "[{:.3f}, {:.3f}]".format(*ends))
         ends = None if estimate.low is None else (estimate.low, estimate.high)
-        return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}{of}"
+        return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}"
+
+    def fewer(self, estimate: Estimate | None) -> str:
+        """Of how many seeds an estimate is, where not of all; else nothing. Begins with a space."""
+        seeds = len(self.seeds)
+        return f" ({estimate.n} of {seeds} seeds)" if estimate and estimate.of == "seeds" and estimate.n < seeds else ""
+
+    def cell(self, estimate: Estimate | None) -> str:
+        """`text` and `fewer`, for a table whose header has the unit."""
+        return self.text(estimate) + self.fewer(estimate)
 
 
 def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
@@ -165,7 +170,7 @@ class Statement:
         return {
             "statement": self.what,
             "response": response.name,
-            "unit": response.unit,
+            "unit": response.unit + response.fewer(estimate),
             "estimate": None if estimate is None else vars(estimate),
             "text": response.text(estimate),
             "region": [self.low, self.high],

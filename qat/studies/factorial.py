@@ -125,7 +125,7 @@ def effects(measured: Sequence[Measured]) -> list[dict]:
         left_out = (*twice, *(_PREDICTS_NOTHING if name in ("overshoot", "clipped") else ()))
         estimates = {label: response.contrast(each) for label, each in contrasts(left_out).items()}
         rows = [
-            {"effect": label, "estimate": None if e is None else vars(e), "text": response.text(e), "p_holm": p}
+            {"effect": label, "estimate": None if e is None else vars(e), "text": response.cell(e), "p_holm": p}
             for (label, e), p in zip(estimates.items(), holm(list(estimates.values())), strict=True)
         ]
         about = {"response": response.name, "unit": response.unit, "log": response.log, "noise": response.noise()}

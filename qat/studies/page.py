@@ -171,7 +171,7 @@ def _cells(measured: Sequence[Measured]) -> tuple[list[list[str]], list[str]]:
     """One row a cell, over its seeds."""
     found = factorial.responses(measured)
     rows = [
-        [*key, *(response.text(response.contrast({key: 1})) for response in found.values())]
+        [*key, *(response.cell(response.contrast({key: 1})) for response in found.values())]
         for key in dict.fromkeys(m.key for m in measured)
     ]
     return rows, [*factorial.FACTORS, *(f"{response.name}, {response.unit}" for response in found.values())]
@@ -185,7 +185,7 @@ def _rates(measured: Sequence[Measured]) -> str:
 def _rows(rows: Mapping[str, Weights], responses: Iterable[Response]) -> str:
     """A table of a contrast a row, a response a column."""
     responses = list(responses)
-    cells = [[label, *(each.text(each.contrast(weights)) for each in responses)] for label, weights in rows.items()]
+    cells = [[label, *(each.cell(each.contrast(weights)) for each in responses)] for label, weights in rows.items()]
     return markdown(["", *(f"{each.name}, {each.unit}" for each in responses)], cells)
 
 
