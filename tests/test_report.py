@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import BenchmarkConfig, ReportConfig
 from qat.report import Experiment, tables, write
 from qat.report.experiment import Curve, Telemetry, published
@@ -313,6 +314,7 @@ def test_curves_are_compared_where_both_have_steps(tmp_path):
 def test_published_numbers_agree_with_each_other():
     paper = published()
     assert list(paper["experiments"]) == ReportConfig().experiments
+    assert paper["paper"]["thresholds"] == {"drop": DROP_THRESHOLD, "ape": APE_THRESHOLD}
     assert len(paper["disagreements"]) == 13 == max(switch.row or 0 for switch in audit.SWITCHES)
     drops = 0
     for entry in paper["experiments"].values():
