@@ -191,7 +191,7 @@ class _Scorer:
         if mode == "w8a8":
             record["calibrated"] = self._calibrated(subject)
         seconds = round(time.perf_counter() - started, 1)
-        record |= {"asked": self._asked(subject), "of": self._of(subject), "by": runtime.what(), "seconds": seconds}
+        record |= {"asked": self._asked(subject), "of": self._of(subject), "by": runtime.summary(), "seconds": seconds}
         with subject.run.lock():
             if not subject.trained:
                 subject.run.create(subject.cfg)

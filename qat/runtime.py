@@ -161,8 +161,8 @@ def hardware(environment: Mapping) -> str:
     return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"
 
 
-def what() -> str:
-    """What computes here, in a line: hardware and version of PyTorch."""
+def summary() -> str:
+    """Hardware and version of PyTorch of this process, in a line."""
     now = environment()
     return f"{hardware(now)}, torch {now['packages']['torch']}"
 

@@ -35,7 +35,7 @@ def main(config, _) -> None:
     sides = [{run_id(cell): OmegaConf.to_container(OmegaConf.structured(cell)) for cell in side} for side in cells]
     labels = [told_apart(side) for side in sides]
     for one, other in itertools.product(*sides):
-        print("  ".join(f"{names[k]} {labels[k][id]}".strip() for k, id in enumerate((one, other))))
+        print("  ".join(f"{names[k]} {labels[k][run]}".strip() for k, run in enumerate((one, other))))
         for key, (ours, theirs) in differences(sides[0][one], sides[1][other]).items():
             print(f"  {key}: {ours} -> {theirs}")
 
