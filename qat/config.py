@@ -104,6 +104,7 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     lr_warmup: float = 0.03  # share of the steps
+    lr_from_zero: bool = False  # whether the first step of the warmup has a rate of 0
     max_skipped: int = 10  # steps in a row without a finite gradient, after which the run gives up
     master_weights: bool = True  # false: parameters and Adam moments hold only what BF16 can
 

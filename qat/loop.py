@@ -242,8 +242,6 @@ class _Session:
         self.skipped = 0 if sound else self.skipped + 1
         if sound:
             return
-        if self.bank is not None and not self.bank.filled:
-            self.bank.primed = False  # it was the first quantized step: the next one is
         said = f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed"
         if self.skipped > self.cfg.optim.max_skipped:
             raise UserError(

@@ -27,22 +27,21 @@ def token_losses(
 
     tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
     mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
-    largest_logits: more logits than this are made in pieces, in the forward pass and again in the backward pass.
+    largest_logits: more logits than this are made in pieces, in the forward pass and again in the backward pass, of a
+    multiple of 128 rows where so many fit, which keeps the products aligned.
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if label_shift == "twice":
         labels = labels[:, 1:]
     head = model.get_output_embeddings()
-    pieces = -(-labels.numel() * head.out_features // largest_logits)
-    if pieces == 1 or not _plain(model):
+    rows = max(1, largest_logits // head.out_features)
+    if rows >= labels.numel() or not _plain(model):
         logits = model(input_ids=inputs, use_cache=False).logits[:, : labels.shape[1]]
         return _cross_entropy(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
     hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state[:, : labels.shape[1]]
-    parts = zip(hidden.flatten(0, 1).chunk(pieces), labels.flatten().chunk(pieces), strict=True)
-    losses = [
-        checkpoint(_head_losses, head, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-        for rows, wanted in parts
-    ]
+    rows -= rows % 128 if rows > 128 else 0
+    pieces = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
+    losses = [checkpoint(_head_losses, head, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     return torch.cat(losses).view(labels.shape)
 
 

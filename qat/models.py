@@ -136,8 +136,9 @@ def checkpoint_activations(model) -> None:
     """
     # Compiled, the block that runs again notes nothing, which dynamo wants to be told is meant.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    dropout = any("drop" in key and value for key, value in model.config.to_dict().items())
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
     except ValueError as error:
         raise UserError(f"budget.activation_checkpointing=true: {error}; set it to false") from error
 

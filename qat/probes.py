@@ -76,8 +76,7 @@ def _unnoticed(bank: ScaleBank | None):
         return
     observed = [tensor.clone() for tensor in bank.noted_in]
     try:
-        # Without a history yet, tensors scale by their own amax (Phase.FIRST).
-        with bank.frozen() if bank.phase is not Phase.OFF and bank.primed else contextlib.nullcontext():
+        with bank.frozen() if bank.phase is not Phase.OFF else contextlib.nullcontext():
             yield
     finally:
         torch._foreach_copy_(bank.noted_in, observed)

@@ -86,4 +86,6 @@ def _fp8(a: torch.Tensor, b: torch.Tensor, left: Operand, right: Operand, dtype:
     """a [m, k], b [n, k], E4M3 bytes in any layout -> a @ b^T / (scales of left and right) in `dtype`, [m, n]."""
     a8, b8 = (codes.contiguous().view(torch.float8_e4m3fn) for codes in (a, b))
     scales = [(each.scale * E4M3_FACTOR).reciprocal() for each in (left, right)]
-    return torch._scaled_mm(a8, b8.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=False)
+    # On a CPU PyTorch multiplies the dequantized operands, and autocast would round them to BF16 before it does.
+    with torch.autocast(a.device.type, enabled=False):
+        return torch._scaled_mm(a8, b8.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=False)

@@ -37,8 +37,10 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def arithmetic(wanted: str) -> str:
-    """ "bf16" or "fp32": what products are computed in. "auto" takes BF16 where the processor has instructions for it;
-    emulated BF16 is several times slower than FP32."""
+    """Return "bf16" or "fp32", what products are computed in. "auto" is what $HIF8_ARITHMETIC says, so that unlike
+    machines train the same runs; else BF16 where the processor has instructions for it: emulated, it is several times
+    slower than FP32."""
+    wanted = os.environ.get("HIF8_ARITHMETIC") or "auto" if wanted == "auto" else wanted
     if wanted != "auto":
         return wanted
     if device().type == "cuda":
@@ -50,7 +52,8 @@ def arithmetic(wanted: str) -> str:
 def autocast(arithmetic: str):
     """The context in which forward passes run: products in BF16, or everything in FP32."""
     if arithmetic == "bf16":
-        return torch.autocast(device().type, torch.bfloat16)
+        # With the cache, all pieces of the loss would read one BF16 copy of the head, and add their gradients in BF16.
+        return torch.autocast(device().type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 

@@ -9,7 +9,10 @@ with the predicted amax of step t, from the history a(t-1), a(t-2), ...:
     exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
     max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
 
-To add a rule: write a function of (history, filled, alpha) below and put it in `PREDICTORS`, with what it reads.
+A tensor without a history scales by its own amax, and its scale is not held. An amax of 0, Inf or NaN says nothing
+about a tensor: its previous entry stands in for it.
+
+To add a rule: write a function of (history, alpha) below and put it in `PREDICTORS`, with what it reads.
 """
 
 from __future__ import annotations
@@ -27,27 +30,27 @@ from qat.config import Config, ScalingConfig, UserError
 FP32_MAX = torch.finfo(torch.float32).max
 
 
-def _most_recent(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Tensor:
+def _most_recent(history: torch.Tensor, alpha: float) -> torch.Tensor:
     return history[0]
 
 
-def _exp_smooth(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Tensor:
-    return torch.where(filled > 1, alpha * history[0] + (1 - alpha) * history[1], history[0])
+def _exp_smooth(history: torch.Tensor, alpha: float) -> torch.Tensor:
+    return torch.where(history[1] > 0, alpha * history[0] + (1 - alpha) * history[1], history[0])
 
 
-def _max(history: torch.Tensor, filled: torch.Tensor, alpha: float) -> torch.Tensor:
+def _max(history: torch.Tensor, alpha: float) -> torch.Tensor:
     return history.amax(0)
 
 
 class Predictor(NamedTuple):
     """A rule and what it reads of `scaling`, by which runs are named.
 
-    predict: takes the history, [entries, tensors] with the newest entry first and zeros where nothing was written yet,
-        how many entries are filled (0-dim int64), and alpha; returns the predicted amax, [tensors].
+    predict: takes the history, [entries, tensors] with the newest entry first and zeros where nothing was seen yet,
+        and alpha; returns the predicted amax, [tensors].
     entries: of the history that it reads; None: `scaling.window` of them. alpha: whether it reads `scaling.alpha`.
     """
 
-    predict: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    predict: Callable[[torch.Tensor, float], torch.Tensor]
     entries: int | None = 1
     alpha: bool = False
 
@@ -85,7 +88,6 @@ class Phase(Enum):
     """What the quantizers do now; set by the training step, never by a forward pass."""
 
     OFF = "off"  # BF16: no rounding; amax observed if the configuration says so
-    FIRST = "first"  # quantizing before there is a history: each tensor scales by its own amax
     ON = "on"
     FROZEN = "frozen"  # evaluation: nothing observed, so scales stay; `current` has each tensor's own even then
 
@@ -96,9 +98,9 @@ class ScaleBank:
     names: one `<linear>/<role>` a tensor; targets: what each predicted amax is mapped to.
     history: [entries, tensors], a ring: `filled` entries (0-dim int64) are in use, `position` ([1]) is the next one;
     observed: [tensors], the largest amax since the last commit, of tensors noted apart once `reduce` was called; scale:
-    [tensors].
+    [tensors]; unseen: tensors without a history, by index.
     Only `commit` advances the history, and only the training step calls it; and calibration, once, on a bank that no
-    step has (`qat.ptq`). Nothing here copies to the host.
+    step has (`qat.ptq`). Nothing here copies to the host once every tensor has a history.
     """
 
     def __init__(self, names: list[str], targets: list[float], cfg: Config, device: torch.device | str = "cpu"):
@@ -114,7 +116,7 @@ class ScaleBank:
         self._apart_at = torch.empty(0, dtype=torch.int64)
         self.apart: dict[int, torch.Tensor] = {}  # what was observed of tensors that are noted on their own, each [1]
         self.ticks = 0  # commits since quantization began; also tells cached weights that scales may have moved
-        self.primed = False  # whether there is a history to predict from
+        self.unseen = frozenset(range(len(names)))
         self.phase = Phase.OFF
 
     def __len__(self) -> int:
@@ -124,7 +126,7 @@ class ScaleBank:
 
     def scale_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The scale to quantize tensor `index` with now, 0-dim FP32 on the device."""
-        if self.phase is Phase.FIRST or self.cfg.algo == "current":
+        if self.cfg.algo == "current" or index in self.unseen:
             return to_scale(kernels.amax(x), self.targets[index], self.scale[index])
         return self.scale[index]
 
@@ -155,14 +157,8 @@ class ScaleBank:
     # In the training step -------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, first_quantized_step: int) -> None:
-        """Set the phase for a step (1-based), and drop the warmup's history when quantization starts, if so told."""
-        if step < first_quantized_step:
-            self.phase = Phase.OFF
-            return
-        if step == first_quantized_step and self.cfg.discard_after_warmup:
-            self.filled.zero_()
-            self.primed = False
-        self.phase = Phase.ON if self.primed else Phase.FIRST
+        """Set the phase for a step (1-based). A warmup whose history is to be discarded has observed none."""
+        self.phase = Phase.OFF if step < first_quantized_step else Phase.ON
 
     def reduce(self) -> None:
         """Let every rank have observed what any has, in one packed reduction; with sync=none each keeps its own."""
@@ -176,9 +172,11 @@ class ScaleBank:
     def overshoot(self) -> torch.Tensor:
         """amax_now / amax_predicted of every tensor observed since the last commit, [tensors] FP32: 0 where nothing
         was seen, 1 where the tensor scaled by its own amax."""
-        if self.phase is Phase.FIRST or self.cfg.algo == "current":
-            return (self.observed > 0).float()
-        return self.observed * self.scale / self.targets
+        own = (self.observed > 0).float()
+        if self.cfg.algo == "current":
+            return own
+        over = self.observed * self.scale / self.targets
+        return torch.where(self._without_history(), own, over) if self.unseen else over
 
     def commit(self, step: int, sound: torch.Tensor | None = None) -> None:
         """Write what was observed into the ring and derive the next scales. One call a tick, for all tensors and ranks,
@@ -186,40 +184,48 @@ class ScaleBank:
 
         sound: 0-dim bool on the device. Where it is false the step was spoiled, and history and scales stay.
         """
-        quantizing = self.phase in (Phase.FIRST, Phase.ON)
+        quantizing = self.phase is Phase.ON
         if quantizing or self.observing:
             advance = torch.ones_like(self.filled) if sound is None else sound.to(self.filled.dtype)
+            first = self._without_history() if self.unseen else None
             self._write(advance)
-            self._update_scale(step, advance)
-            self.primed = True
+            self._update_scale(step, advance, first)
+            self._look_for_unseen()
             self.ticks += quantizing
-        if self.phase is Phase.FIRST and self.cfg.tick == "call":
-            self.phase = Phase.ON
         self.observed.zero_()
+
+    def _without_history(self) -> torch.Tensor:
+        """Return whether nothing was seen yet of each tensor, bool [tensors]."""
+        return self.history.amax(0) == 0
+
+    def _look_for_unseen(self) -> None:
+        if self.unseen:  # else the host need not wait for the device
+            self.unseen = frozenset(self._without_history().nonzero().flatten().tolist())
 
     def _write(self, advance: torch.Tensor) -> None:
         """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use, or
         in a full ring the oldest, which then stays as it is."""
-        # An Inf or NaN would sit in a window of 64 for 64 steps: the previous entry stands in for it.
+        # An Inf or NaN would sit in a window of 64 for 64 steps, and the 0 of an idle tensor is no prediction.
         previous = self.history.index_select(0, (self.position - 1) % len(self.history))
-        previous = torch.where(self.filled > 0, previous, 0.0)
-        entry = torch.where(self.observed.isfinite(), self.observed, previous)
+        entry = torch.where(self.observed.isfinite() & (self.observed > 0), self.observed, previous)
         kept = self.history.index_select(0, self.position)
         self.history.index_copy_(0, self.position, torch.where(advance > 0, entry, kept))
         self.position.add_(advance).remainder_(len(self.history))
         self.filled.add_(advance).clamp_(max=len(self.history))
 
-    def _update_scale(self, step: int, advance: torch.Tensor) -> None:
+    def _update_scale(self, step: int, advance: torch.Tensor, first: torch.Tensor | None) -> None:
+        """Derive the scales from the history. first: bool [tensors], those which had none, and whose scale is not
+        held; None when all had."""
         settling = step <= self.settle_steps
-        held = self.ticks % self.cfg.update_every and self.phase is not Phase.FIRST  # a spoiled step ticks, too
-        if held and not settling:
+        held = self.ticks % self.cfg.update_every and not settling  # a spoiled step ticks, too
+        if held and first is None:
             return
         rule = PREDICTORS["most_recent" if settling else self.cfg.algo]
         age = torch.arange(len(self.history), device=self.history.device)
         newest_first = self.history[(self.position - 1 - age) % len(self.history)]
-        used = torch.where((age < self.filled)[:, None], newest_first, 0.0)
-        predicted = rule.predict(used, self.filled, self.cfg.alpha)
-        self.scale.copy_(torch.where(advance > 0, to_scale(predicted, self.targets, self.scale), self.scale))
+        predicted = rule.predict(newest_first, self.cfg.alpha)
+        changes = (advance > 0) & first if held else advance > 0
+        self.scale.copy_(torch.where(changes, to_scale(predicted, self.targets, self.scale), self.scale))
 
     @contextlib.contextmanager
     def frozen(self):
@@ -254,7 +260,8 @@ class ScaleBank:
         self.scale.copy_(state["scale"])
         self.filled.fill_(filled)
         self.position.fill_(position)
-        self.primed, self.ticks = filled > 0, ticks
+        self.unseen, self.ticks = frozenset(range(len(self))), ticks
+        self._look_for_unseen()
 
     def _refuse(self, state: dict[str, torch.Tensor], names: list[str] | None) -> None:
         wanted = self.state_dict()

@@ -35,10 +35,14 @@ class StepResult:
 
 
 def learning_rate(cfg: Config, step: int) -> float:
-    """Learning rate of a step (1-based): linear warmup, then cosine towards 0, as in the released code."""
+    """Return the learning rate of a step (1-based): linear warmup, then cosine towards 0.
+
+    Warmup of w steps: step s has lr * s / w; with `optim.lr_from_zero` lr * (s - 1) / w, as in the released code. The
+    paper's text says neither.
+    """
     warmup = cfg.lr_warmup_steps
     if step <= warmup:
-        return cfg.optim.lr * step / warmup
+        return cfg.optim.lr * (step - cfg.optim.lr_from_zero) / warmup
     progress = (step - 1 - warmup) / (cfg.steps - warmup)
     return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -116,9 +120,9 @@ class Trainer:
         return ranks.total(total), tokens, overshoot
 
     def _stance(self, probed: bool):
-        """Whether what is compiled runs so. The first quantized step has no history and is made of other operations:
-        one step is not worth a compilation."""
-        if probed or (self.bank is not None and self.bank.phase is Phase.FIRST):
+        """Whether what is compiled runs so. Tensors without a history, as in the first quantized step, take other
+        operations: one step is not worth a compilation."""
+        if probed or (self.bank is not None and self.bank.phase is Phase.ON and self.bank.unseen):
             return eagerly()
         self._round_weights()  # for the first step after a start; compiled code does not
         return contextlib.nullcontext()

@@ -77,6 +77,7 @@ _VARIABLES = {
     "OMP_NUM_THREADS": (r"[1-9]\d*(,[1-9]\d*)*", "2"),
     "NUMBA_NUM_THREADS": (r"[1-9]\d*", "2"),
     "CUDA_VISIBLE_DEVICES": (r"(-?\d+|(GPU|MIG)-[\w/-]+)(,(-?\d+|(GPU|MIG)-[\w/-]+))*", "0,1"),
+    "HIF8_ARITHMETIC": (r"auto|bf16|fp32", "bf16"),
     "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
 }
 

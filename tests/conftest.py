@@ -104,6 +104,14 @@ def _session(tmp_path_factory):
     os.environ["HIF8_CACHE"] = str(cache)
 
 
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def arithmetic(request):
+    """What `budget.arithmetic=auto` is in these tests and the processes they start, whatever the processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HIF8_ARITHMETIC", request.param)
+        yield request.param
+
+
 @pytest.fixture
 def user_cache(monkeypatch):
     """The cache that the user's own runs use: SmolLM2 is converted once for all sessions."""

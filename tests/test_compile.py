@@ -12,6 +12,8 @@ from qat.convert import convert
 from qat.kernels import lookup
 from qat.step import Trainer
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 
 def tokens(cfg, seed: int) -> torch.Tensor:
     shape = cfg.budget.micro_batch, 33

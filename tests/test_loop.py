@@ -19,6 +19,8 @@ from qat.step import Trainer, learning_rate
 from tests.conftest import ROOT, RUNS, TINY
 from tests.torture import left
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 # A BF16 warmup of six steps, whose amaxes are kept; and three micro-batches a step of which each occurs twice, so that
 # every second step ends between the two occurrences of one.
 PAPER = ("experiment=exp8", "budget.accumulation=1", "warmup.bf16=0.5", "scaling.discard_after_warmup=false")
@@ -29,7 +31,7 @@ LONG = ("experiment=exp8", "budget.accumulation=1", "budget.steps=24")
 
 
 @pytest.fixture(scope="module")
-def reference(configure, tmp_path_factory):
+def reference(arithmetic, configure, tmp_path_factory):
     """reference(words): the configuration of an uninterrupted run, trained once after its baseline."""
     folder, done = tmp_path_factory.mktemp("reference"), set()
 

@@ -17,11 +17,13 @@ from tests.conftest import ROOT, RUNS, TINY
 from tests.on_ranks import RUNS as ON_RANKS
 from tests.on_ranks import STOP, run_module
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
+
 MANY = ["ddp2", "ddp4", "fsdp2", "compiled", "fsdp2 compiled"]
 
 
 @pytest.fixture(scope="module")
-def seen(texts, tmp_path_factory):
+def seen(arithmetic, texts, tmp_path_factory):
     """seen(run, rank): what a rank of a run of `tests.on_ranks` saw; all of them run once, for the whole file."""
     folder = tmp_path_factory.mktemp("ranks")
     run_module("on_ranks", texts, folder)

@@ -111,8 +111,8 @@ def test_only_the_algorithms_that_read_it_depend_on_the_window(config, algo):
 
 
 def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
-    def median(history, filled, alpha):
-        return history[:filled].median(0).values
+    def median(history, alpha):
+        return history[history[:, 0] > 0].median(0).values
 
     monkeypatch.setitem(CHOICES, "scaling.algo", (*CHOICES["scaling.algo"], "median"))
     monkeypatch.setitem(scaling.PREDICTORS, "median", scaling.Predictor(median, entries=None))

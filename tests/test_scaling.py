@@ -112,11 +112,9 @@ def test_a_bad_amax_does_not_enter_the_history(bad):
 def test_first_step_scales_by_its_own_amax():
     bank = make("max", tensors=1)
     bank.begin_step(1, 1)
-    assert bank.phase is Phase.FIRST
     assert bank.scale_of(0, torch.tensor([1.0, -6.0])).item() == 2.5
     tick(bank, 1, [6.0])
     bank.begin_step(2, 1)
-    assert bank.phase is Phase.ON
     assert bank.scale_of(0, torch.tensor([100.0])).item() == 2.5
 
 
@@ -129,10 +127,10 @@ def test_current_always_scales_by_its_own_amax():
 
 
 @pytest.mark.parametrize(
-    ("observe", "discard", "phase", "filled"),
-    [(True, True, Phase.FIRST, 0), (True, False, Phase.ON, 3), (False, False, Phase.FIRST, 0)],
+    ("observe", "discard", "filled"),
+    [(True, True, 0), (True, False, 3), (False, False, 0)],
 )
-def test_warmup(observe, discard, phase, filled):
+def test_warmup(observe, discard, filled):
     bank = make(observe_in_warmup=observe, discard_after_warmup=discard, window=8, tensors=1)
     for step in (1, 2, 3):
         bank.begin_step(step, 4)
@@ -141,7 +139,7 @@ def test_warmup(observe, discard, phase, filled):
             note(bank, 0, float(step))
         bank.commit(step)
     bank.begin_step(4, 4)
-    assert (bank.phase, bank.filled) == (phase, filled)
+    assert (bank.phase, bank.filled, bank.unseen) == (Phase.ON, filled, frozenset() if filled else {0})
     if filled:
         assert bank.scale.item() == 5.0
 
@@ -161,9 +159,38 @@ def test_scales_are_not_held_before_there_are_any():
     bank.begin_step(1, 1)
     note(bank, 0, math.inf)
     bank.commit(1, torch.tensor(False))
-    bank.primed = False  # as the training loop does
+    assert bank.scale_of(0, torch.tensor(6.0)).item() == 2.5
     tick(bank, 2, [3.0])
-    assert bank.phase is Phase.FIRST and bank.scale.item() == 5.0
+    assert not bank.unseen and bank.scale.item() == 5.0
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("tick_by", ["step", "call"])
+def test_a_tensor_of_which_nothing_was_seen_scales_by_its_own_amax_until_then(tick_by, nothing):
+    """An idle or overflown first tick, of one tensor alone, leaves no scale of 1 behind for `update_every` ticks."""
+    bank = make("most_recent", update_every=10, tick=tick_by, tensors=2)
+    scales = []
+    for number, amax in enumerate([nothing, nothing, 3.0, 5.0], start=1):
+        bank.begin_step(number if tick_by == "step" else 1, 1)
+        scales.append([bank.scale_of(index, torch.tensor(5.0)).item() for index in (0, 1)])
+        note(bank, 0, 5.0)
+        note(bank, 1, amax)
+        bank.commit(number)
+    assert scales == [[3.0, 3.0]] * 3 + [[3.0, 5.0]]
+    assert bank.scale.tolist() == [3.0, 5.0]  # the first is held since the first tick, the other since the third
+
+
+@pytest.mark.parametrize("algo", ["most_recent", "exp_smooth", "max"])
+@pytest.mark.parametrize("amaxes", [[3.0, 0.0], [3.0, 0.0, 0.0], [0.0, 3.0], [0.0, 0.0, 3.0], [3.0, math.inf, 0.0]])
+def test_an_idle_tensor_keeps_its_prediction(algo, amaxes):
+    """A module that does not run in a step, or whose gradient is zero, has an amax of 0."""
+    bank = make(algo, tensors=1)
+    for step, amax in enumerate(amaxes, start=1):
+        tick(bank, step, [amax])
+    assert bank.scale.item() == 5.0 and bank.history.isfinite().all()
+    bank.begin_step(9, 1)
+    note(bank, 0, 3.0)
+    assert bank.overshoot().item() == 1.0
 
 
 def test_settle_runs_most_recent_first():
@@ -176,12 +203,12 @@ def test_settle_runs_most_recent_first():
     assert predicted == [9, 1, 2, 3, 9, 9, 9, 9, 9]
 
 
-def test_tick_by_call_leaves_the_first_phase_at_once():
+def test_tick_by_call_has_a_history_after_the_first_call():
     bank = make("max", tick="call", tensors=1)
     bank.begin_step(1, 1)
     note(bank, 0, 1.0)
     bank.commit(1)
-    assert bank.phase is Phase.ON
+    assert not bank.unseen
     note(bank, 0, 3.0)
     bank.commit(1)
     assert (bank.filled, bank.scale.item()) == (2, 5.0)

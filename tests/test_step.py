@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
 from qat import data, models, runtime
 from qat.convert import convert
@@ -18,6 +18,8 @@ from qat.loop import train
 from qat.runs import Run
 from qat.step import Trainer, learning_rate
 from qat.telemetry import Probe
+
+pytestmark = pytest.mark.usefixtures("arithmetic")
 
 
 def build(cfg) -> Trainer:
@@ -140,6 +142,18 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(config):
     assert 0 < rates[-1] < 2.0 * 1e-3
     cfg.optim.lr_warmup = 0.0
     assert learning_rate(cfg, 1) == 2.0 and learning_rate(cfg, 101) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "released"])
+def test_the_released_code_warms_up_one_step_behind_the_paper(config, protocol):
+    """Its schedule is transformers' cosine with warmup, whose first step has a rate of 0."""
+    cfg = config("experiment=exp3", f"protocol={protocol}", **{"budget.steps": 200, "optim.lr_warmup": 0.1})
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    schedule = get_cosine_schedule_with_warmup(torch.optim.SGD([parameter], lr=cfg.optim.lr), 20, 200)
+    released = [schedule.lr_lambdas[0](step) * cfg.optim.lr for step in range(200)]
+    rates = [learning_rate(cfg, step) for step in range(1, 201)]
+    assert rates[20:] == pytest.approx(released[20:])
+    assert rates[:20] == pytest.approx(released[:20] if protocol == "released" else released[1:21])
 
 
 def holds_bf16(tensor: torch.Tensor) -> bool:

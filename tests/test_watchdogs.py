@@ -184,7 +184,7 @@ def test_a_warning_is_news_once_for_a_kind_and_role_and_again_when_it_is_twice_a
 
 def test_a_run_whose_scales_lag_says_so_while_it_runs_and_once_across_a_resume(config, monkeypatch, capsys):
     """The predicted amaxes are a tenth of what they should be; stopped before step 8, resumed after step 4."""
-    lagging = PREDICTORS["max"]._replace(predict=lambda history, filled, alpha: history.amax(0) / 10)
+    lagging = PREDICTORS["max"]._replace(predict=lambda history, alpha: history.amax(0) / 10)
     monkeypatch.setitem(PREDICTORS, "max", lagging)
     cfg, real = config("experiment=exp8", "optim.lr=1e-4"), Trainer.step
 

@@ -97,7 +97,7 @@ class Steps:
         return {name: lambda trainer=trainer: self._step(trainer) for name, trainer in self.trainers.items()}
 
     def _step(self, trainer: Trainer) -> None:
-        trainer.step(2 if trainer.bank is not None and trainer.bank.primed else 1, [self.batch])
+        trainer.step(2 if trainer.bank is not None and not trainer.bank.unseen else 1, [self.batch])
 
     def evaluations(self) -> dict[str, Callable[[], object]]:
         """{"bf16", "all": a forward pass as evaluation does it}, with frozen scales and rounded weights."""
