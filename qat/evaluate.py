@@ -71,13 +71,14 @@ class Subject:
         return model, tokenizer
 
     def check(self) -> None:
-        """Raise `UserError` when there is nothing to score yet."""
+        """Raise `UserError` when there is nothing to score yet, or no longer what it was made of."""
         if self.trained and not self.run.finished:
             state = self.run.status()
             progress = f"at step {state['step']} of {state['steps']}" if state else "not started"
             raise UserError(
                 f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same overrides"
             )
+        self.run.check_sources(self.cfg)
 
     def regain(self) -> None:
         """Train it again when its checkpoint is gone. What was scored before counts if its losses are the same."""
@@ -195,6 +196,7 @@ class _Scorer:
         with subject.run.lock():
             if not subject.trained:
                 subject.run.create(subject.cfg)
+            subject.run.keep_sources(subject.cfg)
             results = subject.run.evaluations()
             if results.setdefault(name, {}).pop(mode, None):  # of other questions: its samples go first
                 subject.run.write_json("eval.json", results)

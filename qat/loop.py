@@ -41,6 +41,7 @@ def train(cfg: Config) -> Run:
     ranks.join()
     run = Run.of(cfg)
     with run.lock():
+        run.check_sources(cfg)
         if ranks.shared(run.finished):
             print(f"{run.id}: finished already", flush=True)
             ranks.warn_count(cfg, run.environment().get("ranks", 1))

@@ -160,6 +160,12 @@ def document_token(tokenizer) -> int:
     raise UserError("the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with")
 
 
+def commit(cfg: ModelConfig) -> str:
+    """Return the commit of a model on the hub, or in its cache. Errors: UserError."""
+    with _loading(cfg):
+        return _locate(cfg)[1]["revision"]
+
+
 def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
     """(folder or hub id, what else its files are asked for with): all of a hub model's are of one commit."""
     if cfg.source == "package":

@@ -19,7 +19,7 @@ from qat.config import Config, ConfigError, UserError
 from qat.report.studies import TITLES, results
 from qat.runs import Run
 
-_PLAIN = ("config", "environment", "status", "coverage", "metrics", "warnings", "eval", "comparison")
+_PLAIN = ("config", "environment", "sources", "status", "coverage", "metrics", "warnings", "eval", "comparison")
 _RAW = ("telemetry.jsonl", "samples")
 _ARCHIVE = "raw.tar.xz"
 

@@ -1,6 +1,6 @@
 """A run is a folder, named by what can change its numbers (`qat.identity`).
 
-runs/<id>/  config.yaml  environment.json  status.json  metrics.jsonl  telemetry.jsonl
+runs/<id>/  config.yaml  environment.json  sources.json  status.json  metrics.jsonl  telemetry.jsonl
             warnings.jsonl  coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
 """
 
@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import files, ranks, runtime
+from qat import files, ranks, runtime, sources
 from qat.config import Config, UserError
 from qat.identity import digest, run_id
 from qat.validate import validate
@@ -168,7 +168,7 @@ class Run:
     # Writing --------------------------------------------------------------------------------------------------
 
     def create(self, cfg: Config) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.keep_sources(cfg)
         if not (self.path / "config.yaml").exists():
             self._replace("config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
         now, before = runtime.environment(), self.environment()
@@ -176,6 +176,24 @@ class Run:
         if before and before != now:  # resumed elsewhere, or by another version or command
             earlier.append(runtime.brief(before))
         self.write_json("environment.json", now | ({"earlier": earlier} if earlier else {}))
+
+    def check_sources(self, cfg: Config) -> None:
+        """Raise `UserError` when a path that the run was made of has come to hold another model or text."""
+        before = self._json("sources.json")
+        for path, now in sources.hashes(cfg).items() if before else ():
+            if before.get(path, now) != now:
+                raise UserError(
+                    f"{path}: holds other files than {self.path} was made of ({before[path]}, now {now}); put those "
+                    f"back, give these another path, or delete the run folder"
+                )
+
+    def keep_sources(self, cfg: Config) -> None:
+        """Write down what the paths hold of which nothing is known yet. An earlier version wrote nothing."""
+        before = self._json("sources.json")
+        now = sources.hashes(cfg) | before
+        self.path.mkdir(parents=True, exist_ok=True)
+        if now != before:
+            self.write_json("sources.json", now)
 
     def write_json(self, name: str, content: dict) -> None:
         self._replace(name, json.dumps(content, indent=1))

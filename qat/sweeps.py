@@ -46,6 +46,7 @@ def run(job: Callable[[], None]) -> None:
         return
     became("begun")
     try:
+        _refuse_dropped(hydra)
         job()
         became("done")
     except UserError as error:
@@ -62,6 +63,18 @@ def run(job: Callable[[], None]) -> None:
         became("failed", " ".join(f"{type(error).__name__}: {error}".split())[:400])
         if ranks.count() > 1:
             sys.exit(1)
+
+
+def _refuse_dropped(hydra) -> None:
+    """Raise `ConfigError` for an experiment that is a sweep itself: Hydra drops that when it sweeps over experiments."""
+    given = {word.partition("=")[0] for word in hydra.overrides.task}
+    dropped = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items() if key not in given]
+    if dropped:
+        words = " ".join(word for word in hydra.overrides.task if word.startswith("experiment="))
+        raise ConfigError(
+            f"{words}: sweeps {' '.join(dropped)} itself, which a sweep over experiments drops; start it in a command of "
+            f"its own"
+        )
 
 
 def report() -> int:

@@ -143,7 +143,15 @@ def test_a_disk_that_is_full_at_any_write_costs_no_number(trained, configure, tm
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch)
         loop.train(fresh("counted"))
-    named = {"config.yaml", "environment.json", "status.json", "coverage.json", "metrics.jsonl", "telemetry.jsonl"}
+    named = {
+        "config.yaml",
+        "environment.json",
+        "sources.json",
+        "status.json",
+        "coverage.json",
+        "metrics.jsonl",
+        "telemetry.jsonl",
+    }
     named |= {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "scales.safetensors", "facts.json"}
     assert {name.removeprefix(".").removesuffix(".writing") for name in disk.written} >= named
     wanted = left(Run.of(trained))

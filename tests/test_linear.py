@@ -6,10 +6,24 @@ import pytest
 import torch
 from torch import nn
 
-from qat import kernels
+from qat import kernels, runtime
 from qat.config import Config, QuantConfig, ScalingConfig
 from qat.convert import convert, quantized_linears
-from qat.formats import FORMATS
+from qat.formats import FORMATS, to_e4m3
+from qat.products import Operand, Products
+
+
+@pytest.fixture(autouse=True, params=["fp32", "bf16"])
+def arithmetic(request):
+    """What products are computed in, as in a training step."""
+    with runtime.autocast(request.param):
+        yield request.param
+
+
+def assert_close(actual: torch.Tensor, exact: torch.Tensor, arithmetic: str) -> None:
+    """In BF16 a product, its unscaling and the sum with the bias are each rounded to 8 bits."""
+    rtol, atol = (1e-6, 1e-6) if arithmetic == "fp32" else (3 * 2**-8, 2**-8 * exact.abs().max().item())
+    torch.testing.assert_close(actual.float(), exact, rtol=rtol, atol=atol)
 
 
 class Block(nn.Module):
@@ -60,6 +74,8 @@ def single(dtype=torch.float32, algo="current", **quant):
 
 
 def rounded(t: torch.Tensor, target=15.0, overflow="clip", format="hif8") -> tuple[torch.Tensor, float]:
+    """(values, scale) of a tensor in the dtype of products."""
+    t = t.detach().to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else t.detach()
     scale = torch.tensor(target) / t.abs().max().float()
     return FORMATS[format].quantize(t.float() * scale, overflow, target), scale
 
@@ -68,6 +84,11 @@ def data(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(3, 5, 16, generator=generator).to(dtype).requires_grad_()
     return x, torch.randn(3, 5, 32, generator=generator).to(dtype)
+
+
+def backward(linear, x: torch.Tensor, upstream: torch.Tensor) -> None:
+    y = linear(x)
+    y.backward(upstream.to(y.dtype))
 
 
 def train_step(model, x):
@@ -99,58 +120,62 @@ def test_unquantized_is_the_original_bit_for_bit(how, dtype):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_forward_and_backward_follow_the_formulas(format):
+def test_forward_and_backward_follow_the_formulas(format, arithmetic):
     linear, _ = single(format=format)
     x, upstream = data()
     y = linear(x)
-    y.backward(upstream)
-    (qx, sx), (qw, sw), (qg, sg) = (rounded(t.detach(), format=format) for t in (x, linear.weight, upstream))
-    torch.testing.assert_close(y, qx @ qw.t() / (sx * sw) + linear.bias, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, qg @ qw / (sg * sw), rtol=1e-6, atol=1e-6)
-    expected = qg.flatten(0, 1).t() @ qx.flatten(0, 1) / (sg * sx)
-    torch.testing.assert_close(linear.weight.grad, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(linear.bias.grad, upstream.flatten(0, 1).sum(0))
+    y.backward(upstream.to(y.dtype))
+    (qx, sx), (qw, sw), (qg, sg) = (rounded(t, format=format) for t in (x, linear.weight, upstream))
+    with torch.autocast("cpu", enabled=False):
+        assert_close(y, qx @ qw.t() / (sx * sw) + linear.bias, arithmetic)
+        assert_close(x.grad, qg @ qw / (sg * sw), arithmetic)
+        assert_close(linear.weight.grad, qg.flatten(0, 1).t() @ qx.flatten(0, 1) / (sg * sx), arithmetic)
+        assert_close(linear.bias.grad, upstream.flatten(0, 1).sum(0), arithmetic)
 
 
 def test_bf16_operands_are_the_rounded_values():
     linear, _ = single(torch.bfloat16)
     x, _ = data(torch.bfloat16)
     y = linear(x)
-    (qx, sx), (qw, sw) = rounded(x.detach()), rounded(linear.weight.detach())
+    (qx, sx), (qw, sw) = rounded(x), rounded(linear.weight)
     exact = qx.double() @ qw.double().t() / (sx * sw).double() + linear.bias.double()
     assert y.dtype == torch.bfloat16
     # Only the product's own rounding to BF16, its unscaling and the bias may differ from the exact result.
     torch.testing.assert_close(y.double(), exact, rtol=3 * 2**-8, atol=2**-7)
 
 
-def test_descaled_operands():
+def test_descaled_operands(arithmetic):
     linear, _ = single(operands="descaled")
     x, _ = data()
     y = linear(x)
-    (qx, sx), (qw, sw) = rounded(x.detach()), rounded(linear.weight.detach())
-    torch.testing.assert_close(y, (qx / sx) @ (qw / sw).t() + linear.bias, rtol=1e-6, atol=1e-6)
+    operands = [values / scale for values, scale in (rounded(x), rounded(linear.weight))]
+    if arithmetic == "bf16":
+        operands = [operand.bfloat16().float() for operand in operands]
+    with torch.autocast("cpu", enabled=False):
+        assert_close(y, operands[0] @ operands[1].t() + linear.bias, arithmetic)
 
 
 @pytest.mark.parametrize("role", ["activations", "weights", "gradients"])
-def test_each_role_can_be_switched_off(role):
+def test_each_role_can_be_switched_off(role, arithmetic):
     linear, bank = single(**{role: False})
     assert len(bank) == 2
     assert not any(name.endswith(role[:-1]) for name in bank.names)
     x, upstream = data()
     y = linear(x)
-    y.backward(upstream)
-    identity = lambda t: (t, torch.tensor(1.0))  # noqa: E731
-    tensors = {"activations": x.detach(), "weights": linear.weight.detach(), "gradients": upstream}
+    y.backward(upstream.to(y.dtype))
+    identity = lambda t: (t.detach().to(y.dtype).float(), torch.tensor(1.0))  # noqa: E731
+    tensors = {"activations": x, "weights": linear.weight, "gradients": upstream}
     parts = {name: (identity if name == role else rounded)(t) for name, t in tensors.items()}
     (qx, sx), (qw, sw), (qg, sg) = parts["activations"], parts["weights"], parts["gradients"]
-    torch.testing.assert_close(y, qx @ qw.t() / (sx * sw) + linear.bias, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad, qg @ qw / (sg * sw), rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", enabled=False):
+        assert_close(y, qx @ qw.t() / (sx * sw) + linear.bias, arithmetic)
+        assert_close(x.grad, qg @ qw / (sg * sw), arithmetic)
 
 
 def test_target_per_role():
     linear, bank = single(target_gradient=224.0, overflow="saturate")
     x, upstream = data()
-    linear(x).backward(upstream)
+    backward(linear, x, upstream)
     bank.commit(1)
     targets = dict(zip(bank.names, (bank.scale * bank.history[0]).tolist(), strict=True))
     assert targets["layers.0.mlp.up_proj/gradient"] == pytest.approx(224.0)
@@ -167,7 +192,7 @@ def test_masked_ste_stops_gradients_beyond_the_target():
         bank.commit(1)
         bank.begin_step(2, 1)
         x.grad = None
-        linear(x).backward(upstream)
+        backward(linear, x, upstream)
         results[ste] = x.grad.clone()
     beyond = x.detach().abs() > 1.0
     assert beyond.any()
@@ -183,7 +208,7 @@ def test_weight_is_rounded_once_a_step(monkeypatch):
     original = kernels.quantize
     monkeypatch.setattr(kernels, "quantize", lambda t, *a: calls.append(tuple(t.shape)) or original(t, *a))
     for _ in range(3):
-        linear(x).backward(upstream)
+        backward(linear, x, upstream)
     assert calls.count((32, 16)) == 1
     bank.commit(1)
     bank.begin_step(2, 1)
@@ -197,7 +222,7 @@ def test_weight_is_rounded_once_a_step(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operands_wait_for_the_backward_pass_as_codes(dtype):
+def test_operands_wait_for_the_backward_pass_as_codes(dtype, arithmetic):
     linear, bank = single(dtype, algo="max")
     x, _ = data(dtype)
     kept = []
@@ -207,13 +232,13 @@ def test_operands_wait_for_the_backward_pass_as_codes(dtype):
         assert [t.dtype for t in kept if t.numel() == operand.numel()] == [torch.uint8]
     with bank.frozen(), torch.no_grad():  # where nothing waits, a weight is held as what is multiplied
         linear(x)
-    assert linear._rounded[0].dtype is dtype
+    assert linear._rounded[0].dtype is (torch.bfloat16 if arithmetic == "bf16" else dtype)
 
 
-def test_evaluation_and_recomputation_leave_the_bank_alone():
+def test_evaluation_and_recomputation_leave_the_bank_alone(arithmetic):
     linear, bank = single(algo="max")
     x, upstream = data()
-    linear(x).backward(upstream)
+    backward(linear, x, upstream)
     bank.commit(1)
     bank.begin_step(2, 1)
     with bank.frozen(), torch.no_grad():
@@ -222,7 +247,8 @@ def test_evaluation_and_recomputation_leave_the_bank_alone():
     linear(x)
     # Back in training the weight is observed again, though evaluation had rounded the very same weight.
     seen = dict(zip(bank.names, bank.observed.tolist(), strict=True))
-    assert seen["layers.0.mlp.up_proj/weight"] == linear.weight.abs().max().item()
+    weight = linear.weight.bfloat16() if arithmetic == "bf16" else linear.weight
+    assert seen["layers.0.mlp.up_proj/weight"] == weight.abs().max().item()
 
 
 def test_recomputed_activations_count_once():
@@ -232,8 +258,7 @@ def test_recomputed_activations_count_once():
     for recompute in (False, True):
         linear, bank = single(algo="max")
         x, upstream = data()
-        y = checkpoint(linear, x, use_reentrant=False) if recompute else linear(x)
-        y.backward(upstream)
+        backward(lambda x: checkpoint(linear, x, use_reentrant=False) if recompute else linear(x), x, upstream)  # noqa: B023
         bank.commit(1)
         banks.append(bank.state_dict())
     assert all(torch.equal(banks[0][name], banks[1][name]) for name in banks[0])
@@ -243,7 +268,7 @@ def test_recomputed_activations_count_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fp8_products_are_the_exact_ones_where_e4m3_holds_every_value(dtype):
+def test_fp8_products_are_the_exact_ones_where_e4m3_holds_every_value(dtype, arithmetic):
     """No operand below 2^-12: then 16 times each is an E4M3 value, and only the order of summation may differ."""
     results = {}
     for gemm in ("bf16", "fp8"):
@@ -257,8 +282,20 @@ def test_fp8_products_are_the_exact_ones_where_e4m3_holds_every_value(dtype):
         y.backward(torch.cat([upstream.flatten(0, 1), torch.zeros_like(upstream[0, :1])]))
         results[gemm] = [y.detach(), x.grad, linear.weight.grad, linear.bias.grad, bank.observed.clone()]
     for ours, exact in zip(results["fp8"], results["bf16"], strict=True):
-        tolerance = 1e-6 if dtype is torch.float32 else 2**-7  # BF16 products are rounded once more when unscaled
+        # BF16 products are rounded once more when unscaled.
+        tolerance = 1e-6 if dtype is torch.float32 and arithmetic == "fp32" else 2**-7
         torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance * exact.abs().max().item())
+
+
+def test_autocast_rounds_no_fp8_product_once_more():
+    """PyTorch's CPU version of it multiplies dequantized operands, through the dispatcher."""
+    x, products = torch.randn(16, 64), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            codes = to_e4m3(FORMATS["hif8"].quantize(x, "clip", 15.0))
+            operand = Operand(x, codes, torch.tensor(0.37))
+            products.append(Products(QuantConfig(format="hif8", gemm="fp8")).outputs(operand, operand, torch.bfloat16))
+    assert torch.equal(*products)
 
 
 def test_fp8_products_keep_bytes():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from qat import runtime
 from qat.loss import token_losses
 
 SIZES = {
@@ -72,6 +73,27 @@ def test_in_pieces_it_is_the_same_and_never_holds_all_logits(shift, rows):
     torch.testing.assert_close(pieces, whole)
     count = -(-whole[0].numel() // rows)
     assert max(sizes) <= rows * 101 and len(sizes) == 2 * count  # forward, and again in the backward pass
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 200, 255, 256])
+def test_pieces_are_of_a_multiple_of_128_rows_where_so_many_fit(rows):
+    """Other numbers of rows keep products from the fastest kernels."""
+    model, sizes = llama(), []
+    model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    batch = torch.randint(101, (30, 11), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        token_losses(model, batch, largest_logits=rows * 101 + 100)
+    assert sum(sizes) == 300 and set(sizes[:-1]) == {rows if rows < 128 else rows // 128 * 128}
+
+
+@pytest.mark.parametrize("pieces", [1, 11, 33])
+def test_in_bf16_the_gradient_of_the_head_does_not_depend_on_the_pieces(pieces):
+    """Gradients of pieces add up in FP32. Autocast's cache of the weight in BF16 would make it the sum's precision."""
+    model = llama()
+    exact = gradients(model)[1][-1]
+    with runtime.autocast("bf16"):
+        rounded = gradients(model, largest_logits=33 * 101 // pieces)[1][-1]
+    assert 0 < (rounded - exact).norm() <= 2**-8 * exact.norm()
 
 
 def test_a_model_that_does_more_to_its_logits_is_asked_for_them():

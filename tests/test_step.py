@@ -90,8 +90,8 @@ def test_a_step_without_quantizers_is_the_same_before_and_after_conversion(confi
 
 
 @pytest.mark.parametrize("shift", ["once", "twice"])
-def test_accumulated_gradients_are_those_of_one_large_batch(config, shift):
-    cfg = config(**{"quant.format": "none", "data.label_shift": shift, "budget.arithmetic": "fp32"})
+def test_accumulated_gradients_are_those_of_one_large_batch(config, arithmetic, shift):
+    cfg = config(**{"quant.format": "none", "data.label_shift": shift})
     batch = tokens(4)
     results, grads = [], []
     for parts in (1, 2, 4):
@@ -100,7 +100,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch(config, shift):
         grads.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
     for result, grad in zip(results[1:], grads[1:], strict=True):
         torch.testing.assert_close(result.loss, results[0].loss)
-        torch.testing.assert_close(grad, grads[0], rtol=1e-4, atol=1e-7)
+        # Products of BF16 are rounded to 8 bits a micro-batch, sums of FP32 to 24 in another order.
+        assert (grad - grads[0]).norm() <= (2**-8 if arithmetic == "bf16" else 1e-6) * grads[0].norm()
     assert {result.tokens for result in results} == {4 * (32 if shift == "once" else 31)}
     other = build(cfg).step(1, [batch[:2]])
     assert abs(other.loss - results[0].loss) > 1e-4  # one micro-batch alone has another mean
@@ -124,7 +125,7 @@ def test_activation_checkpointing_changes_no_bit_of_weights_scales_or_telemetry(
 
 
 def test_a_micro_batch_of_more_sequences_weighs_more(config):
-    cfg = config(**{"quant.format": "none", "budget.arithmetic": "fp32"})
+    cfg = config(**{"quant.format": "none"})
     whole = build(cfg).step(1, [tokens(4)])
     uneven = build(cfg).step(1, [tokens(4)[:1], tokens(4)[1:]])
     torch.testing.assert_close(uneven.loss, whole.loss)
@@ -209,7 +210,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_scale(config, al
 
 
 def test_the_gradient_norm_is_reported_before_clipping(config):
-    cfg = config(**{"quant.format": "none", "optim.clip": 1e-3, "budget.arithmetic": "fp32"})
+    cfg = config(**{"quant.format": "none", "optim.clip": 1e-3})
     trainer = build(cfg)
     norm = trainer.step(1, [tokens(2)]).grad_norm
     clipped = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
