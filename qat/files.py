@@ -52,6 +52,12 @@ def lock(folder: Path, name: str) -> Iterator[None]:
         yield
 
 
+def existing(folder: Path) -> Path:
+    """Return the folder, or the one that is to hold it."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def flush(path: Path) -> None:
     """Hand a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

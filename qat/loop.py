@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from qat import checkpoint, data, models, ranks, runtime, stops, tracking, watchdogs
+from qat import checkpoint, data, models, preflight, ranks, runtime, stops, tracking, watchdogs
 from qat.config import Config, UserError
 from qat.convert import convert
 from qat.files import flush
@@ -30,8 +30,9 @@ def train_with_baseline(cfg: Config) -> list[Run]:
     """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
     ranks.check(cfg)
     plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
-    if cfg.quantized and not all(Run.of(each).finished for each in plan):
-        convert(models.load(cfg.model, cfg.seed)[0], cfg)  # a scope that matches nothing: said now, not after hours
+    if not all(Run.of(each).finished for each in plan):
+        ranks.join()
+        preflight.check(cfg)
     return [train(each) for each in plan]
 
 
@@ -181,7 +182,7 @@ class _Session:
         print(f"\n{self.run.id}")
         print(self.coverage)
         self.run.write_json("coverage.json", self.coverage.as_dict())
-        if arithmetic == "fp32":
+        if arithmetic == "fp32" and not runtime.has_bf16():
             print("  arithmetic: FP32; this processor has no BF16 instructions (budget.arithmetic=bf16 emulates them)")
         if self.done:
             print(f"  resuming after step {self.done} of {cfg.steps}", flush=True)

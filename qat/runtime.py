@@ -43,10 +43,15 @@ def arithmetic(wanted: str) -> str:
     wanted = os.environ.get("HIF8_ARITHMETIC") or "auto" if wanted == "auto" else wanted
     if wanted != "auto":
         return wanted
+    return "bf16" if has_bf16() else "fp32"
+
+
+def has_bf16() -> bool:
+    """Return whether the GPU, or without one the processor, has instructions for BF16."""
     if device().type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
-    return "bf16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "fp32"
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def autocast(arithmetic: str):

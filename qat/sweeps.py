@@ -66,14 +66,14 @@ def run(job: Callable[[], None]) -> None:
 
 
 def _refuse_dropped(hydra) -> None:
-    """Raise `ConfigError` for an experiment that is a sweep itself: Hydra drops that when it sweeps over experiments."""
+    """Raise `ConfigError` for an experiment that is a sweep itself, which Hydra drops in a sweep over experiments."""
     given = {word.partition("=")[0] for word in hydra.overrides.task}
     dropped = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items() if key not in given]
     if dropped:
         words = " ".join(word for word in hydra.overrides.task if word.startswith("experiment="))
         raise ConfigError(
-            f"{words}: sweeps {' '.join(dropped)} itself, which a sweep over experiments drops; start it in a command of "
-            f"its own"
+            f"{words}: sweeps {' '.join(dropped)} itself, which a sweep over experiments drops; start it in a command "
+            f"of its own"
         )
 
 

