@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from qat import models
 from qat.config import Config, DataConfig, ModelConfig
 from qat.runtime import package_path
 
@@ -28,6 +27,8 @@ def _of_model(cfg: ModelConfig) -> str:
     folder = Path(cfg.path)
     if folder.is_dir():
         return _together(file for file in folder.iterdir() if file.suffix in _OF_MODELS)
+    from qat import models  # transformers takes seconds to import, and only models of a hub need it here
+
     return models.commit(cfg)
 
 
