@@ -11,50 +11,104 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
 from qat import ranks
-from qat.config import Config
+from qat.config import Config, UserError
 from qat.formats import TOLERANCE
 from qat.identity import baseline_of
 from qat.runs import Run
 
 
 @contextlib.contextmanager
-def mirror(run: Run, cfg: Config):
+def mirror(run: Run, cfg: Config, required: bool = False):
     """A function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that the
-    folder has already; at the end, the results of the folder. Nothing with logger=local."""
+    folder has already; at the end, the results of the folder. Nothing with logger=local. Where W&B fails, a warning
+    says so and the run goes on without it; if `required`, it is a UserError."""
     if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not ranks.first():
         yield lambda row, probed: None
         return
+    session = _Session(run, cfg, required)
+    try:
+        yield _replayed(session, run, cfg)
+    finally:
+        session.finish(results(run, cfg), exit_code=0 if run.finished else 1)
+
+
+def send(run: Run, cfg: Config, required: bool = False) -> None:
+    """Mirror what the folder holds, from its files alone. With logger.mode=offline, `wandb sync` sends the result."""
+    with run.lock(), mirror(run, cfg, required):
+        pass
+
+
+class _Session:
+    """A session of W&B that anything may go wrong with: the first failure ends it."""
+
+    def __init__(self, run: Run, cfg: Config, required: bool):
+        self.run, self.required, self.failed = run, required, False
+        self.session = self._attempt(_start, run, cfg)
+
+    def log(self, points: dict[str, float], step: int) -> None:
+        self._attempt(lambda: self.session.log(points, step=step))
+
+    def finish(self, summary: dict[str, float], exit_code: int) -> None:
+        self._attempt(lambda: self.session.summary.update(summary))
+        self._attempt(lambda: self.session.finish(exit_code=exit_code))
+
+    def _attempt(self, work: Callable, *given):
+        if self.failed:
+            return None
+        try:
+            return work(*given)
+        except Exception as error:  # W&B's errors share no base, and pydantic's and the system's come through
+            self.failed = True
+            _teardown()
+            if self.required:
+                raise UserError(f"{self.run.path}: W&B cannot mirror it ({_reason(error)}); mend that first") from error
+            print(
+                f"\nwarning: W&B fails ({_reason(error)}); the run goes on without it, to be mirrored by `python "
+                f"scripts/dashboard.py run={self.run.path}`",
+                flush=True,
+            )
+
+
+def _teardown() -> None:
+    """End what W&B has begun: else its process would hold on to the run, and the next run would get its session."""
+    with contextlib.suppress(Exception, SystemExit):
+        sys.modules["wandb"].teardown()
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{error or type(error).__name__}".split())[:300]
+
+
+def _start(run: Run, cfg: Config):
+    """A session of W&B; offline where the server is out of reach."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     for older in (run.path / "wandb").glob("offline-run-*"):
-        shutil.rmtree(older)
-    try:
-        session = _start(wandb, run, cfg, cfg.logger.mode)
-    except wandb.errors.Error as error:
-        reason = str(error).strip().split("\n")[0]
-        print(f"warning: W&B is out of reach ({reason}); mirroring offline, to be sent by `wandb sync`", flush=True)
-        session = _start(wandb, run, cfg, "offline")
-    try:
-        yield _replayed(session, run, cfg)
-    finally:
-        session.summary.update(results(run, cfg))
-        session.finish(exit_code=0 if run.finished else 1)
+        shutil.rmtree(older, ignore_errors=True)  # one that stays is sent before the newer one, which replaces it
+    if cfg.logger.mode == "online":
+        try:
+            return _init(wandb, run, cfg, "online")
+        except Exception as error:
+            print(
+                f"warning: W&B is out of reach ({_reason(error)}); mirroring offline, to be sent by `wandb sync`",
+                flush=True,
+            )
+            _teardown()
+    return _init(wandb, run, cfg, "offline")
 
 
-def send(run: Run, cfg: Config) -> None:
-    """Mirror what the folder holds, from its files alone. With logger.mode=offline, `wandb sync` sends the result."""
-    with run.lock(), mirror(run, cfg):
-        pass
-
-
-def _start(wandb, run: Run, cfg: Config, mode: str):
+def _init(wandb, run: Run, cfg: Config, mode: str):
+    settings = {"console": "off", "silent": True, "x_disable_stats": True}
+    # A server that is gone would be waited for for hours; what it has not got stays on disk.
+    settings |= {"finish_timeout": 600, "finish_timeout_raises": True}
     return wandb.init(
         project=cfg.logger.project,
         id=run.id.rpartition("-")[2],
@@ -66,13 +120,14 @@ def _start(wandb, run: Run, cfg: Config, mode: str):
         dir=str(Path(run.path).resolve()),
         mode=mode,
         resume=None,  # what is there is written over; "allow" would append, and `wandb sync` does not know of it
-        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        settings=wandb.Settings(**settings),
     )
 
 
 def _tags(cfg: Config) -> list[str]:
     quantization = [cfg.quant.format, cfg.scaling.algo] if cfg.quantized else ["bf16"]
-    return [cfg.protocol, cfg.budget.name, cfg.model.name, *quantization, f"seed{cfg.seed}"]
+    tags = [cfg.protocol, cfg.budget.name, cfg.model.name, *quantization, f"seed{cfg.seed}"]
+    return [tag[:64] for tag in tags]  # W&B takes no longer ones
 
 
 def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]], None]:

@@ -16,8 +16,10 @@ def main(config, _) -> None:
     if config.run:
         _send(config)
         return
-    from qat import dashboard, files
-
+    try:
+        from qat import dashboard, files
+    except Exception as error:  # wandb's own imports, too, may raise anything
+        raise cli.UserError(f"W&B cannot be imported ({error}); install it again by `make setup`") from error
     out = config.dashboard.out
     entity = "entity" if out else dashboard.entity()  # a specification names none
     workspace = dashboard.workspace(entity, config.logger.project, config.benchmark.tasks)
@@ -36,7 +38,7 @@ def _send(config) -> None:
     cfg = cli.of_folder(config, "logger", "benchmark")
     cfg.logger = config.logger
     run = Run.of(cfg)
-    send(run, cfg)
+    send(run, cfg, required=True)
     if mode == "offline":
         print(f"mirrored offline; send it: wandb sync {run.path}/wandb/offline-run-*")
 

@@ -4,11 +4,13 @@ is mirrored is in test_evaluate.py, which has such a run.)"""
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 
+import qat
 from qat import dashboard
 from qat.config import ROLES
 from qat.identity import run_id
@@ -60,6 +62,13 @@ def test_without_a_key_it_is_written_to_a_file(main, tmp_path, monkeypatch):
     assert "w8a8/hellaswag/points" in (tmp_path / "dashboard.json").read_text()
 
 
+def test_a_broken_wandb_is_said_in_one_line(main, monkeypatch):
+    monkeypatch.delattr(qat, "dashboard")
+    monkeypatch.setitem(sys.modules, "qat.dashboard", None)
+    code, _, said = main("dashboard.py", "dashboard.out=dashboard.json")
+    assert code == 2 and said.startswith("error: W&B cannot be imported (") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("entity", ["a-team", None])
 def test_with_a_key_it_is_saved_for_whoever_is_logged_in(main, monkeypatch, entity):
     saved, api = [], SimpleNamespace(settings={"entity": entity}, default_entity="someone")
@@ -90,7 +99,9 @@ def test_what_cannot_be_sent_is_refused_in_one_line(main, words, said):
 
 def test_a_folder_is_sent_again_with_the_scores_of_its_own_benchmark(main, monkeypatch, tmp_path):
     sent = []
-    monkeypatch.setattr("qat.tracking.send", lambda run, cfg: sent.append((cfg.benchmark.name, cfg.logger.mode)))
+    monkeypatch.setattr(
+        "qat.tracking.send", lambda run, cfg, required: sent.append((cfg.benchmark.name, cfg.logger.mode))
+    )
     folder = write_run(
         tmp_path / "made", config(**{"benchmark.name": "full", "benchmark.tasks": {"mmlu": {}}, "data.path": "a/b"})
     )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import wandb
 
 from qat import loop, tracking
 from qat.compare import loss_ape
-from qat.config import LoggerConfig
+from qat.config import LoggerConfig, UserError
 from qat.identity import baseline_of
 from qat.runs import Run
 from qat.step import Trainer
+from qat.stops import Preempted
 from tests.conftest import wandb_records
 
 
@@ -155,23 +160,45 @@ def test_without_a_logger_wandb_is_not_even_imported(config, changes, monkeypatc
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What wandb.init was asked for; online it fails, as without a key."""
-    calls = []
+    """What wandb.init was asked for. Online it fails, as without a key, and holds on to the run until a teardown;
+    `asked.faults[name]` is raised by that call of W&B's."""
+    busy = []
+
+    class Calls(list):
+        faults: dict[str, BaseException] = {}  # noqa: RUF012
+
+        def call(self, name: str) -> None:
+            if name in self.faults:
+                raise self.faults[name]
+
+    calls = Calls()
 
     class Session:
         def __init__(self):
-            self.summary = {}
+            self.summary = SimpleNamespace(update=lambda found: calls.call("summary"))
+
+        def log(self, points, step):
+            calls.call("log")
+            calls[-1]["logged"] = step
 
         def finish(self, exit_code):
+            calls.call("finish")
             calls[-1]["finished"] = True
 
     def init(**given):
         calls.append(given)
+        wandb.Settings(run_tags=given["tags"], project=given["project"])  # as the real one checks them
         if given["mode"] == "online":
+            busy.append(True)
             raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+        if busy:
+            raise RuntimeError("run ID is in use")
+        calls.call("init")
         return Session()
 
     monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setattr("wandb.teardown", busy.clear)
+    monkeypatch.setattr(calls, "faults", {}, raising=False)
     return calls
 
 
@@ -192,3 +219,72 @@ def test_a_server_out_of_reach_does_not_stop_a_run(config, asked, capsys):
     assert [given["mode"] for given in asked] == ["online", "offline"] and asked[1]["finished"]
     warning = capsys.readouterr().out
     assert warning.startswith("warning: ") and "No API key configured." in warning and warning.count("\n") == 1
+
+
+def test_names_longer_than_tags_of_wandb_are_cut(config, asked, capsys):
+    cfg = config(**{"logger.name": "wandb", "model.name": "m" * 80, "budget.name": "b" * 80})
+    with tracking.mirror(Run.of(cfg), cfg):
+        pass
+    assert {"m" * 64, "b" * 64} <= set(asked[0]["tags"]) and asked[0]["finished"]
+    assert capsys.readouterr().out == ""
+
+
+LOST = ConnectionResetError("Connection lost")
+FAULTS = {
+    "settings": {"init": ValueError("1 validation error\nfor Settings")},
+    "disk": {"init": OSError(errno.ENOSPC, "No space left on device")},
+    "log": {"log": LOST},
+    "summary": {"summary": TypeError("not a number")},
+    "finish": {"finish": TimeoutError("still uploading")},
+    "all": dict.fromkeys(("log", "summary", "finish"), LOST),  # its process was killed
+    "import": {},
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("required", [False, True], ids=["mirror", "dashboard"])
+def test_what_fails_in_wandb_is_said_once_and_ends_no_run(config, asked, monkeypatch, capsys, name, required):
+    monkeypatch.setattr(asked, "faults", FAULTS[name])
+    if name == "import":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    cfg = config(**{"logger.name": "wandb"})
+    run = Run.of(cfg)
+    steps = []
+
+    def work():
+        with tracking.mirror(run, cfg, required) as log:
+            for step in (1, 2):
+                log({"step": step, "loss": 1.0}, [])
+                steps.append(step)
+
+    if required:
+        with pytest.raises(UserError, match=rf"^{re.escape(str(run.path))}: W&B cannot mirror it \([^\n]+$"):
+            work()
+        return
+    work()
+    assert steps == [1, 2]
+    warning = capsys.readouterr().out.strip()
+    assert warning.startswith("warning: W&B fails (") and "\n" not in warning
+    assert warning.endswith(f"`python scripts/dashboard.py run={run.path}`")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Preempted("SIGTERM")], ids=["interrupt", "preempted"])
+@pytest.mark.parametrize("call", ["init", "log", "summary", "finish"])
+def test_a_stop_while_wandb_works_is_a_stop(config, asked, monkeypatch, call, stop):
+    monkeypatch.setattr(asked, "faults", {call: stop})
+    cfg = config(**{"logger.name": "wandb"})
+    with pytest.raises(type(stop)), tracking.mirror(Run.of(cfg), cfg) as log:
+        log({"step": 1, "loss": 1.0}, [])
+
+
+def test_a_folder_of_wandb_that_stays_stops_nothing(config, asked, monkeypatch, capsys):
+    cfg = config(**{"logger.name": "wandb"})
+    (Run.of(cfg).path / "wandb" / "offline-run-1").mkdir(parents=True)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with tracking.mirror(Run.of(cfg), cfg):
+        pass
+    assert asked[0]["finished"] and capsys.readouterr().out == ""
