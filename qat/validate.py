@@ -76,6 +76,7 @@ _RANGES = [
 _VARIABLES = {
     "OMP_NUM_THREADS": (r"[1-9]\d*(,[1-9]\d*)*", "2"),
     "NUMBA_NUM_THREADS": (r"[1-9]\d*", "2"),
+    "NUMBA_DISABLE_JIT": (r"0", "0"),  # the kernels are nothing without
     "CUDA_VISIBLE_DEVICES": (r"(-?\d+|(GPU|MIG)-[\w/-]+)(,(-?\d+|(GPU|MIG)-[\w/-]+))*", "0,1"),
     "HIF8_ARITHMETIC": (r"auto|bf16|fp32", "bf16"),
     "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
@@ -93,7 +94,9 @@ def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> N
     for name, (pattern, example) in _VARIABLES.items():
         value = environ.get(name, "")
         if value and not re.fullmatch(pattern, value):
-            raise ConfigError(f"{name}={value}: the environment variable is malformed; set it as in {name}={example}")
+            raise ConfigError(
+                f"{name}={value}: the environment variable is malformed or not supported; set it as in {name}={example}"
+            )
 
 
 # What becomes a file, a folder or a name in a mirror must not lead anywhere else.

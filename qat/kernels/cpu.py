@@ -6,6 +6,7 @@ are contiguous.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import llvmlite.binding as ll
@@ -13,10 +14,17 @@ import numba
 import numpy as np
 import torch
 from numba import njit, prange, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from qat import hif8
+from qat.config import UserError
 from qat.formats import to_e4m3
+from qat.runtime import cache_dir
+
+if not numba.config.CACHE_DIR:  # Numba's own choice is beside this file, which an installation may not let us write
+    with contextlib.suppress(UserError):
+        numba.config.CACHE_DIR = str(cache_dir() / "numba")
 
 if numba.config.CPU_FEATURES is None and ll.get_host_cpu_features().get("avx512f"):
     # LLVM avoids the full width of AVX-512 by default; it makes these kernels up to twice as fast.
@@ -33,6 +41,29 @@ _OVERFLOW = I(0x47200000)  # 1.25 * 2^15
 _E4M3_EXACT, _E4M3_LARGEST = I(0x39800000), I(0x41E00000)  # 2^-12 and 28
 # The exponents of a tier, -3 to 3, -7 to 7 and -15 to 15, lie around the bits of 1.5: so far to either side.
 _MIDDLE, _TIER2, _TIER1, _TIER0 = I(0x3FC00000), I(7 << 22), I(15 << 22), I(31 << 22)
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a kernel; where it is damaged or cannot be written, the kernel is compiled again."""
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling makes of a file that was cut
+            with contextlib.suppress(OSError):
+                self.flush()
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def _kernel(function):
+    """Compile a kernel for all threads, and keep it for other processes where Numba finds a place to."""
+    kernel = njit(parallel=True, nogil=True, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # no place
+        kernel._cache = _Cache(function)
+    return kernel
 
 
 @intrinsic
@@ -78,7 +109,7 @@ def _round(bits, clip, beyond):
 def _quantizer(bf16: bool, codes: bool):
     """A kernel for one dtype, with or without codes."""
 
-    @njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+    @_kernel
     def kernel(x, scale, clip, beyond, out, table, out_codes, amaxes):
         for task in prange(amaxes.size):
             first, last = task * _CHUNK, (task + 1) * _CHUNK
@@ -105,7 +136,7 @@ def _quantizer(bf16: bool, codes: bool):
     return kernel
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _decode(codes, table, out):
     for task in prange(-(-codes.size // _CHUNK)):
         source, target = codes[task * _CHUNK : (task + 1) * _CHUNK], out[task * _CHUNK : (task + 1) * _CHUNK]
@@ -113,7 +144,7 @@ def _decode(codes, table, out):
             target[i] = table[source[i]]
 
 
-@njit(parallel=True, cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _statistics(x, scale, clip, beyond, target, sums):
     for task in prange(len(sums)):
         source, row = x[task * _CHUNK : (task + 1) * _CHUNK], sums[task]

@@ -112,6 +112,7 @@ ENVIRONMENT = [
     Case(DONE, "/dev/null/x", lambda w: unscored(w.done), "eval", env={"HIF8_CACHE": "/dev/null/x"}),
     Case(f"{PLAIN} logger=wandb", "WANDB_MODE=garbage", env={"WANDB_MODE": "garbage"}),
     Case(PLAIN, "OMP_NUM_THREADS=abc", env={"OMP_NUM_THREADS": "abc"}),
+    Case(PLAIN, "NUMBA_DISABLE_JIT=1", env={"NUMBA_DISABLE_JIT": "1"}),
     Case(PLAIN, "CUDA_VISIBLE_DEVICES=garbage", env={"CUDA_VISIBLE_DEVICES": "garbage"}),
 ]
 
