@@ -8,7 +8,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 from torch import nn
 
-from qat import runtime, scaling
+from qat import files, runtime, scaling
 from qat.coded import CodedLinear, CodesConfig
 from qat.config import ROLES, Config
 from qat.runs import Run
@@ -58,7 +58,7 @@ def _header(cfg: Config) -> ModelCardData:
 
 def _hub_id(cfg: Config) -> str | None:
     """The base model's name on the hub; None for one out of a package or a folder of somebody's machine."""
-    return cfg.model.path if cfg.model.source == "hub" and not Path(cfg.model.path).exists() else None
+    return cfg.model.path if cfg.model.source == "hub" and not Path(files.expand(cfg.model.path)).exists() else None
 
 
 def _base(cfg: Config) -> str:

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat import ranks, stops, sweeps, texts
+from qat import files, ranks, stops, sweeps, texts
 from qat.config import Config, ConfigError, UserError, register
 from qat.runs import config_of
 from qat.runtime import ROOT, arithmetic
@@ -146,10 +146,22 @@ def typed(cfg: DictConfig, reads_text: bool = False) -> Config:
         if value == MISSING:
             raise ConfigError(f"{key}=null: must have a value; leave `{key.partition('.')[0]}` as conf/ has it")
     validate(config)
+    _expand(config)
     # What `auto` is on this machine belongs to the run, wherever its folder is read later; so does its text.
     config.budget.arithmetic = arithmetic(config.budget.arithmetic)
     config.data.revision = texts.revision(config.data, make=reads_text)
     return config
+
+
+def _expand(config: Config) -> None:
+    """Put the home folder for `~` where a key names a folder or file. The paths of the model and of texts stay as they
+    are written: runs are named by them."""
+    nodes = [(config, "runs_dir"), (config, "run"), (config, "record")]
+    nodes += [(getattr(config, group), "out") for group in ("report", "bench", "export", "dashboard")]
+    for node, name in nodes:
+        path = getattr(node, name)
+        setattr(node, name, path and files.expand(path))
+    config.runs = config.runs and [files.expand(path) for path in config.runs]
 
 
 def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

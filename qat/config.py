@@ -11,6 +11,7 @@ any default that keeps old runs what they were, and a default never changes afte
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePath
@@ -308,9 +309,13 @@ def _share(share: float, steps: int) -> int:
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name `schema`, and what conf/model/hub.yaml names a model by."""
+    """Make the schema known to Hydra under the name `schema`."""
     ConfigStore.instance().store(name="schema", node=Config)
-    OmegaConf.register_new_resolver("last_part", lambda path: PurePath(path or "hub").name, replace=True)
+
+
+# What conf/ computes with. Known to any process that imports this, as a launcher's workers do.
+OmegaConf.register_new_resolver("last_part", lambda path: PurePath(path or "hub").name, replace=True)
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 
 
 def nearest(value: str, choices) -> str:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from qat import hub, texts
+from qat import files, hub, texts
 from qat.config import STREAM_ORDER, DataConfig, UserError
 from qat.runtime import package_path
 
@@ -109,7 +109,8 @@ class Stream(Corpus):
         """revision, kept: a commit to stay on, whatever the branch has come to, and its held-out documents, where they
         are known."""
         super().__init__(cfg, seed)
-        self.local = Path(cfg.path).is_dir()
+        self.path = files.expand(cfg.path)
+        self.local = Path(self.path).is_dir()
         if not self.local:
             hub.prepare()
         if revision and not self.local:
@@ -121,7 +122,7 @@ class Stream(Corpus):
     def revision(self) -> str:
         """The commit of a data set on the hub; of a local folder, a hash of its files' names and sizes."""
         if self.local:
-            folder = Path(self.cfg.path)
+            folder = Path(self.path)
             return _inventory(folder, sorted(f for f in folder.rglob("*") if f.is_file()))
         from huggingface_hub import HfApi
 
@@ -145,7 +146,7 @@ class Stream(Corpus):
 
         try:
             found = datasets.load_dataset(
-                self.cfg.path,
+                self.path,
                 name=self.cfg.subset,
                 split="train",
                 streaming=True,
@@ -217,7 +218,7 @@ class Stream(Corpus):
 def _folder(cfg: DataConfig) -> Path:
     if cfg.source == "package":
         return package_path(cfg.path)
-    return texts.folder(cfg) if cfg.source == "prepared" else Path(cfg.path)
+    return texts.folder(cfg) if cfg.source == "prepared" else Path(files.expand(cfg.path))
 
 
 def _texts(rows) -> list[str]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from qat import shards, wikipedia
+from qat import files, shards, wikipedia
 from qat.config import DataConfig, UserError
 from qat.corpus import Corpus, Files, Stream
 from qat.models import document_token
@@ -100,5 +100,5 @@ def heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
 def _heldout(cfg: DataConfig) -> Iterator[str]:
     """Documents never trained on, in a fixed order. A MediaWiki dump has no others."""
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
-        return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(cfg.path))
+        return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(files.expand(cfg.path)))
     return corpus(cfg, seed=0).heldout()

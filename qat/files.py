@@ -14,6 +14,16 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qat.config import UserError
+
+
+def expand(path: str) -> str:
+    """A path as users write it, with the home folder for `~`. Errors: UserError where that is not known."""
+    full = os.path.expanduser(path)
+    if full.startswith("~"):
+        raise UserError(f"{path}: the home folder is not known; set HOME, or write the path in full")
+    return full
+
 
 def replace(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees what it held or what it is to hold, whatever happens in between. One process

@@ -292,8 +292,9 @@ def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
     """(folder or hub id, what else its files are asked for with): all of a hub model's are of one commit."""
     if cfg.source == "package":
         return _converted(package_path(cfg.path)), {}
-    if Path(cfg.path).is_dir():
-        return Path(cfg.path), {}
+    folder = Path(files.expand(cfg.path))
+    if folder.is_dir():
+        return folder, {}
     commit = extract_commit_hash(cached_file(cfg.path, "config.json", revision=cfg.revision), None)
     if commit != cfg.revision:
         _say_unpinned(cfg.path, commit)

@@ -52,7 +52,7 @@ def problems(cfg: Config, planning: bool = False) -> list[str]:
 
 def from_hub(source: ModelConfig | DataConfig) -> bool:
     """Return whether a model or text is read from a hub and not from a folder."""
-    return source.source == "hub" and not Path(source.path).is_dir()
+    return source.source == "hub" and not Path(files.expand(source.path)).is_dir()
 
 
 def _model(cfg: Config):

@@ -123,14 +123,17 @@ def package_path(path: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models (models/), token caches (tokens/), prepared texts (text/) and parsed benchmarks are kept:
-    $HIF8_CACHE, else the user's cache folder."""
-    base = os.environ.get("HIF8_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hif8-qat"
-    path = Path(base)
+    """Where converted models (models/), compiled kernels (numba/), token caches (tokens/), prepared texts (text/) and
+    parsed benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
+    own, user = os.environ.get("HIF8_CACHE", ""), os.environ.get("XDG_CACHE_HOME", "")
+    # By the XDG rules a relative XDG_CACHE_HOME counts as none.
+    path = Path(own) if own.strip() else Path(user if os.path.isabs(user) else "~/.cache") / "hif8-qat"
     try:
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be a cache ({error.strerror}); set HIF8_CACHE to another folder") from error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise UserError(f"{path}: cannot be a cache ({reason}); set HIF8_CACHE to another folder") from error
     return path
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from qat import files
 from qat.config import Config, DataConfig, ModelConfig
 from qat.runtime import package_path
 
@@ -18,29 +19,32 @@ def hashes(cfg: Config) -> dict[str, str]:
     and texts of a hub, or named by their revision, are left out. Errors: UserError where there is nothing."""
     found = {} if cfg.model.source == "random" else {f"model.path={cfg.model.path}": _of_model(cfg.model)}
     texts = (text for text in (cfg.data, cfg.probe) if text is not None and text.source != "prepared")
-    return found | {text.named: _of_text(text) for text in texts if text.source != "hub" or Path(text.path).is_dir()}
+    return found | {text.named: _of_text(text) for text in texts if text.source != "hub" or _path(text).is_dir()}
 
 
 def _of_model(cfg: ModelConfig) -> str:
     if cfg.source == "package":
         return _together([package_path(cfg.path)])
-    folder = Path(cfg.path)
-    if folder.is_dir():
-        return _together(file for file in folder.iterdir() if file.suffix in _OF_MODELS)
+    if _path(cfg).is_dir():
+        return _together(file for file in _path(cfg).iterdir() if file.suffix in _OF_MODELS)
     from qat import models  # transformers takes seconds to import, and only models of a hub need it here
 
     return models.commit(cfg)
 
 
 def _of_text(cfg: DataConfig) -> str:
-    path = package_path(cfg.path) if cfg.source == "package" else Path(cfg.path)
+    path = package_path(cfg.path) if cfg.source == "package" else _path(cfg)
     return _together([path] if path.is_file() else path.rglob("*"))
 
 
-def _together(files: Iterable[Path]) -> str:
+def _path(cfg: ModelConfig | DataConfig) -> Path:
+    return Path(files.expand(cfg.path))
+
+
+def _together(paths: Iterable[Path]) -> str:
     """Return one hash of files and their names."""
     whole = hashlib.blake2b(digest_size=8)
-    for file in sorted(file for file in files if file.is_file()):
+    for file in sorted(path for path in paths if path.is_file()):
         status = file.stat()
         whole.update(f"{file.name} {_of_file(file, status.st_size, status.st_mtime_ns)}\n".encode())
     return whole.hexdigest()

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import pwd
 import subprocess
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from qat import runtime
+from qat import cli, data, models, runtime
+from qat.config import DataConfig, ModelConfig, UserError
+from qat.identity import run_id
+from qat.plan.machine import needs_hub
+from tests.conftest import TINY, composed
 
 IDENTITY = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
 
@@ -92,3 +98,85 @@ def test_a_gpu_is_described_whole(monkeypatch, tmp_path):
         "gpu": "NVIDIA H200", "gpus": 8, "gpu_memory": 141 * 10**9, "driver": "580.65.06", "cuda": "13.0",
         "cudnn": 91002, "nccl": "2.28.9",
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- folders of the user's
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The user's home folder, and no variable that names a cache."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HIF8_CACHE")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def homeless(home, monkeypatch):
+    """No HOME, and a user whom the system does not know."""
+
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, ".cache/hif8-qat"),
+        ({"HIF8_CACHE": "~/c"}, "c"),
+        ({"HIF8_CACHE": ""}, ".cache/hif8-qat"),
+        ({"HIF8_CACHE": " "}, ".cache/hif8-qat"),
+        ({"XDG_CACHE_HOME": ""}, ".cache/hif8-qat"),
+        ({"XDG_CACHE_HOME": "relative"}, ".cache/hif8-qat"),
+        ({"XDG_CACHE_HOME": "/tmp"}, "/tmp/hif8-qat"),
+    ],
+    ids=str,
+)
+def test_the_cache_is_where_its_variables_say(home, monkeypatch, variables, wanted):
+    monkeypatch.setattr(runtime.Path, "mkdir", lambda *_, **__: None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.cache_dir() == home / wanted
+
+
+def test_without_a_home_folder_the_fix_is_named(homeless, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"^~/\.cache/hif8-qat: cannot be a cache \([^\n]+\); set HIF8_CACHE"):
+        runtime.cache_dir()
+    with pytest.raises(UserError, match=r"^~/r: the home folder is not known; set HOME, or write the path in full$"):
+        cli.typed(composed(*TINY, 'runs_dir="~/r"'))
+    monkeypatch.setenv("HIF8_CACHE", str(tmp_path / "c"))
+    assert runtime.cache_dir() == tmp_path / "c"
+
+
+def test_every_folder_and_file_of_the_command_line_may_be_in_the_home_folder(home):
+    keys = ["runs_dir", "run", "record", "report.out", "bench.out", "export.out", "dashboard.out"]
+    words = [*TINY, *(f'{key}="~/{key}"' for key in keys), 'runs=["~/a",b]']
+    cfg = cli.typed(composed(*words))
+    for key in keys:
+        *group, name = key.split(".")
+        assert getattr(getattr(cfg, group[0]) if group else cfg, name) == str(home / key)
+    assert cfg.runs == [str(home / "a"), "b"]
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        sweep = compose("train", words, return_hydra_config=True).hydra.sweep.dir
+    assert sweep.startswith(f"{home}/runs_dir/.sweep/")
+
+
+def test_models_and_texts_in_the_home_folder_are_read_there_and_named_as_written(home, texts, monkeypatch):
+    home.mkdir()
+    (home / "texts").symlink_to(texts)
+    here = DataConfig(name="own", source="files", path="~/texts")
+    there = DataConfig(name="own", source="files", path=str(texts))
+    assert list(data.corpus(here, 0).heldout()) == list(data.corpus(there, 0).heldout())
+    assert data.corpus(DataConfig(name="own", source="hub", path="~/texts"), 0).local
+    assert models._locate(ModelConfig(name="own", source="hub", path="~/texts")) == (home / "texts", {})
+    words = [*TINY, "model=hub", 'model.path="~/texts"', "data.source=files", "probe=none"]
+    written, full = (cli.typed(composed(*words, f'data.path="{path}"')) for path in ("~/texts", texts))
+    assert (written.model.path, written.data.path) == ("~/texts", "~/texts") and not needs_hub(written)
+    assert run_id(written) != run_id(full)
+    monkeypatch.setattr(data.wikipedia, "openings", lambda path: iter([str(path)]))
+    assert list(data._heldout(DataConfig(name="own", source="files", path="~/wiki.bz2"))) == [f"{home}/wiki.bz2"]

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat import files
 from qat.config import Config
 from qat.corpus import HELDOUT_EVERY
 from qat.plan.machine import Machine
@@ -77,7 +78,7 @@ def text(cfg: Config) -> tuple[float, float, str] | None:
     known = _KNOWN_DATA.get((cfg.data.path, cfg.data.subset))
     if known:
         return known
-    folder = package_path(cfg.data.path) if cfg.data.source == "package" else Path(cfg.data.path)
+    folder = package_path(cfg.data.path) if cfg.data.source == "package" else Path(files.expand(cfg.data.path))
     if cfg.data.source == "hub" or not folder.is_dir():
         return None
     size = sum(file.stat().st_size for file in folder.glob("*.txt")) * (1 - 1 / HELDOUT_EVERY)

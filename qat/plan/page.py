@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from qat import files
 from qat.plan import Plan, Training, communication, costs, memory
 from qat.plan.machine import needs_hub
 
@@ -215,11 +216,11 @@ def _disk(plan: Plan) -> list[str]:
 
 def _downloads(plan: Plan) -> list[str]:
     cfg, lines = plan.cfg, []
-    if cfg.model.source == "hub" and not Path(cfg.model.path).is_dir():
+    if cfg.model.source == "hub" and not Path(files.expand(cfg.model.path)).is_dir():
         weights = size(2 * plan.shape.parameters) if plan.shape else "size unknown"
         pinned = "" if cfg.model.revision else "; model.revision is not pinned"
         lines.append(_row("model", f"{cfg.model.path}: {weights}", f"BF16{pinned}"))
-    if cfg.data.source == "hub" and not Path(cfg.data.path).is_dir():
+    if cfg.data.source == "hub" and not Path(files.expand(cfg.data.path)).is_dir():
         known = costs.text(cfg)
         _, run = costs.tokens(cfg)
         if known:
