@@ -11,7 +11,6 @@ What is loaded from it computes what W8A8 evaluation computed (`qat.evaluate.Sub
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -162,12 +161,8 @@ def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
 
 
 def _sums(folder: Path) -> str:
-    """The checksums of a folder's weights, as `sha256sum` writes and checks them."""
-    lines = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    return "".join(lines)
+    """The checksums of a folder's weights."""
+    return files.checksums(folder.glob("*.safetensors"))
 
 
 def _put(temporary: Path, out: Path) -> None:

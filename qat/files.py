@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -40,6 +43,18 @@ def replace(path: Path, content: str | bytes) -> None:
         raise
 
 
+def cached_json(path: Path) -> Any:
+    """What a JSON file of the cache holds; None where it is missing, and, with a warning, where it is damaged or holds
+    nothing: it is to be made again."""
+    if not path.is_file():
+        return None
+    with contextlib.suppress(ValueError):
+        if content := json.loads(path.read_text(encoding="utf-8")):
+            return content
+    print(f"warning: {path} is damaged and made again", flush=True)
+    return None
+
+
 @contextlib.contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
     """Hold a folder, made when missing, for writing. While another process holds it, say which and wait; name: what the
@@ -66,6 +81,15 @@ def existing(folder: Path) -> Path:
     """Return the folder, or the one that is to hold it."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def checksums(paths: Iterable[Path]) -> str:
+    """The SHA-256 of files, as `sha256sum` writes and checks them."""
+    lines = []
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
 
 
 def flush(path: Path) -> None:

@@ -371,17 +371,33 @@ class SentencePiece(SentencePieceBackend):
 REGISTERED_TOKENIZER_CLASSES[SentencePiece.__name__] = SentencePiece  # AutoTokenizer finds it in what we have saved
 
 
+_SUMS = "SHA256SUMS"
+
+
 def _converted(gguf: Path) -> Path:
     """A GGUF file as a Hugging Face folder in the cache, made once. Weights are dequantized and rounded to BF16."""
     target = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
-    if not target.exists():
+    if not _whole(target):
         with files.lock(target.parent, target.parent.name):
-            if not target.exists():  # another process was first
+            if not _whole(target):  # another process was first
                 _convert(gguf, target)
     return target
 
 
+def _whole(target: Path) -> bool:
+    """Whether a converted model is as it was written; False, too, where it does not say how."""
+    return target.is_dir() and _as_written(target, target.stat().st_mtime_ns)
+
+
+@functools.cache  # a quarter of a second
+def _as_written(target: Path, _: int) -> bool:
+    paths = [path for path in target.iterdir() if path.is_file() and path.name != _SUMS]
+    return (target / _SUMS).is_file() and (target / _SUMS).read_text() == files.checksums(paths)
+
+
 def _convert(gguf: Path, target: Path) -> None:
+    if target.exists():
+        print(f"warning: {target} is damaged, or of a version without {_SUMS}, and made again", flush=True)
     print(f"converting {gguf.name} to BF16 safetensors (once)", flush=True)
     import gguf as gguf_package
 
@@ -399,6 +415,10 @@ def _convert(gguf: Path, target: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.save_pretrained(temporary)
+    (temporary / _SUMS).write_text(files.checksums(temporary.iterdir()))
+    for path in (*temporary.iterdir(), temporary):
+        files.flush(path)
+    shutil.rmtree(target, ignore_errors=True)
     os.rename(temporary, target)
 
 

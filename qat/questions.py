@@ -78,10 +78,12 @@ def _arc_test(task: str, cache: Path) -> Dataset:
     from datasets import Dataset
 
     path = cache / f"{task}-test-{importlib.metadata.version(_PACKAGE)}.json"
-    if not path.is_file():
+    rows = files.cached_json(path)
+    if not rows:
+        rows = _arc_rows(task, "test_rc_5shot")
         with files.lock(cache, str(cache)):
-            files.replace(path, json.dumps(_arc_rows(task, "test_rc_5shot")))
-    return Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+            files.replace(path, json.dumps(rows))
+    return Dataset.from_list(rows)
 
 
 def splits(task: str, subset: str | None, split: str, cache: Path) -> tuple[dict[str, Dataset], str, str]:

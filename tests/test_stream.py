@@ -10,6 +10,8 @@ from collections import Counter
 
 import pytest
 
+from qat import corpus, shards
+from qat.config import DataConfig
 from qat.data import HELDOUT_LENGTH
 from qat.models import byte_tokenizer
 from tests.hub import COMMIT, FAULTS, Hub, Request
@@ -286,6 +288,26 @@ def test_a_damaged_block_is_made_again(whole, hub, ask, cache):
     assert sum(row_groups(hub).values()) < 12
     damaged.with_suffix(".json").write_text('{"checksum"')
     assert ask({"cache": True}, batches=EPOCH - 15)["batches"] == whole["batches"][: EPOCH - 15]
+
+
+@pytest.mark.parametrize("content", ["", '{"revision": "abc', "[]"])
+def test_a_source_of_the_cache_that_is_cut_is_asked_for_again(tmp_path, monkeypatch, capsys, content):
+    class Stream:
+        local = False
+
+        def __init__(self, cfg, seed, revision="a commit", kept=("a text",)):
+            self.revision, self.kept = revision, list(kept)
+
+    monkeypatch.setenv("HIF8_CACHE", str(tmp_path))
+    monkeypatch.setattr(corpus, "Stream", Stream)
+    cfg = DataConfig(source="hub", **CACHED)
+    shards.source(cfg, 0)
+    (file,) = tmp_path.glob("tokens/*/source.json")
+    whole = file.read_text()
+    file.write_text(content)
+    known = shards.source(cfg, 0)
+    assert (known.revision, known.kept) == ("a commit", ["a text"]) and file.read_text() == whole
+    assert capsys.readouterr().out == f"warning: {file} is damaged and made again\n"
 
 
 def test_a_hub_that_refuses_is_said_by_a_run_that_fills_the_cache(hub, ask):

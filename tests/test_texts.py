@@ -11,6 +11,7 @@ import pytest
 from qat import cli, data, prose, texts
 from qat.config import DataConfig, UserError
 from qat.identity import run_id
+from tests.bad_input.mistakes import truncated
 from tests.conftest import TINY, composed
 
 pytestmark = pytest.mark.skipif(
@@ -192,3 +193,19 @@ def test_a_script_that_trains_prepares_the_text_and_a_plan_only_says_that_it_is_
     assert code == 0 and "python3.11-doc 1.0-1 (PSF): 2 documents" in out
     code, _, err = main("text.py")
     assert code == 2 and err == "error: data=embedded: needs no preparing; name a text that does, as in data=manuals\n"
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "*sotu-1790.txt"])
+@pytest.mark.parametrize(
+    "damage", [truncated, os.unlink, lambda file: file.write_text("{}")], ids=["cut", "gone", "{}"]
+)
+def test_a_text_that_is_not_whole_is_not_read_but_made_again(debs, capsys, pattern, damage):
+    folder = texts.folder(CFG)
+    whole = {file.name: file.read_bytes() for file in folder.iterdir()}
+    damage(next(folder.glob(pattern)))
+    texts._as_named.cache_clear()  # another process
+    capsys.readouterr()
+    assert texts.revision(CFG, make=False) is None
+    assert capsys.readouterr().out == f"warning: {folder} is damaged and not read\n"
+    assert texts.folder(CFG) == folder
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
