@@ -74,12 +74,12 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], f
     """
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(".writing-*"):  # a kill left it
-        shutil.rmtree(unfinished)
+        files.remove(unfinished)
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
     try:
         _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
         for later in (each for each in folder.glob("step-*") if each.name >= target.name):
-            shutil.rmtree(later)  # this step's, or a damaged one, without which this one would not have been made
+            files.remove(later)  # this step's, or a damaged one, without which this one would not have been made
         os.rename(temporary, target)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # what is left of it would fill a full disk further
@@ -90,9 +90,11 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], f
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints."""
+    """Remove all but the newest `count` checkpoints, and what did not go before."""
+    for leftover in folder.glob(f"{files.REMOVING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     for old in sorted(folder.glob("step-*"))[:-count]:
-        shutil.rmtree(old)
+        files.remove(old)
 
 
 def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -206,7 +208,8 @@ def load_optimizer(
     wanted = {f"{name}/{key}": like for p, name in names.items() for key, like in _moments(p).items()}
     saved = matched(tensors, "optimizer", wanted)
     for p, name in names.items():
-        optimizer.state[p] = {key: ranks.shard_like(saved[f"{name}/{key}"], p) for key in _moments(p)}
+        # Copied: what is loaded is mapped to its file, which NFS and FUSE could not remove while the run goes on.
+        optimizer.state[p] = {key: ranks.shard_like(saved[f"{name}/{key}"], p).clone() for key in _moments(p)}
 
 
 def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -171,6 +171,6 @@ def _put(temporary: Path, out: Path) -> None:
         strange = {path.name for path in out.iterdir()} - {path.name for path in temporary.iterdir()}
         if strange:
             raise ConfigError(f"export.out={out}: has {min(strange)}, which is not of the export; move it elsewhere")
-        shutil.rmtree(out)
+        files.remove(out)
     os.rename(temporary, out)
     files.flush(out.parent)

@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -100,6 +102,19 @@ def flush(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+REMOVING = ".removing-"  # what a folder's name begins with once it is to go
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, renamed away first, so that nobody takes what is left of it for whole. What does not go is a
+    warning: on NFS and FUSE a file that a process has open stays in its folder."""
+    try:
+        folder = folder.rename(folder.with_name(f"{REMOVING}{time.time_ns()}"))  # takes no room
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"\nwarning: {folder} cannot be removed yet ({error.strerror}); delete it if it stays", flush=True)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,6 @@ def _restore(folder: Path, target: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(tar.extractfile(member).read())
     except (tarfile.TarError, OSError, EOFError) as error:
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder / _ARCHIVE} is damaged ({error}); take it from git again") from error
     temporary.rename(target)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from qat import ranks
+from qat import files, ranks
 from qat.config import Config, UserError
 from qat.formats import TOLERANCE
 from qat.identity import baseline_of
@@ -92,7 +91,7 @@ def _start(run: Run, cfg: Config):
 
     os.environ.setdefault("WANDB_SILENT", "true")
     for older in (run.path / "wandb").glob("offline-run-*"):
-        shutil.rmtree(older, ignore_errors=True)  # one that stays is sent before the newer one, which replaces it
+        files.remove(older)  # one that stays is sent before the newer one, which replaces it
     if cfg.logger.mode == "online":
         try:
             return _init(wandb, run, cfg, "online")

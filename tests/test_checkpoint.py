@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from concurrent import futures
 
 import pytest
 import torch
 
-from qat import checkpoint
+from qat import checkpoint, files
 from qat.config import UserError
 
 
@@ -105,6 +107,30 @@ def test_what_a_kill_left_unfinished_goes_with_the_next_checkpoint(folder):
     (folder / ".writing-00000010" / "model.safetensors").write_bytes(b"half")
     checkpoint.save(folder, 12, tensors(12), {})
     assert names(folder) == ["step-00000008", "step-00000012"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY])
+@pytest.mark.parametrize("call", ["shutil.rmtree", "os.rmdir", "os.unlink"])
+def test_a_folder_that_cannot_be_removed_is_a_warning_and_no_checkpoint(folder, call, code, capsys):
+    (folder / ".writing-00000012").mkdir()
+    (folder / ".writing-00000012" / "model.safetensors").write_bytes(b"half")
+
+    def busy(*_, ignore_errors=False, **__):
+        if not ignore_errors:
+            raise OSError(code, os.strerror(code))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(call, busy)
+        for step in (12, 16, 16):
+            checkpoint.save(folder, step, tensors(step), {})
+        checkpoint.keep_newest(folder, 1)
+    warnings = capsys.readouterr().out.split("\n")[1::2]
+    assert len(warnings) == 5  # the unfinished one, 4, 8, 12 and the first 16
+    assert all(line.startswith("warning: ") and f"yet ({os.strerror(code)})" in line for line in warnings)
+    assert [name for name in names(folder) if not name.startswith(files.REMOVING)] == ["step-00000016"]
+    assert checkpoint.latest(folder)[1]["step"] == 16
+    checkpoint.keep_newest(folder, 1)
+    assert names(folder) == ["step-00000016"]
 
 
 def test_a_checkpoint_of_the_first_version_is_read(folder):

@@ -74,7 +74,8 @@ class Disk:
 
         def moving(real):
             def move(source, target):
-                if self.full(Path(target), Path(source)):
+                removed = Path(target).name.startswith(files.REMOVING)  # needs no room
+                if not removed and self.full(Path(target), Path(source)):
                     raise self.error(source)
                 return real(source, target)
 

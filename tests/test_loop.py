@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -206,6 +209,35 @@ def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, c
     assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["final"]
     monkeypatch.setattr(checkpoint, "save", lambda *_, **__: pytest.fail("the only checkpoint was written again"))
     loop.train(cfg)
+    assert left(run) == left(Run.of(reference(PAPER)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
+def test_a_resumed_run_maps_no_checkpoint_and_finishes_where_none_can_be_removed(reference, config, monkeypatch):
+    cfg = config(*PAPER)
+    run = Run.of(cfg)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_step(7, patch)
+        loop.train(cfg)
+    real, mapped = loop._Session.steps, []
+
+    def steps(session, log):
+        mapped.extend(line for line in Path("/proc/self/maps").read_text().splitlines() if run.id in line)
+        return real(session, log)
+
+    def busy(*_, ignore_errors=False, **__):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Session, "steps", steps)
+        patch.setattr(shutil, "rmtree", busy)
+        loop.train(cfg)
+        assert run.finished and not mapped
+        run.set_status("running", cfg.steps, cfg.steps)  # as if it were stopped before it could say so
+        loop.train(cfg)
+    assert run.finished
+    checkpoint.keep_newest(run.checkpoints, 1)
     assert left(run) == left(Run.of(reference(PAPER)))
 
 
