@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.parquet
+
 from qat import files, hub, texts
 from qat.config import STREAM_ORDER, DataConfig, UserError
 from qat.runtime import package_path
@@ -21,6 +23,7 @@ HELDOUT_EVERY = 20  # of the files, one in so many is never trained on
 HELDOUT_DOCUMENTS = 1000  # of a stream, so many leading documents are never trained on
 _READERS = 2  # threads
 _AHEAD = 16  # shards read ahead: about a block and a half of FineWeb, 50 MB
+_ROWS = 1000  # read at once; left to itself, `datasets` takes as many as the file's first row group has: maybe none
 _LEAST_READ = 2**16  # bytes a request: more is asked for only where it is wanted
 
 
@@ -62,14 +65,16 @@ class Corpus:
 
 
 class Files(Corpus):
-    """A folder of .txt files. Files, not passages, are held out, so that no held-out text has trained neighbours."""
+    """The .txt files of a folder and those below it. Files, not passages, are held out, so that no held-out text has
+    trained neighbours."""
 
     order = 1
 
     def __init__(self, cfg: DataConfig, seed: int):
         super().__init__(cfg, seed)
         folder = _folder(cfg)
-        files = sorted(folder.glob("*.txt"))
+        named = sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".txt" and not f.is_dir())
+        files = [f for f in named if f.stat().st_size]
         if len(files) < 2:
             raise UserError(f"{cfg.named}: needs a folder with at least two .txt files, found {len(files)}")
         self.kept = files[::HELDOUT_EVERY]
@@ -88,7 +93,7 @@ class Files(Corpus):
 
     def _passages(self, file: Path) -> list[str]:
         try:
-            return _passages(file.read_text(encoding="utf-8"))
+            return _passages(file.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.cfg.named}: {file.name} is not text in UTF-8 ({error}); convert or remove it"
@@ -111,8 +116,7 @@ class Stream(Corpus):
         super().__init__(cfg, seed)
         self.path = files.expand(cfg.path)
         self.local = Path(self.path).is_dir()
-        if not self.local:
-            hub.prepare()
+        hub.prepare()
         if revision and not self.local:
             self.revision = revision
         if kept:
@@ -152,10 +156,18 @@ class Stream(Corpus):
                 streaming=True,
                 revision=None if self.local else self.revision,
                 columns=["text"],
+                batch_size=_ROWS,
                 storage_options={"hf": {"block_size": _LEAST_READ}},
             )
         except datasets.exceptions.FileNotFoundDatasetsError:
             raise
+        except ValueError as error:
+            if "doesn't have a '" not in str(error):  # these options are those of Parquet alone
+                raise
+            raise ValueError(
+                f"its files are not Parquet; make them so by `datasets.load_dataset('{self.cfg.path}', split='train')"
+                f".to_parquet('text.parquet')`, or for .txt set data.source=files"
+            ) from None
         except FileNotFoundError as error:  # also said of a README that the hub could not send
             raise error if self.local else ConnectionError(str(error)) from error
         if getattr(found.features.get("text"), "dtype", None) not in ("string", "large_string"):
@@ -211,8 +223,17 @@ class Stream(Corpus):
             return hub.insist(attempt, self.cfg, what)
         try:
             return attempt()
-        except (OSError, ValueError) as error:
-            raise hub.unusable(self.cfg, error) from error
+        except (OSError, ValueError, TypeError) as error:
+            raise hub.unusable(self.cfg, self._damage() or error) from error
+
+    def _damage(self) -> Exception | None:
+        """What is wrong with the first file of a local folder that is not Parquet; `datasets` does not say which."""
+        for file in sorted(Path(self.path).rglob("*.parquet")):
+            try:
+                pyarrow.parquet.read_metadata(file)
+            except (OSError, ValueError) as error:
+                return ValueError(f"{file.name}: {error}; remove it, or make it again")
+        return None
 
 
 def _folder(cfg: DataConfig) -> Path:
@@ -222,7 +243,7 @@ def _folder(cfg: DataConfig) -> Path:
 
 
 def _texts(rows) -> list[str]:
-    return [row["text"] for row in rows]
+    return [row["text"] for row in rows if row["text"]]  # neither null nor empty
 
 
 def _inventory(folder: Path, files: list[Path]) -> str:

@@ -83,7 +83,8 @@ def heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
     """About `wanted` held-out tokens of as many documents as possible, as neighbours say nothing new about the noise:
     the first sequence of each, then the second of each, and so on. Errors: UserError when no document has one."""
     length, count = HELDOUT_LENGTH + 1, max(1, wanted // HELDOUT_LENGTH)
-    encoded = (encode(tokenizer, [document], document_token(tokenizer))[0] for document in _heldout(cfg))
+    separator = document_token(tokenizer)
+    encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
     texts = list(itertools.islice((text for text in encoded if len(text) >= length), count))
     if not texts:
         raise UserError(f"{cfg.named}: no held-out document has the {length} tokens of a sequence; name another text")

@@ -85,7 +85,7 @@ def insist(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Resul
     while True:
         try:
             result = attempt()
-        except (OSError, ValueError, httpx.HTTPError) as error:
+        except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
             if _final(error):
                 raise unusable(cfg, error) from error
             reason = _reason(error)
@@ -121,7 +121,7 @@ def _final(error: Exception) -> bool:
         return not _reached.is_set()
     if isinstance(error, pyarrow.ArrowInvalid):  # a ValueError: what was read is not Parquet, as a part of it is not
         return False
-    return isinstance(error, (ValueError, FileNotFoundError, OfflineModeIsEnabled))
+    return isinstance(error, (ValueError, TypeError, FileNotFoundError, OfflineModeIsEnabled))
 
 
 def _reason(error: Exception) -> str:

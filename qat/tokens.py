@@ -84,8 +84,12 @@ def check(state: dict, corpus: Corpus, of: dict) -> None:
 
 
 def encode(tokenizer, documents: Iterable[str], separator: int) -> list[list[int]]:
-    """Token ids of each document, led by one separator."""
-    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    """Token ids of each document, led by one separator. Errors: UserError for text that the tokenizer refuses."""
+    try:
+        encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"the tokenizer fails on a document ({reason}); change the text, or the model") from error
     return [[separator, *ids] for ids in encoded["input_ids"]]
 
 

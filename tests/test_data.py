@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from qat import data, runtime, tokens
 from qat.config import DataConfig, ProbeConfig, UserError
@@ -202,6 +204,43 @@ def test_a_stream_resumes_from_its_cursor(streamed, tokenizer):
     assert take(resumed, 20) == take(source, 20) and source.epoch == 1
 
 
+def test_files_are_found_by_any_case_and_depth_and_empty_ones_are_none(tmp_path, tokenizer):
+    for name in ("a.txt", "in/b.TXT", "in/deep/c.Txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + f"{name} {'words ' * 40}".encode())
+    (tmp_path / "0.txt").touch()
+    (tmp_path / "folder.txt").mkdir()
+    cfg = DataConfig(name="t", source="files", path=str(tmp_path))
+    assert [text.split()[0] for text in data.corpus(cfg, 0).heldout()] == ["a.txt"]
+    assert sorted(text.split()[0] for text in trained_on(data.corpus(cfg, 0))) == ["in/b.TXT", "in/deep/c.Txt"]
+    assert data.heldout(cfg, tokenizer, 128).documents.tolist() == [0]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_stream_skips_nulls_empty_documents_and_files_without_rows(streamed, tokenizer, tmp_path, cached):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [None, "", *(f"document {number}" for number in range(30)), None, "", "x"]
+    for name, column in {"0": [], "1": rows, "2": [None] * 5, "3": []}.items():
+        table = pyarrow.table({"text": pyarrow.array(column, pyarrow.string())})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
+    cfg = dataclasses.replace(streamed, path=str(tmp_path), cache=cached)
+    corpus = data.corpus(cfg, 0)
+    assert list(corpus.heldout()) == [row for row in rows[:10] if row]
+    assert sorted(trained_on(corpus)) == sorted(row for row in rows[10:] if row)
+    found = documents_of(take(data.stream(cfg, 0, tokenizer), 8), tokenizer)
+    assert set(found[: len(trained_on(corpus))]) == set(trained_on(corpus))
+
+
+def test_held_out_text_asks_for_the_vocabulary_once(texts, monkeypatch):
+    tokenizer, asked = byte_tokenizer(), []
+    real = tokenizer.get_vocab
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: asked.append(1) or real())
+    data.heldout(DataConfig(name="texts", source="files", path=str(texts)), tokenizer, 10**6)
+    assert len(asked) == 1
+
+
 # ----------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -228,7 +267,7 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
 
     (tmp_path / "0.txt").write_text("kept")
     assert complaint(DataConfig(name="t", source="files", path=str(tmp_path)), tokenizer).endswith("found 1")
-    (tmp_path / "1.txt").write_text("")
+    (tmp_path / "1.txt").write_text(" ")
     few = DataConfig(name="t", source="files", path=str(tmp_path))
     assert complaint(few, tokenizer) == f"data.path={tmp_path}: holds no documents to train on"
     assert complaint(few, tokenizer, 256).endswith(
@@ -241,6 +280,18 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
 def test_an_unreachable_hub_is_said_in_one_line(tokenizer):
     cfg = DataConfig(name="fineweb", source="hub", path="HuggingFaceFW/fineweb", subset="sample-10BT")
     assert complaint(cfg, tokenizer).startswith("data.path=HuggingFaceFW/fineweb: cannot be streamed (")
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_what_a_tokenizer_refuses_in_a_thread_is_said_in_one_line(texts, threads):
+    def refuse(*_, **__):
+        raise ValueError("no such text\nand more")
+
+    cfg = DataConfig(name="texts", source="files", path=str(texts), tokenizer_threads=threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "__call__", refuse)
+        line = complaint(cfg, byte_tokenizer())
+    assert line == "the tokenizer fails on a document (no such text); change the text, or the model"
 
 
 def test_a_tokenizer_without_a_separator_is_refused(texts):

@@ -35,6 +35,21 @@ def parquet(damage: Callable[[Path], None] | None = None, **columns: list) -> Ca
     return prepare
 
 
+def beside(content: bytes | list) -> Callable[[World], None]:
+    """A second Parquet file beside a good one: these bytes, or such a column."""
+
+    def prepare(world: World) -> None:
+        from datasets import Dataset
+
+        parquet(text=[TEXT] * 20)(world)
+        if isinstance(content, bytes):
+            (world / "own" / "1.parquet").write_bytes(content)
+        else:
+            Dataset.from_dict({"text": content}).to_parquet(world / "own" / "1.parquet")
+
+    return prepare
+
+
 OWN = f"{PLAIN} data.path=own"
 HUB = f"{OWN} data.source=hub"
 TEXT = "some words " * 200
@@ -47,6 +62,10 @@ DATA = [
     Case(OWN, "b.txt", texts(a_txt=TEXT, b_txt=bytes(range(256)) * 8)),
     Case(HUB, "data.path=own: ", texts(readme_md="nothing")),
     Case(HUB, "data.path=own: ", parquet(text=[TEXT], damage=truncated)),
+    Case(HUB, "cannot be streamed (1.parquet: Parquet file size is 0 bytes; remove it, or make it again)", beside(b"")),
+    Case(HUB, "data.path=own: cannot be streamed (Couldn't cast array of type list<", beside([["a"]] * 20)),
+    Case(HUB, "its files are not Parquet; make them so by `datasets.load_dataset('own", texts(a_jsonl='{"text": "a"}')),
+    Case(HUB, "no held-out document has the 129 tokens of a", parquet(text=[None, "", "a"] * 99)),
     Case(HUB, "data.path=own: ", parquet(content=[TEXT] * 2000)),
     Case(HUB, "data.path=own: cannot be streamed (it has no column named text that", parquet(text=[3] * 2000)),
     Case(
