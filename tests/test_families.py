@@ -63,6 +63,54 @@ def test_other_families_train_quantized(kind, config, tmp_path):
         assert model.eval()(batch).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *((kind, sizes) for kind, (sizes, _) in FAMILIES.items()),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}),
+        ("gpt_neox", {}),
+        ("bloom", {}),
+        ("falcon", {}),
+        ("mixtral", {"num_local_experts": 2}),
+        ("bert", {"is_decoder": True}),
+    ],
+)
+def test_other_families_pass_the_check_before_training(kind, sizes, tmp_path):
+    saved(tmp_path, kind, **sizes)
+    (tmp_path / "model.safetensors").unlink()
+    model, _ = models.check(ModelConfig(name="m", source="hub", path=str(tmp_path)), length=128)
+    assert model.config.model_type == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "fault"),
+    [
+        ("bert", {}, "BertLMHeadModel reads text in both directions; give a causal language model"),
+        ("roberta", {}, "RobertaForCausalLM reads text in both directions"),
+        ("t5", {}, "makes no causal language model (Unrecognized configuration class"),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64}, "max_position_embeddings=128 is too few for sequences of"),
+        ("gpt2", {}, "max_position_embeddings=128 is too few for sequences of"),
+        ("llama", {"num_key_value_heads": 3}, "makes no causal language model (RuntimeError: "),
+    ],
+)
+def test_the_check_before_training_names_what_is_wrong(kind, sizes, fault, tmp_path):
+    AutoConfig.for_model(kind, **SIZES | sizes).save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    length = 129 if "too few" in fault else 128
+    with pytest.raises(UserError) as caught:
+        models.check(ModelConfig(name="m", source="hub", path=str(tmp_path)), length)
+    assert str(caught.value).startswith(f"model.path={tmp_path}: {fault}") and "\n" not in str(caught.value)
+
+
+def test_blocks_of_an_unknown_name_are_said_in_one_line(config, tmp_path):
+    saved(tmp_path, "bert", is_decoder=True)
+    cfg = config("model=hub", f"model.path={tmp_path}", "model.name=bert")
+    with pytest.raises(
+        UserError, match=r"^model\.name=bert: has no linears in blocks named layers, h or blocks; give "
+    ):
+        convert(models.load(cfg.model, seed=0)[0], cfg)
+
+
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 28, "patch_size": 14}
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qat import data, models
 from qat.config import DataConfig, ModelConfig, UserError
 from qat.loss import token_losses
+from qat.tokens import encode
 from tests.bad_input.mistakes import truncated
 from tests.conftest import composed
 
@@ -53,6 +55,65 @@ def test_an_architecture_that_is_none_is_said_in_one_line(change):
     sizes = dict(composed("model=tiny").model.architecture) | change
     with pytest.raises(UserError, match=r"^model\.architecture: not a Llama \([^\n]+\)$"):
         models.load(ModelConfig(name="tiny", source="random", architecture=sizes), seed=0)
+
+
+# ------------------------------------------------------------------------------------------------- models of the user's
+
+
+def hub(folder, generation=None, **changes):
+    """A small Llama and its tokenizer as a folder; changes: to its sizes."""
+    sizes = dict(composed("model=tiny").model.architecture) | {"num_hidden_layers": 1} | changes
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    models.byte_tokenizer().save_pretrained(folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return ModelConfig(name="own", source="hub", path=str(folder))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"temperature": 0.6},
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"top_k": 20, "typical_p": 0.5, "min_p": 0.1},
+        {"early_stopping": True},
+        {"output_scores": True},
+        {"pad_token_id": -1},
+    ],
+    ids=str,
+)
+def test_a_generation_config_that_cannot_be_saved_loses_what_is_in_the_way(flags, tmp_path):
+    cfg = hub(tmp_path / "model", flags | {"max_new_tokens": 7})
+    models.check(cfg, 128)
+    model, _ = models.load(cfg, seed=0)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["max_new_tokens"] == 7
+
+
+def test_sampling_flags_that_can_be_saved_stay(tmp_path):
+    flags = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    generation = models.load(hub(tmp_path, flags), seed=0)[0].generation_config
+    assert {name: getattr(generation, name) for name in flags} == flags
+
+
+def test_a_special_token_without_an_embedding_is_read_as_text(tmp_path):
+    cfg = hub(tmp_path)
+    wider = models.byte_tokenizer()
+    wider.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    wider.save_pretrained(tmp_path)
+    model, tokenizer = models.load(cfg, seed=0)
+    assert wider.encode("a <image>")[-1] == model.config.vocab_size
+    ids = encode(tokenizer, ["a <image>"], models.document_token(tokenizer))[0]
+    assert tokenizer.decode(ids) == "<|endoftext|>a <image>" and max(ids) < model.config.vocab_size
+    tokenizer.save_pretrained(tmp_path / "saved")  # for chats of an exported model, it is a token still
+    assert not AutoTokenizer.from_pretrained(tmp_path / "saved").split_special_tokens
+
+
+def test_a_check_reads_no_weights(tmp_path):
+    cfg = hub(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model, _ = models.check(cfg, 128)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_smollm2_reads_english_and_would_relearn_it_if_labels_were_shifted_twice(user_cache):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
+from qat import models
 from tests.bad_input.mistakes import DONE, PLAIN, WEIGHT, Case, World, truncated, unscored
 
 
@@ -97,34 +100,83 @@ def naming(text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "config.json").write_text(text)
 
 
+def rewriting_json(name: str, **changes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+
+    return damage
+
+
+def adding(token: str) -> Callable[[Path], None]:
+    """A token that is read from text, and that the model has no embedding for."""
+
+    def damage(folder: Path) -> None:
+        tokenizer = models.byte_tokenizer()
+        tokenizer.add_tokens(AddedToken(token))
+        tokenizer.save_pretrained(folder)
+
+    return damage
+
+
+def without_an_end(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|other|>"))
+
+
 def lacking(*names: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / name).unlink() for name in names]
 
 
 HF = f"{PLAIN} model.source=hub model.path=model"
 LOADED = "model.path=model: cannot be loaded ("
-MODELS = [
-    Case(f"{PLAIN} model.source=hub model.path=nowhere", "model.path=nowhere: cannot be loaded ("),
-    Case(HF, LOADED, model(naming("{"))),
-    Case(HF, LOADED, model(naming("[]"))),
-    Case(HF, LOADED, model(naming('{"model_type": "nonsense"}'))),
-    Case(HF, LOADED, model(lacking("config.json"))),
+WEIGHTS = [
     Case(HF, LOADED, model(lacking("model.safetensors"))),
-    Case(HF, LOADED, model(lacking("tokenizer.json", "tokenizer_config.json"))),
     Case(HF, LOADED, model(lambda folder: truncated(folder / "model.safetensors"))),
-    Case(HF, LOADED, model(lambda folder: truncated(folder / "tokenizer.json"))),
     Case(HF, f"model.path=model: has no weights for {WEIGHT} (1 missing)", model(rewriting(lambda t: t.pop(WEIGHT)))),
     Case(
         HF,
         f"model.path=model: has no weights for {WEIGHT} (1",
         model(rewriting(lambda t: t.update({WEIGHT: torch.ones(3)}))),
     ),
+]
+for case in WEIGHTS:
+    case.began = True
+CONFIG = "config.json"
+MODELS = [
+    Case(f"{PLAIN} model.source=hub model.path=nowhere", "model.path=nowhere: cannot be loaded ("),
+    Case(HF, LOADED, model(naming("{"))),
+    Case(HF, LOADED, model(naming("[]"))),
+    Case(HF, LOADED, model(naming('{"model_type": "nonsense"}'))),
+    Case(HF, LOADED, model(lacking(CONFIG))),
+    Case(HF, LOADED, model(lacking("tokenizer.json", "tokenizer_config.json"))),
+    Case(HF, LOADED, model(lambda folder: truncated(folder / "tokenizer.json"))),
+    Case(HF, LOADED, model(lambda folder: (folder / "tokenizer.json").write_text("{}"))),
+    Case(HF, LOADED, model(rewriting_json("tokenizer_config.json", model_max_length="x"))),
+    Case(HF, f"{LOADED}num_hidden_layers=0 must be positive)", model(rewriting_json(CONFIG, num_hidden_layers=0))),
+    Case(HF, "num_key_value_heads=3", model(rewriting_json(CONFIG, num_key_value_heads=3))),
+    Case(HF, "hidden_act=sillu", model(rewriting_json(CONFIG, hidden_act="sillu"))),
+    Case(HF, "head_dim=15", model(rewriting_json(CONFIG, head_dim=15))),
+    Case(HF, "Padding_idx must be within num_embeddings", model(rewriting_json(CONFIG, pad_token_id=999))),
+    Case(HF, "max_position_embeddings=16 is too few for", model(rewriting_json(CONFIG, max_position_embeddings=16))),
+    Case(HF, "max_position_embeddings=100 is too few for", model(rewriting_json(CONFIG, max_position_embeddings=100))),
+    Case(HF, "embeddings for 200 tokens (vocab_size=200)", model(rewriting_json(CONFIG, vocab_size=200))),
+    Case(HF, "its tokenizer has '<img>' as token 257, and the model", model(adding("<img>"))),
+    Case(HF, "no BOS, EOS or <|endoftext|> token", model(without_an_end)),
+    Case(f"{PLAIN} model.architecture.num_key_value_heads=3", "model.architecture: makes no causal language model ("),
+    Case(f"{PLAIN} model.architecture.num_key_value_heads=0", "(num_key_value_heads=0 must be positive)"),
+    Case(f"{PLAIN} model.architecture.hidden_size=-64", "(hidden_size=-64 must be positive)"),
+    Case(f"{PLAIN} model.architecture.hidden_size=60", "mend vocab_size=257, hidden_size=60"),
+    Case(f"{PLAIN} model.architecture.intermediate_size=0", "(intermediate_size=0 must be positive)"),
+    Case(f"{PLAIN} +model.architecture.rope_theta=0", "(rope_theta=0 must be positive)"),
+    Case(f"{PLAIN} +model.architecture.head_dim=15", "model.architecture: makes no causal language model ("),
+    Case(f"{PLAIN} +model.architecture.hidden_act=sillu", "hidden_act=sillu"),
+    Case(f"{PLAIN} model.architecture.vocab_size=100", "model.architecture: its tokenizer has '<|endoftext|>' as"),
+    Case(f"{PLAIN} model.architecture.max_position_embeddings=16", "model.architecture: max_position_embeddings=16 is"),
     Case(f"{PLAIN} +model.architecture.hidden_siz=3", "model.architecture.hidden_siz: unknown key; did you mean"),
     Case(f"{PLAIN} model.architecture.num_attention_heads=5", "model.architecture: not a Llama ("),
     Case(f"{PLAIN} model.architecture.hidden_size=wide", "model.architecture: not a Llama ("),
 ]
-for case in MODELS:
-    case.began = True
 
 ENVIRONMENT = [
     Case(DONE, "texts/00.txt", lambda w: unscored(w.done), "eval", env={"HIF8_CACHE": "texts/00.txt"}),
@@ -135,4 +187,4 @@ ENVIRONMENT = [
     Case(PLAIN, "CUDA_VISIBLE_DEVICES=garbage", env={"CUDA_VISIBLE_DEVICES": "garbage"}),
 ]
 
-CASES = [*DATA, *MODELS, *ENVIRONMENT]
+CASES = [*DATA, *WEIGHTS, *MODELS, *ENVIRONMENT]
