@@ -22,7 +22,7 @@ from qat import files, ranks, stops, sweeps, texts
 from qat.config import Config, ConfigError, UserError, register
 from qat.runs import config_of
 from qat.runtime import ROOT, arithmetic
-from qat.validate import validate, validate_surroundings
+from qat.validate import validate, validate_ranks, validate_surroundings
 
 CONF = str(ROOT / "conf")
 
@@ -53,6 +53,11 @@ def entry(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (
                 print(f"error: {error}" if ranks.first() else f"rank {ranks.mine()}: error: {error}", file=sys.stderr)
             sys.exit(2)
 
+    try:
+        validate_ranks(os.environ)
+    except ConfigError as error:  # said by every process: which rank it is, is what is wrong
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     code, line = 0, None
     try:
         with stops.heeded():

@@ -11,7 +11,11 @@ import atexit
 import contextlib
 import datetime
 import os
+import socket
 import sys
+import threading
+import time
+from concurrent.futures import Future
 
 import torch
 import torch.distributed as dist
@@ -24,16 +28,18 @@ from qat.config import Config, ConfigError, UserError
 from qat.runtime import device
 
 PATIENCE = datetime.timedelta(days=1)  # how long ranks wait for one another: the first may wait for a network for hours
+ARRIVAL = datetime.timedelta(minutes=10)  # how long ranks wait for all to be there: they may start minutes apart
+_NOTICE = 5.0  # seconds after which a rank says whom it waits for
 
 
 def count() -> int:
     """How many ranks there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def mine() -> int:
     """The number of this rank."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def first() -> bool:
@@ -42,16 +48,92 @@ def first() -> bool:
 
 
 def join() -> None:
-    """Let the ranks talk to each other from now on; all but the first fall silent."""
+    """Let the ranks talk to each other from now on; all but the first fall silent. Errors: UserError when some do not
+    come, or it is not said where to."""
     if count() == 1 or dist.is_initialized():
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
     # Named, or PyTorch starts NCCL alone where there is a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_met(), rank=mine(), world_size=count(), timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+
+
+def _met() -> dist.Store:
+    """A store that all ranks have come to. PyTorch's own rendezvous is deaf to signals while it waits, and after a
+    restart of torchrun's finds the addresses of ranks that are gone."""
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        raise UserError(
+            f"{', '.join(absent)}: not set, and WORLD_SIZE={count()} asks for so many processes; start them with "
+            f"torchrun, or unset WORLD_SIZE"
+        )
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port}: must be the number of a free port, as in MASTER_PORT=29500")
+    opened, began, told = _opened(address, int(port)), time.monotonic(), False
+    while missing := _missing(opened):
+        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {count()}"
+        waited, limit = time.monotonic() - began, ARRIVAL.total_seconds()
+        if waited > limit:
+            raise UserError(
+                f"{who} did not come to {address}:{port} within {limit / 60:g} minutes; start them all with the same "
+                f"MASTER_ADDR and MASTER_PORT (torchrun does), or unset WORLD_SIZE to train with one process"
+            )
+        if waited > _NOTICE and not told:
+            print(f"rank {mine()}: waiting for {who} at {address}:{port}; Ctrl-C stops waiting", flush=True)
+            told = True
+        time.sleep(0.1)
+    return opened.result()
+
+
+def _opened(address: str, port: int) -> Future[dist.Store]:
+    """The store of this start of the ranks with this one's name in it, once it can be reached."""
+    future = Future()
+    # Under torchrun its agent has the store, for all restarts; else the first rank.
+    hosts = first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{count()}"
+
+    def work() -> None:
+        try:
+            until = time.monotonic() + ARRIVAL.total_seconds()
+            while not hosts and not _answers(address, port):  # the store's own tries fill a page each
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.1)
+            how = {"timeout": 2 * ARRIVAL, "wait_for_workers": False, "multi_tenant": True}
+            store = dist.PrefixStore(start, dist.TCPStore(address, port, count(), hosts, **how))
+            store.set_timeout(PATIENCE)
+            store.set(str(mine()), "here")
+            future.set_result(store)
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _answers(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5):
+        return True
+    return False
+
+
+def _missing(opened: Future[dist.Store]) -> list[int]:
+    """The ranks that have not come to the store. Errors: UserError when it cannot be opened."""
+    if not opened.done():
+        return [0]
+    try:
+        store, names = opened.result(), [str(rank) for rank in range(count())]
+        return [] if store.check(names) else [int(name) for name in names if not store.check([name])]
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: {reason}; choose a free port for all ranks"
+        ) from error
 
 
 def forsake() -> None:
@@ -60,7 +142,13 @@ def forsake() -> None:
 
 
 def check(cfg: Config) -> None:
-    """Raise `ConfigError` for what many ranks cannot do."""
+    """Raise `ConfigError` for what many ranks cannot do, and `UserError` on the rank that has no GPU."""
+    gpus = torch.cuda.device_count()
+    if device().type == "cuda" and device().index >= gpus:
+        raise UserError(
+            f"LOCAL_RANK={device().index}: this machine has {gpus} GPUs; start at most so many processes on it "
+            f"(torchrun --nproc-per-node={gpus})"
+        )
     calls = cfg.batch[1]
     if calls % count():
         part = f" ({calls} here)" if calls != cfg.budget.accumulation else ""  # of a batch smaller by batch_factor

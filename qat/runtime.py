@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def device() -> torch.device:
     """The first GPU, under `torchrun` this rank's, or the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **_gpus(),
-        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "ranks": int(os.environ.get("WORLD_SIZE") or 1),
         "slurm": {name.lower(): os.environ[f"SLURM_{name}"] for name in _SLURM if f"SLURM_{name}" in os.environ},
         "git": _git(),
         "packages": {name: installed[name] for name in _PACKAGES if name in installed},

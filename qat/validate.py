@@ -81,6 +81,8 @@ _VARIABLES = {
     "HIF8_ARITHMETIC": (r"auto|bf16|fp32", "bf16"),
     "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
 }
+# What torchrun sets; empty is unset.
+_RANKS = {"WORLD_SIZE": (r"[1-9]\d*", "2"), "RANK": (r"\d+", "0"), "LOCAL_RANK": (r"\d+", "0")}
 
 
 def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -91,7 +93,21 @@ def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> N
             raise ConfigError(
                 f"{word}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full path"
             )
-    for name, (pattern, example) in _VARIABLES.items():
+    _check_variables(_VARIABLES, environ)
+
+
+def validate_ranks(environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for environment variables that make this process no rank of any number of them."""
+    _check_variables(_RANKS, environ)
+    rank, size = environ.get("RANK") or "0", environ.get("WORLD_SIZE") or "1"
+    if int(rank) >= int(size):
+        raise ConfigError(
+            f"RANK={rank}: must be below WORLD_SIZE={size}; start all processes with torchrun, or unset RANK"
+        )
+
+
+def _check_variables(patterns: Mapping[str, tuple[str, str]], environ: Mapping[str, str]) -> None:
+    for name, (pattern, example) in patterns.items():
         value = environ.get(name, "")
         if value and not re.fullmatch(pattern, value):
             raise ConfigError(

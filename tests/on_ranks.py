@@ -98,12 +98,15 @@ def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
     (Path(folder) / f"{name}.{rank}.json").write_text(json.dumps(seen))
 
 
-def fork(work: Callable, size: int, *rest) -> None:
-    """Run work(rank, size, *rest) on so many ranks, each a copy of this process, and wait for them."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def fork(work: Callable, size: int, *rest) -> None:
+    """Run work(rank, size, *rest) on so many ranks, each a copy of this process, and wait for them."""
+    os.environ |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     torch.multiprocessing.start_processes(_rank, (work, size, *rest), nprocs=size, start_method="fork")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qat import ranks
-from qat.config import ConfigError
+from qat import ranks, runtime
+from qat.config import ConfigError, UserError
 from qat.runs import Run
 from tests.conftest import ROOT, RUNS, TINY
 from tests.on_ranks import RUNS as ON_RANKS
-from tests.on_ranks import STOP, run_module
+from tests.on_ranks import STOP, free_port, run_module
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
@@ -164,6 +168,95 @@ def test_a_finished_run_of_another_number_of_ranks_is_told_of_where_that_changes
     assert capsys.readouterr().out == ""
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """alone(rank): this process is a rank of two, and the other one is not started."""
+
+    def begin(rank: int) -> int:
+        port = free_port()
+        variables = {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(ranks, "ARRIVAL", datetime.timedelta(seconds=0.6))
+        monkeypatch.setattr(ranks, "_NOTICE", 0.2)
+        return port
+
+    return begin
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_says_whom_it_waits_for_and_gives_up(alone, rank, capsys):
+    port, other = alone(rank), 1 - rank
+    with pytest.raises(UserError, match=f"^rank {other} of 2 did not come to 127.0.0.1:{port} within 0.01 minutes; "):
+        ranks.join()
+    assert capsys.readouterr().out == (
+        f"rank {rank}: waiting for rank {other} of 2 at 127.0.0.1:{port}; Ctrl-C stops waiting\n"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_rank_that_waits_heeds_signals(alone, rank, number, code, main, monkeypatch):
+    alone(rank)
+    missing = ranks._missing
+    monkeypatch.setattr(ranks, "_missing", lambda opened: os.kill(os.getpid(), number) or missing(opened))
+    found, _, stderr = main("train.py", *TINY, "quant=bf16")
+    assert found == code and stderr.endswith(
+        "" if rank else "the same command continues\n" if code == 75 else "point\n"
+    )
+
+
+def test_a_port_in_use_is_said_in_one_line(alone, monkeypatch):
+    alone(0)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f"^MASTER_PORT={port}: [^\n]*; choose a free port for all ranks$"):
+            ranks.join()
+
+
+ENVIRONMENTS = [
+    ("WORLD_SIZE=2 RANK=0", "error: MASTER_ADDR, MASTER_PORT: not set, and WORLD_SIZE=2 asks for so many processes; "),
+    ("WORLD_SIZE=2 RANK=1", "rank 1: error: MASTER_ADDR, MASTER_PORT: not set, and WORLD_SIZE=2 asks for so many "),
+    ("WORLD_SIZE=2", "error: RANK, MASTER_ADDR, MASTER_PORT: not set, and WORLD_SIZE=2 asks for so many processes; "),
+    ("RANK=1", "error: RANK=1: must be below WORLD_SIZE=1; start all processes with torchrun, or unset RANK"),
+    ("WORLD_SIZE=2 RANK=2", "error: RANK=2: must be below WORLD_SIZE=2; "),
+    ("RANK=abc", "error: RANK=abc: the environment variable is malformed; set it as in RANK=0"),
+    ("WORLD_SIZE=auto", "error: WORLD_SIZE=auto: the environment variable is malformed; set it as in WORLD_SIZE=2"),
+    ("WORLD_SIZE=0", "error: WORLD_SIZE=0: the environment variable is malformed"),
+    ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=x", "error: LOCAL_RANK=x: the environment variable is malformed"),
+    ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=a MASTER_PORT=x", "rank 1: error: MASTER_PORT=x: must be the number of a free"),
+    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=a MASTER_PORT=70000", "error: MASTER_PORT=70000: must be the number of a free"),
+]
+
+
+@pytest.mark.parametrize(("variables", "line"), ENVIRONMENTS)
+def test_what_makes_a_process_no_rank_is_said_by_itself(variables, line, main, monkeypatch):
+    for name, value in (word.split("=") for word in variables.split()):
+        monkeypatch.setenv(name, value)
+    code, _, stderr = main("train.py", *TINY, "quant=bf16")
+    assert code == 2 and stderr.startswith(line) and stderr.count("\n") == 1, stderr
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert (ranks.count(), ranks.mine(), runtime.environment()["ranks"]) == (1, 0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runtime.device().index == 0
+
+
+def test_a_rank_without_a_gpu_is_told_how_many_there_are(config, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    cfg = config()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^LOCAL_RANK=2: this machine has 2 GPUs; .*--nproc-per-node=2\)$"):
+        ranks.check(cfg)
+
+
 def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
     said = []
     for rank in (0, 1):
@@ -180,6 +273,16 @@ def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
 def test_nan_agrees_with_nan_and_one_rank_with_itself():
     ranks.check_agreement("scales", torch.tensor([float("nan")]))
     assert (ranks.shared(3), ranks.gathered(3), ranks.anyone(True), ranks.anyone(False)) == (3, [3], True, False)
+
+
+def test_ranks_that_torchrun_restarts_find_each_other(tmp_path):
+    lines = ["import os, sys, torch", "from qat import ranks", "ranks.join()", "ranks.total(torch.ones(1))"]
+    lines += ["if ranks.mine() and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':", "    os._exit(3)"]
+    (tmp_path / "script.py").write_text("\n".join([*lines, "ranks.total(torch.ones(1))"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, tmp_path / "script.py"], capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
 def test_torchrun_trains_a_run_and_its_baseline(texts, tmp_path):
