@@ -262,7 +262,6 @@ def _language_model(model, tokenizer, batch_size: int, max_length: int, progress
     class LanguageModel(HFLM):
         truncated = frozenset()
 
-        @functools.lru_cache(maxsize=2)  # noqa: B019  the choices of a question share their prompt
         def tok_encode(self, string, add_special_tokens=None, **how):
             """As lm-eval does, less what the tokenizer adds behind a text: no answer follows an end of text."""
             tokens = super().tok_encode(string, add_special_tokens, **how)
@@ -300,6 +299,7 @@ def _language_model(model, tokenizer, batch_size: int, max_length: int, progress
     own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, for which it may need one more
     if own.pad_token_id is None and not named:
         own.pad_token_id = document_token(tokenizer)
+    own.encode = functools.lru_cache(maxsize=2)(own.encode)  # the choices of a question share their prompt
     return LanguageModel(
         pretrained=model,
         tokenizer=own,

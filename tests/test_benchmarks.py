@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import socket
+import weakref
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,18 @@ def test_nothing_is_left_changed(model, tokenizer, cache, monkeypatch, capfd):
     assert torch.equal(torch.get_rng_state(), state)
     assert (tokenizer.pad_token, len(tokenizer)) == (None, tokens)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_scored_model_is_let_go(model, tokenizer, cache):
+    own = copy.deepcopy(model)
+    left = weakref.ref(own)
+    gc.disable()  # a model in a circle would stay beside the next one
+    try:
+        run(own, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]})
+        del own
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_truncated_prompts_are_counted(model, tokenizer, cache):
