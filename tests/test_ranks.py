@@ -21,8 +21,6 @@ from tests.conftest import ROOT, RUNS, TINY
 from tests.on_ranks import RUNS as ON_RANKS
 from tests.on_ranks import STOP, free_port, run_module
 
-pytestmark = pytest.mark.usefixtures("arithmetic")
-
 MANY = ["ddp2", "ddp4", "fsdp2", "compiled", "fsdp2 compiled"]
 
 
@@ -223,8 +221,8 @@ ENVIRONMENTS = [
     ("WORLD_SIZE=2", "error: RANK, MASTER_ADDR, MASTER_PORT: not set, and WORLD_SIZE=2 asks for so many processes; "),
     ("RANK=1", "error: RANK=1: must be below WORLD_SIZE=1; start all processes with torchrun, or unset RANK"),
     ("WORLD_SIZE=2 RANK=2", "error: RANK=2: must be below WORLD_SIZE=2; "),
-    ("RANK=abc", "error: RANK=abc: the environment variable is malformed; set it as in RANK=0"),
-    ("WORLD_SIZE=auto", "error: WORLD_SIZE=auto: the environment variable is malformed; set it as in WORLD_SIZE=2"),
+    ("RANK=abc", "error: RANK=abc: the environment variable is malformed or not supported; set it as in RANK=0"),
+    ("WORLD_SIZE=auto", "error: WORLD_SIZE=auto: the environment variable is malformed or not supported; set it as in WORLD_SIZE=2"),
     ("WORLD_SIZE=0", "error: WORLD_SIZE=0: the environment variable is malformed"),
     ("WORLD_SIZE=2 RANK=1 LOCAL_RANK=x", "error: LOCAL_RANK=x: the environment variable is malformed"),
     ("WORLD_SIZE=2 RANK=1 MASTER_ADDR=a MASTER_PORT=x", "rank 1: error: MASTER_PORT=x: must be the number of a free"),
