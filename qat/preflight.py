@@ -28,8 +28,8 @@ def check(cfg: Config) -> None:
 
 def problems(cfg: Config, planning: bool = False) -> list[str]:
     """Return what would stop the run of `cfg` or its evaluation, a line each, tried on the real model, tokenizer, text
-    and questions. Texts of a hub are left to the run, which reads them before its first step. planning: models of a hub
-    are left out too, as is the disk, of which a plan says more (`qat.plan`)."""
+    and questions. Texts of a hub are left to the run, which reads them before its first step. planning: nothing is
+    loaded from a hub or prepared, and of the disk a plan says more (`qat.plan`)."""
     found = []
 
     def attempt(work, *arguments):
@@ -41,7 +41,7 @@ def problems(cfg: Config, planning: bool = False) -> list[str]:
     built = None if planning and from_hub(cfg.model) else attempt(_model, cfg)
     if built is not None:
         model, tokenizer = built
-        attempt(_texts, cfg, tokenizer)
+        attempt(_texts, cfg, tokenizer, planning)
         limit = models.context(model.config)
         attempt(benchmarks.check, cfg.benchmark, tokenizer, runtime.cache_dir(), limit)
         if not planning:
@@ -62,12 +62,13 @@ def _model(cfg: Config):
     return model, tokenizer
 
 
-def _texts(cfg: Config, tokenizer) -> None:
-    """Read a sequence of each text. Errors: UserError."""
-    for text in (text for text in (cfg.data, cfg.probe) if text is not None and not from_hub(text)):
+def _texts(cfg: Config, tokenizer, planning: bool) -> None:
+    """Read a sequence of each text that is here. Errors: UserError."""
+    here = [text for text in (cfg.data, cfg.probe) if text is not None and not from_hub(text)]
+    for text in (text for text in here if not planning or text.source != "prepared" or text.revision):
         data.heldout(text, tokenizer, data.HELDOUT_LENGTH)
-    if not from_hub(cfg.data):
-        data.stream(cfg.data, cfg.seed, tokenizer).micro_batch(1, cfg.budget.seq_len)
+        if text is cfg.data:
+            data.stream(text, cfg.seed, tokenizer).micro_batch(1, cfg.budget.seq_len)
 
 
 def _disk(cfg: Config, parameters: int) -> None:

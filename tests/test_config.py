@@ -138,6 +138,7 @@ RELEASED = {
     "scaling.sync": "none",
     "scaling.observe_in_warmup": False,  # row 4
     "optim.master_weights": False,  # row 9
+    "optim.lr_from_zero": True,  # row 14
     "data.duplicate_workers": 2,  # row 10
 }
 HELD = {"scaling.settle": 0.1, "scaling.update_every": 10}  # row 5

@@ -299,4 +299,7 @@ def test_a_tokenizer_without_a_separator_is_refused(texts):
     bare.get_vocab = dict
     bare.bos_token = bare.eos_token = None
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    assert complaint(cfg, bare) == "the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with"
+    wanted = (
+        "the tokenizer has no BOS, EOS or <|endoftext|> token to separate documents with; name one as bos_token in "
+    )
+    assert complaint(cfg, bare) == wanted + "its tokenizer_config.json"

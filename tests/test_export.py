@@ -115,7 +115,7 @@ def test_every_way_of_quantizing_survives(config, words):
         parameter.data = parameter.data.bfloat16().float() + name.endswith("bias")
     bank, _ = convert(model, cfg)
     bank.scale.copy_(torch.linspace(1, 9, len(bank)))
-    bank.phase = Phase.FROZEN
+    bank.phase, bank.unseen = Phase.FROZEN, frozenset()  # as after training
     wanted = logits(model.eval())
     exporting._coded(model, cfg, Run.of(cfg))
     assert sum(isinstance(module, CodedLinear) for module in model.modules()) == 9

@@ -194,8 +194,10 @@ def test_a_rank_says_whom_it_waits_for_and_gives_up(alone, rank, capsys):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-def test_a_rank_that_waits_heeds_signals(alone, rank, number, code, main, monkeypatch):
+def test_a_rank_that_waits_heeds_signals(alone, rank, number, code, main, monkeypatch, request):
     alone(rank)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     missing = ranks._missing
     monkeypatch.setattr(ranks, "_missing", lambda opened: os.kill(os.getpid(), number) or missing(opened))
     found, _, stderr = main("train.py", *TINY, "quant=bf16")

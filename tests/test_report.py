@@ -315,7 +315,7 @@ def test_published_numbers_agree_with_each_other():
     paper = published()
     assert list(paper["experiments"]) == ReportConfig().experiments
     assert paper["paper"]["thresholds"] == {"drop": DROP_THRESHOLD, "ape": APE_THRESHOLD}
-    assert len(paper["disagreements"]) == 13 == max(switch.row or 0 for switch in audit.SWITCHES)
+    assert len(paper["disagreements"]) == 14 and max(switch.row or 0 for switch in audit.SWITCHES) == 13
     drops = 0
     for entry in paper["experiments"].values():
         assert {"title", "question", "recipe", "lr", "notes"} <= set(entry)
