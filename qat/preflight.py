@@ -35,7 +35,7 @@ def problems(cfg: Config, planning: bool = False) -> list[str]:
     def attempt(work, *arguments):
         try:
             return work(*arguments)
-        except UserError as error:
+        except (UserError, OSError) as error:  # else the other ranks would wait for what was found
             found.append(str(error))
 
     built = None if planning and from_hub(cfg.model) else attempt(_model, cfg)
