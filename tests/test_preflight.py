@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qat import loop, preflight
+from qat import benchmarks, loop, preflight
 from qat.config import ConfigError
 from qat.runs import Run
 
@@ -29,6 +29,7 @@ def without(package: str):
     def prepare(monkeypatch, _):
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+        monkeypatch.setattr(benchmarks, "_load", benchmarks._load.__wrapped__)  # tasks that another test has loaded
 
     return prepare
 
