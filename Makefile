@@ -102,8 +102,8 @@ sweep: $(READY) ## a grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basi
 
 # More seeds than one give intervals that hold for further runs: make factorial SEEDS=0,1,2
 define STUDY
-$(if $(filter-out 1,$(RANKS)),$(ON_RANKS) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS))
-$(PY) scripts/$@.py "study.seeds=[$(SEEDS)]" $(WORDS)
+$(if $(filter-out 1,$(RANKS)),$(ON_RANKS) scripts/$.py "study.seeds=[$(SEEDS)]" $(WORDS))
+$(PY) scripts/$.py "study.seeds=[$(SEEDS)]" $(WORDS)
 endef
 factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its claims -> report/factorial/
 	$(STUDY)
@@ -129,15 +129,15 @@ docs: $(READY) ## write what README.md and the pages of experiments/ show of the
 RECORD ?=
 record: $(READY) ## keep report/ and the small parts of its runs in git: make record RECORD=experiments/records/2026-01-31_laptop SEEDS=0,1,2
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$@.py record=$(RECORD) "report.seeds=[$(SEEDS)]" $(WORDS)
+	$(PY) scripts/$.py record=$(RECORD) "report.seeds=[$(SEEDS)]" $(WORDS)
 
 verify: $(READY) ## a record's runs beside the same runs repeated here: what differs, and whether it is inside the record's intervals
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
+	$(PY) scripts/$.py record=$(RECORD) $(ARGS)
 
 restore: $(READY) ## put a record's runs back into runs/: its reports can be made again, its suite goes on
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
+	$(PY) scripts/$.py record=$(RECORD) $(ARGS)
 
 bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -> bench/bench.md
 	@# Apart from the rest: wherever transformers finds torchao it imports it, with warnings.
@@ -147,7 +147,7 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 # In parts, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what else is
 # needed (transformers, hydra-core, pytest-xdist): make gpu_tests PY=python3 READY= TESTED=, and so the other three.
 OUT       ?= gpu
-GPU_TESTS := $(shell grep -l mark.gpu tests/test_*.py)
+GPU_TESTS := $(shell grep -rl mark.gpu tests)
 gpu: gpu_tests gpu_steps gpu_fp8 gpu_memory ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
 
 gpu_tests: $(TESTED)
@@ -170,7 +170,7 @@ slow: $(TESTED) ## the tests that take minutes: a run of two ranks through make,
 	$(PY) -m pytest -m "slow and not gpu"
 
 torture: $(TESTED) ## kill a training command at 50 random moments, resume it, compare with an uninterrupted run: a quarter of an hour
-	$(PY) -m tests.torture $(ARGS)
+	$(PY) -m tests.helpers.torture $(ARGS)
 
 lint: $(TESTED) ## lint and format check
 	$(VENV)/bin/ruff check .

@@ -1,16 +1,15 @@
 """The typed configuration: what a run is made of, and which combinations make sense.
 
 Hydra composes `conf/` onto these dataclasses, so an unknown key or a wrong type is refused while composing;
-`qat.validate` refuses what types cannot say. Both end in a `ConfigError` of one line that names the key, the value and
-the nearest valid choice, before any model is loaded.
+`qat.cli.validate` refuses what types cannot say. Both end in a `ConfigError` of one line that names the key, the value
+and the nearest valid choice, before any model is loaded.
 
-The defaults below are part of every run's name, which leaves them out (`qat.identity.identity`): a new field may have
-any default that keeps old runs what they were, and a default never changes afterwards.
+The defaults below are part of every run's name, which leaves them out (`qat.runs.identity.identity`): a new field may
+have any default that keeps old runs what they were, and a default never changes afterwards.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -32,7 +31,6 @@ CHOICES = {
     "quant.ste": ("pass_through", "masked"),
     "quant.operands": ("exact", "descaled"),
     "quant.gemm": ("bf16", "fp8"),
-    "scaling.algo": ("current", "most_recent", "exp_smooth", "max"),
     "scaling.tick": ("step", "call"),
     "scaling.sync": ("max", "none"),
     "budget.parallel": ("ddp", "fsdp"),
@@ -42,15 +40,7 @@ CHOICES = {
     "benchmark.split": ("test", "validation"),
 }
 
-STREAM_ORDER = 2  # version of the rule by which `qat.corpus.Stream` orders documents; part of a run's name
-
-
-class UserError(Exception):
-    """Something the user can mend. The message is one line that says what is wrong and what to do."""
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be run."""
+STREAM_ORDER = 2  # version of the rule by which `qat.data.sources.Stream` orders documents; part of a run's name
 
 
 @dataclass
@@ -206,7 +196,7 @@ class StudyConfig:
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
     parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])
-    steps: list[str] | None = None  # which of `qat.bench.steps`, beside bf16; null: all that can run
+    steps: list[str] | None = None  # which of `qat.tools.bench.steps`, beside bf16; null: all that can run
     out: str = "bench"
 
 
@@ -227,6 +217,7 @@ class Config:
     seed: int = 0
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"
+    retrain: bool = False  # train.py: train a finished run again whose checkpoint is gone, as of a restored record
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the overrides that describe it
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
     record: str | None = None  # record.py, restore.py, verify.py: the folder of a record
@@ -316,9 +307,3 @@ def register() -> None:
 # What conf/ computes with. Known to any process that imports this, as a launcher's workers do.
 OmegaConf.register_new_resolver("last_part", lambda path: PurePath(path or "hub").name, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
-
-
-def nearest(value: str, choices) -> str:
-    """The choice spelled most like `value`, or all of them when none is close."""
-    close = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"choose one of {', '.join(choices)}"

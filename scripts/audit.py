@@ -8,25 +8,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qat.studies import audit, cells, measures
+    from qat.cli import runner
+    from qat.cli.experiments import variant
+    from qat.studies import audit, design, measures
     from qat.studies.page import write_audit
 
-    design, left_out = audit.design(HydraConfig.get().overrides.task)
-    design, untrainable = audit.trainable(cells.replicated(design, config.study.seeds or [config.seed]))
-    failed = cells.complete(design)
-    if cells.trained_only():
+    cells, left_out = audit.design(HydraConfig.get().overrides.task, variant)
+    cells, untrainable = audit.trainable(design.replicated(cells, config.study.seeds or [config.seed]))
+    failed = runner.complete(cells)
+    if runner.trained_only():
         return
-    measured, missing = measures.read(design)
-    page = write_audit(measured, missing, left_out | untrainable, design[0].cfg, Path(config.report.out) / "audit")
+    measured, missing = measures.read(cells)
+    page = write_audit(measured, missing, left_out | untrainable, cells[0].cfg, Path(config.report.out) / "audit")
     print(f"\naudit: {page}")
-    cells.report(failed)
+    runner.report(failed)
 
 
 if __name__ == "__main__":
-    cli.entry(main, reads_text=True)
+    entry.run(main, reads_text=True)

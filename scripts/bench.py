@@ -8,14 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat.bench import measure
+    from qat.tools.bench import measure
 
     measure(config)
 
 
 if __name__ == "__main__":
-    cli.entry(main)
+    entry.run(main)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
+from qat.errors import ConfigError, UserError
 
 
 def main(config, _) -> None:
@@ -17,25 +18,26 @@ def main(config, _) -> None:
         _send(config)
         return
     try:
-        from qat import dashboard, files
+        from qat.report import wandb_workspace
+        from qat.utils import files
     except Exception as error:  # wandb's own imports, too, may raise anything
-        raise cli.UserError(f"W&B cannot be imported ({error}); install it again by `make setup`") from error
+        raise UserError(f"W&B cannot be imported ({error}); install it again by `make setup`") from error
     out = config.dashboard.out
-    entity = "entity" if out else dashboard.entity()  # a specification names none
-    workspace = dashboard.workspace(entity, config.logger.project, config.benchmark.tasks)
+    entity = "entity" if out else wandb_workspace.entity()  # a specification names none
+    workspace = wandb_workspace.workspace(entity, config.logger.project, config.benchmark.tasks)
     if out:
-        files.replace(Path(out), dashboard.specification(workspace))
-    print(f"dashboard: {out or dashboard.save(workspace)}")
+        files.replace(Path(out), wandb_workspace.specification(workspace))
+    print(f"dashboard: {out or wandb_workspace.save(workspace)}")
 
 
 def _send(config) -> None:
-    from qat.runs import Run
-    from qat.tracking import send
+    from qat.runs.folder import Run
+    from qat.train.wandb_log import send
 
     name, mode = config.logger.name, config.logger.mode
     if name == "local" or mode == "disabled":
-        raise cli.ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
-    cfg = cli.of_folder(config, "logger", "benchmark")
+        raise ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
+    cfg = entry.of_folder(config, "logger", "benchmark")
     cfg.logger = config.logger
     run = Run.of(cfg)
     send(run, cfg, required=True)
@@ -44,4 +46,4 @@ def _send(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("run",))
+    entry.run(main, takes=("run",))

@@ -10,28 +10,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
+from qat.errors import ConfigError
 
 
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    from qat import suite
-    from qat.compare import differences
-    from qat.identity import run_id
+    from qat.analysis.compare import differences
+    from qat.cli import experiments
     from qat.report.experiment import told_apart
     from qat.report.selection import named
+    from qat.runs.identity import run_id
 
     key, names, example = "report.experiments", config.report.experiments, "[exp7,exp8]"
     if config.runs is not None:
         key, names, example = "runs", config.runs, "[runs/a,runs/b]"
     if len(names) != 2:
-        raise cli.ConfigError(f"{key}={names}: name two, as in {key}={example}")
+        raise ConfigError(f"{key}={names}: name two, as in {key}={example}")
     if config.runs is not None:
         cells = [[run.typed_config()] for run in named(names)]
     else:
-        cells = [suite.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
+        cells = [experiments.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
     sides = [{run_id(cell): OmegaConf.to_container(OmegaConf.structured(cell)) for cell in side} for side in cells]
     labels = [told_apart(side) for side in sides]
     for one, other in itertools.product(*sides):
@@ -41,4 +42,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("runs",))
+    entry.run(main, takes=("runs",))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat.evaluate import evaluate
+    from qat.cli.runner import evaluate_and_compare
 
-    evaluate(cli.of_folder(config, "benchmark", "logger"))
+    evaluate_and_compare(entry.of_folder(config, "benchmark", "logger"))
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("run",), reads_text=True)
+    entry.run(main, takes=("run",), reads_text=True)

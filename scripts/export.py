@@ -9,14 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat.export import export
+    from qat.export.export import export
 
-    export(cli.of_folder(config, "export"))
+    export(entry.of_folder(config, "export"))
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("run",))
+    entry.run(main, takes=("run",))

@@ -11,16 +11,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qat import suite
+    from qat.cli import experiments
 
     words = list(HydraConfig.get().overrides.task)
-    baselines, runs = suite.jobs(config.report.experiments, words, config.report.seeds)
+    baselines, runs = experiments.jobs(config.report.experiments, words, config.report.seeds)
     # Experiments that are sweeps of their own (conf/experiment/exp1.yaml) would otherwise be one here, too.
     lines = [*(["hydra.mode=RUN", *job] for job in (*baselines, *runs)), words]
     folder = Path(config.runs_dir) / ".slurm" / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -30,4 +30,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    cli.entry(main)
+    entry.run(main)

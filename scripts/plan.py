@@ -8,21 +8,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, composed) -> None:
-    from qat import plan, ranks
-    from qat.plan.machine import here
-    from qat.plan.page import page
+    from qat.tools.plan import plan
+    from qat.tools.plan.machine import here
+    from qat.tools.plan.page import page
+    from qat.utils import distributed
 
-    ranks.check(config)
+    distributed.check(config)
     machine = here(config)
     on_gpus = machine.gpus > 0 or config.budget.compile  # budgets that compile are meant for GPUs
     if on_gpus and composed.budget.arithmetic == "auto":
         config.budget.arithmetic = "bf16"
-    print(page(plan.make(config, ranks.count(), machine, on_gpus)), end="\n\n")
+    print(page(plan.make(config, distributed.count(), machine, on_gpus)), end="\n\n")
 
 
 if __name__ == "__main__":
-    cli.entry(main)
+    entry.run(main)

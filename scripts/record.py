@@ -10,19 +10,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qat import records
-    from qat.floor import repeats
-    from qat.report import described, selected
+    from qat.analysis.rerun_noise import repeats
+    from qat.cli.experiments import described
+    from qat.report import record
     from qat.report.experiment import untouched
-    from qat.runs import Run
+    from qat.report.selection import selected
+    from qat.runs import archive
+    from qat.runs.folder import Run
 
-    folder = records.named(config)
+    folder = archive.named(config)
     report = Path(config.report.out) if config.runs is None else None
     if report is None:
         experiments = selected(config.runs)
@@ -32,14 +34,16 @@ def main(config, _) -> None:
     else:  # of a study alone
         experiments = []
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
-    runs += [Run(Path(config.runs_dir) / name) for name in records.of_studies(report)] if report else []
+    runs += [Run(Path(config.runs_dir) / name) for name in record.of_studies(report)] if report else []
     runs += [repeat for run in runs if run.config() for repeat in repeats(run)]
     runs += [origin for run in runs if run.config() and (origin := untouched(run))]
-    kept, left = records.keep({run.id: run for run in runs}.values(), report, folder)
+    if report:
+        record.keep_report(report, folder)
+    kept, left = archive.keep({run.id: run for run in runs}.values(), folder)
     print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
     if not (folder / "README.md").exists():
         print(f"say in {folder / 'README.md'} what command made it, on what, and what it shows")
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("record", "runs"))
+    entry.run(main, takes=("record", "runs"))

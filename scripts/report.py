@@ -10,13 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qat.report import described, selected, write
+    from qat.cli.experiments import described
+    from qat.report.page import write_report
+    from qat.report.selection import selected
 
     if config.runs is None:
         words = list(HydraConfig.get().overrides.task)
@@ -24,9 +26,9 @@ def main(config, _) -> None:
     else:
         experiments = selected(config.runs)
     context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
-    page, tables = write(experiments, Path(config.report.out), context)
+    page, tables = write_report(experiments, Path(config.report.out), context)
     print(f"report: {page} and {tables}")
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("runs",))
+    entry.run(main, takes=("runs",))

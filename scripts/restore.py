@@ -8,15 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat import records
+    from qat.runs import archive
 
-    put, there = records.restore(records.named(config), Path(config.runs_dir))
+    put, there = archive.restore(archive.named(config), Path(config.runs_dir))
     print(f"restored: {len(put)} runs into {config.runs_dir}" + (f"; {len(there)} were there already" if there else ""))
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("record",))
+    entry.run(main, takes=("record",))

@@ -11,7 +11,7 @@ set -uo pipefail
 trap : TERM USR1 # training saves when it is told to stop; this shell has to live to see that
 python=$1 ranks=$2 folder=$3 script=$4
 eval "words=($(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$folder/jobs"))"
-# Made by whoever saves upon a signal (qat/stops.py): torchrun has one exit code for everything.
+# Made by whoever saves upon a signal (qat/utils/signals.py): torchrun has one exit code for everything.
 export HIF8_REQUEUE=$folder/requeue-$SLURM_JOB_ID
 rm -f "$HIF8_REQUEUE"
 

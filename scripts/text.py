@@ -8,17 +8,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat import texts
-    from qat.config import ConfigError
+    from qat.data import manuals
+    from qat.errors import ConfigError
 
     if config.data.source != "prepared":
         raise ConfigError(f"data={config.data.name}: needs no preparing; name a text that does, as in data=manuals")
-    print(texts.described(texts.folder(config.data)))
+    print(manuals.described(manuals.folder(config.data)))
 
 
 if __name__ == "__main__":
-    cli.entry(main, reads_text=True)
+    entry.run(main, reads_text=True)

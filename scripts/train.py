@@ -8,14 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat.loop import train_with_baseline  # heavy imports only after the configuration proved sound
+    from qat.cli.runner import train_with_baseline  # heavy imports only after the configuration proved sound
 
     train_with_baseline(config)
 
 
 if __name__ == "__main__":
-    cli.entry(main, reads_text=True)
+    entry.run(main, reads_text=True)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from qat import cli
+from qat.cli import entry
+from qat.errors import UserError
 
 
 def main(config, _) -> None:
-    from qat import records
-    from qat.verify import verify
+    from qat.report.verify import verify
+    from qat.runs import archive
 
-    text, failed = verify(records.named(config), Path(config.runs_dir))
+    text, failed = verify(archive.named(config), Path(config.runs_dir))
     print(text)
     if failed:
-        raise cli.UserError(f"{failed} of the rows above: outside of the record's intervals, or not comparable with it")
+        raise UserError(f"{failed} of the rows above: outside of the record's intervals, or not comparable with it")
 
 
 if __name__ == "__main__":
-    cli.entry(main, takes=("record",))
+    entry.run(main, takes=("record",))

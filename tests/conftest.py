@@ -17,7 +17,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # Compiled kernels outlive a session, whose cache does not.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).resolve().parents[1] / "qat" / "kernels" / "__pycache__"))
+os.environ.setdefault(
+    "NUMBA_CACHE_DIR", str(Path(__file__).resolve().parents[1] / "qat" / "quant" / "kernels" / "__pycache__")
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -35,21 +37,22 @@ def composed(*words: str):
     """conf/train.yaml under command-line words, as the DictConfig that a script gets."""
     from hydra import compose, initialize_config_dir
 
-    from qat import cli
+    from qat.cli import entry
     from qat.config import register
 
     register()
-    with initialize_config_dir(cli.CONF, version_base="1.3"):
+    with initialize_config_dir(entry.CONF, version_base="1.3"):
         return compose("train", list(words))
 
 
 def typed(runs: Path, *words: str, **dotted):
     """A validated Config of `words`, its runs in the folder `runs`; keys of `dotted` are set afterwards."""
-    from qat import cli, runtime
-    from qat.validate import validate
+    from qat.cli import entry
+    from qat.cli.validate import validate
+    from qat.utils import device
 
-    cfg = cli.typed(composed(*words))
-    runtime.round_sums_once()  # as every process that computes
+    cfg = entry.typed(composed(*words))
+    device.round_sums_once()  # as every process that computes
     for key, value in {RUNS: str(runs), **dotted}.items():
         *groups, name = key.split(".")
         node = functools.reduce(getattr, groups, cfg)
@@ -82,10 +85,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one in the end."""
-    longest = ("test_ranks", "test_compile", "test_stream", "test_loop", "test_sweeps", "test_faults", "test_bench")
-    longest += ("test_communication", "test_slurm")
-    order = {f"tests.{name}": number for number, name in enumerate(longest)}
-    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
+    longest = ("distributed", "compile", "streaming", "loop", "sweep", "faults", "bench", "communication", "slurm")
+    order = {f"test_{name}": number for number, name in enumerate(longest)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @atexit.register
@@ -149,7 +151,7 @@ def configure(texts):
 @pytest.fixture(scope="session")
 def scored(configure, tmp_path_factory):
     """(configuration of a run that was trained and scored, its comparison, its checkpoint's files before scoring)"""
-    from tests.scored import train_and_score
+    from tests.helpers.scored import train_and_score
 
     return train_and_score(configure, tmp_path_factory.mktemp("scored"))
 

@@ -14,11 +14,12 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.compare import TASKS, compare, differences, mismatches, sides, train_command
-from qat.config import BenchmarkConfig, Config, UserError
-from qat.identity import identity, run_id, untouched_of
-from qat.replicates import over_seeds
-from qat.runs import Run
+from qat.analysis.compare import TASKS, compare, differences, mismatches, sides, train_command
+from qat.analysis.seeds import over_seeds
+from qat.config import BenchmarkConfig, Config
+from qat.errors import UserError
+from qat.runs.folder import Run
+from qat.runs.identity import identity, run_id, untouched_of
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
@@ -30,7 +31,7 @@ _SAID = {  # how a label puts a setting; the usual ones, and in this order befor
     "seed": "seed {}".format,
 }
 # What is about commands and folders, not about a run.
-_OF_COMMANDS = re.compile(r"(runs?|record|runs_dir|experiment)$|(report|study|bench|export|dashboard)\.")
+_OF_COMMANDS = re.compile(r"(runs?|record|runs_dir|retrain|experiment)$|(report|study|bench|export|dashboard)\.")
 
 
 def published() -> dict:

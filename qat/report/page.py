@@ -11,14 +11,16 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from qat import runtime
-from qat.compare import APE_THRESHOLD, TASKS
+from qat.analysis.compare import APE_THRESHOLD, TASKS
 from qat.report import pictures, tables
-from qat.report.experiment import Experiment, Pair, distinct, scientific, told_apart
+from qat.report.experiment import Experiment, Pair, distinct, published, scientific, told_apart
 from qat.report.panels import score_legend, share_legend
+from qat.report.pictures import write_pictures
 from qat.report.plots import PALETTE, svg
-from qat.runs import Run
-from qat.wording import heldout_verdict, loss_text, qat_verdict, verdict
+from qat.report.studies import studies_in
+from qat.report.text import heldout_verdict, loss_text, qat_verdict, verdict
+from qat.runs.folder import Run
+from qat.utils.environment import brief, commit_name, hardware_name
 
 TITLE = "HiF8 W8A8 training against matched BF16 baselines"
 
@@ -187,10 +189,10 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
-        "Hardware": [runtime.hardware(e) for e in environments],
+        "Hardware": [hardware_name(e) for e in environments],
         "Arithmetic": [c["budget"]["arithmetic"].upper() for c in configs],
         "Versions": [", ".join(map(" ".join, e["packages"].items())) for e in environments],
-        "Code": [runtime.code(e["git"]) for e in environments if e["git"]],
+        "Code": [commit_name(e["git"]) for e in environments if e["git"]],
     }
     return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
 
@@ -274,7 +276,7 @@ def _recipe(pair: Pair, bf16_steps: int) -> str:
 
 
 def _details(run: Run, config: Mapping) -> str:
-    parts = {"config": config, "environment": runtime.brief(run.environment()), "status": run.status()}
+    parts = {"config": config, "environment": brief(run.environment()), "status": run.status()}
     return yaml.safe_dump({name: part for name, part in parts.items() if part}, sort_keys=False, allow_unicode=True)
 
 
@@ -287,3 +289,19 @@ def _command(line: str) -> Markup:
 def _minus(text) -> str:
     """A hyphen that stands for a minus becomes one; exponents and names keep theirs."""
     return re.sub(r"(?<![\w.)])-(?=\d)", "−", str(text))
+
+
+def write_report(experiments: Sequence[Experiment], out: Path, context: Mapping) -> tuple[Path, Path]:
+    """Write the report into the folder `out`; returns the paths of `report.html` and `report.md`.
+
+    `context` is shown as provenance of the page itself, {label: text}: command, date. That of the numbers is read from
+    the runs: model, data, budget, protocol, seeds, benchmark, hardware, arithmetic, versions, code. Pictures
+    (`loss.png`, `overshoot.png`, `deltas.png`) are left out where no run has what they show. Results of the factorial
+    and the audit are shown if they lie in `out`.
+    """
+    out, paper = Path(out), published()
+    pictures = write_pictures(experiments, paper, out)
+    paths = out / "report.html", out / "report.md"
+    for path, text in zip(paths, render(experiments, paper, context, pictures, studies_in(out)), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths

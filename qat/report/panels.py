@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES
 from qat.report.experiment import SHARES, Curve, Telemetry
 from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
-from qat.watchdogs import FORGOTTEN, noise
+from qat.train.monitor import FORGOTTEN, noise
 
 _POINTS = 500  # a curve of more steps is drawn as means of blocks of steps
 _COLUMNS = 200  # a heat map of more steps shows the largest value of each block of steps

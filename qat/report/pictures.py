@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat.compare import DROP_THRESHOLD, TASKS
+from qat.analysis.compare import DROP_THRESHOLD, TASKS
 from qat.config import ROLES
 from qat.report import panels
 from qat.report.experiment import Curve, Experiment, Pair, Telemetry, tasks_of, told_apart

@@ -7,25 +7,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from qat import suite
-from qat.compare import mismatches
-from qat.config import Config, ConfigError
-from qat.identity import baseline_of, run_id
+from qat.analysis.compare import mismatches
+from qat.config import Config
+from qat.errors import ConfigError
 from qat.report.experiment import Experiment
-from qat.runs import Run
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, run_id
 
 OF_NONE = "custom"  # runs of no experiment
-
-
-def described(names: Sequence[str], words: list[str], seeds: Sequence[int] | None) -> list[Experiment]:
-    """The runs of experiments under command-line words, with each of `seeds`, inside a Hydra entry; made or not."""
-    experiments = []
-    for name in names:
-        cells = suite.cells(name, words, seeds)
-        runs = [Run.of(cell) for cell in cells]
-        baselines = [Run.of(baseline_of(cell)) for cell in cells if cell.quantized]
-        experiments.append(Experiment(name, runs, baselines, cells[0].benchmark, suite.command(name, words, seeds)))
-    return experiments
 
 
 def selected(folders: Sequence[str]) -> list[Experiment]:

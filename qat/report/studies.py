@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from qat.config import UserError
+from qat.errors import UserError
 from qat.report.plots import ACCENT, BASE, INK, PAPER, WARM, Panel
 from qat.report.tables import Cell, Table
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences
-from qat.config import UserError
-from qat.floor import floor as floor_of
-from qat.floor import repeats
-from qat.paired import Z, half_width
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences
+from qat.analysis.rerun_noise import floor as floor_of
+from qat.analysis.rerun_noise import repeats
+from qat.analysis.stats import Z, half_width
+from qat.errors import UserError
 from qat.report.experiment import (
     Curve,
     Experiment,
@@ -21,7 +21,7 @@ from qat.report.experiment import (
     unlike,
     untouched,
 )
-from qat.wording import (
+from qat.report.text import (
     FLOOR_HEADER,
     HELDOUT_HEADER,
     TASK_HEADER,

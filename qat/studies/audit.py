@@ -15,14 +15,16 @@ from operator import attrgetter
 import numpy as np
 from scipy.stats import linregress
 
-from qat import paired, ranks, suite
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
-from qat.config import Config, ConfigError
-from qat.runs import Run
+from qat.analysis import stats
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD
+from qat.config import Config
+from qat.errors import ConfigError
+from qat.runs.folder import Run
 from qat.studies import measures
-from qat.studies.cells import Cell, Key, refuse
 from qat.studies.contrasts import Claim, Estimate, Response, Statement, holm
+from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import Measured
+from qat.utils import distributed
 
 PLAIN = "as the text"
 SPLIT = "exp8, a sequence a call"  # exp8 with a step's sequences in as many calls: a tick a call is then another thing
@@ -59,7 +61,7 @@ SWITCHES = (
 SCOPES = (PLAIN, "MLP of all blocks", "attention too", "attention too, all blocks")
 
 
-def design(words: Sequence[str]) -> tuple[list[Cell], dict[str, str]]:
+def design(words: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str, str]]:
     """The cells under command-line words, and {switch: why it is left out}. A key is (base, switch)."""
     own = {word.partition("=")[0] for switch in SWITCHES for word in switch.words}
     refuse(words, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
@@ -68,22 +70,22 @@ def design(words: Sequence[str]) -> tuple[list[Cell], dict[str, str]]:
     words = list(words)
     bases = {name: (name, words) for name in ("exp8", "exp3")}
     left_out = {}
-    split = _split(suite.variant("exp8", words, []))
+    split = _split(compose("exp8", words, []))
     if split is None:
         left_out["a tick a call"] = "a step is one sequence, so calls are steps; set budget.micro_batch=2 or more"
     else:
         bases[SPLIT] = ("exp8", words + split)
-    cells = [Cell((base, PLAIN), suite.variant(name, given, [])) for base, (name, given) in bases.items()]
+    cells = [Cell((base, PLAIN), compose(name, given, [])) for base, (name, given) in bases.items()]
     for switch in SWITCHES:
         for base in (each for each in switch.bases if each in bases):
             name, given = bases[base]
-            cells.append(Cell((base, switch.name), suite.variant(name, given, switch.words)))
+            cells.append(Cell((base, switch.name), compose(name, given, switch.words)))
     return cells, left_out
 
 
 def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
     """Those cells that can be trained here or have been trained, and {label: why it is left out}."""
-    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and ranks.count() == 1]
+    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and distributed.count() == 1]
     left_out = [cell for cell in alone if not Run.of(cell.cfg).finished]
     why = "one rank has nobody to synchronize with; train it with RANKS=2 or more, a divisor of budget.accumulation"
     return [cell for cell in cells if cell not in left_out], {cell.label: why for cell in left_out}
@@ -270,7 +272,7 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
     fit = linregress(np.log([linears[scope] for scope in scopes]), np.mean(apes, axis=0))
     if len(scopes) < 3:
         return Estimate(float(fit.slope), None, None, None, len(scopes), "scopes", level)
-    mean = paired.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),))
+    mean = stats.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),))
     return Estimate(mean.value, *mean.interval(level), mean.p_value(), len(scopes), "scopes", level)
 
 

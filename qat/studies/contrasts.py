@@ -5,7 +5,7 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 - several seeds: the contrast is made within each seed, and its noise is what it differs by between seeds. What a seed
   shifts in all cells alike cancels then; what it shifts in some, such as those that share a baseline, is noise, as it
   must be. Where the response is sampled in units (held-out documents, questions) that all runs share, the noise between
-  those is added (`qat.paired.crossed`): intervals say what further seeds, text and questions would give.
+  those is added (`qat.analysis.stats.crossed`): intervals say what further seeds, text and questions would give.
 - one seed, and a response sampled in such units: the contrast is made within each unit, where what the units have in
   common cancels, and gets Student's interval over units. It says what further text would give *of these very runs*; how
   much another seed would differ is not in it.
@@ -26,10 +26,10 @@ from functools import cached_property
 
 import numpy as np
 
-from qat import paired
-from qat.paired import LEVEL
-from qat.studies.cells import Key
-from qat.wording import interval, signed
+from qat.analysis import stats
+from qat.analysis.stats import LEVEL
+from qat.report.text import interval, signed
+from qat.studies.design import Key
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not decidable at this scale"
 Weights = Mapping[Key, float]
@@ -92,15 +92,15 @@ class Response:
             low, high = max(low, -reach), min(high, reach)
         return Estimate(float(changes.mean()), low, high, mean.p_value(), n, of, level)
 
-    def _mean(self, changes: np.ndarray, reach: float) -> paired.Mean | None:
+    def _mean(self, changes: np.ndarray, reach: float) -> stats.Mean | None:
         """The mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
         seeds, units = changes.shape
         between_units = self.sampled and (units > 1 or reach)
         if self.within_units:
-            return paired.student(changes[0], reach) if between_units else None
+            return stats.student(changes[0], reach) if between_units else None
         if seeds < 2 or (not between_units and np.ptp(changes.mean(1)) < 1e-9):  # seeds that agree are no certainty
             return None
-        return paired.crossed(changes, reach) if between_units else paired.student(changes.mean(1))
+        return stats.crossed(changes, reach) if between_units else stats.student(changes.mean(1))
 
     def noise(self) -> str:
         """In words: what intervals are made of, and what is missing."""
@@ -140,7 +140,7 @@ class Response:
 
 def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
     """The estimates' p-values after Holm's correction, where they have one."""
-    corrected = iter(paired.holm([e.p for e in estimates if e is not None and e.p is not None]))
+    corrected = iter(stats.holm([e.p for e in estimates if e is not None and e.p is not None]))
     return [None if e is None or e.p is None else next(corrected) for e in estimates]
 
 

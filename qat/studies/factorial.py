@@ -28,11 +28,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qat import suite
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD, TASKS
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, TASKS
 from qat.studies import measures
-from qat.studies.cells import Cell, Key, refuse
 from qat.studies.contrasts import Claim, Response, Statement, Weights, holm
+from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import MODES, Measured
 
 SCALINGS = {
@@ -59,11 +58,11 @@ _CONTRASTS = {
 }
 
 
-def design(words: Sequence[str]) -> list[Cell]:
+def design(words: Sequence[str], compose: Compose) -> list[Cell]:
     """The grid's distinct runs under command-line words, those of one learning rate together."""
     refuse(words, _SET, "factorial")
     levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
-    composed = {name: suite.variant("exp8", list(words), changes) for name, changes in levels.items()}
+    composed = {name: compose("exp8", list(words), changes) for name, changes in levels.items()}
     cells = []
     for rate, warmup, scaling in itertools.product(RATES, WARMUPS, SCALINGS):
         # Each factor is a group of its own, so a cell takes one from each; composing all would take long.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from qat.compare import TASKS, compare, eval_command
-from qat.config import UserError
-from qat.identity import baseline_of, untouched_of
-from qat.runs import Run
-from qat.scored import Scored
-from qat.studies.cells import Cell, Key
+from qat.analysis.compare import TASKS, compare, eval_command
+from qat.analysis.results import Scored
+from qat.errors import UserError
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, untouched_of
 from qat.studies.contrasts import Response
+from qat.studies.design import Cell, Key
 
 MODES = {"w8a8": "W8A8", "bf16": "BF16 weights"}  # what a run is scored as
 _NAMES = MODES | {"ptq": "PTQ"}

@@ -13,16 +13,16 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from qat import runtime
-from qat.compare import APE_THRESHOLD, DROP_THRESHOLD
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import Config
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
 from qat.report.studies import TITLES, claims_table, interaction
-from qat.runs import Run
+from qat.report.text import markdown, p_text
+from qat.runs.folder import Run
 from qat.studies import audit, factorial, measures
 from qat.studies.contrasts import Response, Weights, region
 from qat.studies.measures import MODES, Measured
-from qat.wording import markdown, p_text
+from qat.utils.environment import commit_name, hardware_name
 
 READING = (
     "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
@@ -122,8 +122,8 @@ def _summary(claims: Sequence[Mapping]) -> str:
 def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
     environments = [environment for m in measured for environment in Run(runs / m.run).environments()]
-    hardware = "; ".join(dict.fromkeys(map(runtime.hardware, environments)))
-    code = "; ".join(dict.fromkeys(runtime.code(each["git"]) for each in environments))
+    machines = "; ".join(dict.fromkeys(map(hardware_name, environments)))
+    commits = "; ".join(dict.fromkeys(commit_name(each["git"]) for each in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
@@ -133,8 +133,8 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
         "Budget": f"{cfg.budget.name}, {cfg.size}",
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len({m.run for m in measured})} quantized runs, {'seeds' if ',' in seeds else 'seed'} {seeds}",
-        "Hardware": hardware or "unknown",
-        "Code": code or "unknown",
+        "Hardware": machines or "unknown",
+        "Code": commits or "unknown",
         "Command": f"python {' '.join(sys.argv)}",
         "Date": str(date.today()),
     }

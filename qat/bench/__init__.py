@@ -1,5 +1,0 @@
-"""What quantization costs, as ratios of things run in turn in one process: kernels, steps, memory, evaluation."""
-
-from qat.bench.table import measure
-
-__all__ = ["measure"]

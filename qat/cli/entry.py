@@ -1,0 +1,301 @@
+"""Command-line entries: Hydra composes, we validate, and what the user can mend ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qat.cli import sweep
+from qat.cli.validate import validate, validate_ranks, validate_surroundings
+from qat.config import Config, register
+from qat.data import manuals
+from qat.errors import ConfigError, UserError
+from qat.runs.folder import Run
+from qat.runs.identity import run_id
+from qat.utils import distributed, files, signals
+from qat.utils.device import resolve_arithmetic
+from qat.utils.environment import ROOT
+
+CONF = str(ROOT / "conf")
+
+
+def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (), reads_text: bool = False) -> None:
+    """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
+
+    takes: of `run`, `runs` and `record`, the keys by which the script takes folders. reads_text: prepare it first where
+    it is missing, for runs are named by it.
+    In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.cli.sweep`).
+    Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
+    """
+    register()
+    # Hydra prints its own multi-line account of an error unless it is told to raise; we say it in one line.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sweep.Sweep.folder = None
+    began = False
+
+    def job(cfg: DictConfig) -> None:
+        nonlocal began
+        began = True
+        try:
+            with signals.heeded():
+                sweep.run(lambda: _mendable(work, cfg, takes, reads_text))
+        except UserError as error:  # of a single run; Hydra would say more if it saw it
+            # Of a bad configuration every rank knows; anything else may have befallen this one alone.
+            if distributed.first() or not isinstance(error, ConfigError):
+                print(
+                    f"error: {error}" if distributed.first() else f"rank {distributed.mine()}: error: {error}",
+                    file=sys.stderr,
+                )
+            sys.exit(2)
+
+    try:
+        validate_ranks(os.environ)
+    except ConfigError as error:  # said by every process: which rank it is, is what is wrong
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    code, line = 0, None
+    try:
+        with signals.heeded():
+            validate_surroundings(sys.argv[1:], os.environ)
+            hydra.main(version_base="1.3", config_path=CONF, config_name="train")(job)()
+    except ConfigError as error:
+        code, line = 2, f"error: {error}"
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
+        if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
+            raise
+        code, line = 2, f"error: {explain(error)}"
+    except signals.Preempted as stop:
+        code, line = signals.REQUEUE, f"\n{stop}: saved; the same command continues"
+    except KeyboardInterrupt:
+        code, line = 130, "\nstopped; the same command continues from the last checkpoint"
+    failed = sweep.report() if distributed.first() else 0
+    if line and distributed.first():
+        print(line, file=sys.stderr)
+    if code or failed:
+        sys.exit(code or failed)
+
+
+def _mendable(
+    work: Callable[[Config, DictConfig], None], cfg: DictConfig, takes: tuple[str, ...], reads_text: bool
+) -> None:
+    """Do `work`, again after a stop that did not end the process. Errors: UserError for all that the user can mend."""
+    try:
+        while True:
+            try:
+                return work(_accepted(typed(cfg, reads_text), takes), cfg)
+            except signals.Preempted as stop:
+                signals.hand_on(stop)
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        OSError,
+    ) as error:  # also of another experiment, composed on the way
+        raise UserError(explain(error)) from error
+
+
+def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
+    for key in ("run", "runs", "record"):
+        if key not in takes and getattr(config, key) is not None:
+            name = Path(sys.argv[0]).name
+            raise ConfigError(
+                f"{key}={getattr(config, key)}: {name} does not take it; give it the overrides that made a run"
+            )
+    return config
+
+
+def of_folder(config: Config, *groups: str) -> Config:
+    """The configuration of the run folder that `config` names, if any, else `config` itself. What the command line says
+    of `groups` is as it says: a group (benchmark=paper), or a key of the folder's (benchmark.batch_size=4). Errors:
+    UserError of `config_of`; ConfigError for a word of anything else, which the folder knows and nothing would
+    read."""
+    if not config.run:
+        return config
+    of_run, words = config_of(config.run), HydraConfig.get().overrides.task
+    paths = [re.match(r"[+~]*([\w.]*)", word)[1].split(".") for word in words]
+    for word, path in sorted(zip(words, paths, strict=True), key=lambda each: len(each[1])):
+        if path[0] in groups:
+            _carry(path, config, of_run)
+        elif path != ["run"]:
+            raise ConfigError(f"{word}: has no effect beside run=, which takes words of {', '.join(groups)} alone")
+    return of_run
+
+
+def _carry(path: list[str], source, target) -> None:
+    """Let `target`, of dataclasses and dictionaries, have at `path` what `source` has there, or nothing either."""
+    name, *rest = path
+    ours, theirs = (node if isinstance(node, dict) else vars(node) for node in (target, source))
+    if name not in theirs:
+        ours.pop(name, None)
+    elif rest and name in ours:
+        _carry(rest, theirs[name], ours[name])
+    else:
+        ours[name] = theirs[name]
+
+
+def typed(cfg: DictConfig, reads_text: bool = False) -> Config:
+    """The composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type; with
+    `reads_text`, UserError for text that cannot be prepared."""
+    config = OmegaConf.to_object(cfg)
+    if not isinstance(config, Config):
+        raise ConfigError(
+            "the configuration lost its schema: keep `schema` first in the defaults list of conf/train.yaml"
+        )
+    for key, value, known in _entries(config):
+        if not known:
+            raise ConfigError(f"{key}: unknown key; {_close(key, _keys())}")
+        if value == MISSING:
+            raise ConfigError(f"{key}=null: must have a value; leave `{key.partition('.')[0]}` as conf/ has it")
+    validate(config)
+    _expand(config)
+    # What `auto` is on this machine belongs to the run, wherever its folder is read later; so does its text.
+    config.budget.arithmetic = resolve_arithmetic(config.budget.arithmetic)
+    config.data.revision = manuals.revision(config.data, make=reads_text)
+    return config
+
+
+def _expand(config: Config) -> None:
+    """Put the home folder for `~` where a key names a folder or file. The paths of the model and of texts stay as they
+    are written: runs are named by them."""
+    nodes = [(config, "runs_dir"), (config, "run"), (config, "record")]
+    nodes += [(getattr(config, group), "out") for group in ("report", "bench", "export", "dashboard")]
+    for node, name in nodes:
+        path = getattr(node, name)
+        setattr(node, name, path and files.expand(path))
+    config.runs = config.runs and [files.expand(path) for path in config.runs]
+
+
+def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(dotted key, value, whether the schema has it) of all that is below a node: `+key=value` gets past Hydra."""
+    if isinstance(node, dict):
+        children = known = node
+    elif dataclasses.is_dataclass(node):
+        children, known = vars(node), {field.name for field in dataclasses.fields(node)}
+    else:
+        return
+    for key, value in children.items():
+        yield f"{prefix}{key}", value, key in known
+        yield from _entries(value, f"{prefix}{key}.")
+
+
+def explain(error: Exception) -> str:
+    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's
+    and the YAML reader's: the file and what is wrong with it."""
+    mark = getattr(error, "problem_mark", None)
+    if mark:
+        return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem}); mind indentation, colons and brackets"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file of the configuration is not text in UTF-8 ({error}); write it anew"
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a full disk, no permission
+        return f"{error.filename or 'system'}: {error.strerror or error}"
+    text = " ".join(str(each) for each in (error, error.__cause__) if each)
+    plugin = re.search(
+        r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text
+    )
+    if plugin:
+        group, _, value = (plugin[1] or plugin[2]).rpartition("/")
+        return f"{group}={value}: its plugin is not installed; pip install -e '.[launchers]'"
+    option = re.search(r"Could not find '([\w/.\-]+)/([^/']+)'", text)
+    if option:
+        group, value = option.groups()
+        return f"{group}={value}: unknown choice; {_close(value, _options(group))}"
+    group = re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text)
+    key = re.search(r"Key '([^']+)' (?:is )?not in (?:'\w+'|struct)", text)
+    if key:
+        full = (re.search(r"full_key: (\S+)", text) or key)[1]
+        if full.startswith("hydra."):
+            return f"{full}: unknown key; `--cfg hydra` in the place of `-m` lists those there are"
+        return f"{full}: unknown key; {_close(full, _keys())}"
+    if group:
+        return f"{group[1]}: unknown key; {_close(group[1], [*_groups(), *_keys()])}"
+    # Hydra reads `lr=1e-4` as a number and refuses it as a group's option.
+    given = (re.fullmatch(r"(\w+)=(?:[^A-Za-z_].*|true|false)", word, re.IGNORECASE) for word in sys.argv[1:])
+    wrong = next((word[0] for word in given if word and word[1] in _groups()), None)
+    if wrong and "must be a string or a list" in text:
+        group_name, _, value = wrong.partition("=")
+        return f"{wrong}: a group takes a name; {_close(value, _options(group_name))} (any other: optim.lr=3e-5)"
+    for pattern, sentence in _SENTENCES:
+        found = re.search(pattern, text, re.DOTALL)
+        if found:
+            return sentence.format(**found.groupdict())
+    return re.sub(r"\s+", " ", text)[:400]
+
+
+_SENTENCES = [
+    (
+        r"Value '(?P<value>.*?)'.* could not be converted to (?P<type>\w+).*full_key: (?P<key>\S+)",
+        "{key}={value}: must be of type {type}",
+    ),
+    (r"Value '(?P<value>.*?)' is not a valid bool.*full_key: (?P<key>\S+)", "{key}={value}: must be true or false"),
+    (r"field '(?P<key>\S+)' is not Optional", "{key}=null: must have a value"),
+    (
+        r"override (?P<key>\S+)=(?P<value>\S*).*is not a ListConfig",
+        "{key}={value}: must be a list, as in {key}=[{value}]",
+    ),
+    (r"override (?P<word>\S+)\s.*is not a subclass of (?P<type>\w+)Config", "{word}: is a group; set one of its keys"),
+    (
+        r"In '(?P<file>[^']+)'.*Merge error: \w+ is not a subclass of (?P<type>\w+)\. value: (?P<value>.*?)\s+full_key",
+        "{file}.yaml: {value} stands where the keys of a group ({type}) belong",
+    ),
+    (
+        r"LexerNoViableAltException: (?P<word>\S+)",
+        "{word}: Hydra takes such characters only in quotes, as in key='\"é\"'",
+    ),
+    (r"Error parsing override '(?P<word>[^']*)'", "{word}: not of the form key=value, as in optim.lr=3e-5"),
+]
+
+
+def _close(word: str, choices: list[str]) -> str:
+    """Names the choice nearest to `word`, comparing whole keys and last parts (`optim.lrr`, `lrr`)."""
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if not near:
+        last = {choice.rpartition(".")[2]: choice for choice in choices}
+        near = [last[k] for k in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.5)]
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"choose one of {', '.join(sorted(choices))}" if len(choices) <= 12 else "see conf/ for what there is"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml"))
+
+
+def _groups() -> list[str]:
+    return [path.name for path in Path(CONF).iterdir() if path.is_dir()]
+
+
+def _keys() -> list[str]:
+    def walk(node, prefix: str):
+        for key in node:
+            yield f"{prefix}{key}"
+            value = OmegaConf.select(node, key, throw_on_missing=False)
+            if OmegaConf.is_dict(value):
+                yield from walk(value, f"{prefix}{key}.")
+
+    tasks = OmegaConf.load(Path(CONF) / "benchmark" / "paper.yaml").tasks
+    return [*walk(OmegaConf.structured(Config), ""), *(f"benchmark.tasks.{task}" for task in tasks)]
+
+
+def config_of(folder: str) -> Config:
+    """The configuration of a run folder that the user names, with runs_dir where that folder is now. Errors: UserError
+    when it is no run folder, or not the one of its configuration."""
+    run = Run(Path(folder).absolute())
+    cfg = run.typed_config()
+    cfg.runs_dir = str(run.path.parent)
+    if cfg.budget.steps:  # the untouched checkpoint has none
+        validate(cfg)
+    if run.id != run_id(cfg):
+        raise UserError(f"run={folder}: its config.yaml is of {run_id(cfg)}; give the folder that name again")
+    return cfg

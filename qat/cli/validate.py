@@ -1,0 +1,275 @@
+"""Which configurations make sense, beyond what their types say. Each refusal is one line that names the fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+
+from qat.config import CHOICES, ROLES, Config, ProbeConfig
+from qat.errors import ConfigError, nearest
+from qat.eval.benchmarks import TASKS
+from qat.quant.formats import FORMATS
+from qat.quant.rules import RULES
+
+
+def validate(cfg: Config) -> None:
+    """Raise `ConfigError` for values and combinations that the types allow and a run does not."""
+    for key, choices in (CHOICES | {"scaling.algo": tuple(RULES)}).items():
+        value = attrgetter(key)(cfg)
+        if value not in choices:
+            raise ConfigError(f"{key}={value}: unknown value; {nearest(value, choices)}")
+    for key, low, high in _RANGES:
+        value = attrgetter(key)(cfg)
+        if not low <= value <= high:
+            bound = low if value < low else high
+            raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
+    for key in ("report.seeds", "study.seeds"):
+        seeds = attrgetter(key)(cfg) or []
+        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+            raise ConfigError(f"{key}={seeds}: must be different seeds from 0 up, as in [0,1,2]")
+    checks = (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_probe, _check_benchmark)
+    for check in checks:
+        check(cfg)
+
+
+_INF = float("inf")
+_RANGES = [
+    ("seed", 0, 2**31 - 1),
+    ("repeat", 0, _INF),
+    ("data.duplicate_workers", 1, 64),
+    ("data.tokenizer_threads", 1, 256),
+    ("budget.heldout_tokens", 1, _INF),
+    ("budget.probe_tokens", 1, _INF),
+    ("data.shuffle_buffer", 1, _INF),
+    ("data.retry_hours", 0, _INF),
+    ("optim.lr", 1e-12, 10),
+    ("optim.beta1", 0, 0.9999),
+    ("optim.beta2", 0, 0.99999),
+    ("optim.eps", 1e-30, 1),
+    ("optim.weight_decay", 0, 10),
+    ("optim.clip", 1e-12, _INF),
+    ("optim.lr_warmup", 0, 1),
+    ("optim.max_skipped", 0, _INF),
+    ("quant.bf16_blocks", 0, _INF),
+    ("quant.target_activation", 2**-22, 57344),
+    ("quant.target_weight", 2**-22, 57344),
+    ("quant.target_gradient", 2**-22, 57344),
+    ("scaling.window", 1, 65536),
+    ("scaling.alpha", 0, 1),
+    ("scaling.update_every", 1, _INF),
+    ("scaling.settle", 0, 1),
+    ("warmup.bf16", 0, 1),
+    ("budget.steps", 1, _INF),
+    ("budget.micro_batch", 1, _INF),
+    ("budget.accumulation", 1, _INF),
+    ("budget.seq_len", 4, _INF),
+    ("budget.steps_factor", 1e-6, 1),
+    ("budget.batch_factor", 1e-6, 1),
+    ("budget.checkpoint_every", 1, _INF),
+    ("budget.telemetry_every", 1, _INF),
+    ("bench.rounds", 1, _INF),
+    ("budget.largest_logits", 2**16, _INF),
+    ("benchmark.batch_size", 1, _INF),
+]
+
+
+# Variables whose bad values libraries ignore or answer at length: what they must look like, and an example.
+_VARIABLES = {
+    "OMP_NUM_THREADS": (r"[1-9]\d*(,[1-9]\d*)*", "2"),
+    "NUMBA_NUM_THREADS": (r"[1-9]\d*", "2"),
+    "NUMBA_DISABLE_JIT": (r"0", "0"),  # the kernels are nothing without
+    "CUDA_VISIBLE_DEVICES": (r"(-?\d+|(GPU|MIG)-[\w/-]+)(,(-?\d+|(GPU|MIG)-[\w/-]+))*", "0,1"),
+    "HIF8_ARITHMETIC": (r"auto|bf16|fp32", "bf16"),
+    "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
+}
+# What torchrun sets; empty is unset.
+_RANKS = {"WORLD_SIZE": (r"[1-9]\d*", "2"), "RANK": (r"\d+", "0"), "LOCAL_RANK": (r"\d+", "0")}
+
+
+def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for command-line words that lead out of conf/, and for malformed environment variables."""
+    for word in words:
+        group, _, option = word.partition("=")
+        if ".." in option.split("/") and "." not in group:
+            raise ConfigError(
+                f"{word}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full path"
+            )
+    _check_variables(_VARIABLES, environ)
+
+
+def validate_ranks(environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for environment variables that make this process no rank of any number of them."""
+    _check_variables(_RANKS, environ)
+    rank, size = environ.get("RANK") or "0", environ.get("WORLD_SIZE") or "1"
+    if int(rank) >= int(size):
+        raise ConfigError(
+            f"RANK={rank}: must be below WORLD_SIZE={size}; start all processes with torchrun, or unset RANK"
+        )
+
+
+def _check_variables(patterns: Mapping[str, tuple[str, str]], environ: Mapping[str, str]) -> None:
+    for name, (pattern, example) in patterns.items():
+        value = environ.get(name, "")
+        if value and not re.fullmatch(pattern, value):
+            raise ConfigError(
+                f"{name}={value}: the environment variable is malformed or not supported; set it as in {name}={example}"
+            )
+
+
+# What becomes a file, a folder or a name in a mirror must not lead anywhere else.
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+
+
+def _check_names(cfg: Config) -> None:
+    keys = ("model.name", "data.name", "benchmark.name", "budget.name", "logger.project")
+    names = [(key, attrgetter(key)(cfg)) for key in keys]
+    names += [("experiment", cfg.experiment or "none")]
+    names += [("probe.name", cfg.probe.name)] if cfg.probe else []
+    names += [("report.experiments", name) for name in cfg.report.experiments]
+    names += [("benchmark.tasks", name) for name in cfg.benchmark.tasks]
+    for key, name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{key}={name[:80]!r}: must be a name of at most 80 letters, digits, '.', '_' and '-' that does not "
+                f"start with '.'"
+            )
+    for key in ("runs_dir", "report.out", "bench.out", "export.out"):
+        folder = attrgetter(key)(cfg)
+        if folder is not None and not (folder.strip() and folder.isprintable()):
+            raise ConfigError(f"{key}={folder!r}: must name a folder, as in {key}=results")
+
+
+def _check_batch(cfg: Config) -> None:
+    accumulation = cfg.budget.accumulation
+    if cfg.calls(accumulation) is None:
+        raise ConfigError(
+            f"budget.accumulation={accumulation}: times batch_factor={cfg.batch_factor} is no whole number of calls of "
+            f"equal size; the nearest valid value is {cfg.nearest_accumulation()}"
+        )
+
+
+def _check_warmup(cfg: Config) -> None:
+    if cfg.quantized and cfg.bf16_warmup_steps >= cfg.steps:
+        raise ConfigError(
+            f"warmup.bf16={cfg.warmup.bf16:g}: quantization would start at step {cfg.bf16_warmup_steps + 1} of "
+            f"{cfg.steps}; the largest valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+    if cfg.lr_warmup_steps >= cfg.steps and cfg.steps > 1:
+        raise ConfigError(
+            f"optim.lr_warmup={cfg.optim.lr_warmup:g}: the learning rate would never leave its warmup; the largest "
+            f"valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+
+
+def _check_quant(cfg: Config) -> None:
+    if not cfg.quantized:
+        return
+    q, blocks = cfg.quant, cfg.model.blocks
+    if blocks is not None and q.bf16_blocks >= blocks:
+        raise ConfigError(
+            f"quant.bf16_blocks={q.bf16_blocks}: {cfg.model.name} has {blocks} blocks, so nothing would be quantized; "
+            f"the largest valid value is {blocks - 1}"
+        )
+    if not q.scope:
+        raise ConfigError(
+            "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj], or use quant=bf16"
+        )
+    if not (q.weights or q.activations or q.gradients):
+        raise ConfigError(
+            "quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16"
+        )
+    for role in ROLES:
+        target, largest = getattr(q, f"target_{role}"), FORMATS[q.format].largest
+        if target > largest:  # it could never be reached
+            raise ConfigError(
+                f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
+                f"{largest:g}"
+            )
+    _check_fp8(cfg)
+    if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
+        raise ConfigError(
+            f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2"
+        )
+
+
+def _check_fp8(cfg: Config) -> None:
+    """quant.gemm=fp8 carries clipped HiF8 values as 16 times themselves in E4M3 (`qat.quant.matmul`)."""
+    q = cfg.quant
+    if q.gemm != "fp8":
+        return
+    if q.format != "hif8" or q.operands != "exact":
+        key = "format" if q.format != "hif8" else "operands"
+        raise ConfigError(
+            f"quant.gemm=fp8: with quant.{key}={getattr(q, key)} there is no exact E4M3 form; set quant.gemm=bf16"
+        )
+    if q.overflow != "clip":
+        raise ConfigError(
+            f"quant.gemm=fp8: quant.overflow={q.overflow} lets values through that E4M3 cannot hold; set "
+            f"quant.overflow=clip"
+        )
+    if not (q.weights and q.activations and q.gradients):
+        raise ConfigError(
+            "quant.gemm=fp8: a role that is not quantized has no 8-bit operands; set quant.gemm=bf16 or quantize all"
+        )
+    rows = cfg.batch[0] * cfg.budget.seq_len
+    if rows % 16:
+        raise ConfigError(
+            f"budget.seq_len={cfg.budget.seq_len}: quant.gemm=fp8 takes micro-batches of a multiple of 16 tokens, not "
+            f"{rows}; the nearest valid value is {16 * max(1, round(cfg.budget.seq_len / 16))}"
+        )
+    for role in ROLES:
+        if getattr(q, f"target_{role}") > 15:
+            raise ConfigError(
+                f"quant.target_{role}={getattr(q, f'target_{role}'):g}: quant.gemm=fp8 holds values up to 15; the "
+                f"nearest valid value is 15"
+            )
+
+
+def _check_sources(cfg: Config) -> None:
+    if cfg.model.source != "random" and not cfg.model.path:
+        raise ConfigError(
+            f"model.path=null: model.source={cfg.model.source} needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"
+        )
+    if cfg.model.source == "random" and not cfg.model.architecture:
+        raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
+    for key, text, example in (("data", cfg.data, "fineweb"), ("probe", cfg.probe, "wikipedia")):
+        if text and not text.path:
+            raise ConfigError(f"{key}.path=null: {key}.source={text.source} needs a path, as in {key}={example}")
+        if text and text.cache and text.source != "hub":
+            raise ConfigError(f"{key}.cache=true: {key}.source={text.source} is not streamed; set {key}.cache=false")
+        if text and text.subset and text.source != "hub":
+            raise ConfigError(f"{key}.subset={text.subset}: {key}.source={text.source} has none; leave it out")
+        if text and text.revision and text.source not in ("hub", "prepared"):
+            raise ConfigError(f"{key}.revision={text.revision}: {key}.source={text.source} has none; leave it out")
+    if cfg.model.revision and cfg.model.source != "hub":
+        revision, source = cfg.model.revision, cfg.model.source
+        raise ConfigError(f"model.revision={revision}: model.source={source} has none; leave it out")
+
+
+def _check_probe(cfg: Config) -> None:
+    if cfg.probe is None:
+        return
+    if cfg.probe.source not in CHOICES["data.source"]:
+        fix = nearest(cfg.probe.source, CHOICES["data.source"])
+        raise ConfigError(f"probe.source={cfg.probe.source}: unknown value; {fix}")
+    for key in ("label_shift", "duplicate_workers", "tokenizer_threads", "shuffle_buffer"):
+        value = getattr(cfg.probe, key)
+        if value != getattr(ProbeConfig, key):
+            raise ConfigError(f"probe.{key}={value}: has no effect on a text that is only measured; leave it out")
+    if cfg.probe.name == cfg.data.name:
+        raise ConfigError(
+            f"probe.name={cfg.probe.name}: is the text trained on, not one of another kind; give it another name, or "
+            f"go without by probe=none"
+        )
+
+
+def _check_benchmark(cfg: Config) -> None:
+    if not cfg.benchmark.tasks:
+        raise ConfigError(f"benchmark.tasks={{}}: nothing to evaluate; name some of {', '.join(TASKS)}")
+    for name, task in cfg.benchmark.tasks.items():
+        if name not in TASKS:
+            raise ConfigError(f"benchmark.tasks.{name}: unknown task; {nearest(name, TASKS)}")
+        for key, value, low in (("shots", task.shots, 0), ("limit", task.limit, 1)):
+            if value is not None and value < low:
+                raise ConfigError(f"benchmark.tasks.{name}.{key}={value}: the nearest valid value is {low}")

@@ -1,0 +1,57 @@
+"""Text never trained on, as packed sequences that know their document."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qat.config import DataConfig
+from qat.data import wikipedia
+from qat.data.packing import corpus
+from qat.data.tokenize import encode
+from qat.errors import UserError
+from qat.models.tokenizer import document_token
+from qat.utils import files
+from qat.utils.environment import package_path
+
+HELDOUT_LENGTH = 128  # tokens a held-out sequence
+
+
+class Heldout(NamedTuple):
+    """Text never trained on. tokens: int64 [sequences >= 1, HELDOUT_LENGTH + 1]; documents: int64 [sequences], which
+    one each is of; hash: of the tokens."""
+
+    tokens: torch.Tensor
+    documents: torch.Tensor
+    hash: str
+
+
+def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
+    """About `wanted` held-out tokens of as many documents as possible, as neighbours say nothing new about the noise:
+    the first sequence of each, then the second of each, and so on. Errors: UserError when no document has one."""
+    length, count = HELDOUT_LENGTH + 1, max(1, wanted // HELDOUT_LENGTH)
+    separator = document_token(tokenizer)
+    encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
+    texts = list(itertools.islice((text for text in encoded if len(text) >= length), count))
+    if not texts:
+        raise UserError(f"{cfg.named}: no held-out document has the {length} tokens of a sequence; name another text")
+    found = [
+        (text[start : start + length], number)
+        for start in range(0, max(map(len, texts)), length)
+        for number, text in enumerate(texts)
+        if len(text) >= start + length
+    ][:count]
+    tokens, documents = (torch.tensor(column) for column in zip(*found, strict=True))
+    return Heldout(tokens, documents, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12])
+
+
+def _heldout(cfg: DataConfig) -> Iterator[str]:
+    """Documents never trained on, in a fixed order. A MediaWiki dump has no others."""
+    if cfg.source != "hub" and cfg.path.endswith(".bz2"):
+        return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(files.expand(cfg.path)))
+    return corpus(cfg, seed=0).heldout()

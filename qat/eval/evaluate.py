@@ -1,0 +1,279 @@
+"""Score a finished run: benchmarks through lm-eval, held-out loss, and KL divergence to the matched baseline.
+
+Five things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, that baseline in W8A8
+without QAT (`qat.quant.calibrate`), and the run both ways: its weights in BF16 without quantizers (`bf16`, what the
+paper reports), and W8A8 with frozen scales (`w8a8`), whose held-out loss is also taken under PTQ's scales. Every model
+is scored as it would be exported, with its parameters in BF16. Nothing is written into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qat.config import Config
+from qat.data import heldout, packing
+from qat.errors import ConfigError, UserError
+from qat.eval import benchmarks
+from qat.models.load import context_length, load_model
+from qat.quant.calibrate import calibrate
+from qat.quant.convert import convert
+from qat.quant.scaling import Phase
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, calibrated, is_ptq, ptq_mode, ptq_of, untouched_of
+from qat.train import checkpoint
+from qat.utils import device, distributed, environment
+
+_HELDOUT_BATCH = 4  # sequences a forward call
+CALIBRATION_SEQUENCES = 16  # of the run's first training text that calibrate PTQ, in the run's own micro-batches
+
+
+@dataclass
+class Subject:
+    """One model to score: its configuration, the run folder with its weights, and how its linears run."""
+
+    cfg: Config
+    run: Run
+    mode: str  # bf16; w8a8, with the run's own scales; or `qat.runs.identity.ptq_mode`, with calibrated ones
+
+    @property
+    def trained(self) -> bool:
+        return self.cfg.budget.steps > 0
+
+    @property
+    def calibrated(self) -> bool:
+        return is_ptq(self.mode)
+
+    def build(self) -> tuple[nn.Module, object]:
+        """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
+        model, tokenizer = load_model(self.cfg.model, self.cfg.seed)
+        tensors, facts = self._checkpoint() if self.trained else ({}, {})
+        # Parameters only: rotary frequencies must stay FP32, as they are in training.
+        stored = torch.bfloat16 if device.resolve_arithmetic(self.cfg.budget.arithmetic) == "bf16" else torch.float32
+        parameters = saved = dict(model.named_parameters())
+        if self.trained:
+            with checkpoint.restoring(self.run.checkpoints):
+                saved = checkpoint.matched(tensors, "model", parameters)
+        for name, parameter in parameters.items():
+            parameter.data = saved[name].detach().to(parameter.device).bfloat16().to(stored)
+        model.eval()
+        if self.mode == "bf16":
+            return model, tokenizer
+        bank, _ = convert(model, self.cfg)
+        if self.calibrated:
+            calibrate(model, bank, calibration_batches(self.cfg, tokenizer))
+        else:
+            with checkpoint.restoring(self.run.checkpoints):
+                bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
+        bank.phase = Phase.FROZEN
+        return model, tokenizer
+
+    def check(self) -> None:
+        """Raise `UserError` when there is nothing to score yet, or no longer what it was made of."""
+        if self.trained and not self.run.finished:
+            state = self.run.status()
+            progress = f"at step {state['step']} of {state['steps']}" if state else "not started"
+            raise UserError(
+                f"{self.run.id} is {progress}; train it first: `python scripts/train.py` with the same overrides"
+            )
+        self.run.check_sources(self.cfg)
+
+    def check_checkpoint(self) -> None:
+        """Raise `UserError` when the weights to score are gone."""
+        if self.trained and not any(self.run.checkpoints.glob("step-*")):
+            raise UserError(
+                f"{self.run.path}: its checkpoint is gone, and what is asked is not scored yet; train it again by "
+                f"`python scripts/train.py` with the same overrides and retrain=true"
+            )
+
+    def _checkpoint(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+        self.check()
+        self.check_checkpoint()
+        return checkpoint.latest(self.run.checkpoints, self.run.id)
+
+
+def evaluate(cfg: Config) -> list[Subject]:
+    """Score what `cfg` describes and what it is compared with, and return what was not scored already.
+
+    Raises:
+        ConfigError: there are several ranks.
+        UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
+    """
+    if distributed.count() > 1:
+        raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
+    device.prepare()
+    untouched, baseline = untouched_of(cfg), baseline_of(cfg)
+    reference = Subject(baseline, Run.of(baseline), "bf16")
+    subjects = [Subject(untouched, Run.of(untouched), "bf16"), reference]
+    if cfg.quantized:
+        run = Run.of(cfg)
+        subjects += [Subject(ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
+        subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
+    for subject in subjects:
+        subject.check()
+    scorer = _Scorer(cfg, reference)
+    missing = [subject for subject in subjects if not scorer.scored(subject)]
+    for subject in missing:  # all of them before minutes are spent on the first
+        subject.check_checkpoint()
+        if subject.cfg.quantized:
+            reference.check_checkpoint()
+    for subject in subjects:
+        scorer.score(subject)
+    return missing
+
+
+class _Scorer:
+    """Scores subjects with one benchmark and the held-out texts, and writes the results to their folders."""
+
+    def __init__(self, cfg: Config, reference: Subject):
+        self.cfg, self.reference = cfg, reference
+
+    def scored(self, subject: Subject) -> bool:
+        """Whether its folder has the scores of these weights, for what is asked."""
+        done = self._done(subject)
+        # Results of earlier versions have no losses under PTQ's scales: they are left out of the comparison.
+        calibrated = done.get("calibrated", {}).get("sequences", CALIBRATION_SEQUENCES)
+        return done.get("asked") == self._asked(subject) and calibrated == CALIBRATION_SEQUENCES
+
+    def _done(self, subject: Subject) -> dict:
+        """What its folder has of these weights."""
+        done = subject.run.evaluations().get(self.cfg.benchmark.name, {}).get(subject.mode, {})
+        # Results of earlier versions do not say what they are of.
+        return done if done.get("of", self._of(subject)) == self._of(subject) else {}
+
+    def _of(self, subject: Subject) -> list[str]:
+        """The weights that a result is of, and those that it is compared with."""
+        return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.cfg.quantized else [])]
+
+    def _asked(self, subject: Subject) -> dict:
+        """A result counts only for what was asked: other questions, text or calibration are scored anew."""
+        data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
+        heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
+        heldout |= {"revision": data.revision} if data.revision else {}
+        kind = self.cfg.probe
+        probe = {"probe": {"path": kind.path, "subset": kind.subset, "revision": kind.revision}} if kind else {}
+        calibrated = {"calibration_sequences": CALIBRATION_SEQUENCES} if subject.calibrated else {}
+        return {"benchmark": benchmark, "heldout": heldout} | probe | calibrated
+
+    @functools.cached_property
+    def _baseline(self) -> nn.Module:
+        """The matched baseline, built once for all that is compared with its predictions."""
+        return self.reference.build()[0]
+
+    def score(self, subject: Subject) -> None:
+        name, mode = self.cfg.benchmark.name, subject.mode
+        if self.scored(subject):
+            early = mode == "w8a8" and "calibrated" not in self._done(subject)
+            note = ", without losses under PTQ's scales: to have them, delete its eval.json" if early else ""
+            print(f"{subject.run.id} ({mode}): scored already{note}", flush=True)
+            return
+        print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
+        started = time.perf_counter()
+        model, tokenizer = subject.build()
+        answered, samples = self._questions(subject, model, tokenizer)
+        record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.cfg.quantized)}
+        del model  # before another one is built
+        if mode == "w8a8":
+            record["calibrated"] = self._calibrated(subject)
+        seconds = round(time.perf_counter() - started, 1)
+        record |= {
+            "asked": self._asked(subject),
+            "of": self._of(subject),
+            "by": environment.machine_summary(),
+            "seconds": seconds,
+        }
+        with subject.run.lock():
+            if not subject.trained:
+                subject.run.create(subject.cfg)
+            subject.run.keep_sources(subject.cfg)
+            results = subject.run.evaluations()
+            if results.setdefault(name, {}).pop(mode, None):  # of other questions: its samples go first
+                subject.run.write_json("eval.json", results)
+            for task, rows in samples.items():
+                subject.run.write_samples(name, mode, task, rows)
+            results[name][mode] = record
+            subject.run.write_json("eval.json", results)
+        for task, row in record["tasks"].items():
+            print(f"  {task}: {100 * row['score']:.1f} % of {row['n']} ({row['metric']}, {row['shots']} shots)")
+        for name, text in record["heldout"].items():
+            print(f"  held-out loss on {name}: {text['loss']:.4f} nats a token", flush=True)
+
+    def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
+        """(scores by task and lm-eval's version, samples by task to be written). Where only a text has changed, the
+        answers that are there are still those to what is asked."""
+        done, asked = self._done(subject), self._asked(subject)
+        if done and all(done["asked"].get(key) == asked.get(key) for key in ("benchmark", "calibration_sequences")):
+            return {key: done[key] for key in ("tasks", "lm_eval")}, {}
+        limit = context_length(model.config)
+        with device.attention_of_any_length():
+            scores = benchmarks.score(
+                model, tokenizer, self.cfg.benchmark, environment.cache_dir(), limit, progress=True
+            )
+        return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
+
+    def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
+        """By text never trained on: the data's own, and the one of another kind that training was probed with; beside
+        the baseline's predictions or not."""
+        cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
+        texts = {cfg.data.name: heldout.load_heldout(cfg.data, tokenizer, wanted)}
+        if cfg.probe:
+            texts[cfg.probe.name] = heldout.load_heldout(cfg.probe, tokenizer, wanted // 2)
+        return {name: self._losses(model, text, beside) for name, text in texts.items()}
+
+    def _calibrated(self, subject: Subject) -> dict:
+        """The held-out losses of a run's weights under the scales that PTQ gives them."""
+        twin = Subject(calibrated(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
+        return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
+
+    def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:
+        """Loss on a text, and its KL divergence from the baseline's predictions: means over its documents."""
+        batches = text.tokens.to(device.get_device()).split(_HELDOUT_BATCH)
+        baseline = self._baseline if beside else None
+        losses, divergence = [], []
+        for batch in batches:
+            ours = _log_probabilities(model, batch)
+            labels = batch[:, 1:].unsqueeze(-1)
+            losses += (-ours.gather(-1, labels).squeeze(-1).mean(1)).tolist()
+            if baseline is not None:
+                wanted = _log_probabilities(baseline, batch)
+                kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
+                divergence += kl.mean(1).tolist()
+        losses, divergence = (_means(each, text.documents) for each in (losses, divergence))
+        return {
+            "loss": sum(losses) / len(losses),
+            "document_losses": losses,
+            "kl": sum(divergence) / len(divergence) if divergence else None,
+            "tokens": text.tokens[:, 1:].numel(),
+            "text_hash": text.hash,
+        }
+
+
+def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:
+    """Yield the first training sequences of a run, int64 [sequences, length]. Errors: UserError when the text cannot be
+    read."""
+    once = dataclasses.replace(cfg.data, duplicate_workers=1)
+    stream, (micro, _) = packing.training_stream(once, cfg.seed, tokenizer), cfg.batch
+    for done in range(0, CALIBRATION_SEQUENCES, micro):
+        tokens = stream.micro_batch(min(micro, CALIBRATION_SEQUENCES - done), cfg.budget.seq_len)
+        yield tokens.to(device.get_device())[:, :-1]
+
+
+def _means(values: list[float], groups: torch.Tensor) -> list[float]:
+    """The mean of the values, if any, of each group, in the order of their numbers."""
+    if not values:
+        return []
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, torch.tensor(values).double())
+    return (sums / groups.bincount()).tolist()
+
+
+@torch.inference_mode()
+def _log_probabilities(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """int64 [sequences, length + 1] -> FP32 log-probabilities [sequences, length, vocabulary] of the next tokens."""
+    return model(input_ids=tokens[:, :-1], use_cache=False).logits.float().log_softmax(-1)

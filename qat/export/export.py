@@ -1,0 +1,179 @@
+"""A finished run as a Hugging Face folder of 8-bit codes, and the way back from it.
+
+    config.json         the model, and how its linears are coded (`qat.export.hf_quantizer.CodesConfig`)
+    model.safetensors   <linear>.weight as uint8 codes, .weight_scale and .input_scale in FP32, all else in BF16;
+                        in several files above 5 GB
+    README.md           the model card, with the run's results
+    SHA256SUMS          of the safetensors; beside it generation_config.json and the tokenizer
+
+What is loaded from it computes what W8A8 evaluation computed (`qat.eval.evaluate.Subject`), bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qat.config import CHOICES, Config
+from qat.errors import ConfigError, UserError, nearest
+from qat.eval.evaluate import Subject
+from qat.export import hf_quantizer, model_card
+from qat.export.hf_quantizer import CodesConfig
+from qat.quant.convert import quantized_linears
+from qat.quant.kernels import dispatch
+from qat.runs.folder import Run
+from qat.utils import device, distributed, files
+
+_LARGEST_FILE, _SUMS = "5GB", "SHA256SUMS"
+_ARITHMETIC = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def export(cfg: Config) -> Path:
+    """Write the finished run that `cfg` describes to `export.out`, by default `<run folder>/export`; returns that.
+
+    It appears whole or not at all, and only an earlier export of the same run is replaced. Errors: UserError for a run
+    that has no codes or is not finished, and for a folder that is something else.
+    """
+    run = Run.of(cfg)
+    subject = Subject(cfg, run, "w8a8")
+    _refuse(cfg, subject)
+    out = Path(cfg.export.out) if cfg.export.out else run.path / "export"
+    _refuse_foreign(out, run)
+    model, tokenizer = subject.build()
+    config = _coded(model, cfg, run)
+    temporary = out.absolute().with_name(f".{out.absolute().name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)  # a kill left it
+    try:
+        with files.naming(temporary):
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary, max_shard_size=_LARGEST_FILE)
+            tokenizer.init_kwargs.pop("auto_map", None)  # openPangu's names code that does not come along
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(model_card.card(cfg, run, model, config), encoding="utf-8")
+            (temporary / _SUMS).write_text(_sums(temporary))
+        for file in temporary.iterdir():
+            files.flush(file)
+        _put(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"export: {out} ({model_card.sizes(model)})", flush=True)
+    return out
+
+
+def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, object]:
+    """An exported model, in eval mode on the device, and its tokenizer. Needs neither the run nor its configuration,
+    reads no pickle and runs no remote code.
+
+    folder: what `export` wrote.
+    arithmetic: what is computed between the roundings, and so the dtype of everything but codes and scales: "bf16",
+        "fp32", or "auto" for BF16 where the processor has it. None: what the run was evaluated in. With that, logits on
+        the same machine equal those of the evaluated W8A8 model bit for bit; other arithmetic, another processor or
+        another PyTorch rounds sums otherwise.
+
+    Linears keep a byte a weight in memory, too, and are decoded for each call. Errors: UserError when the folder is no
+    export, is damaged, or is of a later version.
+    """
+    choices = CHOICES["budget.arithmetic"]
+    if arithmetic not in (None, *choices):
+        raise UserError(f"arithmetic={arithmetic}: unknown value; {nearest(arithmetic, choices)}")
+    source = {"pretrained_model_name_or_path": folder, "trust_remote_code": False, "local_files_only": True}
+    found = _config_of(folder)
+    if found is None:
+        raise UserError(
+            f"{folder}: no export (quant_method {hf_quantizer.METHOD} is not in its config.json); run scripts/export.py"
+        )
+    try:
+        if (Path(folder) / _SUMS).exists() and (Path(folder) / _SUMS).read_text() != _sums(Path(folder)):
+            raise ValueError(f"its weights are not those of {_SUMS}")
+        wanted = device.resolve_arithmetic(arithmetic or found["arithmetic"])
+        device.round_sums_once()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=_ARITHMETIC[wanted], use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        amiss = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+        if amiss:
+            raise ValueError(f"missing or superfluous: {amiss[0]}, the first of {len(amiss)}")
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} cannot be loaded ({reason}); export it, or fetch it, again") from error
+    return model.to(device.get_device()).eval(), tokenizer
+
+
+def _refuse(cfg: Config, subject: Subject) -> None:
+    if distributed.count() > 1:
+        raise ConfigError("export is one process's work: start scripts/export.py without torchrun")
+    if not cfg.quantized:
+        raise ConfigError(f"{subject.run.id} is not quantized and has no codes to export; name a quantized run")
+    if not (cfg.quant.weights or cfg.quant.activations):
+        raise ConfigError(
+            f"quant.weights=false: {subject.run.id} has activations in BF16, too, and nothing to export; name a run "
+            f"that quantizes one of them"
+        )
+    subject.check()
+
+
+def _refuse_foreign(out: Path, run: Run) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() and (_config_of(out) or {}).get("run") != run.id:
+        raise ConfigError(f"export.out={out}: exists and is not an export of {run.id}; name another folder")
+
+
+def _config_of(folder: Path | str) -> dict | None:
+    """The `quantization_config` of an exported folder; None for any other folder, and for none."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    found = getattr(config, "quantization_config", None)
+    return found if isinstance(found, dict) and found.get("quant_method") == hf_quantizer.METHOD else None
+
+
+def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
+    """Replace the quantized linears of an evaluated model by coded ones, and round all other parameters to BF16 (which
+    they are already, in one dtype or the other); returns what config.json says about it."""
+    linears = quantized_linears(model)
+    config = CodesConfig(
+        **vars(cfg.quant),
+        modules=list(linears),
+        activation_scheme="dynamic" if cfg.scaling.algo == "current" else "static",
+        arithmetic=device.resolve_arithmetic(cfg.budget.arithmetic),
+        run=run.id,
+    )
+    for name, linear in hf_quantizer.swap(model, config).items():
+        weight, activation = (linears[name].quantizers[role] for role in ("weight", "activation"))
+        if config.weights:
+            original = linears[name].weight
+            scale = weight.bank.scale_of(weight.index, original)
+            rounding = (config.format, config.overflow, config.target_weight, "codes")
+            linear.weight = dispatch.quantize(original, scale, None, 0, *rounding)[1]
+            linear.weight_scale = scale.clone()
+        if config.activations:
+            linear.input_scale = activation.bank.scale[activation.index].clone()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.config.quantization_config = config
+    return config
+
+
+def _sums(folder: Path) -> str:
+    """The checksums of a folder's weights."""
+    return files.checksums(folder.glob("*.safetensors"))
+
+
+def _put(temporary: Path, out: Path) -> None:
+    """Rename a whole new export to its place."""
+    if out.exists():
+        strange = {path.name for path in out.iterdir()} - {path.name for path in temporary.iterdir()}
+        if strange:
+            raise ConfigError(f"export.out={out}: has {min(strange)}, which is not of the export; move it elsewhere")
+        files.remove(out)
+    os.rename(temporary, out)
+    files.flush(out.parent)

@@ -1,0 +1,163 @@
+"""Which linears are quantized: scope patterns within a block, minus the blocks that stay BF16; and what that covers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from qat.config import ROLES, Config
+from qat.errors import ConfigError, nearest
+from qat.quant.linear import QuantizedLinear, Quantizer
+from qat.quant.matmul import Products
+from qat.quant.scaling import ScaleBank
+
+# `model.layers.3.mlp.gate_proj` -> block 3, `mlp.gate_proj`. `layers`, `h` and `blocks` are what model families use.
+_BLOCK = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
+# Siblings that read the same tensor, as model families name them: it gets one scale and is rounded once.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass
+class Coverage:
+    """What a conversion quantizes.
+
+    FLOPs are those of the model's products with weights, 2 a weight and token, attention scores left out; so a share
+    of the FLOPs is a share of `matmul_parameters`.
+    """
+
+    linears: dict[str, int]  # name of each quantized linear -> its parameters
+    parameters: int
+    all_parameters: int
+    matmul_parameters: int
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """{`mlp.gate_proj`: (linears, parameters)} of what is quantized."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, size in self.linears.items():
+            kind = _BLOCK.match(name)[2]
+            count, total = found.get(kind, (0, 0))
+            found[kind] = count + 1, total + size
+        return found
+
+    def as_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        if not self.linears:
+            return "  quantized: nothing"
+        blocks = sorted({int(_BLOCK.match(name)[1]) for name in self.linears})
+        lines = [f"  {f'quantized, blocks {blocks[0]}..{blocks[-1]}':<28}linears  parameters  of all  of the FLOPs"]
+        rows = [*self.kinds().items(), ("together", (len(self.linears), self.parameters))]
+        for kind, (count, size) in rows:
+            shares = f"{size / self.all_parameters:>6.1%}  {size / self.matmul_parameters:>12.1%}"
+            lines.append(f"  {kind:<28}{count:>7}  {size / 1e6:>8.1f} M  {shares}")
+        return "\n".join(lines)
+
+
+def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
+    """Swap the linears that `cfg.quant` names for quantized ones, in place.
+
+    Returns the bank of their scales (None with quant=bf16, which swaps nothing) and the coverage. Errors:
+    ConfigError when a scope pattern matches no linear, no block is left to quantize, or quant.gemm=fp8 cannot run.
+    """
+    linears = _select(model, cfg) if cfg.quantized else {}
+    bank = None
+    if linears:
+        if cfg.quant.gemm == "fp8":
+            _check_fp8(linears)
+        bank = _swap(model, linears, cfg)
+    weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
+    return bank, Coverage(
+        linears={name: linear.weight.numel() for name, linear in linears.items()},
+        parameters=sum(linear.weight.numel() for linear in linears.values()),
+        all_parameters=sum(p.numel() for p in model.parameters()),
+        matmul_parameters=sum(weights.values()),
+    )
+
+
+def _check_fp8(linears: dict[str, nn.Linear]) -> None:
+    """Raise `ConfigError` where FP8 products cannot run: on an older GPU, or with sizes that they do not take."""
+    device = next(iter(linears.values())).weight.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"quant.gemm=fp8: {torch.cuda.get_device_name(device)} has no FP8 tensor cores (compute capability 8.9 and "
+            f"above have); set quant.gemm=bf16"
+        )
+    for name, linear in linears.items():
+        if linear.in_features % 16 or linear.out_features % 16:
+            raise ConfigError(
+                f"quant.gemm=fp8: {name} is {linear.in_features} -> {linear.out_features}, and FP8 products take "
+                f"multiples of 16; set quant.gemm=bf16"
+            )
+
+
+def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
+    inside = {}  # name -> (block, name within the block, linear)
+    for name, module in model.named_modules():
+        found = _BLOCK.match(name)
+        if found and isinstance(module, nn.Linear):
+            inside[name] = int(found[1]), found[2], module
+    kinds = sorted({kind for _, kind, _ in inside.values()})
+    if not kinds:
+        raise ConfigError(
+            f"model.name={cfg.model.name}: has no linears in blocks named layers, h or blocks; give another model"
+        )
+    for pattern in cfg.quant.scope:
+        if not any(fnmatchcase(kind, pattern) for kind in kinds):
+            raise ConfigError(
+                f"quant.scope={pattern}: matches no linear of {cfg.model.name}; {nearest(pattern, kinds)}"
+            )
+    blocks = 1 + max(block for block, _, _ in inside.values())
+    keep = cfg.quant.bf16_blocks
+    first, last = -(-keep // 2), blocks - keep // 2
+    if first >= last:
+        raise ConfigError(
+            f"quant.bf16_blocks={keep}: {cfg.model.name} has {blocks} blocks; the largest valid value is {blocks - 1}"
+        )
+    return {
+        name: linear
+        for name, (block, kind, linear) in inside.items()
+        if first <= block < last and any(fnmatchcase(kind, pattern) for pattern in cfg.quant.scope)
+    }
+
+
+def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> ScaleBank:
+    q = cfg.quant
+    enabled = {"activation": q.activations, "weight": q.weights, "gradient": q.gradients}
+    target = {role: getattr(q, f"target_{role}") for role in ROLES}
+    owner = {name: _owner_of_input(name, linears) for name in linears}
+    names = [
+        f"{name}/{role}"
+        for name in linears
+        for role in ROLES
+        if enabled[role] and (role != "activation" or owner[name] == name)
+    ]
+    device = next(model.parameters()).device
+    bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg, device)
+    index, products = {name: i for i, name in enumerate(names)}, Products(q)
+    for name, linear in linears.items():
+        quantizers = {
+            role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES
+        }
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers, products))
+    for name in linears:
+        if owner[name] != name:
+            model.get_submodule(name).share_input(model.get_submodule(owner[name]))
+    return bank
+
+
+def _owner_of_input(name: str, linears: dict[str, nn.Linear]) -> str:
+    """The first quantized linear that reads the same tensor as linear `name`; itself when there is none."""
+    parent, _, child = name.rpartition(".")
+    siblings = next((group for group in _SAME_INPUT if child in group), (child,))
+    return next(f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in linears)
+
+
+def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -1,0 +1,247 @@
+"""HiF8 on the CPU: scale, round, encode and amax in one pass over memory, multi-threaded and vectorized by Numba.
+
+Bit-identical to `qat.quant.hif8.fake_quantize(x.float() * scale)` followed by a cast back to the dtype of `x`. All
+tensors are contiguous.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import llvmlite.binding as ll
+import numba
+import numpy as np
+import torch
+from numba import njit, prange, types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+from qat.errors import UserError
+from qat.quant import hif8
+from qat.quant.formats import to_e4m3
+from qat.utils.environment import cache_dir
+
+if not numba.config.CACHE_DIR:  # Numba's own choice is beside this file, which an installation may not let us write
+    with contextlib.suppress(UserError):
+        numba.config.CACHE_DIR = str(cache_dir() / "numba")
+
+if numba.config.CPU_FEATURES is None and ll.get_host_cpu_features().get("avx512f"):
+    # LLVM avoids the full width of AVX-512 by default; it makes these kernels up to twice as fast.
+    numba.config.CPU_NAME = ll.get_host_cpu_name()
+    numba.config.CPU_FEATURES = ll.get_host_cpu_features().flatten() + ",-prefer-256-bit"
+
+# Numba makes int64 of whatever two int32 come to. In what is to be vectorized each result is cut back at once, or a
+# vector holds half as many, and AVX2 lacks some operations on those: kernels would take four to five times as long.
+I = np.int32  # noqa: E741
+_CHUNK = 16384  # elements a task: large enough to hide scheduling, small enough to balance two cores
+_SIZE, _SIGN, _INF = I(0x7FFFFFFF), I(-0x80000000), I(0x7F800000)
+_SMALLEST, _HALF_SMALLEST = I(0x34800000), I(0x34000000)  # 2^-22 and 2^-23
+_OVERFLOW = I(0x47200000)  # 1.25 * 2^15
+_E4M3_EXACT, _E4M3_LARGEST = I(0x39800000), I(0x41E00000)  # 2^-12 and 28
+# The exponents of a tier, -3 to 3, -7 to 7 and -15 to 15, lie around the bits of 1.5: so far to either side.
+_MIDDLE, _TIER2, _TIER1, _TIER0 = I(0x3FC00000), I(7 << 22), I(15 << 22), I(31 << 22)
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a kernel; where it is damaged or cannot be written, the kernel is compiled again."""
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling makes of a file that was cut
+            with contextlib.suppress(OSError):
+                self.flush()
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def _kernel(function):
+    """Compile a kernel for all threads, and keep it for other processes where Numba finds a place to."""
+    kernel = njit(parallel=True, nogil=True, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # no place
+        kernel._cache = _Cache(function)
+    return kernel
+
+
+@intrinsic
+def _bits(typing, value):
+    """Reinterpret a float32 as int32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def _float(typing, value):
+    """Reinterpret an int32 as float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), codegen
+
+
+@njit(error_model="numpy")
+def _round(bits, clip, beyond):
+    """HiF8 rounding of float32 bits: magnitudes are clipped to `clip` first, those that round above 2^15 become
+    `beyond`; NaN is lost.
+
+    The same integer arithmetic as `qat.quant.hif8.fake_quantize`, written as selects because branches stop
+    vectorization.
+    """
+    size = I(bits & _SIZE)
+    clipped = size if size < clip else clip
+    offset = I(clipped - _MIDDLE)
+    distance = I(offset ^ I(offset >> I(31)))  # ones' complement: of the two ends of a tier the lower one is in it
+    lost = I(I(I(distance >= _TIER2) + I(distance >= _TIER1)) + I(distance >= _TIER0))  # of 3 mantissa bits
+    half, kept = I(I(1 << 19) << lost), I(I(-1 << 20) << lost)
+    rounded = I(I(clipped + half) & kept)
+    rounded = rounded if rounded > _SMALLEST else _SMALLEST
+    rounded = beyond if clipped >= _OVERFLOW else rounded
+    signed = I(rounded | I(bits & _SIGN))
+    return signed if clipped >= _HALF_SMALLEST else I(0)
+
+
+def _quantizer(bf16: bool, codes: bool):
+    """A kernel for one dtype, with or without codes."""
+
+    @_kernel
+    def kernel(x, scale, clip, beyond, out, table, out_codes, amaxes):
+        for task in prange(amaxes.size):
+            first, last = task * _CHUNK, (task + 1) * _CHUNK
+            source, target, coded = x[first:last], out[first:last], out_codes[first:last]
+            amax = I(0)
+            for i in range(source.size):
+                raw = I(I(source[i]) << I(16)) if bf16 else I(source[i])
+                size = I(raw & _SIZE)
+                amax = size if size > amax else amax
+                rounded = _round(_bits(_float(raw) * scale), clip, beyond)
+                target[i] = I(rounded >> I(16)) if bf16 else rounded
+            if codes:  # apart, as a look-up is not vectorized
+                for i in range(source.size):
+                    coded[i] = table[np.uint16(target[i]) >> 4 if bf16 else np.uint32(target[i]) >> 20]
+            amaxes[task] = amax
+            if amax > _INF:  # NaN bits are the largest of all: put back what rounding lost
+                for i in range(source.size):
+                    raw = I(I(source[i]) << I(16)) if bf16 else I(source[i])
+                    if I(raw & _SIZE) > _INF:
+                        target[i] = I(raw >> I(16)) if bf16 else raw
+                        if codes:
+                            coded[i] = I(0x80)
+
+    return kernel
+
+
+@_kernel
+def _decode(codes, table, out):
+    for task in prange(-(-codes.size // _CHUNK)):
+        source, target = codes[task * _CHUNK : (task + 1) * _CHUNK], out[task * _CHUNK : (task + 1) * _CHUNK]
+        for i in range(source.size):
+            target[i] = table[source[i]]
+
+
+@_kernel
+def _statistics(x, scale, clip, beyond, target, sums):
+    for task in prange(len(sums)):
+        source, row = x[task * _CHUNK : (task + 1) * _CHUNK], sums[task]
+        for i in range(source.size):
+            scaled = _float(source[i]) * scale
+            size = _bits(scaled) & _SIZE
+            if size == I(0):
+                continue
+            bits = _round(_bits(scaled), clip, beyond)
+            rounded = _float(bits)
+            row[0] += 1
+            if rounded == np.float32(0):
+                row[6] += 1
+            else:
+                distance = abs((min(size, clip) >> I(23)) - I(127))
+                row[1 + (distance >= 4) + (distance >= 8) + (distance >= 16)] += 1
+            row[5] += size > target
+            spaced = rounded * np.float32(8192)  # E4M3's subnormals, 16 times a value: multiples of 2^-13
+            row[7] += (bits & _SIZE) > _E4M3_LARGEST or ((bits & _SIZE) < _E4M3_EXACT and spaced != np.rint(spaced))
+            row[8] += np.float64(scaled) * scaled
+            row[9] += (np.float64(scaled) - rounded) ** 2
+
+
+_KERNELS = {
+    (dtype, codes): _quantizer(dtype is torch.bfloat16, codes)
+    for dtype in (torch.float32, torch.bfloat16)
+    for codes in (False, True)
+}
+_INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+def _flat(tensor: torch.Tensor) -> np.ndarray:
+    # Not .numpy(), after which PyTorch may not take the memory away again, as FSDP does between uses of a parameter.
+    return np.from_dlpack(tensor.view(-1).view(_INTEGER.get(tensor.dtype, tensor.dtype)))
+
+
+@functools.cache
+def _float_bits(value: float) -> np.int32:
+    return np.float32(value).view(np.int32)
+
+
+def _use_threads_of_torch() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    observed: torch.Tensor | None,
+    index: int,
+    clip: float,
+    beyond: float,
+    emit: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `qat.quant.kernels.dispatch.quantize`; clip: magnitudes above it become it before rounding (inf: none do);
+    beyond: what rounds above 2^15 becomes this."""
+    out = torch.empty_like(x)
+    codes = torch.empty(x.shape if emit == "codes" else 0, dtype=torch.uint8)
+    amaxes = np.empty(max(1, -(-x.numel() // _CHUNK)), np.int32)
+    _use_threads_of_torch()
+    kernel = _KERNELS[x.dtype, emit == "codes"]
+    edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond)
+    kernel(_flat(x), *edges, _flat(out), _codes(), _flat(codes), amaxes)
+    if observed is not None:
+        # NaN bits are the largest of all, as integers.
+        bits = observed.view(torch.int32)
+        bits[index] = max(int(bits[index]), int(amaxes.max()))
+    return (x.new_empty(0), to_e4m3(out)) if emit == "e4m3" else (out, codes)
+
+
+@functools.cache
+def _codes() -> np.ndarray:
+    """The code of every HiF8 value, by the highest 12 of its float32 bits."""
+    return _flat(hif8.encode((torch.arange(4096, dtype=torch.int32) << 20).view(torch.float32)))
+
+
+@functools.cache
+def _values(dtype: torch.dtype) -> np.ndarray:
+    """The value of every code."""
+    return _flat(hif8.decode(torch.arange(256, dtype=torch.uint8)).to(dtype))
+
+
+def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `qat.quant.kernels.dispatch.decode`."""
+    source = codes.contiguous()
+    out = torch.empty(source.shape, dtype=dtype)
+    _use_threads_of_torch()
+    _decode(_flat(source), _values(dtype), _flat(out))
+    return out
+
+
+def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float, target: float) -> torch.Tensor:
+    """As `qat.quant.kernels.dispatch.statistics`; clip and beyond as in `quantize`, target: what counts as beyond it is
+    larger."""
+    source = x.float()
+    sums = np.zeros((max(1, -(-source.numel() // _CHUNK)), 10))
+    edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond), _float_bits(target)
+    _statistics(_flat(source), *edges, sums)
+    return torch.from_numpy(sums.sum(0))

@@ -1,0 +1,91 @@
+"""Products of rounded operands, unscaled: where 8-bit arithmetic is simulated, or handed to FP8 tensor cores.
+
+exact     values are multiplied as they are (exact in BF16 and FP32) and the product is divided by both scales
+descaled  values are divided by their scales first, and rounded to BF16 again: the released code's order
+fp8       E4M3 bytes of 16 times the values on FP8 tensor cores (quant.gemm=fp8), with 1 / (16 s) as their scales
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qat.config import QuantConfig
+from qat.quant.formats import E4M3_FACTOR
+from qat.quant.kernels import dispatch
+
+
+@dataclass
+class Operand:
+    """A tensor as a product takes it. values / scale approximates the original (scale None: values is the original);
+    codes: the values in 8 bits, for where they wait; with gemm=fp8 they are multiplied, and values is empty."""
+
+    values: torch.Tensor
+    codes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+class Products:
+    """How the linears of one configuration multiply."""
+
+    def __init__(self, cfg: QuantConfig):
+        self.format = cfg.format
+        self.fp8, self.descaled = cfg.gemm == "fp8", cfg.operands == "descaled"
+
+    def kept(self, operand: Operand) -> torch.Tensor:
+        """What to save of an operand until it is multiplied: its codes where it has any."""
+        return operand.values if operand.codes is None or not operand.codes.numel() else operand.codes
+
+    def restored(self, kept: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> Operand:
+        """The operand of `kept`, its values in `dtype`."""
+        if kept.dtype is not torch.uint8:
+            return Operand(kept, None, scale)
+        if self.fp8:
+            return Operand(kept.new_empty(0, dtype=dtype), kept, scale)
+        return Operand(dispatch.decode(kept, self.format, dtype), kept, scale)
+
+    def outputs(self, x: Operand, weight: Operand, dtype: torch.dtype) -> torch.Tensor:
+        """x [rows, in], weight [out, in] -> [rows, out]."""
+        if self.fp8:
+            return _fp8(x.codes, weight.codes, x, weight, dtype)
+        return self._exact(x, weight, lambda a, b: (a, b.t()))
+
+    def input_gradients(self, gradient: Operand, weight: Operand, dtype: torch.dtype) -> torch.Tensor:
+        """gradient [rows, out], weight [out, in] -> [rows, in]."""
+        if self.fp8:
+            return _fp8(gradient.codes, weight.codes.t(), gradient, weight, dtype)
+        return self._exact(gradient, weight, lambda a, b: (a, b))
+
+    def weight_gradients(self, gradient: Operand, x: Operand, dtype: torch.dtype) -> torch.Tensor:
+        """gradient [rows, out], x [rows, in] -> [out, in]."""
+        if self.fp8:
+            return _fp8(gradient.codes.t(), x.codes.t(), gradient, x, dtype)
+        return self._exact(gradient, x, lambda a, b: (a.t(), b))
+
+    def _exact(self, a: Operand, b: Operand, arrange) -> torch.Tensor:
+        operands = [_divided(each) if self.descaled else each for each in (a, b)]
+        left, right = arrange(*(each.values for each in operands))
+        # Reciprocals are multiplied, because the product of two scales can overflow FP32 where theirs only underflows.
+        factors = [each.scale.reciprocal() for each in operands if each.scale is not None]
+        if not factors:
+            return left @ right
+        factor = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        if left.device.type == "cpu":
+            return dispatch.mm(left, right, factor)
+        return dispatch.unscale(left @ right, factor)
+
+
+def _divided(operand: Operand) -> Operand:
+    if operand.scale is None:
+        return operand
+    return Operand((operand.values.float() / operand.scale).to(operand.values.dtype))
+
+
+def _fp8(a: torch.Tensor, b: torch.Tensor, left: Operand, right: Operand, dtype: torch.dtype) -> torch.Tensor:
+    """a [m, k], b [n, k], E4M3 bytes in any layout -> a @ b^T / (scales of left and right) in `dtype`, [m, n]."""
+    a8, b8 = (codes.contiguous().view(torch.float8_e4m3fn) for codes in (a, b))
+    scales = [(each.scale * E4M3_FACTOR).reciprocal() for each in (left, right)]
+    # On a CPU PyTorch multiplies the dequantized operands, and autocast would round them to BF16 before it does.
+    with torch.autocast(a.device.type, enabled=False):
+        return torch._scaled_mm(a8, b8.t(), scale_a=scales[0], scale_b=scales[1], out_dtype=dtype, use_fast_accum=False)

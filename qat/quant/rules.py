@@ -1,0 +1,78 @@
+"""Scaling rules: how a tensor's next amax is predicted from the amaxes of earlier steps.
+
+With the history a(t-1), a(t-2), ... the predicted amax of step t is
+
+    current       the tensor's own amax, a(t)                         (CTS)
+    most_recent   a(t-1)                                              (DTS)
+    exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
+    max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
+
+To add a rule, write a decorated function here: `scaling.algo=<its name>` then names it. Nothing here imports PyTorch,
+because the names of runs and the check of a command line depend on this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from qat.config import ScalingConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Rule(NamedTuple):
+    """A scaling rule.
+
+    predict: (history, scaling) -> predicted amax, FP32 [tensors]. history: FP32 [entries, tensors], the newest entry
+        first, zeros where nothing was seen yet.
+    entries: how many of the history it reads; None: `scaling.window` of them.
+    reads: the fields of `ScalingConfig` that change its result; they are part of a run's id.
+    """
+
+    predict: Callable[[torch.Tensor, ScalingConfig], torch.Tensor]
+    entries: int | None
+    reads: tuple[str, ...]
+
+    def length(self, scaling: ScalingConfig) -> int:
+        """Return how many entries of the history to keep: a longer ring would change nothing."""
+        return self.entries or scaling.window
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(entries: int | None = 1, reads: tuple[str, ...] = ()):
+    """Register a function as a rule under its own name (see `Rule`)."""
+
+    def register(predict):
+        RULES[predict.__name__] = Rule(predict, entries, reads)
+        return predict
+
+    return register
+
+
+@rule()
+def current(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
+    """Use the tensor's own amax. The bank knows; the last amax serves evaluation and telemetry only."""
+    return history[0]
+
+
+@rule()
+def most_recent(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
+    """Use the amax of the step before."""
+    return history[0]
+
+
+@rule(entries=2, reads=("alpha",))
+def exp_smooth(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
+    """Average the last two amaxes; with only one of them, use that."""
+    smoothed = scaling.alpha * history[0] + (1 - scaling.alpha) * history[1]
+    return smoothed.where(history[1] > 0, history[0])
+
+
+@rule(entries=None, reads=("window",))
+def max(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
+    """Use the largest amax of the window."""
+    return history.amax(0)

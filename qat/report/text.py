@@ -1,0 +1,244 @@
+"""A comparison in words: cells, sentences, and the verdict on what is more than noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS
+from qat.analysis.stats import LEVEL, holm
+
+TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
+TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
+HELDOUT_HEADER = ["Held-out text", "Mode", "Untouched, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
+HELDOUT_HEADER += ["KL, nats", "Documents"]
+FLOOR_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
+FLOOR_HEADER += ["Answers flipped", "In words"]
+
+
+def task_cells(row: dict) -> list[str]:
+    """One row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`. Detectable is the
+    smallest change that the test finds in about 80 % of samples."""
+    drop = "-" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
+    if row.get("relative_drop_ci"):
+        drop += f" {interval(row['relative_drop_ci'])}"
+    flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
+    name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"
+    scores = (number(row.get("untouched")), number(row["baseline"]), number(row["score"]))
+    cells = [name, MODES[row["mode"]], *scores, f"{signed(row['points'])} {interval(row['ci'])}"]
+    cells += [drop, flips, p_text(row["p_value"])]
+    # A comparison made by an earlier version has neither this nor the interval of the drop.
+    return [*cells, f"{row['detectable']:.1f}" if "detectable" in row else "-", remark(row)]
+
+
+def task_rows(comparison: Mapping) -> list[list[str]]:
+    """Every task in every mode, and all questions together, as `task_cells`."""
+    return [task_cells(row) for row in (*comparison["tasks"], *comparison.get("pooled", []))]
+
+
+def heldout_rows(comparison: Mapping) -> list[list[str]]:
+    """Every held-out text in every mode as text, a cell for each entry of `HELDOUT_HEADER`."""
+    return [
+        [
+            row["text"],
+            MODES[row["mode"]],
+            *(number(row.get(key), 4) for key in ("untouched", "baseline", "loss")),
+            f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
+            number(row["kl"], 4),
+            str(row["documents"]),
+        ]
+        for row in comparison["heldout"]
+    ]
+
+
+def floor_cells(row: Mapping) -> list[str]:
+    """What a run and its repetition differ by (`qat.analysis.rerun_noise.floor`), a cell for each entry of
+    `FLOOR_HEADER`."""
+    heldout = "; ".join(
+        f"{each['text']} {signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"]
+    )
+    flipped = "-" if row["n"] is None else f"{row['flipped']} of {row['n']}"
+    words = "bit-identical: every loss equal" if row["identical"] else "not bit-identical"
+    cells = [row["run"], str(row["repeat"]), str(row["steps"]), f"{row['ape']:.5f}", f"{row['largest']:.6f}"]
+    return [*cells, heldout or "-", flipped, words if row["heldout"] else f"{words}; not scored"]
+
+
+def resolved(row: dict) -> bool:
+    """Whether the whole interval of the relative drop lies on one side of the 1 % threshold. Of several seeds there is
+    none, and that of `points` stands for it."""
+    if row.get("relative_drop_ci"):
+        low, high = row["relative_drop_ci"]
+        return not low <= DROP_THRESHOLD <= high
+    low, high = row["ci"]
+    return not low <= -row["baseline"] * DROP_THRESHOLD / 100 <= high
+
+
+def remark(row: dict) -> str:
+    """Pass mark and caveats of a task row: "unresolved" where the interval spans the threshold."""
+    words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_THRESHOLD:g} %"]
+    words += [] if resolved(row) else ["unresolved"]
+    return ", ".join(words + (["near chance"] if row.get("near_chance") else []))
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float, digits: int = 2, plus: str = "+") -> str:
+    """A number with its sign, and without a negative zero."""
+    return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
+
+
+def interval(ci: Sequence[float] | None, digits: int = 2, plus: str = "+") -> str:
+    """An interval as "[low, high]"."""
+    return "[-]" if ci is None else f"[{signed(ci[0], digits, plus)}, {signed(ci[1], digits, plus)}]"
+
+
+def p_text(p: float) -> str:
+    """A p-value in three digits at most."""
+    return "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
+
+
+def loss_text(comparison: dict) -> str:
+    """One sentence on the training loss."""
+    loss = comparison["loss"]
+    side = f"{'below' if loss['passes'] else 'over'} the {APE_THRESHOLD} % threshold"
+    ends = f"final loss {loss['final']:.4f}, BF16 {loss['final_baseline']:.4f}"
+    skipped = f" {loss['skipped']} steps were skipped for want of a finite gradient." if loss.get("skipped") else ""
+    return (
+        f"Loss APE {loss['ape']:.3f} % ({side}), {loss['ape_last_tenth']:.3f} % over the last tenth; {ends}.{skipped}"
+    )
+
+
+def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
+    """A sentence a text on the held-out losses of several comparisons in W8A8; empty where there are none."""
+    rows = (row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8")
+    return _text_by_text(rows, _cost)
+
+
+def _cost(rows: list[Mapping], text: str) -> str:
+    span = _span([row["difference"] for row in rows])
+    return (
+        f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token{text}; "
+        f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals (95 %, uncorrected) exclude zero."
+    )
+
+
+def qat_verdict(comparisons: Iterable[Mapping]) -> str:
+    """Whether QAT was needed, a sentence a text: held-out loss in W8A8 with it and without (PTQ of the baseline). Empty
+    where no PTQ was scored."""
+    return _text_by_text((row for comparison in comparisons for row in comparison.get("qat", [])), _recovered)
+
+
+def _recovered(rows: list[Mapping], text: str) -> str:
+    if len(rows) == 1:
+        return _recovered_once(rows[0], text) + _parts(rows)
+    better = sum(_beyond_noise(row) and row["recovered"] > 0 for row in rows)
+    worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
+    costs, changes = (_span([row["ptq"] for row in rows]), _span([-row["recovered"] for row in rows]))
+    return (
+        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. "
+        f"QAT, with its own scales, minus PTQ: {changes}; of {len(rows)} intervals (95 %, uncorrected) {better} lie "
+        f"below zero, {worse} above.{_parts(rows)}"
+    )
+
+
+def _parts(rows: Sequence[Mapping]) -> str:
+    """What QAT minus PTQ is made of, where all runs were scored under PTQ's scales, too; begins with a space."""
+    if not all("weights" in row for row in rows):
+        return ""
+    weights, scales = (_part([row[part] for row in rows]) for part in ("weights", "scales"))
+    return f" Of QAT minus PTQ, its weights (under PTQ's scales) make {weights}, its scales {scales}."
+
+
+def _part(rows: Sequence[Mapping]) -> str:
+    if len(rows) == 1:
+        return f"{signed(rows[0]['difference'], 4)} {interval(rows[0]['ci'], 4)}"
+    beyond = f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals exclude zero"
+    return f"{_span([row['difference'] for row in rows])} ({beyond})"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (signed(end(values), 4) for end in (min, max))
+    return f"{low} to {high}" if len(values) > 1 else low
+
+
+def _text_by_text(rows: Iterable[Mapping], say: Callable[[list[Mapping], str], str]) -> str:
+    """What `say` says of the rows of each held-out text, the data's own first; where there are several, by name."""
+    texts: dict[str, list[Mapping]] = {}
+    for row in rows:
+        texts.setdefault(row["text"], []).append(row)
+    return " ".join(say(found, f" on {text}" if len(texts) > 1 else "") for text, found in texts.items())
+
+
+def _beyond_noise(row: Mapping) -> bool:
+    return row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0
+
+
+def _recovered_once(row: Mapping, text: str) -> str:
+    ptq, qat = (signed(row[key], 4) for key in ("ptq", "w8a8"))
+    costs = (
+        f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {ptq} nats a token of held-out text{text},"
+        f" with QAT and its scales {qat}"
+    )
+    ends = row["ci"] and [-end for end in reversed(row["ci"])]
+    change = f"QAT minus PTQ, {signed(-row['recovered'], 4)} {interval(ends, 4)}"
+    if not _beyond_noise(row):
+        return f"{costs}; {change}, is not beyond noise, so this does not show that QAT was needed."
+    return f"{costs}; {change}, is {'better' if row['recovered'] > 0 else 'worse'} beyond noise."
+
+
+def verdict(comparisons: Mapping[str, dict]) -> str:
+    """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests; a comparison of
+    several seeds has Student's. Runs of one baseline share its PTQ, which is tested once."""
+    tests = {}
+    for label, comparison in comparisons.items():
+        for row in comparison["tasks"]:
+            shared = row["mode"] == "ptq"
+            of = (comparison["baseline"], comparison["ptq"]) if shared else (comparison["run"], row["mode"])
+            name = f"{label + ': ' if label else ''}{TASKS.get(row['task'], row['task'])} in {MODES[row['mode']]}"
+            tests.setdefault((*of, row["task"]), (name, row))
+    if not tests:
+        return "No benchmark task was compared."
+    rows = sorted(tests.values(), key=lambda pair: pair[1]["p_value"])
+    real = sum(p <= LEVEL for p in holm([row["p_value"] for _, row in rows]))
+    name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
+    reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name}) cannot be excluded"
+    seeds = {"seeds" in comparison for comparison in comparisons.values()}
+    kind = "" if False not in seeds else ", of one seed exact McNemar"
+    tests = f"of {len(rows)} exact McNemar tests (5 %, Holm's correction over all)"
+    if True in seeds:
+        tests = f"of {len(rows)} tests (Student's over seeds and questions{kind}; 5 %, Holm's correction over all)"
+    if not real:
+        flips = math.ceil(math.log2(2 * len(rows) / LEVEL))
+        smallest = f"the smallest p is {p_text(rows[0][1]['p_value'])} ({rows[0][0]})"
+        least = "" if True in seeds else f"to be found, at least {flips} answers must change, all one way, and "
+        return (
+            f"None {tests} finds a difference from BF16; {smallest}. That is no evidence of equality: {least}with "
+            f"these questions {reach}."
+        )
+    found = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
+    rest = f"; elsewhere {reach}" if real < len(rows) else ""
+    return f"{real} {tests} find a difference from BF16: {', '.join(found)}{rest}."
+
+
+def _relation(p: float) -> str:
+    return p_text(p) if p < 0.001 else f"= {p_text(p)}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def table(comparison: dict) -> str:
+    """A comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
+    parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
+    parts += [markdown(TASK_HEADER, task_rows(comparison)), ""]
+    parts += [markdown(HELDOUT_HEADER, heldout_rows(comparison)), ""] if comparison["heldout"] else []
+    sentences = [loss_text(comparison), qat_verdict([comparison]), verdict({"": comparison})]
+    return "\n".join([*parts, *filter(None, sentences)]) + "\n"

@@ -1,0 +1,94 @@
+"""A record beside what its runs came to when they were repeated here: on like hardware, inside the stated intervals."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qat.analysis.compare import compare
+from qat.analysis.rerun_noise import floor
+from qat.errors import UserError
+from qat.report.experiment import untouched
+from qat.report.text import FLOOR_HEADER, floor_cells, interval, markdown, signed
+from qat.runs import archive
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, run_id
+
+_UNLIKE = "not comparable with the record"
+HEADER = ["Run", "Held-out text", "W8A8 less BF16, nats: the record [95 % CI over texts]", "Here", ""]
+
+
+def verify(record: Path, runs: Path) -> tuple[str, int]:
+    """Every run of a record that is in `runs`, too: what it differs by from the record's, and whether its difference
+    from its baseline lies inside the record's interval; (Markdown, how many lie outside or cannot be compared).
+
+    The interval is that of other text of the kind, so it is wide beside what a repetition on like hardware should show;
+    the paired differences, in the first table, are the closer look. Errors: UserError where no run was repeated.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        archive.restore(record, Path(folder))
+        kept = [run for run in map(Run, sorted(Path(folder).iterdir())) if run.finished]
+        both = [(run, Run(runs / run.id)) for run in kept if Run(runs / run.id).finished]
+        if not both:
+            raise UserError(f"{runs} has none of the {len(kept)} runs of {record}; repeat its command (its README.md)")
+        both = [pair for pair in both if not _copied(*pair)]
+        if not both:
+            restored = f"{runs} has the runs of {record} as they were put back, none repeated"
+            raise UserError(f"{restored}; repeat its command, and this one, with ARGS=runs_dir=<another folder>")
+        floors = [_floor(*pair) for pair in both]
+        rows = [row for pair, told in zip(both, floors, strict=True) for row in _differences(*pair, told[-1])]
+    drop = FLOOR_HEADER.index("Repeat")
+    parts = [markdown(_without(FLOOR_HEADER, drop), [_without(cells, drop) for cells in floors])]
+    parts += [markdown(HEADER, rows)] if rows else []
+    if len(both) < len(kept):
+        parts += [f"{len(both)} of the record's {len(kept)} runs were repeated here; nothing is said of the others."]
+    failed = sum(cells[-1].startswith(("outside", _UNLIKE)) for cells in (*rows, *floors))
+    return "\n\n".join(parts) + "\n", failed
+
+
+def _copied(first: Run, again: Run) -> bool:
+    """Whether the one was put back from the other: two runs never take the same time in every step."""
+    return first.metrics() == again.metrics()
+
+
+def _floor(first: Run, again: Run) -> list[str]:
+    try:
+        return floor_cells(floor(first, again, _benchmark(first)))
+    except UserError as reason:
+        return [first.id, *["-"] * (len(FLOOR_HEADER) - 2), f"{_UNLIKE}: {reason}"]
+
+
+def _benchmark(run: Run) -> str:
+    return run.typed_config().benchmark.name
+
+
+def _without(cells: Sequence[str], place: int) -> list[str]:
+    return [*cells[:place], *cells[place + 1 :]]
+
+
+def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
+    """A row a held-out text of a quantized run, one that says why where either cannot be compared with its baseline;
+    told: what the first table says of the run. Nothing of what it calls unlike or not scored, or identical without a
+    baseline."""
+    if not first.typed_config().quantized or told.startswith(_UNLIKE) or told.endswith("not scored"):
+        return []
+    try:
+        stated, here = (_against_baseline(run, _benchmark(first)) for run in (first, again))
+    except UserError as reason:
+        why, *_ = str(reason).split("; ")  # what follows is of a folder that is about to go
+        return [] if told.startswith("bit-identical") else [[first.id, "-", "-", "-", f"{_UNLIKE}: {why}"]]
+    rows = []
+    for text, row in stated.items():
+        difference, ci = here[text]["difference"], row["ci"]
+        told = "-" if ci is None else "inside" if ci[0] <= difference <= ci[1] else "outside"
+        cells = [first.id, text, f"{signed(row['difference'], 4)} {interval(ci, 4)}"]
+        rows.append([*cells, signed(difference, 4), told])
+    return rows
+
+
+def _against_baseline(run: Run, benchmark: str) -> dict[str, dict]:
+    base = Run(run.path.parent / run_id(baseline_of(run.typed_config())))
+    origin = untouched(run)
+    found = compare(run.path, base.path, benchmark, origin and origin.path)["heldout"]
+    return {row["text"]: row for row in found if row["mode"] == "w8a8"}

@@ -1,0 +1,159 @@
+"""Training and evaluation steps to be measured: BF16, ours in several settings, and two comparators.
+
+All of them train the same parameters with one optimizer, so that only one copy of either is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from qat.config import Config, QuantConfig, ScalingConfig
+from qat.errors import ConfigError, nearest
+from qat.models.load import load_model
+from qat.models.loss import token_losses
+from qat.quant.convert import convert
+from qat.quant.scaling import Phase
+from qat.runs.identity import baseline_of
+from qat.tools.bench.plain import PlainQuantizedLinear
+from qat.train.step import Trainer
+from qat.utils import device
+
+MLP, ALL = ["mlp.*"], ["mlp.*", "self_attn.*"]
+OURS = ("mlp", "all", "all, current scaling", "all, fp8 products")
+
+
+def settings(cfg: Config) -> dict[str, Config]:
+    """{name: configuration} of what is measured: max-window delayed scaling, all three roles quantized."""
+
+    def quantized(scope: list[str], keep: int, **quant) -> Config:
+        other = copy.deepcopy(cfg)
+        other.quant = QuantConfig(format="hif8", scope=scope, bf16_blocks=keep, **quant)
+        other.scaling = ScalingConfig(algo="max", window=64)
+        return other
+
+    found = {"bf16": baseline_of(cfg), "mlp": quantized(MLP, 5), "all": quantized(ALL, 0)}
+    found["all, current scaling"] = quantized(ALL, 0)
+    found["all, current scaling"].scaling = ScalingConfig(algo="current")
+    if device.get_device().type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        found["all, fp8 products"] = quantized(ALL, 0, gemm="fp8")
+    return {name: each for name, each in found.items() if name == "bf16" or _wanted(cfg, name)}
+
+
+def check(cfg: Config) -> None:
+    """Raise `ConfigError` for a name in bench.steps that means nothing, or that no part of the benchmark measures."""
+    measured = {"memory": OURS, "steps": (*OURS, *COMPARATORS)}
+    for name in cfg.bench.steps or []:
+        if name not in measured["steps"]:
+            raise ConfigError(f"bench.steps={name}: unknown step; {nearest(name, measured['steps'])}")
+        if not any(name in measured.get(part, ()) for part in cfg.bench.parts):
+            raise ConfigError(
+                f"bench.steps={name}: bench.parts={cfg.bench.parts} do not measure it; add the part steps"
+            )
+
+
+def _wanted(cfg: Config, name: str) -> bool:
+    return cfg.bench.steps is None or name in cfg.bench.steps
+
+
+def tokens(cfg: Config, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    """Random int64 [sequences, length + 1] of one micro-batch."""
+    shape = cfg.batch[0], cfg.budget.seq_len + 1
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares its parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+class Steps:
+    """Callables that train one step, by name: those of `settings`, and the comparators that can run here."""
+
+    def __init__(self, cfg: Config, model: nn.Module):
+        self.cfg, self.batch = cfg, tokens(cfg, model.config.vocab_size)
+        self.trainers, self.coverage = {}, {}
+        for name, each in settings(cfg).items():
+            self._add(name, twin(model), each)
+        for name, make in COMPARATORS.items():
+            other = make(twin(model)) if _wanted(cfg, name) else None
+            if other is not None:
+                eager = baseline_of(cfg)
+                eager.budget.compile = False  # they read tensors on the host, which breaks graphs
+                self._add(name, other, eager)
+
+    def _add(self, name: str, model: nn.Module, cfg: Config) -> None:
+        # A learning rate far below any that trains: thousands of steps on random tokens must not wreck the weights.
+        cfg.optim.lr = 1e-12
+        bank, coverage = convert(model, cfg)
+        trainer = Trainer(model, bank, cfg)
+        first = next(iter(self.trainers.values()), trainer)
+        trainer.optimizer = first.optimizer
+        self.trainers[name], self.coverage[name] = trainer, coverage
+
+    def works(self) -> dict[str, Callable[[], object]]:
+        return {name: lambda trainer=trainer: self._step(trainer) for name, trainer in self.trainers.items()}
+
+    def _step(self, trainer: Trainer) -> None:
+        trainer.step(2 if trainer.bank is not None and not trainer.bank.unseen else 1, [self.batch])
+
+    def evaluations(self) -> dict[str, Callable[[], object]]:
+        """{"bf16", "all": a forward pass as evaluation does it}, with frozen scales and rounded weights."""
+        return {name: lambda name=name: self._evaluate(self.trainers[name]) for name in ("bf16", "all")}
+
+    @torch.inference_mode()
+    def _evaluate(self, trainer: Trainer) -> torch.Tensor:
+        if trainer.bank is not None:
+            trainer.bank.phase = Phase.FROZEN
+        with device.autocast(trainer.arithmetic):
+            return token_losses(trainer.model, device.to_device(self.batch)).mean()
+
+
+def one_model_alone(cfg: Config) -> None:
+    """Three steps of one configuration, whose peak memory is of interest."""
+    model, _ = load_model(cfg.model, cfg.seed)
+    bank, _ = convert(model, cfg)
+    trainer = Trainer(model, bank, cfg)
+    batch = tokens(cfg, model.config.vocab_size)
+    for number in (1, 2, 3):
+        if number == 3 and torch.cuda.is_available():  # the first step is eager, the second compiles
+            torch.cuda.reset_peak_memory_stats()
+        trainer.step(number, [batch])
+
+
+def _swap(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace all linears of all blocks."""
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, f"*.layers.*.{pattern}") for pattern in ALL)
+    ]
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(linear))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model with the method written down plainly."""
+    _swap(model, PlainQuantizedLinear)
+    return model
+
+
+def _torchao(model: nn.Module) -> nn.Module | None:
+    """The model with torchao's FP8 fake quantization of weights and activations alone; None without torchao."""
+    try:
+        from torchao.quantization import PerTensor
+        from torchao.quantization.qat import FakeQuantizedLinear, Float8FakeQuantizeConfig
+    except ImportError:
+        return None
+    config = Float8FakeQuantizeConfig(dtype=torch.float8_e4m3fn, granularity=PerTensor())
+    _swap(model, lambda linear: FakeQuantizedLinear.from_linear(linear, config, config))
+    return model
+
+
+# Models with all linears quantized by others' means, made in place; None where the means are missing.
+COMPARATORS = {"all, plain PyTorch": _plain, "all, torchao FP8 QAT": _torchao}

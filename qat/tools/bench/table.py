@@ -1,0 +1,220 @@
+"""The benchmark itself: measures everything in turn and writes one table, with hardware and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qat.config import Config
+from qat.errors import ConfigError, nearest
+from qat.models.load import load_model
+from qat.quant.kernels import dispatch
+from qat.quant.scaling import ScaleBank
+from qat.tools.bench import steps, timing
+from qat.tools.flops import PEAK_FLOPS, model_shape
+from qat.utils.device import get_device, prepare, resolve_arithmetic
+from qat.utils.environment import commit_name, describe_environment, hardware_name
+
+# Of a tensor that fits no cache, and on a GPU keeps the kernel busy for longer than its launch takes.
+_ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
+
+
+@dataclass
+class Row:
+    """One measured ratio: median, smallest and largest over the rounds; what it is of; what it ought to be."""
+
+    what: str
+    median: float
+    low: float
+    high: float
+    target: str = ""
+    note: str = ""
+
+
+def measure(cfg: Config) -> Path:
+    """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
+    # In this order: what steps leave cached on a GPU, the measurement of memory would miss.
+    parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows}
+    for part in cfg.bench.parts:
+        if part not in parts:
+            raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
+    steps.check(cfg)
+    prepare()
+    out = Path(cfg.bench.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for part in filter(cfg.bench.parts.__contains__, parts):
+        rows += parts[part](cfg)
+        gc.collect()
+        torch.cuda.empty_cache()
+    facts = _facts(cfg)
+    (out / "bench.json").write_text(
+        json.dumps({"facts": facts, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
+    )
+    page = out / "bench.md"
+    page.write_text(_page(rows, facts))
+    print(page.read_text())
+    return page
+
+
+def _say(what: str) -> None:
+    print(f"measuring {what}", flush=True)
+
+
+# Kernels ------------------------------------------------------------------------------------------------------
+
+
+def _kernel_rows(cfg: Config) -> list[Row]:
+    """Bandwidth of the rounding kernels as a share of a copy's, each over the bytes it must read and write."""
+    device, rows = get_device(), []
+    for dtype in (torch.bfloat16, torch.float32):
+        _say(f"kernels, {dtype}")
+        x = torch.randn(_ELEMENTS[device.type], device=device, dtype=dtype)
+        works, moved = _kernel_works(x)
+        times = timing.in_turn(works, 5 * cfg.bench.rounds, repeats=20 if x.is_cuda else 1)
+        target = ">= 0.85" if x.is_cuda else ">= 0.5"
+        speed = moved["copy"] / statistics.median(times["copy"]) / 1e9
+        for name in list(works)[1:]:
+            shares = [1 / r for r in timing.ratio(times, name, "copy")]
+            scaled = [share * moved[name] / moved["copy"] for share in (shares[0], shares[2], shares[1])]
+            required = target if name == "round, amax" and (dtype is torch.bfloat16) == x.is_cuda else ""
+            what = f"kernel: {name}, {str(dtype).removeprefix('torch.')}: share of copy bandwidth"
+            rows.append(Row(what, *scaled, required, f"copy: {speed:.1f} GB/s"))
+    return rows
+
+
+def _kernel_works(x: torch.Tensor):
+    """(works, bytes that each moves) for one tensor."""
+    scale, out = torch.tensor(3.0, device=x.device), torch.empty_like(x)
+    observed = torch.zeros(1, device=x.device)
+    codes = torch.randint(256, x.shape, dtype=torch.uint8, device=x.device)
+
+    def rounding(emit: str):
+        return lambda: dispatch.quantize(x, scale, observed, 0, "hif8", "clip", 15.0, emit)
+
+    size = x.element_size() * x.numel()
+    works = {
+        "copy": lambda: out.copy_(x),
+        "round, amax": rounding("values"),
+        "round, amax, codes": rounding("codes"),
+        "decode": lambda: dispatch.decode(codes, "hif8", x.dtype),
+    }
+    return works, dict(zip(works, (2 * size, 2 * size, 2 * size + x.numel(), size + x.numel()), strict=True))
+
+
+# Steps --------------------------------------------------------------------------------------------------------
+
+
+def _step_rows(cfg: Config) -> list[Row]:
+    model, _ = load_model(cfg.model, cfg.seed)
+    made = steps.Steps(cfg, model)
+    _say("training steps")
+    times = timing.in_turn(made.works(), cfg.bench.rounds)
+    per_step = made.batch[:, 1:].numel()
+    rows = []
+    for name, seconds in times.items():
+        speed = per_step / statistics.median(seconds)
+        note = f"{speed:,.0f} tokens/s"
+        if name == "bf16":
+            note += _utilization(made, speed)
+        rows.append(Row(f"step: {name} : bf16", *timing.ratio(times, name, "bf16"), _step_target(name), note))
+    if {"all", "all, current scaling"} <= times.keys():
+        rows.append(Row("step: delayed : current scaling", *timing.ratio(times, "all", "all, current scaling")))
+    if "all" in times:
+        rows.append(_commit_row(cfg, made, times["all"]))
+        _say("evaluation")
+        evaluated = timing.in_turn(made.evaluations(), cfg.bench.rounds)
+        rows.append(Row("evaluation: W8A8, all : bf16", *timing.ratio(evaluated, "all", "bf16"), "<= 1.20"))
+    return rows
+
+
+def _step_target(name: str) -> str:
+    if get_device().type == "cpu":
+        return {"mlp": "<= 1.10", "all": "<= 1.20"}.get(name, "")
+    return {"mlp": "<= 1.03", "all": "<= 1.06", "all, fp8 products": "<= 0.95"}.get(name, "")
+
+
+def _utilization(made: steps.Steps, tokens_per_second: float) -> str:
+    """Model FLOPs utilization of the BF16 step: its FLOP/s over the peak of the GPU, or of a measured FP32 product on a
+    CPU."""
+    flops = _flops(made) * tokens_per_second
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+        return f", MFU {flops / peak:.0%}" if peak else f", {flops / 1e12:.0f} TFLOP/s"
+    a = torch.randn(2048, 2048)
+    times = [timing.seconds(lambda: a @ a) for _ in range(5)]
+    return f", {flops / (2 * 2048**3 / statistics.median(times)):.0%} of a 2048^3 product's FLOP/s"
+
+
+def _flops(made: steps.Steps) -> float:
+    """Of a token's BF16 step."""
+    shape, _ = model_shape(made.trainers["bf16"].model.config, made.cfg)
+    return shape.flops(made.cfg.budget.seq_len)
+
+
+def _commit_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:
+    """Cost of one commit of 546 tensors (all linears of 26 blocks, three roles) with a window of 64."""
+    quantized = made.trainers["all"].cfg
+    bank = ScaleBank([f"{i}/weight" for i in range(546)], [15.0] * 546, quantized, get_device())
+    bank.begin_step(1, 1)
+    times = [timing.seconds(lambda: bank.commit(1), repeats=10) for _ in range(5 * cfg.bench.rounds)]
+    step = statistics.median(step_seconds)
+    low, high = min(times) / step, max(times) / step
+    return Row("commit of 546 tensors : step, all linears", statistics.median(times) / step, low, high, "<= 0.005")
+
+
+# Memory -------------------------------------------------------------------------------------------------------
+
+
+def _memory_rows(cfg: Config) -> list[Row]:
+    peaks = {}
+    for name, each in steps.settings(cfg).items():
+        _say(f"peak memory, {name}")
+        peaks[name] = timing.peak_memory(steps.one_model_alone, each)
+    rows = []
+    for name, peak in peaks.items():
+        if name != "bf16":
+            share = peak / peaks["bf16"]
+            note = f"{peak / 2**30:.2f} : {peaks['bf16'] / 2**30:.2f} GiB"
+            rows.append(Row(f"peak memory: {name} : bf16", share, share, share, "<= 1.00", note))
+    return rows
+
+
+# Page ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(cfg: Config) -> dict[str, str]:
+    machine = describe_environment()
+    return {
+        "hardware": hardware_name(machine),
+        "arithmetic": resolve_arithmetic(cfg.budget.arithmetic),
+        "compiled": str(cfg.budget.compile).lower(),
+        "model": cfg.model.name,
+        "batch": f"{cfg.batch[0]} x {cfg.budget.seq_len} tokens",
+        "rounds": str(cfg.bench.rounds),
+        "versions": ", ".join(f"{name} {version}" for name, version in machine["packages"].items()),
+        "code": commit_name(machine["git"]),
+        "command": f"python {machine['command']}",
+    }
+
+
+def _page(rows: list[Row], facts: dict[str, str]) -> str:
+    lines = [
+        "# Benchmark",
+        "",
+        "Ratios of things run in turn in one process: median over the rounds [smallest, largest].",
+        "",
+    ]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", "| what | ratio | target | |", "|---|---|---|---|"]
+    for row in rows:
+        spread = f" [{row.low:.3g}, {row.high:.3g}]" if row.low != row.high else ""
+        lines.append(f"| {row.what} | {row.median:.3g}{spread} | {row.target} | {row.note} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,99 @@
+"""What this machine has of what a run needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import constants
+
+from qat.cli import preflight
+from qat.config import Config
+from qat.utils import device, files
+from qat.utils.environment import cache_dir, describe_environment, hardware_name
+
+_HUB_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """bytes everywhere; flops: of one product of large matrices in the arithmetic of runs, a second; hub: whether it
+    answers, None where nobody asked."""
+
+    processor: str
+    cores: int
+    memory: int  # free
+    gpu: str | None
+    gpus: int
+    gpu_memory: int
+    flops: float
+    runs_free: int
+    cache_free: int
+    one_disk: bool  # runs and cache share it
+    problems: list[str]  # of `qat.cli.preflight`
+    hub: bool | None
+
+    @property
+    def name(self) -> str:
+        """As a benchmark's record names its hardware."""
+        return hardware_name(vars(self))
+
+
+def here(cfg: Config) -> Machine:
+    """What there is now. Waits for a hub three seconds at most, and asks it only where `cfg` needs one."""
+    machine, cuda = describe_environment(), torch.cuda.is_available()
+    runs, cache = files.existing(Path(cfg.runs_dir)), cache_dir()
+    return Machine(
+        processor=machine["processor"],
+        cores=machine["cores"],
+        memory=_memory(),
+        gpu=machine["gpu"],
+        gpus=torch.cuda.device_count() if cuda else 0,
+        gpu_memory=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
+        flops=_product(4096 if cuda else 1024, cfg.budget.arithmetic),
+        runs_free=shutil.disk_usage(runs).free,
+        cache_free=shutil.disk_usage(cache).free,
+        one_disk=runs.stat().st_dev == cache.stat().st_dev,
+        problems=preflight.problems(cfg, planning=True),
+        hub=_answers() if needs_hub(cfg) else None,
+    )
+
+
+def needs_hub(cfg: Config) -> bool:
+    """Whether the model or a text comes from a hub and not from a folder."""
+    return any(preflight.from_hub(source) for source in (cfg.model, cfg.data, cfg.probe) if source)
+
+
+def _memory() -> int:
+    """Bytes that can be had, what the system would give up of its caches included where it says so."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _answers() -> bool:
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        return httpx.head(constants.ENDPOINT, timeout=_HUB_SECONDS, follow_redirects=True).status_code < 500
+    except (httpx.HTTPError, OSError):
+        return False
+
+
+def _product(size: int, arithmetic: str) -> float:
+    """The best of five products of two square matrices."""
+    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    a = torch.ones(size, size, dtype=dtype, device=device.get_device())
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,226 @@
+"""Checkpoints: safetensors and JSON only, written to a temporary folder and renamed, so that a reader never sees half.
+
+A checkpoint holds parameters (the FP32 master weights), Adam moments, the scale bank, the RNG state, the data cursor
+and the step: everything that the rest of the run depends on. The last one of a run holds parameters and scales.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qat.errors import UserError
+from qat.utils import distributed, files
+
+# 1 (not written down): no checksum of facts.json, and neither the run's name nor those of its scales.
+VERSION = 2
+
+
+class Damaged(UserError):
+    """A checkpoint that does not hold what was written."""
+
+
+class Writer:
+    """Saves checkpoints in the background, one at a time. What goes wrong is raised by the next call of any method."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._pending = folder, None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+
+    def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
+        """`save` of a copy of `tensors`, which may change when this returns; the one before is waited for. `tensors` is
+        emptied on the way: gathered from ranks, they are there for this alone, and need not be there twice."""
+        self.wait()
+        copies = {
+            name: {key: group.pop(key).detach().to("cpu", copy=True) for key in list(group)}
+            for name, group in tensors.items()
+        }
+        self._pending = self._thread.submit(save, self.folder, step, copies, facts)
+
+    def check(self) -> None:
+        """Raise what has gone wrong until now; wait for nothing."""
+        if self._pending and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is written."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._thread.shutdown()  # whoever reads the folder next finds nothing half done
+        self.wait()
+
+
+def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict, keep: int = 2) -> Path:
+    """Write `folder/step-<step>/`: a safetensors file for each entry of `tensors`, and `facts` as JSON with checksums.
+
+    Then all but the newest `keep` checkpoints go: the one before the newest stays in case the newest is damaged.
+    Errors: OSError that names the file; what was there before stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".writing-*"):  # a kill left it
+        files.remove(unfinished)
+    target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    try:
+        _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
+        for later in (each for each in folder.glob("step-*") if each.name >= target.name):
+            files.remove(later)  # this step's, or a damaged one, without which this one would not have been made
+        os.rename(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # what is left of it would fill a full disk further
+        raise
+    files.flush(folder)
+    keep_newest(folder, keep)
+    return target
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints, and what did not go before."""
+    for leftover in folder.glob(f"{files.REMOVING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for old in sorted(folder.glob("step-*"))[:-count]:
+        files.remove(old)
+
+
+def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    folder.mkdir()
+    for name, group in tensors.items():
+        path = folder / f"{name}.safetensors"
+        with files.naming(path):
+            save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, path)
+    facts["checksums"] = {file.name: _checksum(file) for file in sorted(folder.iterdir())}
+    with files.naming(folder / "facts.json"):
+        (folder / "facts.json").write_text(json.dumps(facts | {"checksum": _digest(facts)}))
+    for file in (*folder.iterdir(), folder):
+        files.flush(file)
+
+
+def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
+    """The newest undamaged checkpoint in `folder` as (tensors, facts), or None when there is none yet.
+
+    Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero,
+    and when one is of another run than `run` or of a later version of the format.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder; delete the run folder to train it again")
+    candidates = sorted(folder.glob("step-*"), reverse=True)
+    for candidate in candidates:
+        try:
+            tensors, facts = load(candidate)
+        except Damaged as error:
+            print(f"warning: {error}", flush=True)
+            continue
+        if run is not None and facts.get("run", run) != run:
+            raise UserError(f"{candidate} is of the run {facts['run']}; put it back there, or delete it")
+        return tensors, facts
+    if candidates:
+        raise UserError(f"{folder}: no checkpoint can be read; delete the run folder to train it again")
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+    """Read one checkpoint. Errors: Damaged when it is incomplete or its checksums do not agree; UserError when it is of
+    a later version of the format."""
+    try:
+        facts = _facts(path)
+        for name, checksum in facts["checksums"].items():
+            if _checksum(path / name) != checksum:
+                raise Damaged(f"{path}/{name} is damaged: its checksum differs")
+        return {name.removesuffix(".safetensors"): load_file(path / name) for name in facts["checksums"]}, facts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise Damaged(f"{path} is damaged: {error}") from error
+
+
+def _facts(path: Path) -> dict:
+    facts = json.loads((path / "facts.json").read_text())
+    checksum, version = facts.pop("checksum", None), facts.get("version", 1)
+    if version > VERSION:
+        raise UserError(
+            f"{path} is of version {version} of the format, and this code reads up to {VERSION}: update the code, or "
+            f"delete the run folder to train it again"
+        )
+    if (version > 1 or checksum) and checksum != _digest(facts):
+        raise Damaged(f"{path}/facts.json is damaged: its checksum differs")
+    return facts
+
+
+@contextlib.contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """What is refused within this context is the checkpoint in `folder`, and the error says so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{folder}: {error}; resume with the configuration it was made with, or delete the run folder"
+        ) from error
+
+
+def matched(
+    tensors: dict[str, dict[str, torch.Tensor]], group: str, wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`tensors[group]`. Errors: UserError unless it has the names, shapes and types of `wanted`."""
+    saved = tensors.get(group, {})
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved:
+            raise UserError(f"{group}.safetensors lacks {name}")
+        if name not in wanted:
+            raise UserError(f"{group}.safetensors has {name}, which this run does not have")
+        ours, theirs = _kind(wanted[name]), _kind(saved[name])
+        if ours != theirs:
+            raise UserError(f"{group}.safetensors has {name} as {theirs}, this run has it as {ours}")
+    return saved
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors, `<parameter>/<state>`, gathered on the first rank
+    (`qat.utils.distributed.on_first`); zeros of a parameter that had no gradient yet."""
+    return {
+        f"{name}/{key}": distributed.on_first(optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like))
+        for p, name in names.items()
+        for key, like in _moments(p).items()
+    }
+
+
+def load_optimizer(
+    optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str], tensors: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Put back what `optimizer_tensors` gave, from the group `optimizer`. Errors: UserError when it is of another
+    model's optimizer."""
+    wanted = {f"{name}/{key}": like for p, name in names.items() for key, like in _moments(p).items()}
+    saved = matched(tensors, "optimizer", wanted)
+    for p, name in names.items():
+        # Copied: what is loaded is mapped to its file, which NFS and FUSE could not remove while the run goes on.
+        optimizer.state[p] = {key: distributed.shard_like(saved[f"{name}/{key}"], p).clone() for key in _moments(p)}
+
+
+def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What AdamW keeps of a parameter, as tensors of the same shapes and types."""
+    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _digest(facts: dict) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode()).hexdigest()

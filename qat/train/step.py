@@ -1,0 +1,164 @@
+"""One optimizer step in four acts: accumulate gradients, clip and check them, update, commit the scales.
+
+Nothing in a step waits for the device: whether its gradient is finite is decided there, and if not, the step leaves
+weights, moments and (with a tick a step) scales as they were. Who reads the result, waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qat.config import Config
+from qat.models.load import attend_causally, checkpoint_activations, transformer_blocks
+from qat.models.loss import TokenLosses
+from qat.quant.convert import quantized_linears
+from qat.quant.scaling import Phase, ScaleBank
+from qat.utils import device, distributed
+
+
+@dataclass
+class StepResult:
+    """Of one step over all ranks, as device tensors or plain numbers: mean loss in nats a token; gradient norm before
+    clipping; whether both were finite, without which nothing was changed; learning rate; tokens trained on; overshoot
+    of every quantized tensor ([tensors] FP32, None in BF16)."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    sound: torch.Tensor
+    lr: float
+    tokens: int
+    overshoot: torch.Tensor | None
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Return the learning rate of a step (1-based): linear warmup, then cosine towards 0.
+
+    Warmup of w steps: step s has lr * s / w; with `optim.lr_from_zero` lr * (s - 1) / w, as in the released code. The
+    paper's text says neither.
+    """
+    warmup = cfg.lr_warmup_steps
+    if step <= warmup:
+        return cfg.optim.lr * (step - cfg.optim.lr_from_zero) / warmup
+    progress = (step - 1 - warmup) / (cfg.steps - warmup)
+    return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def eagerly():
+    """A context in which nothing compiled runs, and nothing is compiled."""
+    return torch.compiler.set_stance("force_eager")
+
+
+class Trainer:
+    """What a step needs beside the batch: model, optimizer, scale bank, and the configuration."""
+
+    def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
+        self.model, self.bank, self.cfg = model, bank, cfg
+        attend_causally(model)
+        if cfg.budget.activation_checkpointing:
+            checkpoint_activations(model)
+        self._linears = list(quantized_linears(model).values())
+        losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits)
+        if cfg.budget.compile:
+            self._compile(losses)
+        self.losses = distributed.distribute(losses, transformer_blocks(model), cfg.budget.parallel)
+        self.arithmetic = device.resolve_arithmetic(cfg.budget.arithmetic)
+        self.first_quantized_step = cfg.bf16_warmup_steps + 1
+        o = cfg.optim
+        # Weight decay on every parameter, norms too, as in the released code.
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        )
+        self._store()
+
+    def _compile(self, losses: TokenLosses) -> None:
+        """Compile the whole forward pass, or block by block what FSDP gathers block by block."""
+        parts, sharded = [losses], distributed.count() > 1 and self.cfg.budget.parallel == "fsdp"
+        if sharded:
+            parts = transformer_blocks(self.model)
+            torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
+        for linear in self._linears:
+            linear.sharded = sharded
+            for role, quantizer in linear.quantizers.items():
+                if quantizer.enabled and (quantizer.table is not None or (sharded and role == "gradient")):
+                    self.bank.note_apart(quantizer.index)
+        for part in parts:
+            part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
+
+    def step(self, number: int, micro_batches: list[torch.Tensor], probed: bool = False) -> StepResult:
+        """Run step `number` (1-based) on this rank's int64 micro-batches [sequences, length + 1], as many on every
+        rank. probed: telemetry looks on, so nothing may be compiled."""
+        if self.bank is not None:
+            self.bank.begin_step(number, self.first_quantized_step)
+        loss, tokens, overshoot = self._accumulate(number, micro_batches, probed)
+        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
+        sound = grad_norm.isfinite() & loss.isfinite()
+        lr = self._update(number, sound)
+        if self.bank is not None and self.cfg.scaling.tick == "step":
+            overshoot = self._commit(number, overshoot, sound)
+        if not probed:  # telemetry is to see the weights of this step only
+            self._round_weights()  # for the next step, while a GPU has yet to finish this one
+        return StepResult(loss, grad_norm, sound, lr, tokens, overshoot)
+
+    def _accumulate(self, number: int, micro_batches: list[torch.Tensor], probed: bool):
+        """Gradients of the mean loss over all tokens of the step, however these are spread over micro-batches and
+        ranks."""
+        self.optimizer.zero_grad(set_to_none=True)
+        lost = 1 if self.cfg.data.label_shift == "twice" else 0
+        tokens = distributed.count() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
+        total, overshoot = 0.0, None
+        for index, batch in enumerate(micro_batches, start=1):
+            with distributed.reducing(self.losses, last=index == len(micro_batches)), self._stance(probed):
+                loss = self._forward(device.to_device(batch)).sum() / tokens
+                loss.backward()
+            total = total + loss.detach()
+            if self.bank is not None and self.cfg.scaling.tick == "call":
+                overshoot = self._commit(number, overshoot)
+        return distributed.total(total), tokens, overshoot
+
+    def _stance(self, probed: bool):
+        """Whether what is compiled runs so. Tensors without a history, as in the first quantized step, take other
+        operations: one step is not worth a compilation."""
+        if probed or (self.bank is not None and self.bank.phase is Phase.ON and self.bank.unseen):
+            return eagerly()
+        self._round_weights()  # for the first step after a start; compiled code does not
+        return contextlib.nullcontext()
+
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        with device.autocast(self.arithmetic):
+            return self.losses(tokens)
+
+    def _round_weights(self) -> None:
+        if self.bank is not None and self.bank.phase is Phase.ON and not distributed.sharded(self.losses):
+            for linear in self._linears:
+                linear.round_weight(torch.bfloat16 if self.arithmetic == "bf16" else linear.weight.dtype)
+
+    def _commit(self, number: int, overshoot: torch.Tensor | None, sound: torch.Tensor | None = None) -> torch.Tensor:
+        """One tick of the bank; returns the largest overshoot of each tensor so far in this step."""
+        self.bank.reduce()
+        now = self.bank.overshoot()
+        self.bank.commit(number, sound)
+        return now if overshoot is None else torch.maximum(overshoot, now)
+
+    def _update(self, number: int, sound: torch.Tensor) -> float:
+        lr = learning_rate(self.cfg, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # What GradScaler tells a fused optimizer: skip this step on the device.
+        self.optimizer.found_inf = (~sound).to(torch.float32)
+        self.optimizer.step()
+        self._store()
+        return lr
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        """Without master weights, parameters and Adam moments keep only what BF16 can hold, as in the released code."""
+        if self.cfg.optim.master_weights:
+            return
+        moments = (state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+        for tensor in (*self.model.parameters(), *moments):
+            tensor.copy_(tensor.bfloat16())

@@ -1,0 +1,288 @@
+"""What composes and validates, what an experiment, a protocol and a budget change, and how a mistake is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qat.cli import entry, experiments
+from qat.cli.validate import validate
+from qat.config import Config
+from qat.errors import UserError
+from qat.quant.convert import convert
+from tests.conftest import ROOT, composed, script
+
+EXPERIMENTS = [f"exp{i}" for i in range(1, 9)]
+PROTOCOLS = ["paper", "released"]
+BUDGETS = ["smoke", "laptop", "gpu", "paper"]
+
+
+def under(protocol: str, experiment: str) -> tuple[str, ...]:
+    """The words of an experiment under a protocol; paper is the default."""
+    return (f"experiment={experiment}", *([f"protocol={protocol}"] if protocol != "paper" else []))
+
+
+def flat(cfg: Config) -> dict:
+    def walk(tree: dict, prefix: str = ""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(walk(dataclasses.asdict(cfg)))
+
+
+def changes(words: tuple[str, ...], base: tuple[str, ...] = ()) -> dict:
+    """{dotted key: its new value} of all that differs between two command lines."""
+    ours, theirs = (flat(entry.typed(composed(*each))) for each in (words, base))
+    assert ours.keys() == theirs.keys()
+    return {key: value for key, value in ours.items() if value != theirs[key]}
+
+
+# ---------------------------------------------------------------------------------------------------- composition
+
+
+def test_every_option_of_every_group_composes_and_validates():
+    # The first is chosen by protocol and experiment; the others have tests of their own.
+    skipped = ("specialization", "experiment", "hydra")
+    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
+    groups = {name: options for name, options in groups.items() if name not in skipped}
+    assert len(groups) == 12 and all(groups.values())
+    for number in range(max(map(len, groups.values()))):
+        words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
+        words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
+        cfg = entry.typed(composed(*words))
+        named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
+        named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
+        assert [f"{group}={name}" for group, name in named.items() if f"{group}={name}" not in words] == []
+
+
+def test_every_experiment_composes_with_every_protocol_and_budget():
+    """A budget sets only keys that no experiment and no protocol sets (tested below), so that merging composes."""
+    sizes = {budget: changes((f"budget={budget}",)) for budget in BUDGETS}
+    for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
+        cfg = entry.typed(composed(*under(protocol, experiment)))
+        assert cfg.protocol == protocol
+        for budget in BUDGETS:
+            for key, value in sizes[budget].items():
+                if key.startswith("budget."):
+                    setattr(cfg.budget, key.removeprefix("budget."), value)
+            validate(cfg)
+            assert budget == "laptop" or cfg.budget.name == budget
+            assert cfg.steps >= 6
+
+
+def test_a_budget_changes_nothing_but_sizes():
+    sizes = {"name", "steps", "micro_batch", "accumulation", "seq_len", "compile", "largest_logits"}
+    sizes |= {"checkpoint_every", "telemetry_every", "heldout_tokens", "probe_tokens"}
+    for budget in BUDGETS:
+        keys = changes((f"budget={budget}",)).keys()
+        allowed = {f"budget.{size}" for size in sizes}
+        assert {key for key in keys if not key.startswith(("benchmark.", "data.", "model."))} <= allowed
+    paper = entry.typed(composed("budget=paper"))
+    assert (paper.steps, paper.batch, paper.budget.seq_len) == (10_000, (16, 64), 1024)
+    assert (paper.benchmark.name, entry.typed(composed("budget=smoke")).benchmark.name) == ("paper", "smoke")
+    assert (paper.model.name, paper.data.path, paper.data.subset) == (
+        "openpangu_1b", "HuggingFaceFW/fineweb", "sample-10BT",
+    )  # fmt: skip
+    assert entry.typed(composed("budget=paper", "model=tiny")).model.name == "tiny"
+    assert entry.typed(composed("budget=paper", "experiment=exp7")).bf16_warmup_steps == 500
+    assert entry.typed(composed("budget=paper")).lr_warmup_steps == 300
+
+
+def test_large_budgets_bring_their_own_text_and_the_command_line_outdoes_it():
+    texts = {budget: composed(f"budget={budget}").data.name for budget in BUDGETS}
+    assert texts == dict.fromkeys(BUDGETS, "embedded") | {"gpu": "manuals", "paper": "fineweb"}
+    for data, protocol in itertools.product(("fineweb", "embedded"), PROTOCOLS):
+        words = (f"data={data}", "budget=gpu", f"protocol={protocol}", "experiment=exp8")
+        for ordered in (words, words[::-1]):
+            cfg = entry.typed(composed(*ordered))
+            assert (cfg.data.name, cfg.budget.name) == (data, "gpu")
+    assert composed("budget=gpu", "protocol=released").data.label_shift == "twice"
+
+
+# ----------------------------------------------------------------------------------------- experiments, protocols
+
+WINDOW_30 = {"scaling.window": 30}
+MAX_AND_WARMUP = {"warmup.bf16": 0.05}  # max and w64 are the defaults
+PAPER = {
+    "exp1": {"quant.format": "none"},
+    "exp2": WINDOW_30 | {"scaling.algo": "most_recent", "budget.steps_factor": 0.5, "budget.batch_factor": 0.25},
+    "exp3": WINDOW_30 | {"scaling.algo": "most_recent"},
+    "exp4": WINDOW_30 | {"scaling.algo": "exp_smooth"},
+    "exp5": {"scaling.algo": "current"},
+    "exp6": {"scaling.algo": "exp_smooth", "scaling.window": 256},
+    "exp7": MAX_AND_WARMUP,
+    "exp8": MAX_AND_WARMUP | {"optim.lr": 1e-5},
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_changes_only_what_it_names(experiment):
+    assert changes(under("paper", experiment)) == {"experiment": experiment} | PAPER[experiment]
+
+
+RELEASED = {
+    "protocol": "released",
+    "data.label_shift": "twice",  # row 1 of paper.md, section 4
+    "quant.overflow": "inf",  # row 2
+    "quant.operands": "descaled",
+    "scaling.tick": "call",  # row 3
+    "scaling.sync": "none",
+    "scaling.observe_in_warmup": False,  # row 4
+    "optim.master_weights": False,  # row 9
+    "optim.lr_from_zero": True,  # row 14
+    "data.duplicate_workers": 2,  # row 10
+}
+HELD = {"scaling.settle": 0.1, "scaling.update_every": 10}  # row 5
+WIDER = {"quant.scope": ["mlp.*", "self_attn.*"]}  # row 6
+WIDEST = WIDER | {"quant.bf16_blocks": 0}
+SPECIAL = {
+    "exp1": {},
+    "exp2": WIDEST,
+    "exp3": WIDEST | HELD,
+    "exp4": WIDEST | HELD,
+    "exp5": WIDEST,
+    "exp6": WIDER | HELD | {"scaling.window": 30},
+    "exp7": {},
+    "exp8": {},
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_released_protocol_is_the_papers_section_4(experiment):
+    words = [under(protocol, experiment) for protocol in ("released", "paper")]
+    assert changes(*words) == RELEASED | SPECIAL[experiment]
+
+
+def test_a_key_of_the_released_protocol_can_be_set_alone():
+    words = under("released", "exp3")
+    single = {"data.label_shift": "once", "scaling.update_every": 1}
+    assert changes((*words, *(f"{key}={value}" for key, value in single.items())), words) == single
+
+
+LINEARS = {"exp2": 182, "exp3": 182, "exp4": 182, "exp5": 182, "exp6": 147, "exp7": 63, "exp8": 63}
+
+
+def test_the_number_of_quantized_linears_is_the_papers():
+    """On openPangu's 26 blocks: 63 linears in the text, and what the released code quantized instead (row 6)."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 8}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=26, **sizes))
+    originals = dict(model.named_modules())
+    for protocol, experiment in itertools.product(PROTOCOLS, LINEARS):
+        cfg = entry.typed(composed(*under(protocol, experiment)))
+        bank, coverage = convert(model, cfg)
+        assert len(coverage.linears) == (63 if protocol == "paper" else LINEARS[experiment])
+        assert sum(name.endswith("/weight") for name in bank.names) == len(coverage.linears)
+        for name in coverage.linears:
+            model.set_submodule(name, originals[name])
+
+
+def test_an_experiments_own_sweep_is_expanded():
+    whole = entry.typed(composed())
+    with initialize_config_dir(entry.CONF, version_base="1.3"):
+        rates = experiments.cells("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
+        scalings = experiments.cells("exp2", [])
+        chosen = experiments.cells("exp2", ["scaling=max"])
+        same = [*experiments.cells("exp1", ["optim.lr=3e-5"]), *experiments.cells("exp2", ["scaling.algo=max"])]
+        seeded = experiments.cells("exp2", ["seed=7", "scaling=max"], [0, 1])
+    assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
+    assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
+    assert [cell.scaling.algo for cell in chosen] == ["max"]
+    assert [(cell.experiment, cell.optim.lr, cell.scaling.algo) for cell in same] == [
+        ("exp1", 3e-5, "max"),
+        ("exp2", 1e-4, "max"),
+    ]
+    assert [(cell.scaling.algo, cell.seed) for cell in seeded] == [("max", 0), ("max", 1)]
+    assert [cell.steps for cell in scalings] == [whole.steps / 2] * 2
+    assert [math.prod(cell.batch) for cell in scalings] == [math.prod(whole.batch) / 4] * 2
+
+
+# --------------------------------------------------------------------------------------------------------- mistakes
+# Most are in tests/cli/bad_input/.
+
+# Found in the composed configuration, which spares composing one for each: (words, what the line must hold).
+VALUES = [
+    ("seed=9999999999", "the nearest valid value is 2147483647"),
+    ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
+    ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
+    ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
+    ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, inf]; the nearest valid value is 4"),
+    ("quant.overflow=clamp", "quant.overflow=clamp: unknown value; did you mean 'clip'?"),
+    ("probe.source=web", "probe.source=web: unknown value; choose one of package, hub, files"),
+    ("probe.path=null", "probe.path=null: probe.source=package needs a path, as in probe=wikipedia"),
+    ("probe.name=embedded", "probe.name=embedded: is the text trained on, not one of another kind; give it another"),
+    ("data.label_shift=thrice", "data.label_shift=thrice: unknown value; did you mean 'twice'?"),
+    ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
+    ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),
+    ("benchmark.tasks.mmlu.limit=0", "benchmark.tasks.mmlu.limit=0: the nearest valid value is 1"),
+    ("benchmark.tasks.mmlu.shots=-1", "benchmark.tasks.mmlu.shots=-1: the nearest valid value is 0"),
+    ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
+    ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
+    (
+        "quant.format=fp8_e4m3 quant.target_weight=449",
+        "quant.target_weight=449: above the largest fp8_e4m3 value; the nearest valid value is 448",
+    ),
+    ("quant.gemm=fp8 quant.overflow=inf", "quant.overflow=inf lets values through that E4M3 cannot hold; set"),
+    ("quant.gemm=fp8 quant.format=fp8_e4m3", "quant.gemm=fp8: with quant.format=fp8_e4m3 there is no exact E4M3"),
+    ("quant.gemm=fp8 quant.operands=descaled", "with quant.operands=descaled there is no exact E4M3 form; set"),
+    ("quant.gemm=fp8 quant.weights=false", "a role that is not quantized has no 8-bit operands; set quant.gemm"),
+    ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to"),
+    ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
+    (
+        "scaling.algo=exp_smooth scaling.window=1",
+        "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",
+    ),
+    (
+        "budget.steps=30 warmup.bf16=1",
+        "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667",
+    ),
+    (
+        "budget.steps=30 optim.lr_warmup=1",
+        "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
+    ),
+    ("report.seeds=[0,0]", "report.seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
+    ("study.seeds=[0,-1]", "study.seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
+    ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
+    ("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted"), VALUES, ids=[words for words, _ in VALUES])
+def test_a_bad_value_is_answered_in_one_line(words, wanted):
+    cfg = OmegaConf.merge(composed(), OmegaConf.from_dotlist(words.split()))
+    with pytest.raises(UserError) as caught:
+        entry.typed(cfg)
+    line = str(caught.value)
+    assert wanted in line and "\n" not in line and len(line) < 250
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 0.3])
+def test_the_batch_that_a_mistake_is_answered_with_is_valid(factor):
+    cfg = entry.typed(composed())
+    for micro, accumulation in itertools.product(range(1, 6), range(1, 7)):
+        cfg.budget.batch_factor, cfg.budget.micro_batch, cfg.budget.accumulation = factor, micro, accumulation
+        try:
+            validate(cfg)
+        except UserError as error:
+            cfg.budget.accumulation = int(str(error).rpartition(" ")[2])
+            assert cfg.budget.accumulation != accumulation
+            validate(cfg)
+        sequences = cfg.budget.micro_batch * cfg.budget.accumulation * factor
+        assert cfg.batch[0] <= micro and cfg.batch[0] * cfg.batch[1] == pytest.approx(sequences)
+
+
+def test_a_fresh_interpreter_says_one_line_and_writes_nothing(tmp_path):
+    done = script("train.py", "experiment=exp88", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: experiment=exp88: unknown choice; did you mean 'exp8'?\n"
+    assert (done.stdout, list(tmp_path.iterdir())) == ("", [])

@@ -1,0 +1,44 @@
+"""The Makefile itself, from the command that users type to the table that they read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import save_file
+
+from qat.report.text import table
+from qat.runs.folder import Run
+from tests.conftest import ROOT
+from tests.models.test_openpangu import BLOCKS, random_weights, write_config, write_tokenizer
+
+
+@pytest.mark.slow
+def test_make_takes_openpangu_on_two_sharded_ranks_to_the_table_of_differences(texts, tmp_path):
+    """One minute: FSDP2 by torchrun, then evaluation, comparison and report, each a process of its own."""
+    pangu = tmp_path / "openPangu-Embedded-tiny"
+    pangu.mkdir()
+    write_tokenizer(pangu)
+    write_config(pangu)
+    save_file(random_weights(), pangu / "model.safetensors", metadata={"format": "pt"})
+    words = ["budget.parallel=fsdp", "model=openpangu_1b", f"model.path={pangu}", f"model.blocks={BLOCKS}"]
+    words += ["quant.bf16_blocks=1", "logger=local", "data.source=files", f"data.path={texts}"]
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    command = ["make", "-f", str(ROOT / "Makefile"), "exp8", f"PY={sys.executable}", "READY="]
+    command += ["BUDGET=smoke", "RANKS=2", f"ARGS={' '.join(words)}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    runs = [Run(path) for path in (tmp_path / "runs").iterdir()]
+    trained = {run.typed_config().quant.format: run for run in runs if run.metrics()}
+    assert set(trained) == {"none", "hif8"} and len(runs) == 3  # and the untouched checkpoint
+    for run in trained.values():
+        assert run.finished and len(run.metrics()) == 12 and run.environment()["ranks"] == 2
+        assert run.typed_config().budget.parallel == "fsdp"
+    assert [row["quantized"] for row in trained["hif8"].metrics()] == [False] + 11 * [True]  # after the BF16 warmup
+    comparison = trained["hif8"].comparison()
+    assert {row["task"] for row in comparison["tasks"]} == {"mmlu", "hellaswag", "arc_easy", "arc_challenge"}
+    assert table(comparison) in done.stdout
+    report = tmp_path / "report" / "exp8"
+    assert trained["hif8"].id in (report / "report.md").read_text() and (report / "report.html").exists()

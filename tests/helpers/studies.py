@@ -1,0 +1,77 @@
+"""What the cells of a study measured, invented with planted effects; and run folders that hold it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from qat.config import Config
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, ptq_mode, run_id, untouched_of
+from qat.studies.design import Cell, Key
+from qat.studies.measures import Measured
+from tests.helpers.synthetic_runs import edit, write_run
+
+WORDS = ("model=tiny", "budget=smoke", "benchmark=quick", "logger=local")  # `write_run` calls its benchmark quick
+TASKS = {"mmlu": 40, "arc_easy": 20}
+_CURVE = np.linspace(3.4, 3.0, 12)
+
+
+def invent(
+    keys: Iterable[Key],
+    seeds: Sequence[int] = (0,),
+    damage: Callable[[Key, int], float] = lambda key, seed: 0.01,
+    ape: Callable[[Key], float] = lambda key: 0.2,
+    overshoot: Callable[[Key], float] = lambda key: 0.1,
+    lost: Callable[[Key], float] = lambda key: 0.0,
+    linears: Callable[[Key], int] = lambda key: 75,
+    ptq: Callable[[Key], float] = lambda key: 0.02,
+    sequences: int = 16,
+    noise: float = 0.001,
+) -> list[Measured]:
+    """damage, ptq: nats of held-out loss over the baseline's, to which each sequence of damage adds normal noise; ape:
+    percent; lost: the share of the questions that a cell's baseline no longer answers, and neither does the run or PTQ.
+    """
+    rng = np.random.default_rng(0)
+    text, found = 3 + 0.3 * rng.random(sequences), []
+    for seed in seeds:
+        for key in keys:
+            before = {task: np.ones(n) for task, n in TASKS.items()}
+            after = {task: (np.arange(n) >= lost(key) * n).astype(float) for task, n in TASKS.items()}
+            swing = 0.001 * np.cos(np.arange(sequences))
+            losses = {"baseline": text - 0.05, "untouched": text, "ptq": text - 0.05 + ptq(key) + swing}
+            for mode in ("w8a8", "bf16"):
+                losses[mode] = losses["baseline"] + damage(key, seed) + rng.normal(0, noise, sequences)
+            right = {"w8a8": after, "bf16": after, "baseline": after, "untouched": before, "ptq": after}
+            run, base = f"run of {key}, {seed}", f"base at {lost(key)}, {seed}"
+            shares = overshoot(key), 1e-4 * overshoot(key)
+            found.append(
+                Measured(key, seed, run, base, f"ptq of {linears(key)}", losses, right, ape(key), *shares, linears(key))
+            )
+    return found
+
+
+def write(cells: Sequence[Cell], measured: Sequence[Measured]) -> None:
+    """The run folders of cells that measured this, their baselines' and the untouched checkpoint's."""
+    for cell, m in zip(cells, measured, strict=True):
+        _write(untouched_of(cell.cfg), [], m, {"bf16": "untouched"})
+        mode = ptq_mode(cell.cfg.quant)
+        _write(baseline_of(cell.cfg), _CURVE, m, {"bf16": "baseline", mode: "ptq"})
+        run = _write(cell.cfg, _CURVE * (1 + m.ape / 100), m, {"bf16": "bf16", "w8a8": "w8a8"})
+        edit(run.path / "metrics.jsonl", lambda row, m=m: row.update(overshoot_share=m.overshoot))
+        (run.path / "telemetry.jsonl").write_text(json.dumps({"step": 1, "beyond": m.clipped}) + "\n")
+        (run.path / "coverage.json").write_text(json.dumps({"linears": dict.fromkeys(map(str, range(m.linears)))}))
+        m.run, m.baseline, m.ptq = run.id, run_id(baseline_of(cell.cfg)), mode
+
+
+def _write(cfg: Config, losses: Sequence[float], m: Measured, scored: dict[str, str]) -> Run:
+    """`scored`: what of `m` each mode is. A run that several cells share is written once."""
+    run = Run.of(cfg)
+    if not run.path.exists():
+        settings = OmegaConf.to_container(OmegaConf.structured(cfg))
+        texts = {mode: {cfg.data.name: m.losses[name]} for mode, name in scored.items()}
+        write_run(run.path, settings, losses, {mode: m.right[name] for mode, name in scored.items()}, texts)
+    return run

@@ -1,0 +1,153 @@
+"""The formats' common interface, and the fused kernels against the readable reference, bit for bit."""
+
+import math
+
+import pytest
+import torch
+
+from qat.quant import hif8
+from qat.quant.formats import FORMATS, to_e4m3
+from qat.quant.kernels import dispatch, lookup
+from tests.helpers.hif8_inputs import ALL_BF16, inputs, statistics_by_hand
+
+
+def nearest_even(x: float, fraction_bits: int, smallest_exponent: int) -> float:
+    """Round one number to a binary floating-point grid, ties to even, without an upper bound."""
+    if x == 0 or not math.isfinite(x):
+        return x
+    exponent = max(math.frexp(abs(x))[1] - 1, smallest_exponent)
+    unit = 2.0 ** (exponent - fraction_bits)
+    return round(x / unit) * unit  # Python rounds halves to even
+
+
+@pytest.mark.parametrize(("name", "bits", "smallest"), [("fp8_e4m3", 3, -6), ("fp8_e5m2", 2, -14)])
+def test_fp8_rounding(name, bits, smallest):
+    x = ALL_BF16[ALL_BF16.isfinite()].float()
+    largest = FORMATS[name].largest
+    expected = torch.tensor([nearest_even(v, bits, smallest) for v in x.tolist()])
+    saturated = FORMATS[name].round(x, "saturate")
+    assert torch.equal(saturated, expected.clamp(-largest, largest))
+    overflowing = FORMATS[name].round(x, "inf")
+    inside = expected.abs() <= largest
+    assert torch.equal(overflowing[inside], expected[inside])
+    past = overflowing[~inside]
+    assert past.isnan().all() if name == "fp8_e4m3" else past.isinf().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_mantissa_bits_bound_the_error(name):
+    chosen = FORMATS[name]
+    x = torch.exp2(torch.linspace(-9, math.log2(chosen.largest) - 0.1, 20_000))
+    error = (chosen.round(x, "saturate") - x).abs() / x
+    bits = chosen.mantissa_bits(x)
+    for tier in bits.unique():
+        # With m stored bits the spacing is 2^-m of the power of two below, so the error is at most half of that.
+        worst = error[bits == tier].max().item()
+        assert worst <= 2.0 ** -(tier + 1)
+        assert worst > 2.0 ** -(tier + 3)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_clip_stops_at_the_target(name):
+    x = torch.tensor([14.9, 15.0, 15.4, 16.0, 1e6, float("inf"), -1e6])
+    clipped = FORMATS[name].quantize(x, "clip", 15.0)
+    top = FORMATS[name].round(torch.tensor(15.0), "saturate").item()
+    assert clipped.abs().max().item() == top
+    assert clipped[-1].item() == -top
+
+
+@pytest.mark.parametrize("emit", ["values", "codes"])
+@pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
+@pytest.mark.parametrize("kind", inputs())
+def test_cpu_kernel_is_the_reference(kind, overflow, emit):
+    x = inputs()[kind]
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[x.dtype]
+    for scale in (1.0, 0.37, 1000.0):
+        values, codes = dispatch.quantize(x, torch.tensor(scale), None, 0, "hif8", overflow, 15.0, emit)
+        reference = FORMATS["hif8"].quantize(x.float() * scale, overflow, 15.0).to(x.dtype)
+        assert torch.equal(codes, hif8.encode(reference) if emit == "codes" else codes.new_empty(0))
+        assert values.dtype == x.dtype
+        assert values.shape == x.shape
+        assert torch.equal(values.isnan(), reference.isnan())
+        number = ~reference.isnan()  # to the last bit: there is one zero
+        assert torch.equal(values[number].view(bits), reference[number].view(bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_amax_is_the_largest_so_far_and_a_nan_stays(format, dtype):
+    x = torch.randn(70_001, generator=torch.Generator().manual_seed(2)).to(dtype)
+    observed, one = torch.tensor([0.5, 100.0, 0.0]), torch.tensor(1.0)
+    for index in range(2):
+        dispatch.quantize(x, one, observed, index, format, "clip", 15.0, "values")
+    assert observed.tolist() == [dispatch.amax(x).item(), 100.0, 0.0]
+    assert observed[0] == x.abs().max().float()
+    x[17] = float("nan")
+    for tensor in (x, torch.ones(5).to(dtype)):
+        dispatch.quantize(tensor, one, observed, 2, format, "clip", 15.0, "values")
+        assert observed[2].isnan() and dispatch.amax(x).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_bring_back_the_values(format, dtype):
+    x = torch.randn(70_001, generator=torch.Generator().manual_seed(3)).to(dtype)
+    values, codes = dispatch.quantize(x, torch.tensor(2.0), None, 0, format, "saturate", 0.0, "codes")
+    assert torch.equal(dispatch.decode(codes, format, dtype), values)
+    assert dispatch.decode(codes, format, dtype).dtype == values.dtype == dtype
+
+
+def test_hif8_values_are_e4m3_values_from_two_to_the_minus_12():
+    """Times 16, every one up to 28; below, the error is at most half of E4M3's spacing there, 2^-14."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = hif8.decode(codes)
+    values = values[values.isfinite() & (values.abs() <= 28)]
+    carried = to_e4m3(values).view(torch.float8_e4m3fn).float() / 16
+    exact = values.abs() >= 2.0**-12
+    assert exact.sum() == 2 * 86 and torch.equal(carried[exact], values[exact])
+    assert 0 < (carried - values)[~exact].abs().max() <= 2.0**-14
+    for dtype in (torch.float32, torch.bfloat16):
+        nothing, bytes_ = dispatch.quantize(values.to(dtype), torch.tensor(1.0), None, 0, "hif8", "clip", 15.0, "e4m3")
+        assert nothing.numel() == 0 and torch.equal(bytes_, to_e4m3(values.clamp(-15, 15)))
+
+
+@pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
+def test_statistics_kernel_is_the_reference(overflow):
+    x = inputs()["random FP32"].clamp(-1e6, 1e6)
+    x[:7] = 0
+    scale = torch.tensor(0.01)
+    fused = dispatch.statistics(x, scale, "hif8", overflow, 15.0)
+    reference = statistics_by_hand(x, scale, overflow)
+    assert fused[:8].tolist() == reference[:8].tolist()
+    assert fused[0] == (x != 0).sum()
+    assert fused[1:5].sum() + fused[6] == fused[0]
+    assert 0 < fused[7] < fused[0]
+    torch.testing.assert_close(fused[8:], reference[8:], rtol=1e-9, atol=0)
+
+
+def test_unscaling_multiplies_in_fp32():
+    factor = torch.tensor(0.123456789)
+    expected = (ALL_BF16.float() * factor).bfloat16()
+    assert not torch.equal(expected.nan_to_num(), (ALL_BF16 * factor.bfloat16()).nan_to_num())
+    torch.testing.assert_close(dispatch.unscale(ALL_BF16.clone(), factor), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("overflow", ["clip", "saturate", "inf"])
+@pytest.mark.parametrize("kind", [kind for kind in inputs() if kind != "empty"])
+def test_looking_up_is_the_reference(kind, overflow):
+    x = inputs()[kind]
+    for scale, target in ((1.0, 15.0), (0.37, 14.3), (1000.0, 15.0)):  # 14.3 lies between two entries
+        table = lookup.table(x.device, *dispatch._edges(overflow, target))
+        observed = torch.zeros(3)
+        values, codes = lookup.quantize(x, torch.tensor(scale), observed, 1, table, "codes")
+        lookup.quantize(0.5 * x, torch.tensor(scale), observed, 1, table, "codes")  # the largest counts
+        reference = FORMATS["hif8"].quantize(x.float() * scale, overflow, target).to(x.dtype)
+        torch.testing.assert_close(values, reference, rtol=0, atol=0, equal_nan=True)
+        assert values.dtype == x.dtype and not values[values == 0].signbit().any()
+        assert torch.equal(codes, hif8.encode(reference))
+        torch.testing.assert_close(
+            observed, torch.stack([*torch.zeros(2), dispatch.amax(x)])[[0, 2, 1]], equal_nan=True
+        )
+        small = reference.nan_to_num(0).clamp(-28, 28)
+        _, bytes_ = lookup.quantize(small, torch.tensor(1.0), None, 0, table, "e4m3")
+        assert torch.equal(bytes_, to_e4m3(FORMATS["hif8"].quantize(small.float(), overflow, target)))

@@ -1,0 +1,96 @@
+"""What the report arranges for its figures, and what it reads from the studies beside it."""
+
+import itertools
+import json
+import math
+
+import pytest
+from matplotlib.figure import Figure
+
+from qat.config import BenchmarkConfig
+from qat.errors import UserError
+from qat.report import tables
+from qat.report.experiment import SHARES, Experiment, Telemetry, published
+from qat.report.page import write_report
+from qat.report.panels import overshoot
+from qat.runs.folder import Run
+from qat.studies import factorial
+from qat.studies.page import write_factorial
+from tests.conftest import typed
+from tests.helpers.studies import WORDS, invent
+from tests.helpers.synthetic_runs import compared_pair, edit
+
+
+def test_amax_stands_beside_what_was_predicted():
+    def row(step, amax, overshoot, layer="layers.1", role="weight"):
+        return {"step": step, "layer": layer, "role": role, "amax": amax, "overshoot": overshoot}
+
+    rows = [row(1, 3.0, 1.5), row(2, 1 / 3, 0.25), row(2, 1.0, 0.1, "layers.2"), row(3, math.inf, math.inf)]
+    found = Telemetry([*rows, row(3, 1.0, None, role="gradient"), {"step": 3, "updated": {}}])
+    weight = [[3.0, 0.3333, None], [2.0, 1.333, None]]
+    assert found.histories() == {
+        "steps": [1, 2, 3],
+        "layers": {"layers.1": {"weight": weight}, "layers.2": {"weight": [[None, 1.0, None], [None, 10.0, None]]}},
+    }
+    assert found.worst() == {"layers.1": math.inf, "layers.2": 0.1}
+    assert Telemetry([row(step, 1.0, 1.0) for step in range(1, 101)]).histories()["steps"] == list(range(1, 101, 3))
+
+
+def test_mantissa_bits_are_means_of_a_block():
+    shares = dict.fromkeys(SHARES, 0.0)
+    rows = [
+        {"step": step, "layer": f"layers.{block}.mlp", "role": "weight", "overshoot": 1.0, **shares, "tier3": share}
+        for block, step, share in ((10, 1, 0.5), (10, 2, 0.7), (9, 1, 1.0))
+    ]
+    blocks, means = Telemetry(rows).shares("weight")
+    assert blocks == ["9", "10"] and list(means["tier3"]) == pytest.approx([1.0, 0.6]) and not means["tier0"].any()
+
+
+def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
+    keys = list(itertools.product(*factorial.FACTORS.values()))
+    measured = invent(keys, damage=lambda key, _: 0.02 if key[0] == "max w64" else 0.01)
+    write_factorial(measured, {}, typed(tmp_path, *WORDS, "experiment=exp8"), tmp_path / "factorial")
+    html, markdown = write_report([], tmp_path, {})
+    page, kept = html.read_text(), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
+    assert page.count('id="factorial"') == 1 and 'id="audit"' not in page
+    for words in (
+        "Sufficient: the recipe meets every threshold (W8A8)",
+        "Model: tiny",
+        *kept["claims"][0]["says"].split(","),
+    ):
+        assert words in page and words in markdown.read_text()
+    means = {(cell["scaling"], cell["lr"], cell["warmup"]): cell for cell in kept["interactions"][0]["cells"]}
+    assert list(means) == keys and all(cell["low"] < cell["value"] < cell["high"] for cell in means.values())
+    assert means["max w64", "1e-5", "0"]["value"] == pytest.approx(0.02, abs=0.002)
+    assert kept["interactions"][1]["cells"][0]["value"] == pytest.approx(0.2)  # percent, not its logarithm
+    assert all(f'aria-label="{each["title"]}"' in page for each in kept["interactions"])
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "audit.json").write_text('{"claims": 3}')
+    with pytest.raises(UserError, match=r"audit\.json is damaged \(.*\); write it again: make audit"):
+        write_report([], tmp_path, {})
+
+
+def test_a_column_of_the_heat_map_stands_at_its_step():
+    """Logged are the first step, every so many, and the last."""
+    rows = [{"step": step, "layer": "layers.1", "role": "weight", "overshoot": 1.0} for step in (2, 8, 14, 16)]
+    axes = Figure().add_subplot()
+    overshoot(Telemetry(rows), "weight", "", last_step=16, bar=False).draw(axes)
+    (mesh,) = axes.collections
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [1.5, 5, 11, 15, 16.5]
+
+
+def test_baselines_are_shown_by_the_benchmark_that_is_asked_for(tmp_path):
+    """Their folders keep the configuration of the first command."""
+    run, base = compared_pair(tmp_path)
+    edit(base / "eval.json", lambda record: record.update(full={"bf16": {"tasks": {}, "heldout": {}}}))
+    for name, shown in (("quick", "50.00"), ("full", "–"), ("other", "–")):
+        experiment = Experiment("exp8", [Run(run)], [Run(base)], BenchmarkConfig(name=name))
+        row = tables.baselines([experiment], published()).rows[0]
+        assert str(row[0]) == base.name and shown in str(row[-1])
+
+
+def test_recipes_with_other_tasks_stand_side_by_side(tmp_path):
+    pairs = [compared_pair(tmp_path / name, {name: [True, False] * 20}) for name in ("mmlu", "arc_easy")]
+    experiments = [Experiment(run.parent.name, [Run(run)], [Run(base)]) for run, base in pairs]
+    rows = tables.glance(experiments, published()).rows
+    assert [[str(cell) == "–" for cell in row[-2:]] for row in rows] == [[False, True], [True, False]]

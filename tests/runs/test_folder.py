@@ -1,0 +1,340 @@
+"""Run folders: what their names depend on, whose baseline is whose, one writer at a time, rows cut off by a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from qat.analysis.compare import train_command
+from qat.errors import UserError
+from qat.quant import scaling
+from qat.quant.rules import RULES, Rule
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, identity, run_id, untouched_of
+from tests.conftest import RUNS
+
+
+def renamed(config, words: tuple[str, ...] = (), **changes) -> bool:
+    return run_id(config(*words)) != run_id(config(*words, **changes))
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+CHANGES = {
+    "seed": 1,
+    "repeat": 1,
+    "model.path": "elsewhere",
+    "data.path": "elsewhere",
+    "data.label_shift": "twice",
+    "data.duplicate_workers": 2,
+    "optim.lr": 2e-5,
+    "optim.beta2": 0.96,
+    "optim.lr_warmup": 0.1,
+    "optim.master_weights": False,
+    "quant.format": "fp8_e5m2",
+    "quant.scope": ["mlp.down_proj"],
+    "quant.bf16_blocks": 4,
+    "quant.gradients": False,
+    "quant.target_weight": 14.0,
+    "quant.overflow": "inf",
+    "quant.ste": "masked",
+    "quant.operands": "descaled",
+    "scaling.algo": "current",
+    "scaling.window": 32,
+    "scaling.tick": "call",
+    "scaling.update_every": 2,
+    "scaling.discard_after_warmup": False,
+    "warmup.bf16": 0.2,
+    "budget.steps": 13,
+    "budget.micro_batch": 4,
+    "budget.accumulation": 1,
+    "budget.seq_len": 64,
+    "budget.steps_factor": 0.5,
+    "budget.batch_factor": 0.5,
+}
+SAME = {
+    "experiment": "exp7",
+    "protocol": "released",
+    "report.out": "elsewhere",
+    "run": "some/folder",
+    RUNS: "elsewhere",
+    "model.name": "tiny",
+    "model.licence": "other",
+    "model.blocks": None,
+    "data.name": "other",
+    "data.tokenizer_threads": 4,
+    "data.retry_hours": 1.0,
+    "data.shuffle_buffer": 7,  # of streams only
+    "logger.name": "wandb",
+    "logger.project": "other",
+    "budget.name": "other",
+    "budget.checkpoint_every": 3,
+    "budget.telemetry_every": 3,
+    "budget.heldout_tokens": 512,
+    "benchmark.split": "validation",
+    "benchmark.batch_size": 2,
+    "scaling.alpha": 0.9,  # of exp_smooth only
+    "optim.max_skipped": 99,
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_what_changes_a_number_changes_the_name(config, key):
+    assert renamed(config, ("experiment=exp8",), **{key: CHANGES[key]})
+
+
+@pytest.mark.parametrize("group", ["model", "data"])
+def test_another_revision_is_another_run(config, group):
+    hub = {f"{group}.source": "hub", f"{group}.path": "an/id"}
+    one, other = (config(**hub, **{f"{group}.revision": each}) for each in ("v1", "v2"))
+    assert run_id(one) != run_id(other)
+
+
+def test_what_changes_no_number_leaves_the_name(config):
+    assert [key for key, value in SAME.items() if renamed(config, ("experiment=exp8",), **{key: value})] == []
+
+
+@pytest.mark.parametrize("algo", ["current", "most_recent", "exp_smooth"])
+def test_only_the_algorithms_that_read_it_depend_on_the_window(config, algo):
+    short, long = (run_id(config(**{"scaling.algo": algo, "scaling.window": window})) for window in (16, 64))
+    assert short == long
+    low, high = (run_id(config(**{"scaling.algo": algo, "scaling.alpha": alpha})) for alpha in (0.5, 0.9))
+    assert (low != high) == (algo == "exp_smooth")
+
+
+def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
+    def median(history, scaling):
+        return history[history[:, 0] > 0].median(0).values
+
+    monkeypatch.setitem(RULES, "median", Rule(median, entries=None, reads=("window",)))
+    changes = {"scaling.algo": "median", "scaling.window": 3}
+    cfg = config("experiment=exp8", **changes)
+    window, alpha = (
+        config("experiment=exp8", **changes | {f"scaling.{k}": v}) for k, v in (("window", 5), ("alpha", 1.0))
+    )
+    assert run_id(window) != run_id(cfg) == run_id(alpha)
+    bank = scaling.ScaleBank(["layer/weight"], [15.0], cfg)
+    for step, amax in enumerate((1.0, 4.0, 3.0, 5.0, 6.0), 1):
+        bank.begin_step(step, 1)
+        bank.observed.fill_(amax)
+        bank.commit(step)
+    assert bank.scale.item() == 15 / 5  # of the last three
+
+
+def test_what_becomes_of_the_warmups_history_counts_only_with_a_warmup(config):
+    change = {"scaling.discard_after_warmup": False}
+    assert not renamed(config, ("experiment=exp8", "warmup=none"), **change)
+    assert renamed(config, ("experiment=exp8", "warmup=bf16_500"), **change)
+
+
+def test_a_stream_is_the_same_with_and_without_the_cache(config):
+    with_it, without = (run_id(config(**{"data.source": "hub", "data.cache": cache})) for cache in (True, False))
+    assert with_it == without
+
+
+def test_a_stream_depends_on_its_shuffle_buffer(config):
+    small, large = (run_id(config(**{"data.source": "hub", "data.shuffle_buffer": size})) for size in (7, 8))
+    assert small != large
+
+
+def test_a_baseline_does_not_depend_on_how_its_runs_are_quantized(config):
+    names = {
+        run_id(baseline_of(config("experiment=exp8", **{key: CHANGES[key]}))) for key in CHANGES if "quant." in key
+    }
+    names |= {run_id(config("experiment=exp8", **{"quant.format": "none", "scaling.window": 3, "warmup.bf16": 0.5}))}
+    assert names == {run_id(baseline_of(config("experiment=exp8")))}
+
+
+def test_arithmetic_counts_as_what_it_comes_to(config, monkeypatch):
+    monkeypatch.delenv("HIF8_ARITHMETIC", raising=False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False})
+    assert not renamed(config, (), **{"budget.arithmetic": "fp32"})
+    assert renamed(config, (), **{"budget.arithmetic": "bf16"})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    assert not renamed(config, (), **{"budget.arithmetic": "bf16"})
+
+
+def test_names_are_readable(config):
+    lead, _, digest = run_id(config("experiment=exp8")).rpartition("-")
+    assert lead == "tiny-hif8-max-w64-warm1-lr1e-05-12steps-s0" and len(digest) == 10
+    assert run_id(baseline_of(config("experiment=exp8"))).startswith("tiny-bf16-lr1e-05-12steps-s0-")
+    released = config("experiment=exp3", "protocol=released", seed=7)
+    assert run_id(released).startswith("tiny-hif8-most_recent-warm0-twice-lr0.0001-12steps-s7-")
+    assert run_id(untouched_of(released)).startswith("tiny-untouched-")
+    again = config("experiment=exp8", repeat=2)
+    assert "-12steps-s0-r2-" in run_id(again) and "-12steps-s0-r2-" in run_id(baseline_of(again))
+    assert run_id(untouched_of(again)) == run_id(untouched_of(config("experiment=exp8")))
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a b\nc", "..", ".hidden/../..", "x" * 500, "ünïcode"])
+def test_a_name_cannot_leave_the_folder(config, tmp_path, name):
+    cfg = config()
+    cfg.model.name = name  # `validate` would refuse it
+    for each in (cfg, baseline_of(cfg), untouched_of(cfg)):
+        path = Run.of(each).path
+        assert path.resolve().parent == (tmp_path / "runs").resolve()
+        assert len(path.name) < 100 and not set(path.name) & set("/\\ \n\0")
+
+
+# ------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_a_baseline_matches_in_all_but_quantization(config):
+    cfg = config("experiment=exp3", "protocol=released", **{"optim.lr": 3e-5, "seed": 4, "budget.batch_factor": 0.5})
+    before = dataclasses.asdict(cfg)
+    baseline = baseline_of(cfg)
+    assert dataclasses.asdict(cfg) == before and not baseline.quantized
+    ours, theirs = dataclasses.asdict(cfg), dataclasses.asdict(baseline)
+    assert {key for key in ours if ours[key] != theirs[key]} == {"quant", "scaling"}
+    own, matched = identity(cfg), identity(baseline)
+    assert own.keys() - matched.keys() == {"quant", "scaling", "bf16_warmup_steps"}
+    assert all(own[key] == matched[key] for key in matched)
+    assert baseline_of(baseline) == baseline
+    assert baseline_of(config("experiment=exp7")).bf16_warmup_steps == 0
+
+
+def test_the_untouched_checkpoint_is_one_for_all_runs_of_a_model(config):
+    names = {run_id(untouched_of(config("experiment=exp8", **{k: CHANGES[k]}))) for k in ("optim.lr", "budget.steps")}
+    assert names == {run_id(untouched_of(config()))}
+    assert run_id(untouched_of(config(seed=1))) not in names  # a random model's weights are its seed's
+    package = {"model.source": "package", "model.path": "some/file"}
+    assert run_id(untouched_of(config(**package))) == run_id(untouched_of(config(seed=1, **package)))
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+def test_every_process_that_worked_on_a_run_is_remembered(config, monkeypatch):
+    """A resume elsewhere, and evaluation that trains lost weights again: the latter's command trains nothing new."""
+    cfg, first = config("experiment=exp8"), {"command": "scripts/train.py a=1", "cores": 2, "installed": {"x": "1"}}
+    elsewhere = {"command": "scripts/train.py a=1", "cores": 8, "installed": {"x": "2"}}
+    run = Run.of(cfg)
+    for environment in (first, first, elsewhere, elsewhere | {"command": "scripts/eval.py run=x"}):
+        monkeypatch.setattr("qat.utils.environment.describe_environment", lambda found=environment: dict(found))
+        run.create(cfg)
+    assert [each["cores"] for each in run.environments()] == [2, 8, 8] and "installed" not in run.environments()[0]
+    assert run.environment()["installed"] == {"x": "2"} and train_command(run) == "python scripts/train.py a=1"
+
+
+def test_a_folder_gives_its_configuration_back(config):
+    cfg = config("experiment=exp8", **{"optim.lr": 3e-5, "data.tokenizer_threads": 3})
+    run = Run.of(cfg)
+    with run.lock():
+        run.create(cfg)
+    assert run.typed_config() == cfg and run.id == run_id(run.typed_config())
+    assert run.environment()["packages"]["torch"] and not run.finished
+    assert run.environments() == [run.environment()]
+    (run.path / "config.yaml").write_text("optim: {lr: fast}")
+    with pytest.raises(UserError, match=r"^[^\n]*/config\.yaml is damaged \([^\n]*\); delete the run folder[^\n]*$"):
+        run.typed_config()
+    with pytest.raises(UserError, match=r"not a run folder \(no config\.yaml\)"):
+        Run(run.path.parent).typed_config()
+
+
+@pytest.mark.parametrize("content", ["{", "[1", "\x00", '{"a": 1}\n{'])
+def test_a_damaged_file_is_named_in_one_line(tmp_path, content):
+    run = Run(tmp_path)
+    readers = {"status.json": run.status, "eval.json": run.evaluations, "metrics.jsonl": run.metrics}
+    for name, reader in readers.items():
+        (tmp_path / name).write_text(content + "\n")
+        with pytest.raises(UserError, match=rf"^[^\n]*/{name} is damaged \([^\n]*\); delete the run folder[^\n]*$"):
+            reader()
+
+
+def test_an_existing_configuration_is_not_overwritten(config):
+    cfg = config("experiment=exp8")
+    run = Run.of(cfg)
+    run.create(cfg)
+    cfg.experiment = "exp7"
+    run.create(cfg)
+    assert run.config()["experiment"] == "exp8"
+
+
+def test_missing_files_read_as_empty(tmp_path):
+    run = Run(tmp_path / "nothing")
+    assert (run.config(), run.status(), run.environment(), run.evaluations(), run.comparison()) == ({}, {}, {}, {}, {})
+    assert (run.metrics(), run.telemetry(), run.samples("smoke", "bf16", "mmlu")) == ([], [], [])
+    assert not run.finished
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 7 on a node since noon")
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_says_for_whom_it_waits_until_the_first_ends(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    with run.lock():
+        pass
+    said, entered = [], []
+    monkeypatch.setattr("builtins.print", lambda line, **_: said.append(line))
+
+    def second():
+        with run.lock():
+            entered.append((run.path / ".lock").read_text())
+
+    waiting = threading.Thread(target=second)
+    command = [sys.executable, "-c", HOLD, str(run.path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        waiting.start()
+        while not said and waiting.is_alive():
+            time.sleep(0.002)
+        assert entered == []
+        holder.kill()
+    waiting.join()
+    line = "run: waiting for process 7 on a node since noon, which works on it; Ctrl-C stops waiting"
+    assert said == [line] and entered[0].startswith(f"process {os.getpid()} on {platform.node()} since 20")
+
+
+def rows(path: Path, count: int) -> str:
+    text = "".join(json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, count + 1))
+    path.write_text(text)
+    return text
+
+
+def test_rows_after_the_last_checkpoint_are_dropped(tmp_path):
+    text = rows(tmp_path / "metrics.jsonl", 6)
+    Run(tmp_path).keep_rows("metrics.jsonl", 4)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(text.splitlines(keepends=True)[:4])
+    Run(tmp_path).keep_rows("metrics.jsonl", 0)
+    assert Run(tmp_path).metrics() == []
+    Run(tmp_path).keep_rows("telemetry.jsonl", 4)
+    assert Run(tmp_path).telemetry() == []
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_last_line_that_a_kill_cut_off_is_left_out(tmp_path, cut):
+    text = rows(tmp_path / "metrics.jsonl", 5)
+    (tmp_path / "metrics.jsonl").write_text(text[:-cut])
+    assert [row["step"] for row in Run(tmp_path).metrics()] == [1, 2, 3, 4]
+    Run(tmp_path).keep_rows("metrics.jsonl", 9)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(text.splitlines(keepends=True)[:4])
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.set_status("running", 3, 12)
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run.set_status("finished", 12, 12)
+    assert run.status() == {"state": "running", "step": 3, "steps": 12}

@@ -1,0 +1,271 @@
+"""The plan: its memory against what autograd keeps and a record measured, its arithmetic, and a page for everything."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+
+import pytest
+import torch
+
+from qat.config import BenchmarkConfig, Config, TaskConfig
+from qat.eval import evaluate, questions
+from qat.models.load import load_config, load_model
+from qat.models.tokenizer import byte_tokenizer
+from qat.quant.convert import convert, quantized_linears
+from qat.runs.folder import Run
+from qat.tools import flops
+from qat.tools.plan import costs, memory, plan
+from qat.tools.plan.machine import Machine
+from qat.tools.plan.page import missing, page
+from qat.train.loop import train
+from qat.train.step import Trainer
+from tests.cli.test_cli import BUDGETS, EXPERIMENTS, PROTOCOLS
+from tests.conftest import ROOT, TINY, composed, typed
+
+CPU = Machine(
+    processor="Some CPU", cores=2, memory=8 * 10**9, gpu=None, gpus=0, gpu_memory=0, flops=1e11, runs_free=10**11,
+    cache_free=10**11, one_disk=True, problems=[], hub=False,
+)  # fmt: skip
+GPUS = dataclasses.replace(CPU, gpu="NVIDIA H200", gpus=8, gpu_memory=141 * 10**9, flops=7e14, hub=True)
+PANGU = ("model=openpangu_1b", "data=fineweb", "budget=paper", "experiment=exp8", "budget.arithmetic=bf16")
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+ALL = ["mlp.*", "self_attn.*"]
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def kept_by_autograd(trainer: Trainer, tokens: torch.Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, apart from parameters, rounded weights and logits."""
+    linears = quantized_linears(trainer.model).values()
+    held = [*trainer.model.parameters(), *(linear._rounded[0] for linear in linears)]
+    skipped, found, alive = {each.data_ptr() for each in held}, {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage.data_ptr() not in skipped:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trainer._forward(tokens)
+    return sum(found.values()) - 4 * tokens.shape[0] * (tokens.shape[1] - 1) * SMALL["vocab_size"]
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+@pytest.mark.parametrize("scope", [None, ["mlp.*"], ALL], ids=["bf16", "mlp", "all"])
+def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
+    sizes = {"budget.micro_batch": 4, "budget.seq_len": 128, "budget.arithmetic": arithmetic}
+    cfg = config("quant=bf16" if scope is None else "quant=hif8", **sizes, **{"model.architecture": SMALL})
+    cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], 2
+    model, _ = load_model(cfg.model, seed=0)
+    bank, coverage = convert(model, cfg)
+    trainer, tokens = Trainer(model, bank, cfg), torch.randint(512, (4, 129))
+    trainer.step(1, [tokens])
+    if bank is not None:
+        bank.begin_step(2, 1)
+        trainer._round_weights()
+    shape, planned = flops.model_shape(load_config(cfg.model), cfg)
+    assert planned == coverage
+    size = 2 if arithmetic == "bf16" else 4
+    parts = memory.training(shape, planned, cfg, ranks=1, on_gpus=False)
+    if bank is not None:
+        held = sum(linear._rounded[0].nbytes for linear in quantized_linears(model).values())
+        assert held == parts["rounded weights"]
+    casts = parts.get("other linears in BF16", 0)
+    measured = kept_by_autograd(trainer, tokens) - casts
+    assert measured == pytest.approx(memory.activations(shape, planned, size) * 4 * 128, rel=memory.ERROR - 1)
+
+
+@pytest.mark.parametrize(("step", "scope", "keep"), [("bf16", None, 0), ("mlp", ["mlp.*"], 5), ("all", ALL, 0)])
+def test_memory_is_within_its_stated_error_of_the_peak_that_a_record_measured(step, scope, keep, tmp_path):
+    record = json.loads((ROOT / "experiments/records/2026-11-23_bench_cpu/bench.json").read_text())
+    assert (record["facts"]["batch"], record["facts"]["arithmetic"]) == ("4 x 256 tokens", "fp32")
+    row = f"peak memory: {'mlp' if step == 'bf16' else step} : bf16"
+    note = next(each["note"] for each in record["rows"] if each["what"] == row)  # 4.86 : 4.57 GiB
+    gigabytes = dict(zip((step, "bf16"), map(float, re.findall(r"[\d.]+", note)), strict=True))
+    process = 0.45  # GiB, of Python, PyTorch and transformers themselves
+    measured = (gigabytes[step] - process) * 2**30
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    cfg = typed(tmp_path, *TINY, "quant=bf16" if scope is None else "quant=hif8", **{"model.architecture": sizes})
+    cfg.budget.micro_batch, cfg.budget.seq_len, cfg.budget.arithmetic = 4, 256, "fp32"
+    cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], keep
+    parts = memory.training(*flops.model_shape(load_config(cfg.model), cfg), cfg, ranks=1, on_gpus=False)
+    assert measured / memory.ERROR < sum(parts.values()) < measured * memory.ERROR
+
+
+def test_activation_checkpointing_leaves_a_block_and_what_enters_each(tmp_path):
+    cfg = typed(tmp_path, *PANGU)
+    shape, coverage = flops.model_shape(plan._architecture(cfg, CPU)[0], cfg)
+    plain = memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
+    cfg.budget.activation_checkpointing = True
+    tokens, after = 16 * 1024, memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
+    block = (plain["activations"] - 8 * 1536 * tokens) / 26
+    assert after == plain | {"activations": pytest.approx(block + (26 * 4 + 8) * 1536 * tokens)}
+
+
+def test_ranks_share_what_fsdp_shards_and_ddp_adds_buckets(tmp_path):
+    cfg = typed(tmp_path, *PANGU)
+    shape, coverage = flops.model_shape(plan._architecture(cfg, CPU)[0], cfg)
+    alone = memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
+    ddp = memory.training(shape, coverage, cfg, ranks=8, on_gpus=True)
+    assert ddp == alone | {"gradient buckets": 4 * shape.parameters}
+    cfg.budget.parallel = "fsdp"
+    sharded = memory.training(shape, coverage, cfg, ranks=8, on_gpus=True)
+    for part in ("parameters, FP32", "gradients, FP32", "Adam moments, FP32"):
+        assert sharded[part] == alone[part] / 8
+    assert (
+        0 < sharded["gathered for use"] < alone["parameters, FP32"] and sharded["activations"] == alone["activations"]
+    )
+
+
+# --------------------------------------------------------------------------------------------------- sizes and costs
+
+
+def test_openpangu_is_known_where_no_hub_answers(tmp_path):
+    made = plan.make(typed(tmp_path, *PANGU), 8, CPU, on_gpus=True)
+    assert made.source.startswith("conf/model/openpangu_1b_random.yaml")
+    assert made.shape.parameters == 1_155_912_192 and len(made.coverage.linears) == 63
+    assert round(made.coverage.parameters / 1e6, 1) == 594.5
+    # Without attention scores: six FLOPs for each of the 1,155.7 M weights of linears, the tied head's too.
+    assert made.shape.flops(0) == 6 * made.coverage.matmul_parameters
+    assert costs.tokens(made.cfg) == (1_048_576, 10_485_760_000)
+    assert costs.checkpoints(made.shape) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
+    assert costs.cached_tokens(made.cfg, made.shape) == 4 * 10_485_760_000
+
+
+def test_a_model_that_nobody_knows_leaves_a_page_without_its_sizes(tmp_path):
+    made = plan.make(typed(tmp_path, *PANGU, "model=hub", "model.path=Somebody/Model"), 1, CPU, on_gpus=True)
+    assert made.shape is None and made.unknown.startswith("model.path=Somebody/Model: cannot be loaded")
+    text = page(made)
+    assert "sizes unknown" in text and "27,632" in text and "10.5 billion tokens" in text
+    assert "the model's config.json" in missing(made)
+
+
+def test_what_a_record_measured_on_this_machine_is_reckoned_with(tmp_path, monkeypatch):
+    facts = {"model": "openpangu_1b_random", "hardware": "NVIDIA H200", "batch": "16 x 1024 tokens"}
+    rows = [("bf16", "50,000 tokens/s, 40% of"), ("mlp", "40000 tokens/s"), ("all", "20000 tokens/s")]
+    record = {"facts": facts, "rows": [{"what": f"step: {name} : bf16", "note": note} for name, note in rows]}
+    (tmp_path / "2027-01-01_bench_gpu").mkdir()
+    (tmp_path / "2027-01-01_bench_gpu/bench.json").write_text(json.dumps(record))
+    monkeypatch.setattr(costs, "RECORDS", tmp_path)
+    cfg = typed(tmp_path, *PANGU)
+    baseline, run = plan.make(cfg, 8, GPUS, on_gpus=True).trainings
+    assert [(rate.low, rate.high) for rate in baseline.rates + run.rates] == [(50_000, 50_000), (40_000, 40_000)]
+    assert run.hours(8 * 40_000 * 3600, ranks=8) == (1.0, 1.0)
+    other = plan.make(cfg, 8, CPU, on_gpus=True).trainings[0].rates
+    assert "ASSUMED" in other[0].basis and other[0].low < 43e3 < other[0].high
+    assert other[-1].basis == "measured on NVIDIA H200, 16 x 1024 tokens: 2027-01-01_bench_gpu"
+    current = plan.make(typed(tmp_path, *PANGU, "scaling=current"), 8, GPUS, on_gpus=True).trainings[1].rates
+    assert current[0].low < current[0].high  # no record of that
+
+
+def test_questions_of_the_quick_benchmark_are_those_that_its_file_counts():
+    asked, tokens = costs.questions(composed("benchmark=quick"))
+    assert asked == 101 and tokens == pytest.approx(15_500, rel=0.1)  # conf/benchmark/quick.yaml
+    assert costs.questions(composed("benchmark=paper"))[0] == 14042 + 10042 + 2376 + 1172
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_all_questions_of_a_task_are_those_that_the_split_has(split, tmp_path):
+    for task, subset in (("hellaswag", None), ("arc_easy", "ARC-Easy"), ("arc_challenge", "ARC-Challenge")):
+        documents, evaluated, _ = questions.splits(task, subset, split, tmp_path)
+        one = BenchmarkConfig("one", split=split, tasks={task: TaskConfig()})
+        assert costs.questions(Config(benchmark=one))[0] == len(documents[evaluated])
+    mmlu = BenchmarkConfig("one", split=split, tasks={"mmlu": TaskConfig()})
+    assert costs.questions(Config(benchmark=mmlu))[0] == {"test": 14042, "validation": 1531}[split]
+
+
+@pytest.mark.parametrize("words", ["probe=wikipedia", "probe=none", "quant=bf16"])
+def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
+    class Counting(evaluate._Scorer):
+        """Nothing is built, and each pass over a text is noted."""
+
+        _baseline = "a model"
+
+        def scored(self, _):
+            return False
+
+        def score(self, subject):
+            self._heldout(*subject.build(), beside=subject.cfg.quantized)
+            if subject.mode == "w8a8":
+                self._calibrated(subject)
+
+    counted, logits = [], torch.zeros(1, 1, 257)
+
+    def passing(_, batch):
+        counted.append(batch[:, 1:].numel())
+        return logits.expand(*batch[:, 1:].shape, -1)
+
+    monkeypatch.setattr(evaluate, "_Scorer", Counting)
+    monkeypatch.setattr(evaluate, "_log_probabilities", passing)
+    monkeypatch.setattr(evaluate.Subject, "build", lambda _: (None, byte_tokenizer()))
+    monkeypatch.setattr(evaluate.Subject, "check", lambda _: None)
+    monkeypatch.setattr(evaluate.Subject, "check_checkpoint", lambda _: None)
+    cfg = config(words, **{"budget.heldout_tokens": 1024})
+    evaluate.evaluate(cfg)
+    planned = plan.make(cfg, 1, CPU, on_gpus=False)
+    assert sum(counted) == planned.passes * costs.heldout(cfg)
+
+
+def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config):
+    cfg = config()
+    before = plan.make(cfg, 1, CPU, on_gpus=False)
+    run = train(cfg)
+    planned = costs.checkpoints(before.shape)[1]
+    assert sum(f.stat().st_size for f in run.checkpoints.rglob("*.safetensors")) == pytest.approx(planned, rel=0.1)
+    rows = sum((run.path / name).stat().st_size for name in ("metrics.jsonl", "telemetry.jsonl"))
+    estimate = costs.rows(cfg, 3 * len(before.coverage.linears))
+    assert estimate / 2 < rows < estimate * 2
+    after = plan.make(cfg, 1, CPU, on_gpus=False)
+    assert [training.done for training in after.trainings] == [0, cfg.steps]
+    assert f"{cfg.steps} of {cfg.steps} steps done here" in page(after)
+
+
+# ---------------------------------------------------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_experiment_has_a_page(budget, tmp_path):
+    for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
+        cfg = typed(tmp_path, f"experiment={experiment}", f"budget={budget}", f"protocol={protocol}", "model=tiny")
+        text = page(plan.make(cfg, 1, CPU, cfg.budget.compile))
+        assert text.startswith(f"{experiment}: budget={budget} protocol={protocol} on ")
+        assert all(len(line) <= 116 for line in text.splitlines()) and "\n\nmissing here: " in text
+    assert not Run.of(cfg).path.exists()
+
+
+def test_the_page_of_the_paper_says_what_is_to_be_paid_and_what_is_missing(tmp_path):
+    made = plan.make(typed(tmp_path, *PANGU), 8, dataclasses.replace(CPU, problems=["no shots"]), True)
+    assert "  together                         63     594.5 M   51.4%         51.4%" in page(made).splitlines()
+    text = " ".join(page(made).split())
+    for said in ("European Union is forbidden", "ODC-By", "GPU hours", "ASSUMED", "the paper's logs"):
+        assert said in text
+    assert "model.revision is not pinned" in text and "up to 27.6 GB" in text
+    assert missing(made) == [
+        "8 GPU(s): this machine has 0",
+        "no shots",
+        "a hub that answers: what is not cached cannot be downloaded",
+    ]
+    small = dataclasses.replace(GPUS, gpu_memory=80 * 10**9, runs_free=50 * 10**9, hub=True)
+    lacking = missing(plan.make(made.cfg, 8, small, True))
+    assert [line.split(":")[0] for line in lacking] == ["GPU memory", f"disk in {tmp_path} and for the token cache"]
+    assert missing(plan.make(made.cfg, 8, GPUS, True)) == []
+
+
+def test_the_script_prints_a_page_and_leaves_nothing(main, tmp_path):
+    code, out, err = main("plan.py", *TINY, "experiment=exp8")
+    assert (code, err) == (0, "") and out.startswith("exp8: budget=smoke")
+    assert "missing here: " in out and not (tmp_path / "runs").exists()
+
+
+def test_a_number_of_ranks_that_cannot_train_is_said_before_the_rest(main, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = main("plan.py", *TINY, "experiment=exp8")
+    assert code == 2 and err.startswith("error: budget.accumulation=2: 3 ranks cannot share")
