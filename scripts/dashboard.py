@@ -37,7 +37,7 @@ def _send(config) -> None:
     name, mode = config.logger.name, config.logger.mode
     if name == "local" or mode == "disabled":
         raise ConfigError(f"logger={name} logger.mode={mode}: sends nothing; leave out both, or logger.mode=online")
-    cfg = entry.of_folder(config, "logger", "benchmark")
+    cfg = entry.config_of_folder(config, "logger", "benchmark")
     cfg.logger = config.logger
     run = Run.of(cfg)
     send(run, cfg, required=True)

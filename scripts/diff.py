@@ -21,7 +21,7 @@ def main(config, _) -> None:
     from qat.analysis.compare import differences
     from qat.cli import experiments
     from qat.report.experiment import told_apart
-    from qat.report.selection import named
+    from qat.report.selection import run_folders
     from qat.runs.identity import run_id
 
     key, names, example = "report.experiments", config.report.experiments, "[exp7,exp8]"
@@ -30,9 +30,9 @@ def main(config, _) -> None:
     if len(names) != 2:
         raise ConfigError(f"{key}={names}: name two, as in {key}={example}")
     if config.runs is not None:
-        cells = [[run.typed_config()] for run in named(names)]
+        cells = [[run.typed_config()] for run in run_folders(names)]
     else:
-        cells = [experiments.cells(name, list(HydraConfig.get().overrides.task)) for name in names]
+        cells = [experiments.configs_of(name, list(HydraConfig.get().overrides.task)) for name in names]
     sides = [{run_id(cell): OmegaConf.to_container(OmegaConf.structured(cell)) for cell in side} for side in cells]
     labels = [told_apart(side) for side in sides]
     for one, other in itertools.product(*sides):

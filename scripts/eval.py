@@ -15,7 +15,7 @@ from qat.cli import entry
 def main(config, _) -> None:
     from qat.cli.runner import evaluate_and_compare
 
-    evaluate_and_compare(entry.of_folder(config, "benchmark", "logger"))
+    evaluate_and_compare(entry.config_of_folder(config, "benchmark", "logger"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from qat.cli import entry
 def main(config, _) -> None:
     from qat.export.export import export
 
-    export(entry.of_folder(config, "export"))
+    export(entry.config_of_folder(config, "export"))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def typed(runs: Path, *words: str, **dotted):
     from qat.cli.validate import validate
     from qat.utils import device
 
-    cfg = entry.typed(composed(*words))
+    cfg = entry.typed_config(composed(*words))
     device.round_sums_once()  # as every process that computes
     for key, value in {RUNS: str(runs), **dotted}.items():
         *groups, name = key.split(".")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from qat.analysis.results import Scored
+from qat.analysis.results import EvalResult
 from qat.analysis.stats import LEVEL, Answers, above_chance, bootstrap, detectable, mcnemar, tang, tango
 from qat.config import Config
 from qat.errors import UserError
@@ -103,12 +103,12 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
         "scored_by": sorted({each.record["by"] for each in (reference, *own.values()) if "by" in each.record}),
         "loss": loss,
         "heldout": [_heldout(text, mode, own[mode], reference, origin) for text in texts for mode in own],
-        "qat": [_recovered(text, own, reference) for text in texts] if ptq else [],
+        "qat": [_qat_gain(text, own, reference) for text in texts] if ptq else [],
         "tasks": [
             _task(task, mode, own[mode], reference, origin, counted) for (task, mode), counted in answers.items()
         ],
         "pooled": [
-            {"mode": mode, "untouched": _all_questions(origin)} | _pooled([answers[task, mode] for task in tasks])
+            {"mode": mode, "untouched": _percent_right(origin)} | _pooled([answers[task, mode] for task in tasks])
             for mode in (own if len(tasks) > 1 else ())
         ],
     }
@@ -116,16 +116,16 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
 
 def sides(
     run: Run, baseline: Run, benchmark: str, untouched: Path | None
-) -> tuple[dict[str, Scored], Scored, Scored | None]:
+) -> tuple[dict[str, EvalResult], EvalResult, EvalResult | None]:
     """What is compared: the run by mode (and the baseline by PTQ, where that was scored), the baseline in BF16, and the
     untouched checkpoint, where it is named."""
     command = eval_command(run, benchmark)
-    own = {mode: Scored(run, benchmark, mode, command) for mode in MODES if mode != "ptq"}
-    ptq = Scored(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
+    own = {mode: EvalResult(run, benchmark, mode, command) for mode in MODES if mode != "ptq"}
+    ptq = EvalResult(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
     if ptq.exists:
         own = {mode: ptq if mode == "ptq" else own[mode] for mode in MODES}
-    origin = Scored(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
-    return own, Scored(baseline, benchmark, "bf16", command), origin
+    origin = EvalResult(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
+    return own, EvalResult(baseline, benchmark, "bf16", command), origin
 
 
 def training_loss(run: Run, baseline: Run) -> dict:
@@ -191,14 +191,14 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
             raise UserError(f"{progress}; finish it: {train_command(candidate)}")
 
 
-def _heldout(text: str, mode: str, scored: Scored, reference: Scored, origin: Scored | None) -> dict:
+def _heldout(text: str, mode: str, scored: EvalResult, reference: EvalResult, origin: EvalResult | None) -> dict:
     ours, theirs = scored.record["heldout"][text], reference.record["heldout"][text]
     start = origin.record["heldout"][text]["loss"] if origin else None
     row = {"text": text, "mode": mode, "untouched": start, "loss": ours["loss"], "baseline": theirs["loss"]}
     return row | {"kl": ours["kl"]} | scored.heldout(text, reference)
 
 
-def of_qat(own: Mapping[str, Scored]) -> dict[str, tuple[Scored, Scored]]:
+def qat_parts(own: Mapping[str, EvalResult]) -> dict[str, tuple[EvalResult, EvalResult]]:
     """What QAT less PTQ is made of: its weights, both under PTQ's scales, and its scales, both on its weights. Nothing
     where an earlier version scored the run."""
     ptq, qat, calibrated = own["ptq"], own["w8a8"], own["w8a8"].calibrated
@@ -208,17 +208,19 @@ def of_qat(own: Mapping[str, Scored]) -> dict[str, tuple[Scored, Scored]]:
     return {"weights": (calibrated, ptq), "scales": (qat, calibrated)}
 
 
-def _recovered(text: str, own: Mapping[str, Scored], reference: Scored) -> dict:
+def _qat_gain(text: str, own: Mapping[str, EvalResult], reference: EvalResult) -> dict:
     """What W8A8 costs with QAT and without, over the BF16 baseline, how much of it QAT recovers, and by what."""
     costs = {mode: own[mode].heldout(text, reference)["difference"] for mode in ("ptq", "w8a8")}
     paired = own["ptq"].heldout(text, own["w8a8"])
-    parts = {part: ours.heldout(text, other) for part, (ours, other) in of_qat(own).items()}
+    parts = {part: ours.heldout(text, other) for part, (ours, other) in qat_parts(own).items()}
     return {"text": text, **costs, "recovered": paired["difference"], "ci": paired["ci"]} | {
         part: {key: row[key] for key in ("difference", "ci")} for part, row in parts.items()
     }
 
 
-def _task(task: str, mode: str, scored: Scored, reference: Scored, origin: Scored | None, answers: Answers) -> dict:
+def _task(
+    task: str, mode: str, scored: EvalResult, reference: EvalResult, origin: EvalResult | None, answers: Answers
+) -> dict:
     ours, theirs = scored.record["tasks"][task], reference.record["tasks"][task]
     start, chance = 100 * origin.record["tasks"][task]["score"] if origin else None, theirs["chance"]
     row = {"task": task, "mode": mode, "untouched": start, "metric": ours["metric"]}
@@ -232,7 +234,7 @@ def near_chance(score: float, n: int, chance: float) -> bool:
     return above_chance(round(score * n / 100), n, chance / 100) > LEVEL
 
 
-def _all_questions(scored: Scored | None) -> float | None:
+def _percent_right(scored: EvalResult | None) -> float | None:
     """Percent right of the questions of all tasks."""
     tasks = scored.record["tasks"].values() if scored else ()
     return 100 * sum(t["score"] * t["n"] for t in tasks) / sum(t["n"] for t in tasks) if tasks else None

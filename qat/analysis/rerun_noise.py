@@ -10,12 +10,12 @@ import dataclasses
 import itertools
 
 from qat.analysis.compare import eval_command, training_loss
-from qat.analysis.results import Scored
+from qat.analysis.results import EvalResult
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
 
 
-def repeats(run: Run) -> list[Run]:
+def reruns(run: Run) -> list[Run]:
     """The finished repetitions of a run in the folders beside it, numbered from 1 without a gap."""
     if run.typed_config().repeat:
         return []
@@ -31,7 +31,7 @@ def _numbered(run: Run, repeat: int) -> Run:
     return Run(run.path.parent / run_id(dataclasses.replace(run.typed_config(), repeat=repeat)))
 
 
-def floor(run: Run, repeat: Run, benchmark: str) -> dict:
+def rerun_noise(run: Run, repeat: Run, benchmark: str) -> dict:
     """What a finished run and its repetition differ by, JSON-able.
 
     ape: of the training losses, percent; largest: |difference| over the steps, nats a token. Where both were scored
@@ -41,7 +41,7 @@ def floor(run: Run, repeat: Run, benchmark: str) -> dict:
     """
     loss, cfg = training_loss(repeat, run), repeat.typed_config()
     mode = "w8a8" if cfg.quantized else "bf16"
-    first, again = (Scored(each, benchmark, mode, eval_command(each, benchmark)) for each in (run, repeat))
+    first, again = (EvalResult(each, benchmark, mode, eval_command(each, benchmark)) for each in (run, repeat))
     scored = first.exists and again.exists
     result = {"run": run.id, "repeat": cfg.repeat, "mode": mode, "steps": loss["steps"]}
     result |= {"ape": loss["ape"], "largest": loss["largest"], "heldout": [], "flipped": None, "n": None}

@@ -14,7 +14,7 @@ _TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvalResult:
     """The evaluation of `run` on a benchmark in a mode: bf16, w8a8, or PTQ's (`qat.runs.identity.ptq_mode`).
 
     command: what makes it anew. Whatever is missing or stale raises a `UserError` of one line that names it.
@@ -56,12 +56,12 @@ class Scored:
             raise UserError(f"{self.name} was scored, but {but}; score it again: {self.command}")
 
     @cached_property
-    def calibrated(self) -> Calibrated | None:
+    def calibrated(self) -> CalibratedResult | None:
         """The same weights under PTQ's scales; None where an earlier version scored them."""
-        found = Calibrated(self.run, self.benchmark, self.mode, self.command)
+        found = CalibratedResult(self.run, self.benchmark, self.mode, self.command)
         return found if "calibrated" in self.record else None
 
-    def refuse_unlike(self, other: Scored) -> None:
+    def refuse_unlike(self, other: EvalResult) -> None:
         """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
         ours, theirs = self.record, other.record
         facts = [("lm-eval version", ours["lm_eval"], theirs["lm_eval"])]
@@ -74,19 +74,19 @@ class Scored:
                 self._refuse_unequal(other, f"{task} {key}", record[key], theirs["tasks"][task][key])
         self._refuse_unlike_texts(other)
 
-    def _refuse_unlike_texts(self, other: Scored) -> None:
+    def _refuse_unlike_texts(self, other: EvalResult) -> None:
         for text, record in self.record["heldout"].items():
             reference = other.record["heldout"][text]
             self._refuse_unequal(other, f"held-out {text} text_hash", record["text_hash"], reference["text_hash"])
             counts = len(record["document_losses"]), len(reference["document_losses"])
             self._refuse_unequal(other, f"held-out {text} documents", *counts)
 
-    def _refuse_unequal(self, other: Scored, what: str, a, b) -> None:
+    def _refuse_unequal(self, other: EvalResult, what: str, a, b) -> None:
         if a != b:
             fix = f"delete the eval.json of the one that is wrong, and make it again: {self.command}"
             raise UserError(f"{what} differs: {a} in {self.name}, {b} in {other.name}; {fix}")
 
-    def heldout(self, text: str, other: Scored) -> dict:
+    def heldout(self, text: str, other: EvalResult) -> dict:
         """Loss less the other's on a held-out text, in nats a token, paired over its documents: the difference, its
         95 % interval (None of fewer than two documents) and the smallest difference that could have been detected."""
         change = self.record["heldout"][text]["loss"] - other.record["heldout"][text]["loss"]
@@ -96,21 +96,21 @@ class Scored:
             return row | {"ci": None, "detectable": None}
         return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}
 
-    def document_changes(self, text: str, other: Scored) -> list[float]:
+    def document_changes(self, text: str, other: EvalResult) -> list[float]:
         """Each document's loss less the other's, in nats a token."""
         ours, theirs = (each.record["heldout"][text]["document_losses"] for each in (self, other))
         return [a - b for a, b in zip(ours, theirs, strict=True)]
 
-    def answers(self, task: str, other: Scored) -> Answers:
+    def answers(self, task: str, other: EvalResult) -> Answers:
         """The questions of a task, counted by who is right; lost are those that only the other has right."""
         pairs = self._right(task, other)
         return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
 
-    def answer_changes(self, task: str, other: Scored) -> list[int]:
+    def answer_changes(self, task: str, other: EvalResult) -> list[int]:
         """Each question of a task: 1 where only this one is right, -1 where only the other is, else 0."""
         return [ours - theirs for theirs, ours in self._right(task, other)]
 
-    def _right(self, task: str, other: Scored) -> list[tuple[bool, bool]]:
+    def _right(self, task: str, other: EvalResult) -> list[tuple[bool, bool]]:
         """Whether the other and this one are right, question by question."""
         ours, theirs = self._samples(task), other._samples(task)
         for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
@@ -127,14 +127,14 @@ class Scored:
         return samples
 
 
-class Calibrated(Scored):
+class CalibratedResult(EvalResult):
     """The held-out losses, and nothing else, of a quantized run's weights under PTQ's scales."""
 
     @cached_property
     def record(self) -> dict:
-        return Scored(self.run, self.benchmark, self.mode, self.command).record["calibrated"]
+        return EvalResult(self.run, self.benchmark, self.mode, self.command).record["calibrated"]
 
-    def refuse_unlike(self, other: Scored) -> None:
+    def refuse_unlike(self, other: EvalResult) -> None:
         """Raise `UserError` unless the other, a PTQ, was calibrated on as much text, and both read the same."""
         ours = self.record["sequences"]
         theirs = other.record.get("asked", {}).get("calibration_sequences", ours)

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, near_chance, of_qat
-from qat.analysis.results import Scored
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, near_chance, qat_parts
+from qat.analysis.results import EvalResult
 from qat.analysis.stats import crossed, half_width
 
-Side = tuple[dict[str, Scored], Scored]  # of one seed: the run by mode, and its baseline
+Side = tuple[dict[str, EvalResult], EvalResult]  # of one seed: the run by mode, and its baseline
 
 
-def over_seeds(comparisons: Sequence[dict], scored: Sequence[Side]) -> dict:
+def aggregate(comparisons: Sequence[dict], scored: Sequence[Side]) -> dict:
     """The mean of several comparisons (`qat.analysis.compare.compare`), one a seed, in the same form: scores, points
     and losses are means, `ci` is a 95 % interval over seeds and questions (or documents), `p_value` Student's, `lost`
     and `gained` are sums over the seeds. What not all of them have is left out.
@@ -48,7 +48,7 @@ def _aligned(comparisons: Sequence[dict], part: str, *keys: str) -> list[list[di
     return [[table[name] for table in tables] for name in tables[0] if all(name in table for table in tables)]
 
 
-def _interval(pairs: Sequence[tuple[Scored, Scored]], text: str, value: float) -> list[float] | None:
+def _interval(pairs: Sequence[tuple[EvalResult, EvalResult]], text: str, value: float) -> list[float] | None:
     """95 % around `value`, the mean of what the ones' losses on a text are above the others', one pair a seed; None of
     a single document, which has no noise to be had."""
     changes = np.array([ours.document_changes(text, other) for ours, other in pairs])
@@ -73,7 +73,7 @@ def _recovered(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
     text = rows[0]["text"]
     merged = {"text": text} | _means(rows, "ptq", "w8a8", "recovered")
     merged["ci"] = _interval([(own["ptq"], own["w8a8"]) for own, _ in scored], text, merged["recovered"])
-    pairs = [of_qat(own) for own, _ in scored]
+    pairs = [qat_parts(own) for own, _ in scored]
     for part in pairs[0] if all(pairs) else ():
         difference = float(np.mean([row[part]["difference"] for row in rows]))
         merged[part] = {"difference": difference, "ci": _interval([each[part] for each in pairs], text, difference)}
@@ -86,7 +86,7 @@ def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str])
     merged |= _means(rows, "untouched", "baseline", "score", "points")
     merged |= {key: sum(row[key] for row in rows) for key in ("lost", "gained")}
 
-    def changes(own: dict[str, Scored], reference: Scored) -> list[int]:
+    def changes(own: dict[str, EvalResult], reference: EvalResult) -> list[int]:
         return [change for task in tasks for change in own[mode].answer_changes(task, reference)]
 
     mean = crossed(np.array([changes(*side) for side in scored], float), reach=1.0)

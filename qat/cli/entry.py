@@ -50,13 +50,15 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
         nonlocal began
         began = True
         try:
-            with signals.heeded():
+            with signals.raise_on_signal():
                 sweep.run(lambda: _mendable(work, cfg, takes, reads_text))
         except UserError as error:  # of a single run; Hydra would say more if it saw it
             # Of a bad configuration every rank knows; anything else may have befallen this one alone.
-            if distributed.first() or not isinstance(error, ConfigError):
+            if distributed.is_main_process() or not isinstance(error, ConfigError):
                 print(
-                    f"error: {error}" if distributed.first() else f"rank {distributed.mine()}: error: {error}",
+                    f"error: {error}"
+                    if distributed.is_main_process()
+                    else f"rank {distributed.rank()}: error: {error}",
                     file=sys.stderr,
                 )
             sys.exit(2)
@@ -68,7 +70,7 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
         sys.exit(2)
     code, line = 0, None
     try:
-        with signals.heeded():
+        with signals.raise_on_signal():
             validate_surroundings(sys.argv[1:], os.environ)
             hydra.main(version_base="1.3", config_path=CONF, config_name="train")(job)()
     except ConfigError as error:
@@ -76,13 +78,13 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
         if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
             raise
-        code, line = 2, f"error: {explain(error)}"
+        code, line = 2, f"error: {explain_error(error)}"
     except signals.Preempted as stop:
         code, line = signals.REQUEUE, f"\n{stop}: saved; the same command continues"
     except KeyboardInterrupt:
         code, line = 130, "\nstopped; the same command continues from the last checkpoint"
-    failed = sweep.report() if distributed.first() else 0
-    if line and distributed.first():
+    failed = sweep.report() if distributed.is_main_process() else 0
+    if line and distributed.is_main_process():
         print(line, file=sys.stderr)
     if code or failed:
         sys.exit(code or failed)
@@ -95,15 +97,15 @@ def _mendable(
     try:
         while True:
             try:
-                return work(_accepted(typed(cfg, reads_text), takes), cfg)
+                return work(_accepted(typed_config(cfg, reads_text), takes), cfg)
             except signals.Preempted as stop:
-                signals.hand_on(stop)
+                signals.forward(stop)
     except (
         HydraException,
         OmegaConfBaseException,
         OSError,
     ) as error:  # also of another experiment, composed on the way
-        raise UserError(explain(error)) from error
+        raise UserError(explain_error(error)) from error
 
 
 def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
@@ -116,14 +118,14 @@ def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
     return config
 
 
-def of_folder(config: Config, *groups: str) -> Config:
+def config_of_folder(config: Config, *groups: str) -> Config:
     """The configuration of the run folder that `config` names, if any, else `config` itself. What the command line says
     of `groups` is as it says: a group (benchmark=paper), or a key of the folder's (benchmark.batch_size=4). Errors:
     UserError of `config_of`; ConfigError for a word of anything else, which the folder knows and nothing would
     read."""
     if not config.run:
         return config
-    of_run, words = config_of(config.run), HydraConfig.get().overrides.task
+    of_run, words = config_of_run(config.run), HydraConfig.get().overrides.task
     paths = [re.match(r"[+~]*([\w.]*)", word)[1].split(".") for word in words]
     for word, path in sorted(zip(words, paths, strict=True), key=lambda each: len(each[1])):
         if path[0] in groups:
@@ -145,7 +147,7 @@ def _carry(path: list[str], source, target) -> None:
         ours[name] = theirs[name]
 
 
-def typed(cfg: DictConfig, reads_text: bool = False) -> Config:
+def typed_config(cfg: DictConfig, reads_text: bool = False) -> Config:
     """The composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type; with
     `reads_text`, UserError for text that cannot be prepared."""
     config = OmegaConf.to_object(cfg)
@@ -190,7 +192,7 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
         yield from _entries(value, f"{prefix}{key}.")
 
 
-def explain(error: Exception) -> str:
+def explain_error(error: Exception) -> str:
     """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's
     and the YAML reader's: the file and what is wrong with it."""
     mark = getattr(error, "problem_mark", None)
@@ -288,7 +290,7 @@ def _keys() -> list[str]:
     return [*walk(OmegaConf.structured(Config), ""), *(f"benchmark.tasks.{task}" for task in tasks)]
 
 
-def config_of(folder: str) -> Config:
+def config_of_run(folder: str) -> Config:
     """The configuration of a run folder that the user names, with runs_dir where that folder is now. Errors: UserError
     when it is no run folder, or not the one of its configuration."""
     run = Run(Path(folder).absolute())

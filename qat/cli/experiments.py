@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hydra import compose
 
-from qat.cli.entry import typed
+from qat.cli.entry import typed_config
 from qat.config import Config
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
@@ -17,7 +17,7 @@ from qat.utils import distributed
 _OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=", "record=")
 
 
-def cells(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:
+def configs_of(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:
     """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry; with each of
     `seeds` in the place of the overrides' own. Where overrides make cells of its sweep one run, it is there once."""
     found = map(_compose, _lines(experiment, overrides, seeds))
@@ -33,7 +33,7 @@ def jobs(
     for experiment in experiments:
         for words in _lines(experiment, overrides, seeds):
             cfg = _compose(words)
-            distributed.check(cfg)
+            distributed.check_world_size(cfg)
             baselines.setdefault(run_id(baseline_of(cfg)), [*words, "quant=bf16"] if cfg.quantized else words)
             if cfg.quantized:
                 runs.setdefault(run_id(cfg), words)
@@ -75,14 +75,14 @@ def _shared(overrides: list[str]) -> list[str]:
 
 
 def _compose(words: list[str]) -> Config:
-    return typed(compose("train", words))
+    return typed_config(compose("train", words))
 
 
 def described(names: Sequence[str], words: list[str], seeds: Sequence[int] | None) -> list[Experiment]:
     """The runs of experiments under command-line words, with each of `seeds`, inside a Hydra entry; made or not."""
     found = []
     for name in names:
-        configs = cells(name, words, seeds)
+        configs = configs_of(name, words, seeds)
         runs = [Run.of(cell) for cell in configs]
         baselines = [Run.of(baseline_of(cell)) for cell in configs if cell.quantized]
         found.append(Experiment(name, runs, baselines, configs[0].benchmark, command(name, words, seeds)))

@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from qat.analysis.compare import compare
-from qat.analysis.rerun_noise import floor, original
+from qat.analysis.rerun_noise import original, rerun_noise
 from qat.cli import preflight
 from qat.config import Config
 from qat.errors import UserError
 from qat.eval.evaluate import evaluate
-from qat.report.text import FLOOR_HEADER, floor_cells, markdown, table
+from qat.report.text import RERUN_HEADER, markdown, rerun_cells, table
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, run_id, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of, run_id
 from qat.studies.design import Cell
 from qat.train import wandb_log
 from qat.train.loop import train
@@ -43,7 +43,7 @@ def complete(cells: Sequence[Cell]) -> dict[str, str]:
 
 def trained_only() -> bool:
     """Whether this is one of many ranks, which train and leave the rest to a single process."""
-    return distributed.count() > 1
+    return distributed.world_size() > 1
 
 
 def report(failed: Mapping[str, str]) -> None:
@@ -78,10 +78,10 @@ def _attempt(cfg: Config) -> str:
 
 def train_with_baseline(cfg: Config) -> list[Run]:
     """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
-    distributed.check(cfg)
+    distributed.check_world_size(cfg)
     plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
     if not all(Run.of(each).finished for each in plan):
-        distributed.join()
+        distributed.init()
         preflight.check(cfg)
     return [train(each) for each in plan]
 
@@ -96,13 +96,13 @@ def evaluate_and_compare(cfg: Config) -> dict | None:
     if any(subject.run.id == baseline.id for subject in scored):
         wandb_log.send(baseline, baseline_of(cfg))
     if cfg.quantized:
-        comparison = compare(run.path, baseline.path, cfg.benchmark.name, Run.of(untouched_of(cfg)).path)
+        comparison = compare(run.path, baseline.path, cfg.benchmark.name, Run.of(pretrained_of(cfg)).path)
         with run.lock():
             run.write_json("comparison.json", comparison)
         wandb_log.send(run, cfg)
         print(f"\n{table(comparison)}", flush=True)
     repeats = [each for each in dict.fromkeys((baseline, run)) if cfg.repeat and original(each).finished]
     if repeats:
-        rows = [floor_cells(floor(original(each), each, cfg.benchmark.name)) for each in repeats]
-        print(f"\n{markdown(FLOOR_HEADER, rows)}", flush=True)
+        rows = [rerun_cells(rerun_noise(original(each), each, cfg.benchmark.name)) for each in repeats]
+        print(f"\n{markdown(RERUN_HEADER, rows)}", flush=True)
     return comparison

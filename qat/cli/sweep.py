@@ -51,7 +51,9 @@ def run(job: Callable[[], None]) -> None:
         became("done")
     except UserError as error:
         became("failed", str(error))
-        if distributed.count() > 1 and not isinstance(error, ConfigError):  # of a bad configuration every rank knows
+        if distributed.world_size() > 1 and not isinstance(
+            error, ConfigError
+        ):  # of a bad configuration every rank knows
             raise
     except Preempted as stop:
         became("preempted", str(stop))
@@ -61,7 +63,7 @@ def run(job: Callable[[], None]) -> None:
     except Exception as error:  # a defect of ours, to be seen whole where the job ran
         traceback.print_exc()
         became("failed", " ".join(f"{type(error).__name__}: {error}".split())[:400])
-        if distributed.count() > 1:
+        if distributed.world_size() > 1:
             sys.exit(1)
 
 

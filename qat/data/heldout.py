@@ -12,7 +12,7 @@ import torch
 
 from qat.config import DataConfig
 from qat.data import wikipedia
-from qat.data.packing import corpus
+from qat.data.packing import open_corpus
 from qat.data.tokenize import encode
 from qat.errors import UserError
 from qat.models.tokenizer import document_token
@@ -54,4 +54,4 @@ def _heldout(cfg: DataConfig) -> Iterator[str]:
     """Documents never trained on, in a fixed order. A MediaWiki dump has no others."""
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
         return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(files.expand(cfg.path)))
-    return corpus(cfg, seed=0).heldout()
+    return open_corpus(cfg, seed=0).heldout()

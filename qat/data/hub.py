@@ -33,14 +33,14 @@ _Result = TypeVar("_Result")
 _reached = threading.Event()  # this process has read something from a hub: it is no offline machine
 
 
-class Ending(Exception):
+class Shutdown(Exception):
     """The main thread has ended, and no thread of ours may keep the process."""
 
 
 def alive() -> None:
     """Raise `Ending` in a background thread whose process wants to end."""
     if not threading.main_thread().is_alive():
-        raise Ending
+        raise Shutdown
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def prepare() -> None:
     set_client_factory(client)
 
 
-def insist(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result:
+def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result:
     """What `attempt` returns, tried again for `data.retry_hours` while the hub cannot be reached.
 
     A machine that never reached it is taken to be offline. Errors: UserError, at once when waiting would not help.

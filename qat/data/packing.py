@@ -16,7 +16,7 @@ from qat.data.sources import Corpus, Files, Stream
 from qat.data.tokenize import Tokens
 
 
-def corpus(cfg: DataConfig, seed: int, state: dict | None = None) -> Corpus:
+def open_corpus(cfg: DataConfig, seed: int, state: dict | None = None) -> Corpus:
     """The documents to train on. state: of a stream that stays on the data set's revision it has begun with."""
     if cfg.source != "hub":
         return Files(cfg, seed)
@@ -58,4 +58,4 @@ class TokenStream:
 def training_stream(cfg: DataConfig, seed: int, tokenizer, state: dict | None = None) -> TokenStream:
     """The training sequences of a run, from the beginning or from a cursor on. Errors: UserError."""
     kind = token_cache.CachedTokens if cfg.cache else Tokens
-    return TokenStream(kind(corpus(cfg, seed, state), tokenizer, state), cfg.duplicate_workers, state)
+    return TokenStream(kind(open_corpus(cfg, seed, state), tokenizer, state), cfg.duplicate_workers, state)

@@ -222,7 +222,7 @@ class Stream(Corpus):
 
     def _insist(self, attempt, what: str):
         if not self.local:
-            return hub.insist(attempt, self.cfg, what)
+            return hub.retry(attempt, self.cfg, what)
         try:
             return attempt()
         except (OSError, ValueError, TypeError) as error:

@@ -27,7 +27,7 @@ from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert
 from qat.quant.scaling import Phase
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, calibrated, is_ptq, ptq_mode, ptq_of, untouched_of
+from qat.runs.identity import baseline_of, is_ptq, pretrained_of, ptq_mode, ptq_of, with_ptq_scales
 from qat.train import checkpoint
 from qat.utils import device, distributed, environment
 
@@ -106,10 +106,10 @@ def evaluate(cfg: Config) -> list[Subject]:
         ConfigError: there are several ranks.
         UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
     """
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
     device.prepare()
-    untouched, baseline = untouched_of(cfg), baseline_of(cfg)
+    untouched, baseline = pretrained_of(cfg), baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
     subjects = [Subject(untouched, Run.of(untouched), "bf16"), reference]
     if cfg.quantized:
@@ -229,7 +229,7 @@ class _Scorer:
 
     def _calibrated(self, subject: Subject) -> dict:
         """The held-out losses of a run's weights under the scales that PTQ gives them."""
-        twin = Subject(calibrated(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
+        twin = Subject(with_ptq_scales(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
         return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:

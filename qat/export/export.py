@@ -107,7 +107,7 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
 
 
 def _refuse(cfg: Config, subject: Subject) -> None:
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         raise ConfigError("export is one process's work: start scripts/export.py without torchrun")
     if not cfg.quantized:
         raise ConfigError(f"{subject.run.id} is not quantized and has no codes to export; name a quantized run")
@@ -147,7 +147,7 @@ def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
         arithmetic=device.resolve_arithmetic(cfg.budget.arithmetic),
         run=run.id,
     )
-    for name, linear in hf_quantizer.swap(model, config).items():
+    for name, linear in hf_quantizer.swap_linears(model, config).items():
         weight, activation = (linears[name].quantizers[role] for role in ("weight", "activation"))
         if config.weights:
             original = linears[name].weight

@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qat.config import QuantConfig
 from qat.quant.formats import FORMATS, to_e4m3
 from qat.quant.kernels import dispatch
-from qat.quant.matmul import Operand, Products
+from qat.quant.matmul import Matmul, Rounded
 from qat.quant.scaling import to_scale
 
 METHOD = "hif8"
@@ -52,7 +52,7 @@ class CodesConfig(QuantConfig, QuantizationConfigMixin):
             raise ValueError("its quantization_config names no known format, activation_scheme or modules")
 
 
-class CodedLinear(nn.Module):
+class HiF8Linear(nn.Module):
     """The linear of an exported model, for inference: no gradient flows through it.
 
     weight: uint8 codes [out, in], decoded anew for each call: a byte each in memory, and a slower generation, token by
@@ -63,7 +63,7 @@ class CodedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, config: CodesConfig):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.config, self.products = config, Products(config)
+        self.config, self.products = config, Matmul(config)
         device = linear.weight.device
         if config.weights:
             self.weight = nn.Buffer(torch.zeros(linear.weight.shape, dtype=torch.uint8, device=device))
@@ -81,22 +81,22 @@ class CodedLinear(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    def _input(self, rows: torch.Tensor) -> Operand:
+    def _input(self, rows: torch.Tensor) -> Rounded:
         c = self.config
         if not c.activations:
-            return Operand(rows)
+            return Rounded(rows)
         scale, target = self.input_scale, c.target_activation
         if c.activation_scheme == "dynamic":
             scale = to_scale(dispatch.amax(rows), torch.full_like(scale, target), scale)
         emit = "e4m3" if c.gemm == "fp8" else "values"
-        return Operand(*dispatch.quantize(rows, scale, None, 0, c.format, c.overflow, target, emit), scale)
+        return Rounded(*dispatch.quantize(rows, scale, None, 0, c.format, c.overflow, target, emit), scale)
 
-    def _weight(self, dtype: torch.dtype) -> Operand:
+    def _weight(self, dtype: torch.dtype) -> Rounded:
         c = self.config
         if not c.weights:
-            return Operand(self.weight.to(dtype))
+            return Rounded(self.weight.to(dtype))
         values = dispatch.decode(self.weight, c.format, dtype)
-        return Operand(values, to_e4m3(values) if c.gemm == "fp8" else None, self.weight_scale)
+        return Rounded(values, to_e4m3(values) if c.gemm == "fp8" else None, self.weight_scale)
 
     def _apply(self, fn, recurse=True):
         """Scales stay FP32 whatever dtype a model is moved to: in BF16 they would be off by up to 0.4 %."""
@@ -110,7 +110,7 @@ class CodedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.config.format}"
 
 
-def swap(model: nn.Module, config: CodesConfig) -> dict[str, CodedLinear]:
+def swap_linears(model: nn.Module, config: CodesConfig) -> dict[str, HiF8Linear]:
     """Put a blank `CodedLinear` in the place of each linear that `config` names; returns them by name. Errors:
     ValueError for a name that is not of a linear."""
     swapped = {}
@@ -121,7 +121,7 @@ def swap(model: nn.Module, config: CodesConfig) -> dict[str, CodedLinear]:
             raise ValueError(f"the model has no {name}") from error
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{name} is no linear of the model")
-        swapped[name] = CodedLinear(linear, config)
+        swapped[name] = HiF8Linear(linear, config)
         model.set_submodule(name, swapped[name])
     return swapped
 
@@ -137,7 +137,7 @@ class CodesQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **_) -> None:
-        swap(model, self.quantization_config)
+        swap_linears(model, self.quantization_config)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model, **_) -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from qat.config import ROLES, Config
-from qat.export.hf_quantizer import CodedLinear, CodesConfig
+from qat.export.hf_quantizer import CodesConfig, HiF8Linear
 from qat.quant.rules import RULES
 from qat.report.text import table
 from qat.runs.folder import Run
@@ -40,7 +40,7 @@ def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
 
 def sizes(model: nn.Module) -> str:
     """What the quantized linears of an exported model weigh, and what they would in BF16; in MB of 10^6 bytes."""
-    linears = [module for module in model.modules() if isinstance(module, CodedLinear)]
+    linears = [module for module in model.modules() if isinstance(module, HiF8Linear)]
     held = sum(tensor.nbytes for linear in linears for tensor in linear.state_dict().values()) / 1e6
     values = sum(linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel()) for linear in linears)
     whole = sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values()) / 1e6

@@ -288,7 +288,7 @@ def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
 
 @functools.cache
 def _say_unpinned(path: str, commit: str) -> None:
-    if distributed.first():
+    if distributed.is_main_process():
         print(
             f"warning: model.revision is not pinned, and {path} may change under its name: this is commit {commit}; "
             f"set model.revision={commit}",

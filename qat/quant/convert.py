@@ -13,7 +13,7 @@ from torch import nn
 from qat.config import ROLES, Config
 from qat.errors import ConfigError, nearest
 from qat.quant.linear import QuantizedLinear, Quantizer
-from qat.quant.matmul import Products
+from qat.quant.matmul import Matmul
 from qat.quant.scaling import ScaleBank
 
 # `model.layers.3.mlp.gate_proj` -> block 3, `mlp.gate_proj`. `layers`, `h` and `blocks` are what model families use.
@@ -139,7 +139,7 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
     ]
     device = next(model.parameters()).device
     bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg, device)
-    index, products = {name: i for i, name in enumerate(names)}, Products(q)
+    index, products = {name: i for i, name in enumerate(names)}, Matmul(q)
     for name, linear in linears.items():
         quantizers = {
             role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES

@@ -18,7 +18,7 @@ from torch import nn
 from qat.config import QuantConfig
 from qat.quant.formats import TOLERANCE
 from qat.quant.kernels import dispatch, lookup
-from qat.quant.matmul import Operand, Products
+from qat.quant.matmul import Matmul, Rounded
 from qat.quant.scaling import Phase, ScaleBank
 
 
@@ -31,11 +31,11 @@ class Quantizer:
         self.table = dispatch.table(bank.observed.device, cfg.format, cfg.overflow, target) if enabled else None
         self.probe = None  # telemetry: called with (index, x, scale) while a probe is attached
 
-    def __call__(self, x: torch.Tensor, emit: str = "values") -> tuple[Operand, torch.Tensor | None]:
+    def __call__(self, x: torch.Tensor, emit: str = "values") -> tuple[Rounded, torch.Tensor | None]:
         """x: BF16 or FP32, any shape -> (the operand that stands for it, what the STE lets through: a mask in the
         shape of `x`, or None for everything). The bank notes the amax of `x`."""
         if not self.enabled:
-            return Operand(x.detach()), None
+            return Rounded(x.detach()), None
         c, x = self.cfg, x.detach()
         scale = self.bank.scale_of(self.index, x)
         emit = "e4m3" if c.gemm == "fp8" else emit
@@ -47,7 +47,7 @@ class Quantizer:
         if self.probe is not None:
             self.probe(self.index, x, scale)
         inside = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
-        return Operand(values, codes, scale), inside
+        return Rounded(values, codes, scale), inside
 
     def observe(self, x: torch.Tensor) -> None:
         """Note the amax of `x` without rounding it."""
@@ -62,7 +62,7 @@ class Input:
         self.quantizer, self.users = quantizer, 1
         self._source, self._emit, self._left, self._rounded = None, "", 0, None
 
-    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[Operand, torch.Tensor | None]:
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[Rounded, torch.Tensor | None]:
         """x: any shape -> its operand in `dtype` and the mask of the STE (see `Quantizer`)."""
         emit = "codes" if torch.is_grad_enabled() else "values"  # codes are for the backward pass
         if self.users == 1:
@@ -89,10 +89,10 @@ class _QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, x_values, x_codes, x_scale, x_inside, w_kept, w_scale, w_inside, products, gradients):
-        kept = products.kept(Operand(x_values, x_codes, x_scale))
+        kept = products.kept(Rounded(x_values, x_codes, x_scale))
         ctx.save_for_backward(kept, x_scale, x_inside, w_kept, w_scale, w_inside)
         ctx.products, ctx.gradients, ctx.shape, ctx.dtype = products, gradients, x.shape, x.dtype
-        rows = Operand(*(_rows(t) for t in (x_values, x_codes)), x_scale)
+        rows = Rounded(*(_rows(t) for t in (x_values, x_codes)), x_scale)
         y = products.outputs(rows, products.restored(w_kept, w_scale, x.dtype), x.dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -139,7 +139,7 @@ class QuantizedLinear(nn.Linear):
     While the bank is OFF it is `nn.Linear`, bit for bit, forward and backward.
     """
 
-    def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer], products: Products):
+    def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer], products: Matmul):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias

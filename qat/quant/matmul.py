@@ -17,7 +17,7 @@ from qat.quant.kernels import dispatch
 
 
 @dataclass
-class Operand:
+class Rounded:
     """A tensor as a product takes it. values / scale approximates the original (scale None: values is the original);
     codes: the values in 8 bits, for where they wait; with gemm=fp8 they are multiplied, and values is empty."""
 
@@ -26,44 +26,44 @@ class Operand:
     scale: torch.Tensor | None = None
 
 
-class Products:
+class Matmul:
     """How the linears of one configuration multiply."""
 
     def __init__(self, cfg: QuantConfig):
         self.format = cfg.format
         self.fp8, self.descaled = cfg.gemm == "fp8", cfg.operands == "descaled"
 
-    def kept(self, operand: Operand) -> torch.Tensor:
+    def kept(self, operand: Rounded) -> torch.Tensor:
         """What to save of an operand until it is multiplied: its codes where it has any."""
         return operand.values if operand.codes is None or not operand.codes.numel() else operand.codes
 
-    def restored(self, kept: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> Operand:
+    def restored(self, kept: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> Rounded:
         """The operand of `kept`, its values in `dtype`."""
         if kept.dtype is not torch.uint8:
-            return Operand(kept, None, scale)
+            return Rounded(kept, None, scale)
         if self.fp8:
-            return Operand(kept.new_empty(0, dtype=dtype), kept, scale)
-        return Operand(dispatch.decode(kept, self.format, dtype), kept, scale)
+            return Rounded(kept.new_empty(0, dtype=dtype), kept, scale)
+        return Rounded(dispatch.decode(kept, self.format, dtype), kept, scale)
 
-    def outputs(self, x: Operand, weight: Operand, dtype: torch.dtype) -> torch.Tensor:
+    def outputs(self, x: Rounded, weight: Rounded, dtype: torch.dtype) -> torch.Tensor:
         """x [rows, in], weight [out, in] -> [rows, out]."""
         if self.fp8:
             return _fp8(x.codes, weight.codes, x, weight, dtype)
         return self._exact(x, weight, lambda a, b: (a, b.t()))
 
-    def input_gradients(self, gradient: Operand, weight: Operand, dtype: torch.dtype) -> torch.Tensor:
+    def input_gradients(self, gradient: Rounded, weight: Rounded, dtype: torch.dtype) -> torch.Tensor:
         """gradient [rows, out], weight [out, in] -> [rows, in]."""
         if self.fp8:
             return _fp8(gradient.codes, weight.codes.t(), gradient, weight, dtype)
         return self._exact(gradient, weight, lambda a, b: (a, b))
 
-    def weight_gradients(self, gradient: Operand, x: Operand, dtype: torch.dtype) -> torch.Tensor:
+    def weight_gradients(self, gradient: Rounded, x: Rounded, dtype: torch.dtype) -> torch.Tensor:
         """gradient [rows, out], x [rows, in] -> [out, in]."""
         if self.fp8:
             return _fp8(gradient.codes.t(), x.codes.t(), gradient, x, dtype)
         return self._exact(gradient, x, lambda a, b: (a.t(), b))
 
-    def _exact(self, a: Operand, b: Operand, arrange) -> torch.Tensor:
+    def _exact(self, a: Rounded, b: Rounded, arrange) -> torch.Tensor:
         operands = [_divided(each) if self.descaled else each for each in (a, b)]
         left, right = arrange(*(each.values for each in operands))
         # Reciprocals are multiplied, because the product of two scales can overflow FP32 where theirs only underflows.
@@ -76,13 +76,13 @@ class Products:
         return dispatch.unscale(left @ right, factor)
 
 
-def _divided(operand: Operand) -> Operand:
+def _divided(operand: Rounded) -> Rounded:
     if operand.scale is None:
         return operand
-    return Operand((operand.values.float() / operand.scale).to(operand.values.dtype))
+    return Rounded((operand.values.float() / operand.scale).to(operand.values.dtype))
 
 
-def _fp8(a: torch.Tensor, b: torch.Tensor, left: Operand, right: Operand, dtype: torch.dtype) -> torch.Tensor:
+def _fp8(a: torch.Tensor, b: torch.Tensor, left: Rounded, right: Rounded, dtype: torch.dtype) -> torch.Tensor:
     """a [m, k], b [n, k], E4M3 bytes in any layout -> a @ b^T / (scales of left and right) in `dtype`, [m, n]."""
     a8, b8 = (codes.contiguous().view(torch.float8_e4m3fn) for codes in (a, b))
     scales = [(each.scale * E4M3_FACTOR).reciprocal() for each in (left, right)]

@@ -115,7 +115,7 @@ class ScaleBank:
             self.observed.index_copy_(0, self._apart_at, torch.cat(apart))
             torch._foreach_zero_(apart)
         if self.cfg.sync == "max":
-            distributed.largest(self.observed)
+            distributed.all_reduce_max(self.observed)
 
     def overshoot(self) -> torch.Tensor:
         """amax_now / amax_predicted of every tensor observed since the last commit, [tensors] FP32: 0 where nothing

@@ -15,11 +15,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from qat.analysis.compare import TASKS, compare, differences, mismatches, sides, train_command
-from qat.analysis.seeds import over_seeds
+from qat.analysis.seeds import aggregate
 from qat.config import BenchmarkConfig, Config
 from qat.errors import UserError
 from qat.runs.folder import Run
-from qat.runs.identity import identity, run_id, untouched_of
+from qat.runs.identity import identity, pretrained_of, run_id
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
@@ -116,7 +116,7 @@ class Experiment:
         config = self.typed[pair.run.id]
         pair.baseline = next((b for b in self.bf16 if not mismatches(config, self.typed[b.id])), None)
         candidate = pair.baseline or self.bf16[0]
-        benchmark, origin = pair.config["benchmark"]["name"], untouched(pair.run)
+        benchmark, origin = pair.config["benchmark"]["name"], pretrained(pair.run)
         try:
             pair.comparison = compare(pair.run.path, candidate.path, benchmark, origin and origin.path)
         except UserError as reason:
@@ -180,7 +180,7 @@ class Recipe:
             return None, f"{self.name} has a seed twice ({ids}), so there is no mean over seeds; leave one out"
         scored = [sides(pair.run, pair.baseline, pair.comparison["benchmark"], None)[:2] for pair in self.compared]
         try:
-            return over_seeds(found, scored), None
+            return aggregate(found, scored), None
         except UserError as reason:
             return None, str(reason)
 
@@ -284,9 +284,9 @@ class Telemetry:
         return means | {"sqnr_db": float(np.mean(decibel)) if decibel else float("nan")}
 
 
-def untouched(run: Run) -> Run | None:
+def pretrained(run: Run) -> Run | None:
     """The checkpoint that a run started from, in the folder beside it; None where it was not scored."""
-    origin = Run(run.path.parent / run_id(untouched_of(run.typed_config())))
+    origin = Run(run.path.parent / run_id(pretrained_of(run.typed_config())))
     return origin if origin.evaluations() else None
 
 

@@ -49,14 +49,14 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "lead": _lead(experiments),
         "provenance": _provenance(experiments) | context,
         "paper": paper["paper"],
-        "glance": tables.glance(experiments, paper),
+        "glance": tables.overview(experiments, paper),
         "summary": tables.summary(experiments, paper),
         "forests": [*pictures.of_differences(experiments), *pictures.of_scores(experiments, paper)],
         "score_legend": score_legend(),
         "resolution": tables.resolution(experiments),
         "seeds": tables.seeds(experiments),
-        "floor": tables.floor(experiments),
-        "cautions": _cautions(experiments),
+        "floor": tables.rerun_noise(experiments),
+        "cautions": _caveats(experiments),
         "baselines": tables.baselines(experiments, paper),
         "experiments": _experiments(experiments, paper["experiments"]),
         "disagreements": tables.disagreements(paper),
@@ -117,7 +117,7 @@ def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
     return {labels[pair.run.id]: pair.comparison for e in experiments for pair in e.pairs if pair.comparison}
 
 
-def _cautions(experiments: Sequence[Experiment]) -> list[str]:
+def _caveats(experiments: Sequence[Experiment]) -> list[str]:
     """What a reader must know before believing a number."""
     rows = [row for comparison in _compared(experiments).values() for row in comparison["tasks"]]
     found = _near_chance(experiments)

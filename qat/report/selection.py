@@ -22,7 +22,7 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
 
     Errors: ConfigError for none, for what is no run folder, and for two of one name.
     """
-    runs = named(folders)
+    runs = run_folders(folders)
     configs = {run.id: run.typed_config() for run in runs}
     plain = {run: configs[run.id] for run in runs if not configs[run.id].quantized}
     groups = defaultdict(list)
@@ -36,7 +36,7 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
     return experiments
 
 
-def named(folders: Sequence[str]) -> list[Run]:
+def run_folders(folders: Sequence[str]) -> list[Run]:
     """The run folders, each once. Errors: as of `selected`."""
     runs = {}
     for path in dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders):

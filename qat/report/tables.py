@@ -7,29 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences
-from qat.analysis.rerun_noise import floor as floor_of
-from qat.analysis.rerun_noise import repeats
+from qat.analysis.rerun_noise import rerun_noise as floor_of
+from qat.analysis.rerun_noise import reruns
 from qat.analysis.stats import Z, half_width
 from qat.errors import UserError
-from qat.report.experiment import (
-    Curve,
-    Experiment,
-    Recipe,
-    distinct,
-    scientific,
-    tasks_of,
-    unlike,
-    untouched,
-)
+from qat.report.experiment import Curve, Experiment, Recipe, distinct, pretrained, scientific, tasks_of, unlike
 from qat.report.text import (
-    FLOOR_HEADER,
     HELDOUT_HEADER,
+    RERUN_HEADER,
     TASK_HEADER,
-    floor_cells,
     heldout_rows,
     interval,
     markdown,
     p_text,
+    rerun_cells,
     resolved,
     signed,
     task_rows,
@@ -85,7 +76,7 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     return Table(["", "Source", "Loss APE %", *(f"{TASKS.get(t, t)}, drop %" for t in tasks)], rows)
 
 
-def glance(experiments: Sequence[Experiment], paper: Mapping) -> Table:
+def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     """One row a recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and that of
     PTQ and of the untouched checkpoint, where any was scored), points a task."""
     recipes = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
@@ -205,7 +196,7 @@ def _value(value) -> str:
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     """Scores (percent, with standard errors) and losses of the untouched checkpoint and the BF16 runs."""
     runs = {run.id: (run, e.configs[run.id]) for e in experiments for run in e.bf16}
-    starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := untouched(run))}
+    starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := pretrained(run))}
     records = {
         name: run.evaluations().get(config["benchmark"]["name"], {}).get("bf16", {})
         for name, (run, config) in (starts | runs).items()
@@ -287,19 +278,19 @@ def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
     return None if start is None else dict.fromkeys(("difference", "points"), start - row["baseline"]) | {"ci": None}
 
 
-def floor(experiments: Sequence[Experiment]) -> Table:
+def rerun_noise(experiments: Sequence[Experiment]) -> Table:
     """Every run and baseline that was repeated, beside its repetitions; or why they cannot be compared."""
     runs = {
         run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
     }
     rows = []
     for run, config in runs.values():
-        for number, repeat in enumerate(repeats(run), start=1):
+        for number, repeat in enumerate(reruns(run), start=1):
             try:
-                rows.append(floor_cells(floor_of(run, repeat, config["benchmark"]["name"])))
+                rows.append(rerun_cells(floor_of(run, repeat, config["benchmark"]["name"])))
             except UserError as reason:
-                rows.append([run.id, str(number), *["–"] * (len(FLOOR_HEADER) - 3), str(reason)])
-    return _table(FLOOR_HEADER, rows)
+                rows.append([run.id, str(number), *["–"] * (len(RERUN_HEADER) - 3), str(reason)])
+    return _table(RERUN_HEADER, rows)
 
 
 def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:

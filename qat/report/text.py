@@ -12,8 +12,8 @@ TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 %
 TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
 HELDOUT_HEADER = ["Held-out text", "Mode", "Untouched, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
 HELDOUT_HEADER += ["KL, nats", "Documents"]
-FLOOR_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
-FLOOR_HEADER += ["Answers flipped", "In words"]
+RERUN_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
+RERUN_HEADER += ["Answers flipped", "In words"]
 
 
 def task_cells(row: dict) -> list[str]:
@@ -51,8 +51,8 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
     ]
 
 
-def floor_cells(row: Mapping) -> list[str]:
-    """What a run and its repetition differ by (`qat.analysis.rerun_noise.floor`), a cell for each entry of
+def rerun_cells(row: Mapping) -> list[str]:
+    """What a run and its repetition differ by (`qat.analysis.rerun_noise.rerun_noise`), a cell for each entry of
     `FLOOR_HEADER`."""
     heldout = "; ".join(
         f"{each['text']} {signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"]

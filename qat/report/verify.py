@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat.analysis.compare import compare
-from qat.analysis.rerun_noise import floor
+from qat.analysis.rerun_noise import rerun_noise
 from qat.errors import UserError
-from qat.report.experiment import untouched
-from qat.report.text import FLOOR_HEADER, floor_cells, interval, markdown, signed
+from qat.report.experiment import pretrained
+from qat.report.text import RERUN_HEADER, interval, markdown, rerun_cells, signed
 from qat.runs import archive
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
@@ -36,10 +36,10 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
         if not both:
             restored = f"{runs} has the runs of {record} as they were put back, none repeated"
             raise UserError(f"{restored}; repeat its command, and this one, with ARGS=runs_dir=<another folder>")
-        floors = [_floor(*pair) for pair in both]
+        floors = [_rerun_noise(*pair) for pair in both]
         rows = [row for pair, told in zip(both, floors, strict=True) for row in _differences(*pair, told[-1])]
-    drop = FLOOR_HEADER.index("Repeat")
-    parts = [markdown(_without(FLOOR_HEADER, drop), [_without(cells, drop) for cells in floors])]
+    drop = RERUN_HEADER.index("Repeat")
+    parts = [markdown(_without(RERUN_HEADER, drop), [_without(cells, drop) for cells in floors])]
     parts += [markdown(HEADER, rows)] if rows else []
     if len(both) < len(kept):
         parts += [f"{len(both)} of the record's {len(kept)} runs were repeated here; nothing is said of the others."]
@@ -52,11 +52,11 @@ def _copied(first: Run, again: Run) -> bool:
     return first.metrics() == again.metrics()
 
 
-def _floor(first: Run, again: Run) -> list[str]:
+def _rerun_noise(first: Run, again: Run) -> list[str]:
     try:
-        return floor_cells(floor(first, again, _benchmark(first)))
+        return rerun_cells(rerun_noise(first, again, _benchmark(first)))
     except UserError as reason:
-        return [first.id, *["-"] * (len(FLOOR_HEADER) - 2), f"{_UNLIKE}: {reason}"]
+        return [first.id, *["-"] * (len(RERUN_HEADER) - 2), f"{_UNLIKE}: {reason}"]
 
 
 def _benchmark(run: Run) -> str:
@@ -89,6 +89,6 @@ def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
 
 def _against_baseline(run: Run, benchmark: str) -> dict[str, dict]:
     base = Run(run.path.parent / run_id(baseline_of(run.typed_config())))
-    origin = untouched(run)
+    origin = pretrained(run)
     found = compare(run.path, base.path, benchmark, origin and origin.path)["heldout"]
     return {row["text"]: row for row in found if row["mode"] == "w8a8"}

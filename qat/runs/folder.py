@@ -66,7 +66,7 @@ class Run:
     @classmethod
     def of(cls, cfg: Config) -> Run:
         """The folder that belongs to a configuration, whether it exists or not."""
-        return (cls if distributed.first() else Onlooker)(Path(cfg.runs_dir) / run_id(cfg))
+        return (cls if distributed.is_main_process() else ReadOnlyRun)(Path(cfg.runs_dir) / run_id(cfg))
 
     @property
     def id(self) -> str:
@@ -225,7 +225,7 @@ class Run:
         return files.lock(self.path, self.id)
 
 
-class Onlooker(Run):
+class ReadOnlyRun(Run):
     """A run folder as ranks other than the first see it: they read it and never write."""
 
     def create(self, cfg: Config) -> None: ...

@@ -77,7 +77,7 @@ def baseline_of(cfg: Config) -> Config:
     return baseline
 
 
-def untouched_of(cfg: Config) -> Config:
+def pretrained_of(cfg: Config) -> Config:
     """The checkpoint before any training, as a configuration to score: a baseline of no steps."""
     untouched = baseline_of(cfg)
     untouched.budget.steps = 0
@@ -133,10 +133,10 @@ def ptq_of(cfg: Config) -> Config:
     """The PTQ beside a quantized run: its baseline under its quantization."""
     ptq = baseline_of(cfg)
     ptq.quant = copy.deepcopy(cfg.quant)
-    return calibrated(ptq)
+    return with_ptq_scales(ptq)
 
 
-def calibrated(cfg: Config) -> Config:
+def with_ptq_scales(cfg: Config) -> Config:
     """A quantized run under PTQ's scales in the place of its own, which tells its weights from its scales."""
     found = copy.deepcopy(cfg)
     # A bank that observes while nothing is quantized, and whose scale is what it observed.

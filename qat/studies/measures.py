@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from qat.analysis.compare import TASKS, compare, eval_command
-from qat.analysis.results import Scored
+from qat.analysis.results import EvalResult
 from qat.errors import UserError
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of
 from qat.studies.contrasts import Response
 from qat.studies.design import Cell, Key
 
@@ -62,14 +62,14 @@ def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
     return found, missing
 
 
-def _baseline(cell: Cell) -> Scored:
+def _baseline(cell: Cell) -> EvalResult:
     run, benchmark = Run.of(cell.cfg), cell.cfg.benchmark.name
-    return Scored(Run.of(baseline_of(cell.cfg)), benchmark, "bf16", eval_command(run, benchmark))
+    return EvalResult(Run.of(baseline_of(cell.cfg)), benchmark, "bf16", eval_command(run, benchmark))
 
 
 def _read(cell: Cell) -> Measured:
     cfg, benchmark = cell.cfg, cell.cfg.benchmark.name
-    run, base, origin = (Run.of(each) for each in (cfg, baseline_of(cfg), untouched_of(cfg)))
+    run, base, origin = (Run.of(each) for each in (cfg, baseline_of(cfg), pretrained_of(cfg)))
     comparison = compare(Path(run.path), Path(base.path), benchmark, Path(origin.path))  # refuses what is unlike
     scored = {"w8a8": (run, "w8a8"), "bf16": (run, "bf16"), "baseline": (base, "bf16"), "untouched": (origin, "bf16")}
     if comparison["ptq"] is None:

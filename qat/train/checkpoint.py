@@ -192,9 +192,11 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as flat tensors, `<parameter>/<state>`, gathered on the first rank
-    (`qat.utils.distributed.on_first`); zeros of a parameter that had no gradient yet."""
+    (`qat.utils.distributed.full_tensor_on_main`); zeros of a parameter that had no gradient yet."""
     return {
-        f"{name}/{key}": distributed.on_first(optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like))
+        f"{name}/{key}": distributed.full_tensor_on_main(
+            optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like)
+        )
         for p, name in names.items()
         for key, like in _moments(p).items()
     }

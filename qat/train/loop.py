@@ -21,8 +21,8 @@ from qat.quant.formats import TOLERANCE
 from qat.runs.folder import Run
 from qat.train import checkpoint, monitor, wandb_log
 from qat.train.step import StepResult, Trainer
-from qat.train.tensor_stats import Probe, UpdateProbe
-from qat.train.validation import TextProbe
+from qat.train.tensor_stats import TensorStats, UpdateStats
+from qat.train.validation import Validator
 from qat.utils import device, distributed, signals
 from qat.utils.files import flush
 
@@ -32,16 +32,16 @@ _ROWS = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
 def train(cfg: Config) -> Run:
     """Train, resume or skip the run of `cfg`, all ranks together. Errors: UserError; the folder's status says why it
     failed."""
-    distributed.join()
+    distributed.init()
     run = Run.of(cfg)
     with run.lock():
         run.check_sources(cfg)
         if cfg.retrain and run.finished and not any(run.checkpoints.glob("step-*")):
             print(f"{run.id}: its checkpoint is gone, so it is trained again", flush=True)
             run.set_status("running", 0, cfg.steps)
-        if distributed.shared(run.finished):
+        if distributed.broadcast_object(run.finished):
             print(f"{run.id}: finished already", flush=True)
-            distributed.warn_count(cfg, run.environment().get("ranks", 1))
+            distributed.warn_other_world_size(cfg, run.environment().get("ranks", 1))
             return run
         run.create(cfg)
         step = run.status().get("step", 0)
@@ -52,7 +52,7 @@ def train(cfg: Config) -> Run:
                 for step in session.steps(log):  # noqa: B007  `step` is what the status says after an error
                     pass
         except BaseException as error:
-            distributed.forsake()
+            distributed.abort()
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # a full disk must not hide what happened first
@@ -79,10 +79,10 @@ class _Session:
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
-        if distributed.first() and not self.final:  # the others are given theirs
+        if distributed.is_main_process() and not self.final:  # the others are given theirs
             self.stream = packing.training_stream(cfg.data, cfg.seed, self.tokenizer, cursor)
         self.history = None if self.bank is None else monitor.History(self.bank)
-        self.texts = None if self.final else TextProbe(self.trainer, self.tokenizer, cfg)
+        self.texts = None if self.final else Validator(self.trainer, self.tokenizer, cfg)
 
     def _restore(self) -> dict | None:
         """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
@@ -111,14 +111,14 @@ class _Session:
         for parameter, name in self.names.items():
             parameter.copy_(distributed.shard_like(saved[name], parameter))
         if self.bank is not None:
-            scales = tensors.get(_of_rank("scales", distributed.mine()), tensors.get("scales", {}))
+            scales = tensors.get(_of_rank("scales", distributed.rank()), tensors.get("scales", {}))
             self.bank.load_state_dict(scales, facts.get("scales"))
         self.done, self.final = facts["step"], "final" in facts
         if self.done < self.cfg.steps and self.bank is not None:
-            distributed.check_count(self.cfg, facts.get("ranks", 1))
+            distributed.refuse_other_world_size(self.cfg, facts.get("ranks", 1))
         if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
             checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
-            device.set_rng_state(tensors.get(_of_rank("rng", distributed.mine()), {}))
+            device.set_rng_state(tensors.get(_of_rank("rng", distributed.rank()), {}))
 
     def steps(self, log) -> Iterator[int]:
         """Run the steps that are left and finish; yields the number of each when it is done and written."""
@@ -130,7 +130,7 @@ class _Session:
             run.append("telemetry.jsonl") as telemetry,
             run.append("warnings.jsonl") as warnings,
             _bar(self) as bar,
-            signals.noticed() as signalled,
+            signals.defer_signals() as signalled,
             checkpoint.Writer(run.checkpoints) as self.writer,
         ):
             if not self.done:
@@ -153,14 +153,14 @@ class _Session:
                 bar.set_postfix_str(_progress(row))
                 bar.update()
                 yield step
-                stop = distributed.anyone(bool(signalled()))
+                stop = distributed.any_rank(bool(signalled()))
                 if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
                     self._save()
                 if stop:
                     break
             if self.done == cfg.steps:
                 self._finish()
-            if distributed.anyone(bool(signalled())):  # after the last step, too: other runs are to begin elsewhere
+            if distributed.any_rank(bool(signalled())):  # after the last step, too: other runs are to begin elsewhere
                 raise signals.Preempted(f"{signalled() or 'another rank'} after step {self.done} of {cfg.steps}")
 
     def _introduce(self) -> None:
@@ -186,10 +186,10 @@ class _Session:
         due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
             return self._row(step, self.trainer.step(step, batches), started), []
-        updates = UpdateProbe(self.model, self.bank, self.cfg)
+        updates = UpdateStats(self.model, self.bank, self.cfg)
         if self.bank is None:
             return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
-        probe = Probe(self.model, self.bank, self.cfg)
+        probe = TensorStats(self.model, self.bank, self.cfg)
         with probe.attached():
             result = self.trainer.step(step, batches, probed=True)
         row = self._row(step, result, started)
@@ -200,7 +200,7 @@ class _Session:
         (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
         batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
         self.batch = batches and hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
-        return distributed.scattered(batches, accumulation, (micro, length + 1))
+        return distributed.scatter_batches(batches, accumulation, (micro, length + 1))
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
@@ -246,13 +246,15 @@ class _Session:
         if self.history is not None and row["quantized"] and not row["skipped"]:
             if step == self.trainer.first_quantized_step:
                 self.history.begin()
-            self.history.advance(1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // distributed.count())
+            self.history.advance(
+                1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // distributed.world_size()
+            )
         if probed:
             self._check_agreement()
             found += monitor.telemetry(self.cfg, probed, row["lr"])
             found += monitor.forgetting(self.cfg, probed, self.untouched)
             found += self.history.check() if self.history is not None else []
-        new = [{"step": step, **each} for each in monitor.news(found, self.warned)]
+        new = [{"step": step, **each} for each in monitor.new_warnings(found, self.warned)]
         self.warned += new
         return new
 
@@ -266,9 +268,9 @@ class _Session:
         own = {"rng": device.rng_state()}
         if self.bank is not None and self.cfg.scaling.sync == "none":
             own["scales"] = {name: tensor.cpu() for name, tensor in self.bank.state_dict().items()}
-        for rank, groups in enumerate(distributed.gathered(own)):
+        for rank, groups in enumerate(distributed.all_gather_object(own)):
             tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
         self._flush_rows()
         self.writer.save(self.done, tensors, self._facts(data=self.stream.state()))
@@ -280,24 +282,26 @@ class _Session:
             flush(self.run.path / name)
 
     def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameters and scales, gathered from all ranks on the first (`qat.utils.distributed.on_first`)."""
-        tensors = {"model": {name: distributed.on_first(parameter) for parameter, name in self.names.items()}}
+        """Parameters and scales, gathered from all ranks on the first (`qat.utils.distributed.full_tensor_on_main`)."""
+        tensors = {
+            "model": {name: distributed.full_tensor_on_main(parameter) for parameter, name in self.names.items()}
+        }
         return tensors if self.bank is None else tensors | {"scales": self.bank.state_dict()}
 
     def _facts(self, **more) -> dict:
         """What a checkpoint says of itself: whose it is, and of what its scales are."""
         names = self.bank.names if self.bank is not None else None
-        return {"run": self.run.id, "scales": names, "ranks": distributed.count(), **more}
+        return {"run": self.run.id, "scales": names, "ranks": distributed.world_size(), **more}
 
     def _finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
         tensors = self._trained()
         self.writer.wait()
         if (
-            distributed.first() and self.final
+            distributed.is_main_process() and self.final
         ):  # stopped while the others went: there may be no other, so it stays as it is
             checkpoint.keep_newest(self.run.checkpoints, 1)
-        elif distributed.first():
+        elif distributed.is_main_process():
             self._flush_rows()
             checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
         self.run.set_status("finished", self.done, self.cfg.steps)
@@ -311,7 +315,7 @@ def _of_rank(name: str, rank: int) -> str:
 def _bar(session: _Session) -> tqdm:
     steps, done = session.cfg.steps, session.done
     look = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
-    return tqdm(total=steps, initial=done, disable=not distributed.first(), **look)
+    return tqdm(total=steps, initial=done, disable=not distributed.is_main_process(), **look)
 
 
 def _progress(row: dict) -> str:

@@ -30,7 +30,7 @@ BEYOND = 0.01  # share of a tensor's values beyond its target; lagging scales al
 FORGOTTEN, SCATTER = 0.1, 0.7
 
 
-def news(found: Sequence[dict], said: Sequence[dict]) -> list[dict]:
+def new_warnings(found: Sequence[dict], said: Sequence[dict]) -> list[dict]:
     """Those warnings of `found` that the rows `said` before do not tell already: the first of a kind and role, and
     later ones twice as bad as the last. Scales that lag always do, and would fill pages."""
     last = {_about(row): row.get("size", 0) for row in said}  # rows of older versions have neither kind nor size

@@ -77,7 +77,7 @@ class Trainer:
 
     def _compile(self, losses: TokenLosses) -> None:
         """Compile the whole forward pass, or block by block what FSDP gathers block by block."""
-        parts, sharded = [losses], distributed.count() > 1 and self.cfg.budget.parallel == "fsdp"
+        parts, sharded = [losses], distributed.world_size() > 1 and self.cfg.budget.parallel == "fsdp"
         if sharded:
             parts = transformer_blocks(self.model)
             torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
@@ -95,7 +95,7 @@ class Trainer:
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
         loss, tokens, overshoot = self._accumulate(number, micro_batches, probed)
-        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
+        grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
         sound = grad_norm.isfinite() & loss.isfinite()
         lr = self._update(number, sound)
         if self.bank is not None and self.cfg.scaling.tick == "step":
@@ -109,16 +109,16 @@ class Trainer:
         ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         lost = 1 if self.cfg.data.label_shift == "twice" else 0
-        tokens = distributed.count() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
+        tokens = distributed.world_size() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
         total, overshoot = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):
-            with distributed.reducing(self.losses, last=index == len(micro_batches)), self._stance(probed):
+            with distributed.gradient_sync(self.losses, last=index == len(micro_batches)), self._stance(probed):
                 loss = self._forward(device.to_device(batch)).sum() / tokens
                 loss.backward()
             total = total + loss.detach()
             if self.bank is not None and self.cfg.scaling.tick == "call":
                 overshoot = self._commit(number, overshoot)
-        return distributed.total(total), tokens, overshoot
+        return distributed.all_reduce_sum(total), tokens, overshoot
 
     def _stance(self, probed: bool):
         """Whether what is compiled runs so. Tensors without a history, as in the first quantized step, take other
@@ -133,7 +133,7 @@ class Trainer:
             return self.losses(tokens)
 
     def _round_weights(self) -> None:
-        if self.bank is not None and self.bank.phase is Phase.ON and not distributed.sharded(self.losses):
+        if self.bank is not None and self.bank.phase is Phase.ON and not distributed.is_sharded(self.losses):
             for linear in self._linears:
                 linear.round_weight(torch.bfloat16 if self.arithmetic == "bf16" else linear.weight.dtype)
 

@@ -15,7 +15,7 @@ from qat.utils import distributed
 TIERS = (3, 2, 1, 0)  # mantissa bits
 
 
-class Probe:
+class TensorStats:
     """Collects statistics of every tensor that is quantized while it is attached."""
 
     def __init__(self, model: torch.nn.Module, bank, cfg: Config):
@@ -50,8 +50,8 @@ class Probe:
         rows, seen = [], sorted(self.seen)
         if not seen:
             return rows
-        totals = distributed.total(torch.stack([self.seen[index] for index in seen]))
-        worst = distributed.largest(torch.stack([torch.stack(self.scales[index]) for index in seen]))
+        totals = distributed.all_reduce_sum(torch.stack([self.seen[index] for index in seen]))
+        worst = distributed.all_reduce_max(torch.stack([torch.stack(self.scales[index]) for index in seen]))
         for index, sums, (scale, amax, overshoot) in zip(seen, totals, worst.tolist(), strict=True):
             layer, _, role = self.bank.names[index].rpartition("/")
             count, *tiers, beyond, underflow, inexact, signal, noise = sums.tolist()
@@ -73,7 +73,7 @@ def _decibel(signal: float, noise: float) -> float | None:
     return 10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)).item()
 
 
-class UpdateProbe:
+class UpdateStats:
     """Share of weights that one optimizer step changed: as stored, in BF16, and on the quantization grid.
 
     Looks at the weights of the quantized linears, or of all linears in a BF16 run. Made before the step; `row` after.
@@ -89,19 +89,19 @@ class UpdateProbe:
 
     @staticmethod
     def _copied(weight: torch.Tensor) -> torch.Tensor | None:
-        whole = distributed.whole(weight).detach()
-        return whole.to("cpu", copy=True) if distributed.first() else None
+        whole = distributed.full_tensor(weight).detach()
+        return whole.to("cpu", copy=True) if distributed.is_main_process() else None
 
     def row(self, step: int) -> dict:
         """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
         changed, total = torch.zeros(3, dtype=torch.float64), 0
         for name, weight in self.weights.items():
-            now = distributed.whole(weight).detach()
-            if distributed.first():
+            now = distributed.full_tensor(weight).detach()
+            if distributed.is_main_process():
                 views = self._views(now, self.before[name].to(now.device))
                 changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
                 total += weight.numel()
-        stored, bf16, rounded = distributed.shared((changed / max(total, 1)).tolist())
+        stored, bf16, rounded = distributed.broadcast_object((changed / max(total, 1)).tolist())
         return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded if self.format else None}}
 
     def _views(self, now: torch.Tensor, before: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -21,13 +21,15 @@ from qat.train.step import Trainer, eagerly
 from qat.utils import device, distributed
 
 
-class TextProbe:
+class Validator:
     """The held-out texts of a run, and its model's loss on them; with probe=none there are none."""
 
     def __init__(self, trainer: Trainer, tokenizer, cfg: Config):
         self.trainer, self.cfg = trainer, cfg
         # The first rank alone reads, and all take part: parameters may be spread over them.
-        self.texts = distributed.shared(_texts(cfg, tokenizer) if cfg.probe and distributed.first() else {})
+        self.texts = distributed.broadcast_object(
+            _texts(cfg, tokenizer) if cfg.probe and distributed.is_main_process() else {}
+        )
 
     @torch.no_grad()
     def rows(self, step: int) -> list[dict]:
@@ -56,7 +58,9 @@ class TextProbe:
             losses.train()
             for linear in quantized_linears(losses).values():
                 linear.forget_weight()  # a step is to see its weights, and to note their amaxes, itself
-            if distributed.sharded(losses):  # only a backward pass would take away what the forward pass has gathered
+            if distributed.is_sharded(
+                losses
+            ):  # only a backward pass would take away what the forward pass has gathered
                 losses.reshard()
 
 

@@ -28,87 +28,87 @@ from qat.config import Config
 from qat.errors import ConfigError, UserError
 from qat.utils.device import get_device
 
-PATIENCE = datetime.timedelta(days=1)  # how long ranks wait for one another: the first may wait for a network for hours
-ARRIVAL = datetime.timedelta(minutes=10)  # how long ranks wait for all to be there: they may start minutes apart
+TIMEOUT = datetime.timedelta(days=1)  # how long ranks wait for one another: the first may wait for a network for hours
+INIT_TIMEOUT = datetime.timedelta(minutes=10)  # how long ranks wait for all to be there: they may start minutes apart
 _NOTICE = 5.0  # seconds after which a rank says whom it waits for
 
 
-def count() -> int:
+def world_size() -> int:
     """How many ranks there are."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def mine() -> int:
+def rank() -> int:
     """The number of this rank."""
     return int(os.environ.get("RANK") or 0)
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this rank reads the data, writes and logs."""
-    return mine() == 0
+    return rank() == 0
 
 
-def join() -> None:
+def init() -> None:
     """Let the ranks talk to each other from now on; all but the first fall silent. Errors: UserError when some do not
     come, or it is not said where to."""
-    if count() == 1 or dist.is_initialized():
+    if world_size() == 1 or dist.is_initialized():
         return
     if get_device().type == "cuda":
         torch.cuda.set_device(get_device())
     # Named, or PyTorch starts NCCL alone where there is a GPU.
     backend = "cpu:gloo,cuda:nccl" if get_device().type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_met(), rank=mine(), world_size=count(), timeout=PATIENCE)
+    dist.init_process_group(backend, store=_rendezvous(), rank=rank(), world_size=world_size(), timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
-    if not first():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
-def _met() -> dist.Store:
+def _rendezvous() -> dist.Store:
     """A store that all ranks have come to. PyTorch's own rendezvous is deaf to signals while it waits, and after a
     restart of torchrun's finds the addresses of ranks that are gone."""
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if absent:
         raise UserError(
-            f"{', '.join(absent)}: not set, and WORLD_SIZE={count()} asks for so many processes; start them with "
+            f"{', '.join(absent)}: not set, and WORLD_SIZE={world_size()} asks for so many processes; start them with "
             f"torchrun, or unset WORLD_SIZE"
         )
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT={port}: must be the number of a free port, as in MASTER_PORT=29500")
-    opened, began, told = _opened(address, int(port)), time.monotonic(), False
-    while missing := _missing(opened):
-        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {count()}"
-        waited, limit = time.monotonic() - began, ARRIVAL.total_seconds()
+    opened, began, told = _open_store(address, int(port)), time.monotonic(), False
+    while missing := _missing_ranks(opened):
+        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {world_size()}"
+        waited, limit = time.monotonic() - began, INIT_TIMEOUT.total_seconds()
         if waited > limit:
             raise UserError(
                 f"{who} did not come to {address}:{port} within {limit / 60:g} minutes; start them all with the same "
                 f"MASTER_ADDR and MASTER_PORT (torchrun does), or unset WORLD_SIZE to train with one process"
             )
         if waited > _NOTICE and not told:
-            print(f"rank {mine()}: waiting for {who} at {address}:{port}; Ctrl-C stops waiting", flush=True)
+            print(f"rank {rank()}: waiting for {who} at {address}:{port}; Ctrl-C stops waiting", flush=True)
             told = True
         time.sleep(0.1)
     return opened.result()
 
 
-def _opened(address: str, port: int) -> Future[dist.Store]:
+def _open_store(address: str, port: int) -> Future[dist.Store]:
     """The store of this start of the ranks with this one's name in it, once it can be reached."""
     future = Future()
     # Under torchrun its agent has the store, for all restarts; else the first rank.
-    hosts = first() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{count()}"
+    hosts = is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
 
     def work() -> None:
         try:
-            until = time.monotonic() + ARRIVAL.total_seconds()
-            while not hosts and not _answers(address, port):  # the store's own tries fill a page each
+            until = time.monotonic() + INIT_TIMEOUT.total_seconds()
+            while not hosts and not _is_listening(address, port):  # the store's own tries fill a page each
                 if time.monotonic() > until:
                     return
                 time.sleep(0.1)
-            how = {"timeout": 2 * ARRIVAL, "wait_for_workers": False, "multi_tenant": True}
-            store = dist.PrefixStore(start, dist.TCPStore(address, port, count(), hosts, **how))
-            store.set_timeout(PATIENCE)
-            store.set(str(mine()), "here")
+            how = {"timeout": 2 * INIT_TIMEOUT, "wait_for_workers": False, "multi_tenant": True}
+            store = dist.PrefixStore(start, dist.TCPStore(address, port, world_size(), hosts, **how))
+            store.set_timeout(TIMEOUT)
+            store.set(str(rank()), "here")
             future.set_result(store)
         except RuntimeError as error:
             future.set_exception(error)
@@ -117,18 +117,18 @@ def _opened(address: str, port: int) -> Future[dist.Store]:
     return future
 
 
-def _answers(address: str, port: int) -> bool:
+def _is_listening(address: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=5):
         return True
     return False
 
 
-def _missing(opened: Future[dist.Store]) -> list[int]:
+def _missing_ranks(opened: Future[dist.Store]) -> list[int]:
     """The ranks that have not come to the store. Errors: UserError when it cannot be opened."""
     if not opened.done():
         return [0]
     try:
-        store, names = opened.result(), [str(rank) for rank in range(count())]
+        store, names = opened.result(), [str(rank) for rank in range(world_size())]
         return [] if store.check(names) else [int(name) for name in names if not store.check([name])]
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
@@ -137,12 +137,12 @@ def _missing(opened: Future[dist.Store]) -> list[int]:
         ) from error
 
 
-def forsake() -> None:
+def abort() -> None:
     """This rank fails while others may wait for it: it leaves without the farewell that NCCL's ranks wait for."""
     atexit.unregister(dist.destroy_process_group)
 
 
-def check(cfg: Config) -> None:
+def check_world_size(cfg: Config) -> None:
     """Raise `ConfigError` for what many ranks cannot do, and `UserError` on the rank that has no GPU."""
     gpus = torch.cuda.device_count()
     if get_device().type == "cuda" and get_device().index >= gpus:
@@ -151,29 +151,30 @@ def check(cfg: Config) -> None:
             f"(torchrun --nproc-per-node={gpus})"
         )
     calls = cfg.batch[1]
-    if calls % count():
+    if calls % world_size():
         part = f" ({calls} here)" if calls != cfg.budget.accumulation else ""  # of a batch smaller by batch_factor
         raise ConfigError(
-            f"budget.accumulation={cfg.budget.accumulation}: {count()} ranks cannot share so many micro-batches a step"
-            f"{part} evenly; the nearest valid value is {cfg.nearest_accumulation(count())}, or start another number "
-            f"of ranks"
+            f"budget.accumulation={cfg.budget.accumulation}: {world_size()} ranks cannot share so many micro-batches a "
+            f"step{part} evenly; the nearest valid value is {cfg.nearest_accumulation(world_size())}, or start another "
+            f"number of ranks"
         )
 
 
-def check_count(cfg: Config, before: int) -> None:
+def refuse_other_world_size(cfg: Config, before: int) -> None:
     """Raise `UserError` when a run that `before` ranks began would go on otherwise with another number of them."""
-    found = _counted(cfg)
-    if found and count() != before:
+    found = _depends_on_world_size(cfg)
+    if found and world_size() != before:
         raise UserError(f"{found}: its amax histories depend on the number of ranks, {before} until now")
 
 
-def warn_count(cfg: Config, before: int) -> None:
+def warn_other_world_size(cfg: Config, before: int) -> None:
     """Say of a run that `before` ranks trained when this many would have had other numbers."""
-    if _counted(cfg) and count() != before:
-        print(f"warning: {_counted(cfg)}: its amax histories are those of {before} ranks, not of {count()}", flush=True)
+    found, now = _depends_on_world_size(cfg), world_size()
+    if found and now != before:
+        print(f"warning: {found}: its amax histories are those of {before} ranks, not of {now}", flush=True)
 
 
-def _counted(cfg: Config) -> str | None:
+def _depends_on_world_size(cfg: Config) -> str | None:
     """What, of a quantized run's scaling, makes its numbers depend on how many ranks there are."""
     words = (("tick", "call"), ("sync", "none")) if cfg.quantized else ()
     return next((f"scaling.{key}={value}" for key, value in words if getattr(cfg.scaling, key) == value), None)
@@ -182,64 +183,66 @@ def _counted(cfg: Config) -> str | None:
 # Between ranks -----------------------------------------------------------------------------------------------------
 
 
-def shared(value):
+def broadcast_object(value):
     """The first rank's value, on every rank."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0, device=get_device())
     return box[0]
 
 
-def gathered(value) -> list:
+def all_gather_object(value) -> list:
     """Every rank's value, by rank."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    values = [None] * count()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def scattered(batches: list[torch.Tensor] | None, accumulation: int, shape: tuple[int, int]) -> list[torch.Tensor]:
+def scatter_batches(
+    batches: list[torch.Tensor] | None, accumulation: int, shape: tuple[int, int]
+) -> list[torch.Tensor]:
     """This rank's share of a step's micro-batches, int64 of `shape`, which the first rank alone has."""
-    if count() == 1:
+    if world_size() == 1:
         return batches
-    share = torch.empty(accumulation // count(), *shape, dtype=torch.int64, device=get_device())
-    parts = list(torch.stack(batches).to(get_device()).chunk(count())) if first() else None
+    share = torch.empty(accumulation // world_size(), *shape, dtype=torch.int64, device=get_device())
+    parts = list(torch.stack(batches).to(get_device()).chunk(world_size())) if is_main_process() else None
     dist.scatter(share, parts)
     return list(share)
 
 
-def total(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over ranks."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
     """The element-wise maximum over ranks."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
-def anyone(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether the flag is true on any rank."""
-    return bool(largest(torch.tensor(float(flag), device=get_device()))) if count() > 1 else flag
+    return bool(all_reduce_max(torch.tensor(float(flag), device=get_device()))) if world_size() > 1 else flag
 
 
 def check_agreement(what: str, tensor: torch.Tensor) -> None:
     """The watchdog: raise `UserError` on every rank when they do not hold the same values. NaN agrees with NaN."""
-    if count() == 1:
+    if world_size() == 1:
         return
     bits = tensor.to(get_device()).float().contiguous().view(torch.int32).to(torch.int64)
-    extremes = largest(torch.stack([bits, -bits]))
+    extremes = all_reduce_max(torch.stack([bits, -bits]))
     differing = int((extremes[0] != -extremes[1]).sum())
     if differing:
         raise UserError(
-            f"{what}: {differing} of {tensor.numel()} differ between {count()} ranks, so a reduction did not run or "
-            f"their folders differ; give all of them the same runs_dir and start again from the last checkpoint"
+            f"{what}: {differing} of {tensor.numel()} differ between {world_size()} ranks, so a reduction did not run "
+            f"or their folders differ; give all of them the same runs_dir and start again from the last checkpoint"
         )
 
 
@@ -250,13 +253,13 @@ def distribute(module: nn.Module, blocks: list[nn.Module], kind: str) -> nn.Modu
     """The module whose forward pass every rank calls on its share: as it is for one rank, else in DDP, or sharded by
     FSDP2 block by block. Gradients are summed: each rank's loss is its share of the mean over all tokens of the step.
     """
-    if count() == 1:
+    if world_size() == 1:
         return module
     if kind == "ddp":
         # Dynamo would cut the graph at DDP's buckets, which it cannot do with checkpoints and gradients of our own.
         torch._dynamo.config.optimize_ddp = False
         parallel = DistributedDataParallel(module, device_ids=[get_device()] if get_device().type == "cuda" else None)
-        parallel.register_comm_hook(None, _summed)
+        parallel.register_comm_hook(None, _sum_bucket)
         return parallel
     for each in (*blocks, module):
         fully_shard(each)
@@ -265,14 +268,14 @@ def distribute(module: nn.Module, blocks: list[nn.Module], kind: str) -> nn.Modu
     return module
 
 
-def _summed(_, bucket):  # DDP looks at the annotations, and does not understand postponed ones
+def _sum_bucket(_, bucket):  # DDP looks at the annotations, and does not understand postponed ones
     # DDP's own hook divides by the number of ranks first. A loss scaled up against that would scale the gradients that
     # the quantizers see, and their amaxes would depend on the number of ranks.
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 @contextlib.contextmanager
-def reducing(module: nn.Module, last: bool):
+def gradient_sync(module: nn.Module, last: bool):
     """Forward and backward of one micro-batch: gradients travel between ranks with the last one of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
@@ -280,23 +283,23 @@ def reducing(module: nn.Module, last: bool):
         yield
 
 
-def sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether parameters are whole only inside the forward and backward pass."""
     return isinstance(module, FSDPModule)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor as one, gathered by all ranks together; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def on_first(tensor: torch.Tensor) -> torch.Tensor | None:
+def full_tensor_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
     """A sharded tensor as one, in the memory of the first rank's CPU, where more of them fit than on a GPU; None on the
     other ranks, all of which must ask. Others as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered_here = tensor.detach().full_tensor()
-    return gathered_here.cpu() if first() else None
+    return gathered_here.cpu() if is_main_process() else None
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class Preempted(KeyboardInterrupt):
     """One of `SIGNALS` came and the run is saved. The message says which and after what step."""
 
-    noticed: list[signal.Signals] | None = None  # all that came while the step ran and was saved
+    defer_signals: list[signal.Signals] | None = None  # all that came while the step ran and was saved
 
 
 @contextlib.contextmanager
-def heeded() -> Iterator[None]:
+def raise_on_signal() -> Iterator[None]:
     """Within this context `SIGNALS` raise `Preempted`, save those that somebody else handles already. When it passes
     on, the file that $HIF8_REQUEUE names is made, for launchers that lose the exit code."""
     free = [each for each in SIGNALS if _may_handle() and signal.getsignal(each) is signal.SIG_DFL]
@@ -49,7 +49,7 @@ def _stop(number: int, _) -> None:
 
 
 @contextlib.contextmanager
-def noticed() -> Iterator[Callable[[], str | None]]:
+def defer_signals() -> Iterator[Callable[[], str | None]]:
     """Within this context `SIGNALS` do nothing but be noticed: yields a function that names the first one that came, or
     None."""
     came: list[signal.Signals] = []
@@ -67,7 +67,7 @@ def noticed() -> Iterator[Callable[[], str | None]]:
             signal.signal(each, handler)
 
 
-def hand_on(stop: Preempted) -> None:
+def forward(stop: Preempted) -> None:
     """Give what was noticed to the handlers of before. submitit's for a preemption requeues the job and ends the
     process; its handler of SIGTERM only returns, and the work may go on. Where there is none, the stop is raised again.
     """

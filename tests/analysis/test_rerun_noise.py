@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qat.analysis.rerun_noise import floor, original, repeats
+from qat.analysis.rerun_noise import original, rerun_noise, reruns
 from qat.analysis.stats import half_width
 from qat.errors import UserError
 from qat.report import tables
@@ -28,18 +28,18 @@ def write_repeat(root, repeat: int, losses=(2.5, 2.0), right=RIGHT, text=TEXT, *
 
 def test_repeats_are_numbered_from_one_and_finished(tmp_path):
     first = write_repeat(tmp_path, 0)
-    assert repeats(first) == []
+    assert reruns(first) == []
     again = [write_repeat(tmp_path, k, state="finished" if k < 3 else "running") for k in (1, 2, 3)]
-    assert [each.path for each in repeats(first)] == [each.path for each in again[:2]]
+    assert [each.path for each in reruns(first)] == [each.path for each in again[:2]]
     assert [original(each).path for each in again] == [first.path] * 3
-    assert repeats(again[0]) == []
+    assert reruns(again[0]) == []
 
 
 def test_a_repetition_that_differs_by_hand(tmp_path):
     first = write_repeat(tmp_path, 0)
     right = [False] * 2 + RIGHT[2:99] + [True]
     again = write_repeat(tmp_path, 1, (2.0, 2.0), right, [3.1, 3.4, 3.4])
-    found = floor(first, again, "quick")
+    found = rerun_noise(first, again, "quick")
     assert (found["run"], found["repeat"], found["mode"], found["steps"]) == (first.id, 1, "w8a8", 2)
     assert (found["ape"], found["largest"]) == pytest.approx((10, 0.5)) and not found["identical"]
     assert (found["flipped"], found["n"]) == (3, 100)
@@ -53,14 +53,14 @@ def test_a_repetition_that_differs_by_hand(tmp_path):
     [((2.5, 2.0), TEXT, True), ((2.5, 2.0 + 2**-22), TEXT, False), ((2.5, 2.0), [3.0, 3.4, 3.2], False)],
 )
 def test_identical_means_every_loss(tmp_path, losses, text, identical):
-    found = floor(write_repeat(tmp_path, 0), write_repeat(tmp_path, 1, losses, text=text), "quick")
+    found = rerun_noise(write_repeat(tmp_path, 0), write_repeat(tmp_path, 1, losses, text=text), "quick")
     assert found["identical"] == identical
 
 
 def test_the_report_lists_what_was_repeated(tmp_path):
     first = write_repeat(tmp_path, 0)
     experiment = Experiment("exp8", [first], [Run(write_run(tmp_path / "base", config()))])
-    assert tables.floor([experiment]).rows == []
+    assert tables.rerun_noise([experiment]).rows == []
     write_repeat(tmp_path, 1)
     again = write_repeat(tmp_path, 2, (2.0, 2.0))
     (again.path / "eval.json").unlink()
@@ -69,14 +69,14 @@ def test_the_report_lists_what_was_repeated(tmp_path):
     for text in (html.read_text(), markdown.read_text()):
         assert "The floor" in text and "bit-identical: every loss equal" in text and "0 of 100" in text
         assert "not bit-identical; not scored" in text and "record different steps in metrics.jsonl" in text
-    assert [str(row[1]) for row in tables.floor([experiment]).rows] == ["1", "2", "3"]
+    assert [str(row[1]) for row in tables.rerun_noise([experiment]).rows] == ["1", "2", "3"]
 
 
 def test_other_questions_are_refused(tmp_path):
     first, again = write_repeat(tmp_path, 0), write_repeat(tmp_path, 1)
     edit(again.path / "eval.json", lambda record: record["quick"]["w8a8"].update(lm_eval="old"))
     with pytest.raises(UserError, match="lm-eval version differs: old in"):
-        floor(first, again, "quick")
+        rerun_noise(first, again, "quick")
 
 
 def test_a_record_keeps_the_repetitions_that_its_report_shows(tmp_path, main):

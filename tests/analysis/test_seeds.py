@@ -65,7 +65,7 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
 
 def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
     """Documents change by 0, 0.1 and 0.2, seeds by 0, 0.1 and 0.2 more, without interaction."""
-    (row,) = tables.glance([three], published()).rows
+    (row,) = tables.overview([three], published()).rows
     label, _, ape, held, ptq, untouched_, kl, easy, mmlu = map(str, row)
     # Satterthwaite's four degrees of freedom would make less of both together than either has alone, on two.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
@@ -118,7 +118,7 @@ def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
         edit(folder / "eval.json", lambda record: [mode.update(lm_eval="9") for mode in record["quick"].values()])
     experiment = Experiment("exp8", *named_apart(pairs))
     _, markdown = write_report([experiment], tmp_path / "out", {})
-    assert all(pair.comparison for pair in experiment.pairs) and not tables.glance([experiment], published()).rows
+    assert all(pair.comparison for pair in experiment.pairs) and not tables.overview([experiment], published()).rows
     text = markdown.read_text()
     assert "> lm-eval version differs: 9 in base-1" in text and "> Not compared: exp8." in text
     assert "The noise between seeds" not in text and "seeds: their mean" not in text

@@ -42,7 +42,7 @@ def flat(cfg: Config) -> dict:
 
 def changes(words: tuple[str, ...], base: tuple[str, ...] = ()) -> dict:
     """{dotted key: its new value} of all that differs between two command lines."""
-    ours, theirs = (flat(entry.typed(composed(*each))) for each in (words, base))
+    ours, theirs = (flat(entry.typed_config(composed(*each))) for each in (words, base))
     assert ours.keys() == theirs.keys()
     return {key: value for key, value in ours.items() if value != theirs[key]}
 
@@ -59,7 +59,7 @@ def test_every_option_of_every_group_composes_and_validates():
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
-        cfg = entry.typed(composed(*words))
+        cfg = entry.typed_config(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
         assert [f"{group}={name}" for group, name in named.items() if f"{group}={name}" not in words] == []
@@ -69,7 +69,7 @@ def test_every_experiment_composes_with_every_protocol_and_budget():
     """A budget sets only keys that no experiment and no protocol sets (tested below), so that merging composes."""
     sizes = {budget: changes((f"budget={budget}",)) for budget in BUDGETS}
     for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
-        cfg = entry.typed(composed(*under(protocol, experiment)))
+        cfg = entry.typed_config(composed(*under(protocol, experiment)))
         assert cfg.protocol == protocol
         for budget in BUDGETS:
             for key, value in sizes[budget].items():
@@ -87,15 +87,15 @@ def test_a_budget_changes_nothing_but_sizes():
         keys = changes((f"budget={budget}",)).keys()
         allowed = {f"budget.{size}" for size in sizes}
         assert {key for key in keys if not key.startswith(("benchmark.", "data.", "model."))} <= allowed
-    paper = entry.typed(composed("budget=paper"))
+    paper = entry.typed_config(composed("budget=paper"))
     assert (paper.steps, paper.batch, paper.budget.seq_len) == (10_000, (16, 64), 1024)
-    assert (paper.benchmark.name, entry.typed(composed("budget=smoke")).benchmark.name) == ("paper", "smoke")
+    assert (paper.benchmark.name, entry.typed_config(composed("budget=smoke")).benchmark.name) == ("paper", "smoke")
     assert (paper.model.name, paper.data.path, paper.data.subset) == (
         "openpangu_1b", "HuggingFaceFW/fineweb", "sample-10BT",
     )  # fmt: skip
-    assert entry.typed(composed("budget=paper", "model=tiny")).model.name == "tiny"
-    assert entry.typed(composed("budget=paper", "experiment=exp7")).bf16_warmup_steps == 500
-    assert entry.typed(composed("budget=paper")).lr_warmup_steps == 300
+    assert entry.typed_config(composed("budget=paper", "model=tiny")).model.name == "tiny"
+    assert entry.typed_config(composed("budget=paper", "experiment=exp7")).bf16_warmup_steps == 500
+    assert entry.typed_config(composed("budget=paper")).lr_warmup_steps == 300
 
 
 def test_large_budgets_bring_their_own_text_and_the_command_line_outdoes_it():
@@ -104,7 +104,7 @@ def test_large_budgets_bring_their_own_text_and_the_command_line_outdoes_it():
     for data, protocol in itertools.product(("fineweb", "embedded"), PROTOCOLS):
         words = (f"data={data}", "budget=gpu", f"protocol={protocol}", "experiment=exp8")
         for ordered in (words, words[::-1]):
-            cfg = entry.typed(composed(*ordered))
+            cfg = entry.typed_config(composed(*ordered))
             assert (cfg.data.name, cfg.budget.name) == (data, "gpu")
     assert composed("budget=gpu", "protocol=released").data.label_shift == "twice"
 
@@ -179,7 +179,7 @@ def test_the_number_of_quantized_linears_is_the_papers():
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=26, **sizes))
     originals = dict(model.named_modules())
     for protocol, experiment in itertools.product(PROTOCOLS, LINEARS):
-        cfg = entry.typed(composed(*under(protocol, experiment)))
+        cfg = entry.typed_config(composed(*under(protocol, experiment)))
         bank, coverage = convert(model, cfg)
         assert len(coverage.linears) == (63 if protocol == "paper" else LINEARS[experiment])
         assert sum(name.endswith("/weight") for name in bank.names) == len(coverage.linears)
@@ -188,13 +188,16 @@ def test_the_number_of_quantized_linears_is_the_papers():
 
 
 def test_an_experiments_own_sweep_is_expanded():
-    whole = entry.typed(composed())
+    whole = entry.typed_config(composed())
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        rates = experiments.cells("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
-        scalings = experiments.cells("exp2", [])
-        chosen = experiments.cells("exp2", ["scaling=max"])
-        same = [*experiments.cells("exp1", ["optim.lr=3e-5"]), *experiments.cells("exp2", ["scaling.algo=max"])]
-        seeded = experiments.cells("exp2", ["seed=7", "scaling=max"], [0, 1])
+        rates = experiments.configs_of("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
+        scalings = experiments.configs_of("exp2", [])
+        chosen = experiments.configs_of("exp2", ["scaling=max"])
+        same = [
+            *experiments.configs_of("exp1", ["optim.lr=3e-5"]),
+            *experiments.configs_of("exp2", ["scaling.algo=max"]),
+        ]
+        seeded = experiments.configs_of("exp2", ["seed=7", "scaling=max"], [0, 1])
     assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
     assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
     assert [cell.scaling.algo for cell in chosen] == ["max"]
@@ -261,14 +264,14 @@ VALUES = [
 def test_a_bad_value_is_answered_in_one_line(words, wanted):
     cfg = OmegaConf.merge(composed(), OmegaConf.from_dotlist(words.split()))
     with pytest.raises(UserError) as caught:
-        entry.typed(cfg)
+        entry.typed_config(cfg)
     line = str(caught.value)
     assert wanted in line and "\n" not in line and len(line) < 250
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 0.3])
 def test_the_batch_that_a_mistake_is_answered_with_is_valid(factor):
-    cfg = entry.typed(composed())
+    cfg = entry.typed_config(composed())
     for micro, accumulation in itertools.product(range(1, 6), range(1, 7)):
         cfg.budget.batch_factor, cfg.budget.micro_batch, cfg.budget.accumulation = factor, micro, accumulation
         try:

@@ -31,7 +31,7 @@ def test_every_run_of_the_suite_is_a_job_once_and_its_baseline_comes_before_it(m
     words = [*TINY, "quant.scope=[mlp.*]"]
     with initialize_config_dir(entry.CONF, version_base="1.3"):
         baselines, runs = experiments.jobs(SOME, words)
-        cells = [cell for name in SOME for cell in experiments.cells(name, words)]
+        cells = [cell for name in SOME for cell in experiments.configs_of(name, words)]
         jobs = [[experiments._compose(job) for job in jobs] for jobs in (baselines, runs)]
         (chosen,), _ = experiments.jobs(["exp8"], [*words, "quant=fp8_e4m3"])
         assert not experiments._compose(chosen).quantized

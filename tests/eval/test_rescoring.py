@@ -15,7 +15,7 @@ from qat.cli.runner import evaluate_and_compare as score
 from qat.errors import UserError
 from qat.eval import benchmarks, evaluate
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, ptq_mode, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
 from tests.conftest import RUNS
 from tests.helpers.scored import TASKS, silent, subjects
 from tests.helpers.synthetic_runs import edit
@@ -24,7 +24,7 @@ from tests.helpers.synthetic_runs import edit
 def test_scoring_again_scores_nothing(scored, monkeypatch, capsys):
     cfg, comparison, _ = scored
     again = silent(cfg)
-    runs = {Run.of(each).path / "eval.json" for each in (cfg, baseline_of(cfg), untouched_of(cfg))}
+    runs = {Run.of(each).path / "eval.json" for each in (cfg, baseline_of(cfg), pretrained_of(cfg))}
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in runs}
     monkeypatch.setattr(benchmarks, "score", lambda *_, **__: pytest.fail("scored again"))
     capsys.readouterr()
@@ -79,7 +79,7 @@ def test_losses_under_another_calibration_are_taken_anew(restored, scored):
 
 def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
     cfg = dataclasses.replace(silent(scored[0]), repeat=1)
-    assert not Run.of(cfg).path.exists() and Run.of(untouched_of(cfg)).path == Run.of(untouched_of(scored[0])).path
+    assert not Run.of(cfg).path.exists() and Run.of(pretrained_of(cfg)).path == Run.of(pretrained_of(scored[0])).path
     runner.train_with_baseline(cfg)
     comparison = score(cfg)
     assert comparison["baseline"] == Run.of(baseline_of(cfg)).id != Run.of(baseline_of(scored[0])).id

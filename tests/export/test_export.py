@@ -23,7 +23,7 @@ from qat.eval.evaluate import Subject
 from qat.export import export as exporting
 from qat.export import hf_quantizer, model_card
 from qat.export.export import export, load_export
-from qat.export.hf_quantizer import CodedLinear
+from qat.export.hf_quantizer import HiF8Linear
 from qat.models.load import load_model
 from qat.models.tokenizer import byte_tokenizer
 from qat.quant import hif8
@@ -89,7 +89,7 @@ def test_so_it_has_under_current_scaling_of_all_linears(scored, configure, tmp_p
     cfg = configure(getattr(scored, RUNS), *CURRENT, **SHORT, **{"export.out": str(tmp_path / "elsewhere")})
     loop.train(cfg)
     model, _ = load_export(export(cfg))
-    assert sum(isinstance(module, CodedLinear) for module in model.modules()) == 3 * 7
+    assert sum(isinstance(module, HiF8Linear) for module in model.modules()) == 3 * 7
     assert same(logits(model), logits(evaluated(cfg)))
     assert model.config.quantization_config.activation_scheme == "dynamic"
     assert not (Run.of(cfg).path / "export").exists()
@@ -127,7 +127,7 @@ def test_every_way_of_quantizing_survives(config, words):
     bank.phase, bank.unseen = Phase.FROZEN, frozenset()  # as after training
     wanted = logits(model.eval())
     exporting._coded(model, cfg, Run.of(cfg))
-    assert sum(isinstance(module, CodedLinear) for module in model.modules()) == 9
+    assert sum(isinstance(module, HiF8Linear) for module in model.modules()) == 9
     assert same(logits(model.float()), wanted)
 
 
@@ -163,7 +163,7 @@ def same_scale(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 def test_quantized_linears_take_half_the_bytes_of_bf16(scored, folder):
     tensors, (model, _) = load_file(folder / "model.safetensors"), load_export(folder)
-    names = [name for name, module in model.named_modules() if isinstance(module, CodedLinear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, HiF8Linear)]
     parts = {name: {k: v for k, v in tensors.items() if k.startswith(f"{name}.")} for name in names}
     for part in parts.values():
         dtypes = {name.rpartition(".")[2]: tensor.dtype for name, tensor in part.items()}
@@ -173,7 +173,7 @@ def test_quantized_linears_take_half_the_bytes_of_bf16(scored, folder):
     assert {tensor.dtype for tensor in rest.values()} == {torch.bfloat16} and "lm_head.weight" not in rest
     original = sum(p.numel() for p in Subject(scored, Run.of(scored), "bf16").build()[0].parameters())
     assert sum(t.numel() for t in rest.values()) + 9 * 64 * 128 == original
-    assert sum(module.weight.nbytes for module in model.modules() if isinstance(module, CodedLinear)) == 9 * 64 * 128
+    assert sum(module.weight.nbytes for module in model.modules() if isinstance(module, HiF8Linear)) == 9 * 64 * 128
 
 
 def test_the_codes_are_those_of_an_independent_implementation(scored, folder):

@@ -91,7 +91,7 @@ def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
     if how.get("bare"):
         ScaleBank.reduce = lambda bank: None
     try:
-        distributed.check(cfg)
+        distributed.check_world_size(cfg)
         loop.train(cfg)
     except Stopped:
         pass

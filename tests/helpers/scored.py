@@ -11,7 +11,7 @@ from qat.config import TaskConfig
 from qat.eval.evaluate import Subject
 from qat.runs import identity
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, ptq_mode, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
 
 TASKS = {"hellaswag": TaskConfig(shots=0, limit=2), "arc_easy": TaskConfig(shots=0, limit=4)}
 WORDS = ("experiment=exp8", "optim.lr=1e-4")
@@ -27,7 +27,7 @@ def silent(cfg):
 
 
 def subjects(cfg) -> dict[str, Subject]:
-    untouched, baseline = untouched_of(cfg), baseline_of(cfg)
+    untouched, baseline = pretrained_of(cfg), baseline_of(cfg)
     named = {
         "untouched": (untouched, untouched, "bf16"),
         "baseline": (baseline, baseline, "bf16"),

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from qat.config import Config
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, ptq_mode, run_id, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of, ptq_mode, run_id
 from qat.studies.design import Cell, Key
 from qat.studies.measures import Measured
 from tests.helpers.synthetic_runs import edit, write_run
@@ -57,7 +57,7 @@ def invent(
 def write(cells: Sequence[Cell], measured: Sequence[Measured]) -> None:
     """The run folders of cells that measured this, their baselines' and the untouched checkpoint's."""
     for cell, m in zip(cells, measured, strict=True):
-        _write(untouched_of(cell.cfg), [], m, {"bf16": "untouched"})
+        _write(pretrained_of(cell.cfg), [], m, {"bf16": "untouched"})
         mode = ptq_mode(cell.cfg.quant)
         _write(baseline_of(cell.cfg), _CURVE, m, {"bf16": "baseline", mode: "ptq"})
         run = _write(cell.cfg, _CURVE * (1 + m.ape / 100), m, {"bf16": "bf16", "w8a8": "w8a8"})

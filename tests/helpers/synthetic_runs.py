@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from qat.config import Config, QuantConfig
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
-from qat.runs.identity import ptq_mode, run_id, untouched_of
+from qat.runs.identity import pretrained_of, ptq_mode, run_id
 
 TASKS = {"mmlu": (228, 0.26), "hellaswag": (200, 0.43), "arc_easy": (200, 0.58), "arc_challenge": (200, 0.35)}
 ROLES = ("activation", "weight", "gradient")
@@ -79,7 +79,7 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
 
 def untouched_beside(run: Path) -> Path:
     """The folder that the untouched checkpoint of a run has."""
-    return run.parent / run_id(untouched_of(Run(run).typed_config()))
+    return run.parent / run_id(pretrained_of(Run(run).typed_config()))
 
 
 def edit(path: Path, change) -> None:

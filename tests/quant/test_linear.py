@@ -10,7 +10,7 @@ from qat.config import Config, QuantConfig, ScalingConfig
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.formats import FORMATS, to_e4m3
 from qat.quant.kernels import dispatch
-from qat.quant.matmul import Operand, Products
+from qat.quant.matmul import Matmul, Rounded
 from qat.utils import device
 
 
@@ -294,8 +294,8 @@ def test_autocast_rounds_no_fp8_product_once_more():
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             codes = to_e4m3(FORMATS["hif8"].quantize(x, "clip", 15.0))
-            operand = Operand(x, codes, torch.tensor(0.37))
-            products.append(Products(QuantConfig(format="hif8", gemm="fp8")).outputs(operand, operand, torch.bfloat16))
+            operand = Rounded(x, codes, torch.tensor(0.37))
+            products.append(Matmul(QuantConfig(format="hif8", gemm="fp8")).outputs(operand, operand, torch.bfloat16))
     assert torch.equal(*products)
 
 

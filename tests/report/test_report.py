@@ -214,7 +214,7 @@ def test_without_ptq_or_the_untouched_checkpoint_the_rest_is_shown(tmp_path):
         assert (
             "PTQ) was not scored beside exp8, so whether QAT was needed is unknown; scripts/eval.py scores it" in text
         )
-    assert "untouched" not in tables.glance([experiment], published()).header
+    assert "untouched" not in tables.overview([experiment], published()).header
 
 
 def test_the_benchmark_that_is_asked_for_is_shown_and_no_other(tmp_path):

@@ -92,5 +92,5 @@ def test_baselines_are_shown_by_the_benchmark_that_is_asked_for(tmp_path):
 def test_recipes_with_other_tasks_stand_side_by_side(tmp_path):
     pairs = [compared_pair(tmp_path / name, {name: [True, False] * 20}) for name in ("mmlu", "arc_easy")]
     experiments = [Experiment(run.parent.name, [Run(run)], [Run(base)]) for run, base in pairs]
-    rows = tables.glance(experiments, published()).rows
+    rows = tables.overview(experiments, published()).rows
     assert [[str(cell) == "–" for cell in row[-2:]] for row in rows] == [[False, True], [True, False]]

@@ -11,7 +11,7 @@ import pytest
 
 from qat.errors import UserError
 from qat.report import record
-from qat.report.experiment import Experiment, untouched
+from qat.report.experiment import Experiment, pretrained
 from qat.report.page import write_report
 from qat.runs import archive
 from qat.runs.folder import Run
@@ -38,7 +38,7 @@ def kept(tmp_path_factory) -> Kept:
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"w" * 1000)
     runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines)}
-    runs |= {origin.id: origin for run in runs.values() if (origin := untouched(run))}
+    runs |= {origin.id: origin for run in runs.values() if (origin := pretrained(run))}
     half = Run(write_run(root / "runs" / "half", config(), [2.0], state="running"))
     record.keep_report(root / "report", root / "record")
     told = archive.keep([*runs.values(), half, Run(root / "runs" / "never")], root / "record")
@@ -120,7 +120,7 @@ def test_runs_are_kept_without_a_report_where_they_are_named(kept, main, tmp_pat
     named = ",".join(str(kept.runs / name) for name in ("exp8-max", "exp8-bf16"))
     code, stdout, _ = main("record.py", f"record={tmp_path / 'record'}", f"runs=[{named}]")
     assert code == 0 and stdout.startswith(f"record: {tmp_path / 'record'}, 3 runs")
-    origin = untouched(Run(kept.runs / "exp8-max")).id
+    origin = pretrained(Run(kept.runs / "exp8-max")).id
     assert {path.name for path in (tmp_path / "record" / "runs").iterdir()} == {"exp8-max", "exp8-bf16", origin}
     assert [path.name for path in (tmp_path / "record").iterdir()] == ["runs"]
 

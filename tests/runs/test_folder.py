@@ -19,7 +19,7 @@ from qat.errors import UserError
 from qat.quant import scaling
 from qat.quant.rules import RULES, Rule
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, identity, run_id, untouched_of
+from qat.runs.identity import baseline_of, identity, pretrained_of, run_id
 from tests.conftest import RUNS
 
 
@@ -169,17 +169,17 @@ def test_names_are_readable(config):
     assert run_id(baseline_of(config("experiment=exp8"))).startswith("tiny-bf16-lr1e-05-12steps-s0-")
     released = config("experiment=exp3", "protocol=released", seed=7)
     assert run_id(released).startswith("tiny-hif8-most_recent-warm0-twice-lr0.0001-12steps-s7-")
-    assert run_id(untouched_of(released)).startswith("tiny-untouched-")
+    assert run_id(pretrained_of(released)).startswith("tiny-untouched-")
     again = config("experiment=exp8", repeat=2)
     assert "-12steps-s0-r2-" in run_id(again) and "-12steps-s0-r2-" in run_id(baseline_of(again))
-    assert run_id(untouched_of(again)) == run_id(untouched_of(config("experiment=exp8")))
+    assert run_id(pretrained_of(again)) == run_id(pretrained_of(config("experiment=exp8")))
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a b\nc", "..", ".hidden/../..", "x" * 500, "ünïcode"])
 def test_a_name_cannot_leave_the_folder(config, tmp_path, name):
     cfg = config()
     cfg.model.name = name  # `validate` would refuse it
-    for each in (cfg, baseline_of(cfg), untouched_of(cfg)):
+    for each in (cfg, baseline_of(cfg), pretrained_of(cfg)):
         path = Run.of(each).path
         assert path.resolve().parent == (tmp_path / "runs").resolve()
         assert len(path.name) < 100 and not set(path.name) & set("/\\ \n\0")
@@ -203,11 +203,11 @@ def test_a_baseline_matches_in_all_but_quantization(config):
 
 
 def test_the_untouched_checkpoint_is_one_for_all_runs_of_a_model(config):
-    names = {run_id(untouched_of(config("experiment=exp8", **{k: CHANGES[k]}))) for k in ("optim.lr", "budget.steps")}
-    assert names == {run_id(untouched_of(config()))}
-    assert run_id(untouched_of(config(seed=1))) not in names  # a random model's weights are its seed's
+    names = {run_id(pretrained_of(config("experiment=exp8", **{k: CHANGES[k]}))) for k in ("optim.lr", "budget.steps")}
+    assert names == {run_id(pretrained_of(config()))}
+    assert run_id(pretrained_of(config(seed=1))) not in names  # a random model's weights are its seed's
     package = {"model.source": "package", "model.path": "some/file"}
-    assert run_id(untouched_of(config(**package))) == run_id(untouched_of(config(seed=1, **package)))
+    assert run_id(pretrained_of(config(**package))) == run_id(pretrained_of(config(seed=1, **package)))
 
 
 # --------------------------------------------------------------------------------------------------------- folders

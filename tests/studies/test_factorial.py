@@ -51,7 +51,7 @@ def test_the_grid_has_each_distinct_run_once(grid):
     assert len({run_id(baseline_of(cell.cfg)) for cell in grid}) == 2
     recipe = next(cell.cfg for cell in grid if cell.key == factorial.RECIPE)
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        assert run_id(recipe) == run_id(experiments.cells("exp8", [*WORDS])[0])
+        assert run_id(recipe) == run_id(experiments.configs_of("exp8", [*WORDS])[0])
     replicated = design.replicated(grid, [0, 1, 2])
     assert len({run_id(cell.cfg) for cell in replicated}) == 60
     assert len({run_id(baseline_of(cell.cfg)) for cell in replicated}) == 6

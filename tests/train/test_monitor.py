@@ -18,7 +18,7 @@ from tests.conftest import composed
 def settings(*words: str):
     from qat.cli import entry
 
-    return entry.typed(composed(*words))
+    return entry.typed_config(composed(*words))
 
 
 @pytest.mark.parametrize(
@@ -172,12 +172,12 @@ def test_a_warning_is_news_once_for_a_kind_and_role_and_again_when_it_is_twice_a
     cfg, said, steps = settings("scaling=most_recent"), [], []
     for step, worst in enumerate([5.0, 4.0, 9.9, 10.0, 19.0, 20.0]):
         found = monitor.telemetry(cfg, tensors(overshoot=[worst]) + tensors("activation", overshoot=[5.0]), 1e-4)
-        new = monitor.news(found, said)
+        new = monitor.new_warnings(found, said)
         said += new
         steps += [(step, row["role"]) for row in new]
     assert steps == [(0, "activation"), (0, "gradient"), (3, "gradient"), (5, "gradient")]
     old = [{"step": 1, "warning": "of a version that kept no kind"}]
-    assert len(monitor.news(found, old)) == 2
+    assert len(monitor.new_warnings(found, old)) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- in a run

@@ -19,7 +19,7 @@ from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train.loop import train
 from qat.train.step import Trainer, learning_rate
-from qat.train.tensor_stats import Probe
+from qat.train.tensor_stats import TensorStats
 from qat.utils import device
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
@@ -117,7 +117,7 @@ def test_activation_checkpointing_changes_no_bit_of_weights_scales_or_telemetry(
         trainer, entered = build(config("experiment=exp8", **options)), []
         trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, entered=entered: entered.append(1))
         for number in (1, 2, 3):
-            probe = Probe(trainer.model, trainer.bank, trainer.cfg)
+            probe = TensorStats(trainer.model, trainer.bank, trainer.cfg)
             with probe.attached():
                 result = trainer.step(number, [tokens(2), tokens(2, seed=number)], probed=True)
         state = result.loss, trainer.bank.state_dict(), trainer.model.state_dict()

@@ -18,7 +18,7 @@ from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.train import checkpoint, loop
 from qat.train.step import Trainer
-from qat.train.validation import TextProbe
+from qat.train.validation import Validator
 from qat.utils import device
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
@@ -63,7 +63,7 @@ def trained(config):
         trainer, stream = Trainer(model, bank, cfg), packing.training_stream(cfg.data, 0, tokenizer)
         for number in range(1, steps + 1):
             trainer.step(number, [stream.micro_batch(cfg.batch[0], cfg.budget.seq_len)])
-        return trainer, TextProbe(trainer, tokenizer, cfg), bank, model
+        return trainer, Validator(trainer, tokenizer, cfg), bank, model
 
     return make
 

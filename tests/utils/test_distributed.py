@@ -153,17 +153,17 @@ def test_the_nearest_valid_value_is_valid(monkeypatch, config, experiment, asked
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = {"budget.micro_batch": 16, "budget.accumulation": asked}
     with pytest.raises(ConfigError, match=f"accumulation={asked}: 2 ranks .*the nearest valid value is {valid},"):
-        distributed.check(config(f"experiment={experiment}", **words))
-    distributed.check(config(f"experiment={experiment}", **words | {"budget.accumulation": valid}))
+        distributed.check_world_size(config(f"experiment={experiment}", **words))
+    distributed.check_world_size(config(f"experiment={experiment}", **words | {"budget.accumulation": valid}))
 
 
 def test_a_finished_run_of_another_number_of_ranks_is_told_of_where_that_changes_it(monkeypatch, config, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    distributed.warn_count(config("experiment=exp8", "protocol=released"), 1)
+    distributed.warn_other_world_size(config("experiment=exp8", "protocol=released"), 1)
     assert "warning: scaling.tick=call: its amax histories are those of 1 ranks, not of 2" in capsys.readouterr().out
     for words, before in ((("experiment=exp8",), 1), (("experiment=exp8", "protocol=released"), 2)):
-        distributed.warn_count(config(*words), before)
-    distributed.warn_count(config("experiment=exp8", "protocol=released", "quant=bf16"), 1)
+        distributed.warn_other_world_size(config(*words), before)
+    distributed.warn_other_world_size(config("experiment=exp8", "protocol=released", "quant=bf16"), 1)
     assert capsys.readouterr().out == ""
 
 
@@ -176,7 +176,7 @@ def alone(monkeypatch):
         variables = {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(distributed, "ARRIVAL", datetime.timedelta(seconds=0.6))
+        monkeypatch.setattr(distributed, "INIT_TIMEOUT", datetime.timedelta(seconds=0.6))
         monkeypatch.setattr(distributed, "_NOTICE", 0.2)
         return port
 
@@ -187,7 +187,7 @@ def alone(monkeypatch):
 def test_a_rank_says_whom_it_waits_for_and_gives_up(alone, rank, capsys):
     port, other = alone(rank), 1 - rank
     with pytest.raises(UserError, match=f"^rank {other} of 2 did not come to 127.0.0.1:{port} within 0.01 minutes; "):
-        distributed.join()
+        distributed.init()
     assert capsys.readouterr().out == (
         f"rank {rank}: waiting for rank {other} of 2 at 127.0.0.1:{port}; Ctrl-C stops waiting\n"
     )
@@ -199,8 +199,8 @@ def test_a_rank_that_waits_heeds_signals(alone, rank, number, code, main, monkey
     alone(rank)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    missing = distributed._missing
-    monkeypatch.setattr(distributed, "_missing", lambda opened: os.kill(os.getpid(), number) or missing(opened))
+    missing = distributed._missing_ranks
+    monkeypatch.setattr(distributed, "_missing_ranks", lambda opened: os.kill(os.getpid(), number) or missing(opened))
     found, _, stderr = main("train.py", *TINY, "quant=bf16")
     assert found == code and stderr.endswith(
         "" if rank else "the same command continues\n" if code == 75 else "point\n"
@@ -215,7 +215,7 @@ def test_a_port_in_use_is_said_in_one_line(alone, monkeypatch):
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError, match=f"^MASTER_PORT={port}: [^\n]*; choose a free port for all ranks$"):
-            distributed.join()
+            distributed.init()
 
 
 ENVIRONMENTS = [
@@ -244,7 +244,7 @@ def test_what_makes_a_process_no_rank_is_said_by_itself(variables, line, main, m
 def test_an_empty_variable_is_none(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
-    assert (distributed.count(), distributed.mine(), environment.describe_environment()["ranks"]) == (1, 0, 1)
+    assert (distributed.world_size(), distributed.rank(), environment.describe_environment()["ranks"]) == (1, 0, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device.get_device().index == 0
 
@@ -255,7 +255,7 @@ def test_a_rank_without_a_gpu_is_told_how_many_there_are(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"^LOCAL_RANK=2: this machine has 2 GPUs; .*--nproc-per-node=2\)$"):
-        distributed.check(cfg)
+        distributed.check_world_size(cfg)
 
 
 def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
@@ -273,7 +273,12 @@ def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
 
 def test_nan_agrees_with_nan_and_one_rank_with_itself():
     distributed.check_agreement("scales", torch.tensor([float("nan")]))
-    assert (distributed.shared(3), distributed.gathered(3), distributed.anyone(True), distributed.anyone(False)) == (
+    assert (
+        distributed.broadcast_object(3),
+        distributed.all_gather_object(3),
+        distributed.any_rank(True),
+        distributed.any_rank(False),
+    ) == (
         3,
         [3],
         True,

@@ -156,7 +156,7 @@ def test_without_a_home_folder_the_fix_is_named(homeless, monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"^~/\.cache/hif8-qat: cannot be a cache \([^\n]+\); set HIF8_CACHE"):
         environment.cache_dir()
     with pytest.raises(UserError, match=r"^~/r: the home folder is not known; set HOME, or write the path in full$"):
-        entry.typed(composed(*TINY, 'runs_dir="~/r"'))
+        entry.typed_config(composed(*TINY, 'runs_dir="~/r"'))
     monkeypatch.setenv("HIF8_CACHE", str(tmp_path / "c"))
     assert environment.cache_dir() == tmp_path / "c"
 
@@ -164,7 +164,7 @@ def test_without_a_home_folder_the_fix_is_named(homeless, monkeypatch, tmp_path)
 def test_every_folder_and_file_of_the_command_line_may_be_in_the_home_folder(home):
     keys = ["runs_dir", "run", "record", "report.out", "bench.out", "export.out", "dashboard.out"]
     words = [*TINY, *(f'{key}="~/{key}"' for key in keys), 'runs=["~/a",b]']
-    cfg = entry.typed(composed(*words))
+    cfg = entry.typed_config(composed(*words))
     for key in keys:
         *group, name = key.split(".")
         assert getattr(getattr(cfg, group[0]) if group else cfg, name) == str(home / key)
@@ -179,11 +179,11 @@ def test_models_and_texts_in_the_home_folder_are_read_there_and_named_as_written
     (home / "texts").symlink_to(texts)
     here = DataConfig(name="own", source="files", path="~/texts")
     there = DataConfig(name="own", source="files", path=str(texts))
-    assert list(packing.corpus(here, 0).heldout()) == list(packing.corpus(there, 0).heldout())
-    assert packing.corpus(DataConfig(name="own", source="hub", path="~/texts"), 0).local
+    assert list(packing.open_corpus(here, 0).heldout()) == list(packing.open_corpus(there, 0).heldout())
+    assert packing.open_corpus(DataConfig(name="own", source="hub", path="~/texts"), 0).local
     assert load._locate(ModelConfig(name="own", source="hub", path="~/texts")) == (home / "texts", {})
     words = [*TINY, "model=hub", 'model.path="~/texts"', "data.source=files", "probe=none"]
-    written, full = (entry.typed(composed(*words, f'data.path="{path}"')) for path in ("~/texts", texts))
+    written, full = (entry.typed_config(composed(*words, f'data.path="{path}"')) for path in ("~/texts", texts))
     assert (written.model.path, written.data.path) == ("~/texts", "~/texts") and not needs_hub(written)
     assert run_id(written) != run_id(full)
     monkeypatch.setattr(heldout.wikipedia, "openings", lambda path: iter([str(path)]))

@@ -21,7 +21,7 @@ from qat.config import TaskConfig
 from qat.data import heldout
 from qat.eval import benchmarks
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, untouched_of
+from qat.runs.identity import baseline_of, pretrained_of
 from qat.train import checkpoint, loop
 from qat.utils import files
 from tests.conftest import ROOT, RUNS
@@ -211,7 +211,7 @@ def scoring(monkeypatch):
 def results(cfg) -> dict:
     """What scoring left, without the clock."""
     found = {}
-    for each in (cfg, baseline_of(cfg), untouched_of(cfg)):
+    for each in (cfg, baseline_of(cfg), pretrained_of(cfg)):
         run = Run.of(each)
         records = run.evaluations()
         for modes in records.values():
@@ -288,7 +288,7 @@ def test_a_stop_while_other_questions_are_written_leaves_no_old_scores_beside_ne
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "write_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate(cfg)
-    untouched = Run.of(untouched_of(cfg))
+    untouched = Run.of(pretrained_of(cfg))
     assert "bf16" not in untouched.evaluations()["smoke"]
     assert json.dumps(Run.of(cfg).evaluations()["smoke"])  # those that were not reached are as they were
 

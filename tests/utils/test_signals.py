@@ -32,20 +32,20 @@ def given():
 
 
 def test_another_s_handlers_get_every_signal_once_all_is_saved(given):
-    with signals.heeded(), pytest.raises(signals.Preempted) as stopped, signals.noticed() as signalled:
+    with signals.raise_on_signal(), pytest.raises(signals.Preempted) as stopped, signals.defer_signals() as signalled:
         for each in signals.SIGNALS[::2]:
             os.kill(os.getpid(), each)
         assert signalled() == "SIGTERM" and given == []
         raise signals.Preempted
-    signals.hand_on(stopped.value)
+    signals.forward(stopped.value)
     assert given == [signal.SIGTERM, signal.SIGUSR2]
 
 
 def test_a_signal_that_nobody_else_handles_stays_a_stop(given):
-    with signals.heeded():
-        with pytest.raises(signals.Preempted) as stopped, signals.noticed():
+    with signals.raise_on_signal():
+        with pytest.raises(signals.Preempted) as stopped, signals.defer_signals():
             os.kill(os.getpid(), signal.SIGUSR1)
             raise signals.Preempted
         with pytest.raises(signals.Preempted):
-            signals.hand_on(stopped.value)
+            signals.forward(stopped.value)
     assert given == []

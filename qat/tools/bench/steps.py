@@ -66,7 +66,7 @@ def tokens(cfg: Config, vocabulary: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def twin(model: nn.Module) -> nn.Module:
+def copy_sharing_params(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
@@ -78,9 +78,9 @@ class Steps:
         self.cfg, self.batch = cfg, tokens(cfg, model.config.vocab_size)
         self.trainers, self.coverage = {}, {}
         for name, each in settings(cfg).items():
-            self._add(name, twin(model), each)
+            self._add(name, copy_sharing_params(model), each)
         for name, make in COMPARATORS.items():
-            other = make(twin(model)) if _wanted(cfg, name) else None
+            other = make(copy_sharing_params(model)) if _wanted(cfg, name) else None
             if other is not None:
                 eager = baseline_of(cfg)
                 eager.budget.compile = False  # they read tensors on the host, which breaks graphs
