@@ -97,7 +97,7 @@ def _compilers(cfg: Config) -> None:
     q = cfg.quant
     if cfg.quantized:
         x = torch.ones(1, device=device.get_device())
-        dispatch.quantize(x, x[0], None, 0, q.format, q.overflow, q.target_activation, "values")
+        dispatch.quantize(x, x[0], None, q.format, q.overflow, q.target_activation, "values")
     if not cfg.budget.compile:
         return
     variable, language, usual = ("CC", "c", "gcc") if device.get_device().type == "cuda" else ("CXX", "c++", "g++")

@@ -24,8 +24,8 @@ from qat.errors import ConfigError, UserError
 from qat.eval import benchmarks
 from qat.models.load import context_length, load_model
 from qat.quant.calibrate import calibrate
-from qat.quant.convert import convert
-from qat.quant.scaling import Phase
+from qat.quant.convert import convert, quantized_linears
+from qat.quant.linear import round_weights
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, is_ptq, pretrained_of, ptq_mode, ptq_of, with_ptq_scales
 from qat.train import checkpoint
@@ -72,7 +72,8 @@ class Subject:
         else:
             with checkpoint.restoring(self.run.checkpoints):
                 bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
-        bank.phase = Phase.FROZEN
+        bank.freeze()
+        round_weights(quantized_linears(model).values(), stored)
         return model, tokenizer
 
     def check(self) -> None:

@@ -153,7 +153,7 @@ def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
             original = linears[name].weight
             scale = weight.bank.scale_of(weight.index, original)
             rounding = (config.format, config.overflow, config.target_weight, "codes")
-            linear.weight = dispatch.quantize(original, scale, None, 0, *rounding)[1]
+            linear.weight = dispatch.quantize(original, scale, None, *rounding)[1]
             linear.weight_scale = scale.clone()
         if config.activations:
             linear.input_scale = activation.bank.scale[activation.index].clone()

@@ -63,7 +63,7 @@ class HiF8Linear(nn.Module):
     def __init__(self, linear: nn.Linear, config: CodesConfig):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.config, self.products = config, Matmul(config)
+        self.config, self.matmul = config, Matmul(config)
         device = linear.weight.device
         if config.weights:
             self.weight = nn.Buffer(torch.zeros(linear.weight.shape, dtype=torch.uint8, device=device))
@@ -77,7 +77,7 @@ class HiF8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of `x`, BF16 or FP32."""
         rows = x.reshape(-1, self.in_features)
-        y = self.products.outputs(self._input(rows), self._weight(x.dtype), x.dtype)
+        y = self.matmul.outputs(self._input(rows), self._weight(x.dtype), x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
@@ -89,7 +89,7 @@ class HiF8Linear(nn.Module):
         if c.activation_scheme == "dynamic":
             scale = to_scale(dispatch.amax(rows), torch.full_like(scale, target), scale)
         emit = "e4m3" if c.gemm == "fp8" else "values"
-        return Rounded(*dispatch.quantize(rows, scale, None, 0, c.format, c.overflow, target, emit), scale)
+        return Rounded(*dispatch.quantize(rows, scale, None, c.format, c.overflow, target, emit), scale)
 
     def _weight(self, dtype: torch.dtype) -> Rounded:
         c = self.config
@@ -111,7 +111,7 @@ class HiF8Linear(nn.Module):
 
 
 def swap_linears(model: nn.Module, config: CodesConfig) -> dict[str, HiF8Linear]:
-    """Put a blank `CodedLinear` in the place of each linear that `config` names; returns them by name. Errors:
+    """Put a blank `HiF8Linear` in the place of each linear that `config` names; returns them by name. Errors:
     ValueError for a name that is not of a linear."""
     swapped = {}
     for name in config.modules:

@@ -16,11 +16,11 @@ from qat.quant.scaling import ScaleBank
 
 @torch.no_grad()
 def calibrate(model: nn.Module, bank: ScaleBank, batches: Iterable[torch.Tensor]) -> None:
-    """Set the scales of a new bank of a converted model, which is in eval mode and not quantizing yet (`Phase.OFF`).
+    """Set the scales of a new bank of a converted model, which is in eval mode and not quantizing yet.
 
     bank: one that observes while it is off (`qat.runs.identity.with_ptq_scales`). batches: int64 tokens [sequences,
     length] on the model's device. Only weights and activations are seen: there is no backward pass.
     """
     for tokens in batches:
         model.get_decoder()(input_ids=tokens, use_cache=False)  # the head is never quantized
-    bank.commit(step=1)
+    bank.tick()

@@ -138,14 +138,14 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
         if enabled[role] and (role != "activation" or owner[name] == name)
     ]
     device = next(model.parameters()).device
-    bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg, device)
-    index, products = {name: i for i, name in enumerate(names)}, Matmul(q)
+    bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg.scaling, cfg.settle_steps, device)
+    index, matmul = {name: i for i, name in enumerate(names)}, Matmul(q)
     for name, linear in linears.items():
         quantizers = {
             role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES
         }
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers, products))
+        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers, matmul))
     for name in linears:
         if owner[name] != name:
             model.get_submodule(name).share_input(model.get_submodule(owner[name]))

@@ -11,6 +11,8 @@ target. Until the backward pass, activations are kept as 8-bit codes, and on a C
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +21,7 @@ from qat.config import QuantConfig
 from qat.quant.formats import TOLERANCE
 from qat.quant.kernels import dispatch, lookup
 from qat.quant.matmul import Matmul, Rounded
-from qat.quant.scaling import Phase, ScaleBank
+from qat.quant.scaling import ScaleBank
 
 
 class Quantizer:
@@ -28,31 +30,30 @@ class Quantizer:
     def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig):
         self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
         # Of compiled steps on a GPU: they round within the kernels that make `x`.
-        self.table = dispatch.table(bank.observed.device, cfg.format, cfg.overflow, target) if enabled else None
-        self.probe = None  # telemetry: called with (index, x, scale) while a probe is attached
+        self.table = dispatch.table(bank.scale.device, cfg.format, cfg.overflow, target) if enabled else None
+        self.observer = None  # of `qat.train.tensor_stats`: called with (index, x, scale) while it is attached
 
-    def __call__(self, x: torch.Tensor, emit: str = "values") -> tuple[Rounded, torch.Tensor | None]:
-        """x: BF16 or FP32, any shape -> (the operand that stands for it, what the STE lets through: a mask in the
-        shape of `x`, or None for everything). The bank notes the amax of `x`."""
+    def __call__(self, x: torch.Tensor, emit: str = "values") -> Rounded:
+        """Round `x`, BF16 or FP32 in any shape, and record its amax in the bank. emit: "values", or "codes" beside
+        them."""
+        x = x.detach()
         if not self.enabled:
-            return Rounded(x.detach()), None
-        c, x = self.cfg, x.detach()
-        scale = self.bank.scale_of(self.index, x)
+            return Rounded(x)
+        c, scale, slot = self.cfg, self.bank.scale_of(self.index, x), self.bank.amax_slot(self.index)
         emit = "e4m3" if c.gemm == "fp8" else emit
-        noted = self.bank.noted(self.index)
         if self.table is not None and torch.compiler.is_compiling():
-            values, codes = lookup.quantize(x, scale, *noted, self.table, emit)
+            values, codes = lookup.quantize(x, scale, slot, self.table, emit)
         else:
-            values, codes = dispatch.quantize(x, scale, *noted, c.format, c.overflow, self.target, emit)
-        if self.probe is not None:
-            self.probe(self.index, x, scale)
-        inside = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
-        return Rounded(values, codes, scale), inside
+            values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, emit)
+        if self.observer is not None:
+            self.observer(self.index, x, scale)
+        mask = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
+        return Rounded(None if emit == "e4m3" else values, None if emit == "values" else codes, scale, mask)
 
-    def observe(self, x: torch.Tensor) -> None:
-        """Note the amax of `x` without rounding it."""
+    def record(self, x: torch.Tensor) -> None:
+        """Record the amax of `x` without rounding it."""
         if self.enabled:
-            dispatch.observe(x.detach(), *self.bank.noted(self.index))
+            dispatch.record_amax(x.detach(), self.bank.amax_slot(self.index))
 
 
 class Input:
@@ -62,8 +63,8 @@ class Input:
         self.quantizer, self.users = quantizer, 1
         self._source, self._emit, self._left, self._rounded = None, "", 0, None
 
-    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[Rounded, torch.Tensor | None]:
-        """x: any shape -> its operand in `dtype` and the mask of the STE (see `Quantizer`)."""
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> Rounded:
+        """Round `x`, of any shape, in `dtype`."""
         emit = "codes" if torch.is_grad_enabled() else "values"  # codes are for the backward pass
         if self.users == 1:
             return self.quantizer(x.to(dtype), emit)
@@ -76,47 +77,39 @@ class Input:
         return rounded
 
 
-def _pass(gradient: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
-    return gradient if inside is None else gradient * inside
-
-
 class _QuantizedMatmul(torch.autograd.Function):
-    """(x [..., in], weight [out, in]) -> [..., out], with both gradients from quantized operands.
+    """(x [..., in], weight [out, in]) -> [..., out], with both gradients from rounded operands.
 
-    The operands stand for x and weight, which take part only to receive their gradients; the weight's is as
-    `Products.kept` left it. products: `Products`; gradients: the output gradients' `Quantizer`.
+    `x` and `weight` take part only to receive their gradients; `rounded` holds the fields of the two `Rounded` that
+    stand for them, the weight's packed.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, x_values, x_codes, x_scale, x_inside, w_kept, w_scale, w_inside, products, gradients):
-        kept = products.kept(Rounded(x_values, x_codes, x_scale))
-        ctx.save_for_backward(kept, x_scale, x_inside, w_kept, w_scale, w_inside)
-        ctx.products, ctx.gradients, ctx.shape, ctx.dtype = products, gradients, x.shape, x.dtype
-        rows = Rounded(*(_rows(t) for t in (x_values, x_codes)), x_scale)
-        y = products.outputs(rows, products.restored(w_kept, w_scale, x.dtype), x.dtype)
+    def forward(ctx, x, weight, matmul: Matmul, round_gradient: Quantizer, *rounded):
+        a, w = Rounded(*rounded[:4]), Rounded(*rounded[4:])
+        ctx.save_for_backward(*a.packed(), *w)
+        ctx.matmul, ctx.round_gradient, ctx.shape, ctx.dtype = matmul, round_gradient, x.shape, x.dtype
+        y = matmul.outputs(a.rows(), matmul.unpacked(w, x.dtype), x.dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, gradient):
-        x_kept, x_scale, x_inside, w_kept, w_scale, w_inside = ctx.saved_tensors
-        products, dtype = ctx.products, ctx.dtype
-        g, _ = ctx.gradients(_rows(gradient))
+        saved = ctx.saved_tensors  # once: with activation checkpointing a second look is an error
+        a, w = Rounded(*saved[:4]), Rounded(*saved[4:])
+        matmul, dtype = ctx.matmul, ctx.dtype
+        g = ctx.round_gradient(gradient.reshape(-1, gradient.shape[-1]))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = products.input_gradients(g, products.restored(w_kept, w_scale, dtype), dtype).view(ctx.shape)
-            dx = _pass(dx, x_inside)
+            dx = matmul.input_gradients(g, matmul.unpacked(w, dtype), dtype).view(ctx.shape)
+            dx = dx if a.mask is None else dx * a.mask
         if ctx.needs_input_grad[1]:
-            dw = _pass(products.weight_gradients(g, products.restored(_rows(x_kept), x_scale, dtype), dtype), w_inside)
-        return dx, dw, *(None,) * 9
+            dw = matmul.weight_gradients(g, matmul.unpacked(a.rows(), dtype), dtype)
+            dw = dw if w.mask is None else dw * w.mask
+        return dx, dw, *(None,) * (2 + len(saved))
 
 
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """[..., features] -> [rows, features]."""
-    return x if x is None or x.dim() < 2 else x.reshape(-1, x.shape[-1])
-
-
-class _Observe(torch.autograd.Function):
-    """The identity, whose gradient a quantizer observes."""
+class _Record(torch.autograd.Function):
+    """The identity, whose gradient a quantizer records the amax of."""
 
     @staticmethod
     def forward(ctx, y, quantizer):
@@ -125,29 +118,23 @@ class _Observe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.quantizer.observe(gradient)
+        ctx.quantizer.record(gradient)
         return gradient, None
-
-
-# What `Products.kept` left of a weight, its scale, and what the STE lets through.
-_Weight = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class QuantizedLinear(nn.Linear):
     """`nn.Linear` whose product runs on rounded operands while the bank says so; it shares the original's parameters.
 
-    While the bank is OFF it is `nn.Linear`, bit for bit, forward and backward.
+    While the bank does not quantize it is `nn.Linear`, bit for bit, forward and backward.
     """
 
-    def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer], products: Matmul):
+    def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer], matmul: Matmul):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.bank, self.quantizers, self.products = bank, quantizers, products
+        self.bank, self.quantizers, self.matmul = bank, quantizers, matmul
         self.input = Input(quantizers["activation"])
-        self.sharded = False  # compiled, and the weight is whole in the forward pass only: nobody can round it before
-        self._rounded: _Weight | None = None
-        self._rounded_for: object = None
+        self.rounded_weight: Rounded | None = None  # ahead of forward passes; None: each rounds it anew
 
     def share_input(self, other: QuantizedLinear) -> None:
         """Round what enters this linear together with what enters another one, which reads the same tensor."""
@@ -156,56 +143,36 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features] in the dtype that `nn.Linear` would return."""
-        if self.bank.phase is Phase.OFF:
+        if not self.bank.quantizing:
             return self._unquantized(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        (a, x_inside), (kept, scale, w_inside) = self.input(x, dtype), self._rounded_weight(dtype)
-        y = _QuantizedMatmul.apply(
-            x.to(dtype),
-            self.weight,
-            a.values,
-            a.codes,
-            a.scale,
-            x_inside,
-            kept,
-            scale,
-            w_inside,
-            self.products,
-            self.quantizers["gradient"],
-        )
+        weight = self._round_weight(dtype) if self.rounded_weight is None else self.rounded_weight
+        rounded = (*self.input(x, dtype), *weight)
+        y = _QuantizedMatmul.apply(x.to(dtype), self.weight, self.matmul, self.quantizers["gradient"], *rounded)
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    def _rounded_weight(self, dtype: torch.dtype) -> _Weight:
-        if self.sharded:
-            return self._kept_weight(dtype)
-        if not torch.compiler.is_compiling():  # before a compiled step it was rounded for all its micro-batches
-            self.round_weight(dtype)
-        return self._rounded
-
-    def forget_weight(self) -> None:
-        """Round the weight anew next time, whether it has changed or not."""
-        self._rounded = self._rounded_for = None
-
-    @torch.no_grad()
-    def round_weight(self, dtype: torch.dtype) -> None:
-        """Round the weight, once for every change of it or of the scales and not once a micro-batch."""
-        quantizer = self.quantizers["weight"]
-        made_for = (self.weight._version, dtype, self.bank.ticks, self.bank.phase is Phase.FROZEN)
-        # What is not rounded may be the weight itself, which FSDP takes away after each forward pass.
-        if self._rounded_for != made_for or quantizer.probe or not quantizer.enabled:
-            self._rounded = self._kept_weight(dtype)
-            self._rounded_for = made_for
-
-    def _kept_weight(self, dtype: torch.dtype) -> _Weight:
+    def _round_weight(self, dtype: torch.dtype) -> Rounded:
         # As codes while it trains on a CPU: of 1,000 tokens, a product takes a hundred times as long as decoding them.
-        emit = "codes" if self.weight.device.type == "cpu" and self.bank.phase is not Phase.FROZEN else "values"
-        operand, inside = self.quantizers["weight"](self.weight.to(dtype), emit)
-        return self.products.kept(operand), operand.scale, inside
+        emit = "codes" if self.weight.device.type == "cpu" and self.bank.recording else "values"
+        return self.quantizers["weight"](self.weight.to(dtype), emit).packed()
 
     def _unquantized(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if not self.bank.observing:
+        if not self.bank.recording:
             return y
-        self.quantizers["activation"].observe(x)
-        self.quantizers["weight"].observe(self.weight)
-        return _Observe.apply(y, self.quantizers["gradient"])
+        self.quantizers["activation"].record(x)
+        self.quantizers["weight"].record(self.weight)
+        return _Record.apply(y, self.quantizers["gradient"])
+
+
+@torch.no_grad()
+def round_weights(linears: Iterable[QuantizedLinear], dtype: torch.dtype) -> None:
+    """Round weights ahead of the forward passes, in the dtype of these; to be called again when they have changed."""
+    for linear in linears:
+        linear.rounded_weight = linear._round_weight(dtype)
+
+
+def forget_rounded_weights(linears: Iterable[QuantizedLinear]) -> None:
+    """Let forward passes round the weights themselves, as they are then."""
+    for linear in linears:
+        linear.rounded_weight = None

@@ -7,7 +7,7 @@ fp8       E4M3 bytes of 16 times the values on FP8 tensor cores (quant.gemm=fp8)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +16,28 @@ from qat.quant.formats import E4M3_FACTOR
 from qat.quant.kernels import dispatch
 
 
-@dataclass
-class Rounded:
-    """A tensor as a product takes it. values / scale approximates the original (scale None: values is the original);
-    codes: the values in 8 bits, for where they wait; with gemm=fp8 they are multiplied, and values is empty."""
+class Rounded(NamedTuple):
+    """A rounded tensor: values / scale, or decode(codes) / scale, approximates the original.
 
-    values: torch.Tensor
+    values: BF16 or FP32, scaled; None: only codes are held. codes: uint8 in the same shape, of the format, or with
+    gemm=fp8 E4M3 bytes of 16 times the values; None: only values are held. scale: 0-dim FP32; None: values is the
+    original. mask: bool in the same shape, where the straight-through estimator lets gradients through; None:
+    everywhere.
+    """
+
+    values: torch.Tensor | None
     codes: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def packed(self) -> Rounded:
+        """Return what to keep until the tensor is multiplied again: its codes where it has any."""
+        return self if self.codes is None else self._replace(values=None)
+
+    def rows(self) -> Rounded:
+        """Return the tensor, [..., features], as [rows, features]."""
+        values, codes = (x if x is None or x.dim() < 2 else x.reshape(-1, x.shape[-1]) for x in self[:2])
+        return self._replace(values=values, codes=codes)
 
 
 class Matmul:
@@ -33,17 +47,11 @@ class Matmul:
         self.format = cfg.format
         self.fp8, self.descaled = cfg.gemm == "fp8", cfg.operands == "descaled"
 
-    def kept(self, operand: Rounded) -> torch.Tensor:
-        """What to save of an operand until it is multiplied: its codes where it has any."""
-        return operand.values if operand.codes is None or not operand.codes.numel() else operand.codes
-
-    def restored(self, kept: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> Rounded:
-        """The operand of `kept`, its values in `dtype`."""
-        if kept.dtype is not torch.uint8:
-            return Rounded(kept, None, scale)
-        if self.fp8:
-            return Rounded(kept.new_empty(0, dtype=dtype), kept, scale)
-        return Rounded(dispatch.decode(kept, self.format, dtype), kept, scale)
+    def unpacked(self, operand: Rounded, dtype: torch.dtype) -> Rounded:
+        """Return an operand with what is multiplied: its codes in FP8 products, else its values in `dtype`."""
+        if operand.values is not None or self.fp8:
+            return operand
+        return operand._replace(values=dispatch.decode(operand.codes, self.format, dtype))
 
     def outputs(self, x: Rounded, weight: Rounded, dtype: torch.dtype) -> torch.Tensor:
         """x [rows, in], weight [out, in] -> [rows, out]."""

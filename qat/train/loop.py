@@ -191,7 +191,7 @@ class _Session:
             return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
         probe = TensorStats(self.model, self.bank, self.cfg)
         with probe.attached():
-            result = self.trainer.step(step, batches, probed=True)
+            result = self.trainer.step(step, batches, observed=True)
         row = self._row(step, result, started)
         return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
 
@@ -205,16 +205,16 @@ class _Session:
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
         seconds = time.perf_counter() - started
-        sound = bool(result.sound)
-        self._count_skipped(step, sound, loss)
+        finite = bool(result.finite)
+        self._count_skipped(step, finite, loss)
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
-        overshoot = result.overshoot if quantized and sound else None
+        overshoot = result.overshoot if quantized and finite else None
         return {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
             "lr": result.lr,
-            "grad_norm": float(result.grad_norm) if sound else None,
-            "skipped": not sound,
+            "grad_norm": float(result.grad_norm) if finite else None,
+            "skipped": not finite,
             "tokens": result.tokens * step,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
@@ -225,10 +225,10 @@ class _Session:
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }
 
-    def _count_skipped(self, step: int, sound: bool, loss: float) -> None:
+    def _count_skipped(self, step: int, finite: bool, loss: float) -> None:
         """A step without a finite gradient changed nothing; too many in a row will not mend themselves."""
-        self.skipped = 0 if sound else self.skipped + 1
-        if sound:
+        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
             return
         said = f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed"
         if self.skipped > self.cfg.optim.max_skipped:

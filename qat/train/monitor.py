@@ -179,18 +179,19 @@ class History:
     """Whether the amax history advances as often as the steps say."""
 
     def __init__(self, bank: ScaleBank):
-        self.bank, self.ticks = bank, int(bank.filled)
+        self.bank, self.ticks = bank, int(bank.written)
 
     def begin(self) -> None:
         """Quantization starts, and the history may be dropped."""
         self.ticks = 0
 
     def advance(self, ticks: int) -> None:
-        """A sound quantized step made so many ticks."""
+        """A finite quantized step made so many ticks."""
         self.ticks += ticks
 
     def check(self) -> list[dict]:
-        expected, found = min(len(self.bank.history), self.ticks), int(self.bank.filled)
+        entries = len(self.bank.history)
+        expected, found = min(entries, self.ticks), min(entries, int(self.bank.written))
         if found >= expected:
             return []
         said = f"the amax history holds {found} entries where {expected} were written: scales are of the past"

@@ -1,4 +1,4 @@
-"""One optimizer step in four acts: accumulate gradients, clip and check them, update, commit the scales.
+"""One optimizer step in four acts: accumulate gradients, clip them, update weights, update scales.
 
 Nothing in a step waits for the device: whether its gradient is finite is decided there, and if not, the step leaves
 weights, moments and (with a tick a step) scales as they were. Who reads the result, waits.
@@ -17,7 +17,8 @@ from qat.config import Config
 from qat.models.load import attend_causally, checkpoint_activations, transformer_blocks
 from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
-from qat.quant.scaling import Phase, ScaleBank
+from qat.quant.linear import forget_rounded_weights, round_weights
+from qat.quant.scaling import ScaleBank
 from qat.utils import device, distributed
 
 
@@ -29,7 +30,7 @@ class StepResult:
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
-    sound: torch.Tensor
+    finite: torch.Tensor
     lr: float
     tokens: int
     overshoot: torch.Tensor | None
@@ -81,77 +82,68 @@ class Trainer:
         if sharded:
             parts = transformer_blocks(self.model)
             torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
-        for linear in self._linears:
-            linear.sharded = sharded
-            for role, quantizer in linear.quantizers.items():
-                if quantizer.enabled and (quantizer.table is not None or (sharded and role == "gradient")):
-                    self.bank.note_apart(quantizer.index)
         for part in parts:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
 
-    def step(self, number: int, micro_batches: list[torch.Tensor], probed: bool = False) -> StepResult:
+    def step(self, number: int, micro_batches: list[torch.Tensor], observed: bool = False) -> StepResult:
         """Run step `number` (1-based) on this rank's int64 micro-batches [sequences, length + 1], as many on every
-        rank. probed: telemetry looks on, so nothing may be compiled."""
+        rank. observed: tensor statistics look on, so nothing may be compiled."""
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
-        loss, tokens, overshoot = self._accumulate(number, micro_batches, probed)
+        loss, tokens, overshoot = self._accumulate(micro_batches, observed)
         grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
-        sound = grad_norm.isfinite() & loss.isfinite()
-        lr = self._update(number, sound)
+        finite = grad_norm.isfinite() & loss.isfinite()
+        lr = self._update_weights(number, finite)
         if self.bank is not None and self.cfg.scaling.tick == "step":
-            overshoot = self._commit(number, overshoot, sound)
-        if not probed:  # telemetry is to see the weights of this step only
-            self._round_weights()  # for the next step, while a GPU has yet to finish this one
-        return StepResult(loss, grad_norm, sound, lr, tokens, overshoot)
+            overshoot = self.bank.tick(finite)
+        return StepResult(loss, grad_norm, finite, lr, tokens, overshoot)
 
-    def _accumulate(self, number: int, micro_batches: list[torch.Tensor], probed: bool):
-        """Gradients of the mean loss over all tokens of the step, however these are spread over micro-batches and
-        ranks."""
+    def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool):
+        """Add up the gradients of the mean loss over all tokens of the step, however these are spread over
+        micro-batches and ranks. Returns (loss, tokens, with a tick a call the largest overshoot)."""
         self.optimizer.zero_grad(set_to_none=True)
         lost = 1 if self.cfg.data.label_shift == "twice" else 0
         tokens = distributed.world_size() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
+        tick_a_call = self.bank is not None and self.cfg.scaling.tick == "call"
         total, overshoot = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):
-            with distributed.gradient_sync(self.losses, last=index == len(micro_batches)), self._stance(probed):
+            if index == 1 or tick_a_call:
+                self.round_weights()
+            with distributed.gradient_sync(self.losses, last=index == len(micro_batches)), self._stance(observed):
                 loss = self._forward(device.to_device(batch)).sum() / tokens
                 loss.backward()
             total = total + loss.detach()
-            if self.bank is not None and self.cfg.scaling.tick == "call":
-                overshoot = self._commit(number, overshoot)
+            if tick_a_call:
+                now = self.bank.tick()
+                overshoot = now if overshoot is None else torch.maximum(overshoot, now)
         return distributed.all_reduce_sum(total), tokens, overshoot
 
-    def _stance(self, probed: bool):
-        """Whether what is compiled runs so. Tensors without a history, as in the first quantized step, take other
+    def _stance(self, observed: bool):
+        """Say whether what is compiled runs so. Tensors without a history, as in the first quantized step, take other
         operations: one step is not worth a compilation."""
-        if probed or (self.bank is not None and self.bank.phase is Phase.ON and self.bank.unseen):
-            return eagerly()
-        self._round_weights()  # for the first step after a start; compiled code does not
-        return contextlib.nullcontext()
+        unseen = self.bank is not None and self.bank.quantizing and self.bank.unseen
+        return eagerly() if observed or unseen else contextlib.nullcontext()
 
     def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
         with device.autocast(self.arithmetic):
             return self.losses(tokens)
 
-    def _round_weights(self) -> None:
-        if self.bank is not None and self.bank.phase is Phase.ON and not distributed.is_sharded(self.losses):
-            for linear in self._linears:
-                linear.round_weight(torch.bfloat16 if self.arithmetic == "bf16" else linear.weight.dtype)
+    def round_weights(self) -> None:
+        """Round the weights once for all forward passes until they change. Sharded ones are whole within a pass only,
+        and are rounded there."""
+        if self.bank is not None and self.bank.quantizing and not distributed.is_sharded(self.losses):
+            round_weights(self._linears, torch.bfloat16 if self.arithmetic == "bf16" else torch.float32)
 
-    def _commit(self, number: int, overshoot: torch.Tensor | None, sound: torch.Tensor | None = None) -> torch.Tensor:
-        """One tick of the bank; returns the largest overshoot of each tensor so far in this step."""
-        self.bank.reduce()
-        now = self.bank.overshoot()
-        self.bank.commit(number, sound)
-        return now if overshoot is None else torch.maximum(overshoot, now)
-
-    def _update(self, number: int, sound: torch.Tensor) -> float:
+    def _update_weights(self, number: int, finite: torch.Tensor) -> float:
+        """Update the weights where the step is finite; returns the learning rate."""
         lr = learning_rate(self.cfg, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # What GradScaler tells a fused optimizer: skip this step on the device.
-        self.optimizer.found_inf = (~sound).to(torch.float32)
+        self.optimizer.found_inf = (~finite).to(torch.float32)
         self.optimizer.step()
         self._store()
+        forget_rounded_weights(self._linears)
         return lr
 
     @torch.no_grad()

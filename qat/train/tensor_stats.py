@@ -28,12 +28,12 @@ class TensorStats:
         """Within this context every quantizer reports, at the cost of another pass or two over each tensor."""
         quantizers = [q for linear in quantized_linears(self.model).values() for q in linear.quantizers.values()]
         for quantizer in quantizers:
-            quantizer.probe = self._observe
+            quantizer.observer = self._observe
         try:
             yield
         finally:
             for quantizer in quantizers:
-                quantizer.probe = None
+                quantizer.observer = None
 
     def _observe(self, index: int, x: torch.Tensor, scale: torch.Tensor) -> None:
         target, q = self.bank.targets[index].item(), self.cfg.quant
@@ -111,5 +111,5 @@ class UpdateStats:
             return views
         # The grid at the weight's own amax, whatever the bank's scale is before the first quantized step.
         scale = to_scale(dispatch.amax(before), self.target.to(before.device), torch.ones((), device=before.device))
-        rounding = (scale, None, 0, self.format, "saturate", 0.0, "values")
+        rounding = (scale, None, self.format, "saturate", 0.0, "values")
         return [*views, tuple(dispatch.quantize(each, *rounding)[0] for each in (now, before))]

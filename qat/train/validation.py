@@ -15,8 +15,6 @@ import torch
 from qat.config import Config
 from qat.data import heldout
 from qat.errors import UserError
-from qat.quant.convert import quantized_linears
-from qat.quant.scaling import Phase, ScaleBank
 from qat.train.step import Trainer, eagerly
 from qat.utils import device, distributed
 
@@ -51,13 +49,14 @@ class Validator:
         micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens that there is room for
         batches = map(device.to_device, tokens.split(max(1, micro_batch // heldout.HELDOUT_LENGTH)))
         losses = self.trainer.losses.eval()
+        bank = self.trainer.bank
         try:
-            with _unnoticed(self.trainer.bank), device.autocast(self.trainer.arithmetic), eagerly():
-                return torch.cat([losses(batch) for batch in batches])
+            with bank.paused() if bank is not None else contextlib.nullcontext():
+                self.trainer.round_weights()
+                with device.autocast(self.trainer.arithmetic), eagerly():
+                    return torch.cat([losses(batch) for batch in batches])
         finally:
             losses.train()
-            for linear in quantized_linears(losses).values():
-                linear.forget_weight()  # a step is to see its weights, and to note their amaxes, itself
             if distributed.is_sharded(
                 losses
             ):  # only a backward pass would take away what the forward pass has gathered
@@ -72,17 +71,3 @@ def _texts(cfg: Config, tokenizer) -> dict[str, heldout.Heldout]:
         return {cfg.data.name: own, cfg.probe.name: heldout.load_heldout(cfg.probe, tokenizer, wanted)}
     except UserError as error:
         raise UserError(f"{error}; or go without: probe=none") from error
-
-
-@contextlib.contextmanager
-def _unnoticed(bank: ScaleBank | None):
-    """Within this context quantizers do what they do in training, and the bank stays as it is."""
-    if bank is None:
-        yield
-        return
-    observed = [tensor.clone() for tensor in bank.noted_in]
-    try:
-        with bank.frozen() if bank.phase is not Phase.OFF else contextlib.nullcontext():
-            yield
-    finally:
-        torch._foreach_copy_(bank.noted_in, observed)

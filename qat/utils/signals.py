@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class Preempted(KeyboardInterrupt):
     """One of `SIGNALS` came and the run is saved. The message says which and after what step."""
 
-    defer_signals: list[signal.Signals] | None = None  # all that came while the step ran and was saved
+    noticed: list[signal.Signals] | None = None  # all that came while the step ran and was saved
 
 
 @contextlib.contextmanager

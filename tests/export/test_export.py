@@ -28,7 +28,6 @@ from qat.models.load import load_model
 from qat.models.tokenizer import byte_tokenizer
 from qat.quant import hif8
 from qat.quant.convert import convert
-from qat.quant.scaling import Phase
 from qat.report.text import table
 from qat.runs.folder import Run
 from qat.train import checkpoint, loop
@@ -124,7 +123,8 @@ def test_every_way_of_quantizing_survives(config, words):
         parameter.data = parameter.data.bfloat16().float() + name.endswith("bias")
     bank, _ = convert(model, cfg)
     bank.scale.copy_(torch.linspace(1, 9, len(bank)))
-    bank.phase, bank.unseen = Phase.FROZEN, frozenset()  # as after training
+    bank.unseen = frozenset()  # as after training
+    bank.freeze()
     wanted = logits(model.eval())
     exporting._coded(model, cfg, Run.of(cfg))
     assert sum(isinstance(module, HiF8Linear) for module in model.modules()) == 9
@@ -187,7 +187,7 @@ def test_the_codes_are_those_of_an_independent_implementation(scored, folder):
         weight = saved[f"{name}.weight"].bfloat16().float().numpy()
         values = codes.view(hifloat8).astype(np.float32)
         assert np.array_equal(codes, np.clip(weight * scale, -15, 15).astype(hifloat8).view(np.uint8))
-        assert np.array_equal(values, quantized.get_submodule(name)._rounded[0].float().numpy())
+        assert np.array_equal(values, quantized.get_submodule(name).rounded_weight.values.float().numpy())
         assert np.array_equal(values, hif8.decode(tensors[f"{name}.weight"]).numpy())
         assert np.unique(codes).size > 50 and np.abs(values / scale - weight).max() < np.abs(weight).max() / 8
 

@@ -43,7 +43,7 @@ def count(capability: int) -> dict[str, float]:
     found = {}
     for emit, dtype in (*((emit, "bf16") for emit in EMITS), ("codes", "fp32")):
         x, constants = f"*{dtype}", {"EMIT": emit, "BLOCK": gpu._BLOCK}
-        pointers = {"x": x, "scale": "*fp32", "observed": "*i32", "out": x, "codes": "*u8", "table": "*i32"}
+        pointers = {"x": x, "scale": "*fp32", "amax": "*i32", "out": x, "codes": "*u8", "table": "*i32"}
         found[f"{emit} {dtype}"] = instructions(gpu._quantize, capability, pointers, constants)
     pointers = {"codes": "*u8", "values": "*fp32", "out": "*bf16"}
     found["decode bf16"] = instructions(gpu._decode, capability, pointers, {"BLOCK": gpu._BLOCK})

@@ -79,9 +79,9 @@ def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
                 "sequences": torch.cat(batches).tolist(),
                 "loss": float(result.loss),
                 "grad_norm": float(result.grad_norm),
-                "newest": bank.history[(bank.position - 1) % len(bank.history)][0].tolist(),
+                "newest": bank.history[(bank.written - 1) % len(bank.history)][0].tolist(),
                 "scale": bank.scale.tolist(),
-                "filled": int(bank.filled),
+                "filled": min(int(bank.written), len(bank.history)),
             }
         )
         return result

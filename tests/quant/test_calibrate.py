@@ -10,7 +10,7 @@ from qat.eval.evaluate import CALIBRATION_SEQUENCES, calibration_batches
 from qat.models.load import load_model
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears
-from qat.quant.scaling import Phase, ScaleBank
+from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, ptq_of
 
@@ -66,17 +66,21 @@ def test_calibration_commits_once_and_leaves_weights_and_gradients_alone(config,
     cfg = config("experiment=exp8")
     model, tokenizer, bank = converted(cfg)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    commits, commit = [], ScaleBank.commit
+    commits, commit = [], ScaleBank.tick
     monkeypatch.setattr(
-        ScaleBank, "commit", lambda self, *given, **more: commits.append(1) or commit(self, *given, **more)
+        ScaleBank, "tick", lambda self, *given, **more: commits.append(1) or commit(self, *given, **more)
     )
     calibrate(model, bank, calibration_batches(ptq_of(cfg), tokenizer))
-    assert commits == [1] and bank.phase is Phase.OFF and not bank.observed.any()
+    assert commits == [1] and not bank.quantizing and not torch.cat(bank.amaxes).any()
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     gradients = [linear.quantizers["gradient"].index for linear in quantized_linears(model).values()]
     assert (bank.scale[gradients] == 1).all()  # never seen
-    bank.phase, held = Phase.FROZEN, {name: value.clone() for name, value in bank.state_dict().items()}
+    bank.freeze()
+    held = {name: value.clone() for name, value in bank.state_dict().items()}
     with torch.no_grad():
         model(input_ids=torch.arange(128).view(2, 64))
-    assert all(torch.equal(value, held[name]) for name, value in bank.state_dict().items()) and not bank.observed.any()
+    assert (
+        all(torch.equal(value, held[name]) for name, value in bank.state_dict().items())
+        and not torch.cat(bank.amaxes).any()
+    )

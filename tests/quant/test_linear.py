@@ -10,6 +10,7 @@ from qat.config import Config, QuantConfig, ScalingConfig
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.formats import FORMATS, to_e4m3
 from qat.quant.kernels import dispatch
+from qat.quant.linear import forget_rounded_weights, round_weights
 from qat.quant.matmul import Matmul, Rounded
 from qat.utils import device
 
@@ -116,8 +117,8 @@ def test_unquantized_is_the_original_bit_for_bit(how, dtype):
     for ours, theirs in zip(train_step(converted, x), train_step(original, x), strict=True):
         assert torch.equal(ours, theirs)
     if bank is not None:  # what is thrown away afterwards is not looked at
-        assert (bank.observed > 0).all() if bank.observing else not bank.observed.any()
-        assert bank.observing != cfg.scaling.discard_after_warmup
+        assert all(amax > 0 for amax in bank.amaxes) == bank.recording == any(amax > 0 for amax in bank.amaxes)
+        assert bank.recording != cfg.scaling.discard_after_warmup
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -177,7 +178,7 @@ def test_target_per_role():
     linear, bank = single(target_gradient=224.0, overflow="saturate")
     x, upstream = data()
     backward(linear, x, upstream)
-    bank.commit(1)
+    bank.tick()
     targets = dict(zip(bank.names, (bank.scale * bank.history[0]).tolist(), strict=True))
     assert targets["layers.0.mlp.up_proj/gradient"] == pytest.approx(224.0)
     assert targets["layers.0.mlp.up_proj/weight"] == pytest.approx(15.0)
@@ -189,8 +190,8 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     for ste in ("pass_through", "masked"):
         linear, bank = single(algo="most_recent", ste=ste, gradients=False)
         for index, amax in enumerate((1.0, 100.0)):  # activations were smaller before: values beyond 1 are clipped
-            dispatch.observe(torch.tensor(amax), *bank.noted(index))
-        bank.commit(1)
+            dispatch.record_amax(torch.tensor(amax), bank.amax_slot(index))
+        bank.tick()
         bank.begin_step(2, 1)
         x.grad = None
         backward(linear, x, upstream)
@@ -202,24 +203,23 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     assert results["pass_through"][beyond].all()
 
 
-def test_weight_is_rounded_once_a_step(monkeypatch):
-    linear, bank = single(algo="most_recent")
+def test_a_weight_is_rounded_ahead_or_in_every_pass(monkeypatch, arithmetic):
+    linear, _ = single(algo="most_recent")
     x, upstream = data()
     calls = []
     original = dispatch.quantize
     monkeypatch.setattr(dispatch, "quantize", lambda t, *a: calls.append(tuple(t.shape)) or original(t, *a))
-    for _ in range(3):
-        backward(linear, x, upstream)
-    assert calls.count((32, 16)) == 1
-    bank.commit(1)
-    bank.begin_step(2, 1)
-    y = linear(x)
+    backward(linear, x, upstream)
+    backward(linear, x, upstream)
     assert calls.count((32, 16)) == 2
+    y = linear(x)
+    round_weights([linear], torch.bfloat16 if arithmetic == "bf16" else torch.float32)
+    assert torch.equal(linear(x), y) and torch.equal(linear(x), y)
+    assert calls.count((32, 16)) == 4
     with torch.no_grad():
         linear.weight.mul_(0.5)
-    before = linear(x)
-    assert calls.count((32, 16)) == 3
-    assert not torch.equal(before, y)
+    forget_rounded_weights([linear])
+    assert not torch.equal(linear(x), y) and calls.count((32, 16)) == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -231,23 +231,23 @@ def test_operands_wait_for_the_backward_pass_as_codes(dtype, arithmetic):
         linear(x)
     for operand in (x, linear.weight):
         assert [t.dtype for t in kept if t.numel() == operand.numel()] == [torch.uint8]
-    with bank.frozen(), torch.no_grad():  # where nothing waits, a weight is held as what is multiplied
-        linear(x)
-    assert linear._rounded[0].dtype is (torch.bfloat16 if arithmetic == "bf16" else dtype)
+    wanted = torch.bfloat16 if arithmetic == "bf16" else dtype
+    with bank.paused():  # where nothing waits, a weight is held as what is multiplied
+        round_weights([linear], wanted)
+    assert linear.rounded_weight.values.dtype is wanted and linear.rounded_weight.codes is None
 
 
 def test_evaluation_and_recomputation_leave_the_bank_alone(arithmetic):
     linear, bank = single(algo="max")
     x, upstream = data()
     backward(linear, x, upstream)
-    bank.commit(1)
+    bank.tick()
     bank.begin_step(2, 1)
-    with bank.frozen(), torch.no_grad():
+    with bank.paused(), torch.no_grad():
         linear(1000 * x)
-    assert not bank.observed.any()
+    assert not torch.cat(bank.amaxes).any()
     linear(x)
-    # Back in training the weight is observed again, though evaluation had rounded the very same weight.
-    seen = dict(zip(bank.names, bank.observed.tolist(), strict=True))
+    seen = dict(zip(bank.names, torch.cat(bank.amaxes).tolist(), strict=True))
     weight = linear.weight.bfloat16() if arithmetic == "bf16" else linear.weight
     assert seen["layers.0.mlp.up_proj/weight"] == weight.abs().max().item()
 
@@ -260,7 +260,7 @@ def test_recomputed_activations_count_once():
         linear, bank = single(algo="max")
         x, upstream = data()
         backward(lambda x: checkpoint(linear, x, use_reentrant=False) if recompute else linear(x), x, upstream)  # noqa: B023
-        bank.commit(1)
+        bank.tick()
         banks.append(bank.state_dict())
     assert all(torch.equal(banks[0][name], banks[1][name]) for name in banks[0])
 
@@ -281,7 +281,7 @@ def test_fp8_products_are_the_exact_ones_where_e4m3_holds_every_value(dtype, ari
         pad = torch.zeros_like(x[:1, :1])  # 16 rows, as FP8 products want them
         y = linear(torch.cat([x.flatten(0, 1), pad[0]]))
         y.backward(torch.cat([upstream.flatten(0, 1), torch.zeros_like(upstream[0, :1])]))
-        results[gemm] = [y.detach(), x.grad, linear.weight.grad, linear.bias.grad, bank.observed.clone()]
+        results[gemm] = [y.detach(), x.grad, linear.weight.grad, linear.bias.grad, torch.cat(bank.amaxes)]
     for ours, exact in zip(results["fp8"], results["bf16"], strict=True):
         # BF16 products are rounded once more when unscaled.
         tolerance = 1e-6 if dtype is torch.float32 and arithmetic == "fp32" else 2**-7

@@ -6,30 +6,29 @@ import random
 import pytest
 import torch
 
-from qat.config import Config, ScalingConfig
+from qat.config import ScalingConfig
 from qat.errors import UserError
 from qat.quant.kernels import dispatch
-from qat.quant.scaling import FP32_MAX, Phase, ScaleBank, to_scale
+from qat.quant.scaling import FP32_MAX, ScaleBank, to_scale
 
 
-def make(algo="max", window=4, steps=100, tensors=3, target=15.0, **scaling) -> ScaleBank:
-    cfg = Config(scaling=ScalingConfig(algo=algo, window=window, **scaling))
-    cfg.budget.steps = steps
-    return ScaleBank([f"layer{i}/weight" for i in range(tensors)], [target] * tensors, cfg)
+def make(algo="max", window=4, settle_steps=0, tensors=3, target=15.0, **scaling) -> ScaleBank:
+    names = [f"layer{i}/weight" for i in range(tensors)]
+    return ScaleBank(names, [target] * tensors, ScalingConfig(algo=algo, window=window, **scaling), settle_steps)
 
 
-def note(bank: ScaleBank, index: int, amax: float) -> None:
+def record(bank: ScaleBank, index: int, amax: float) -> None:
     """What a quantizer does with the amax it saw."""
-    noted = bank.noted(index)
-    if noted[0] is not None:
-        dispatch.observe(torch.tensor([0.0, -amax]), *noted)
+    slot = bank.amax_slot(index)
+    if slot is not None:
+        dispatch.record_amax(torch.tensor([0.0, -amax]), slot)
 
 
-def tick(bank: ScaleBank, step: int, amaxes: list[float]) -> None:
+def tick(bank: ScaleBank, step: int, amaxes: list[float]) -> torch.Tensor:
     bank.begin_step(step, 1)
     for index, amax in enumerate(amaxes):
-        note(bank, index, amax)
-    bank.commit(step)
+        record(bank, index, amax)
+    return bank.tick()
 
 
 def predict(algo: str, history: list[float], window: int, alpha: float) -> float:
@@ -57,22 +56,6 @@ def test_against_a_list(algo, window):
         assert bank.scale.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_is_noted_apart_counts_like_the_rest():
-    bank, plain = make("max"), make("max")
-    bank.note_apart(1)
-    for step, amaxes in enumerate(([1.0, 8.0, 2.0], [3.0, 4.0, float("nan")], [1.0, 0.5, 1.0]), start=1):
-        for each in (bank, plain):
-            each.begin_step(step, 1)
-            for index, amax in enumerate(amaxes):
-                note(each, index, amax / 2)
-                note(each, index, amax)
-        assert bank.observed[1] == 0 and bank.noted(1)[0] == amaxes[1]
-        for each in (bank, plain):
-            each.reduce()
-            each.commit(step)
-        torch.testing.assert_close(bank.state_dict(), plain.state_dict(), rtol=0, atol=0)
-
-
 def test_the_ring_forgets():
     bank = make("max", window=4, tensors=1)
     amaxes = [100.0, 1.0, 1.0, 1.0, 1.0, 2.0]
@@ -88,8 +71,8 @@ def test_largest_micro_batch_counts():
     bank = make("most_recent", tensors=2)
     bank.begin_step(1, 1)
     for amax in (3.0, 5.0, 4.0):
-        note(bank, 0, amax)
-    bank.commit(1)
+        record(bank, 0, amax)
+    bank.tick()
     assert bank.scale[0].item() == 3.0
     assert bank.scale[1].item() == 1.0  # never seen: keeps its scale
 
@@ -135,12 +118,12 @@ def test_warmup(observe, discard, filled):
     bank = make(observe_in_warmup=observe, discard_after_warmup=discard, window=8, tensors=1)
     for step in (1, 2, 3):
         bank.begin_step(step, 4)
-        assert bank.phase is Phase.OFF
-        if bank.observing:
-            note(bank, 0, float(step))
-        bank.commit(step)
+        assert not bank.quantizing and bank.recording == (filled > 0)
+        record(bank, 0, float(step))
+        bank.tick()
     bank.begin_step(4, 4)
-    assert (bank.phase, bank.filled, bank.unseen) == (Phase.ON, filled, frozenset() if filled else {0})
+    assert bank.quantizing and bank.recording
+    assert (bank.written.item(), bank.unseen) == (filled, frozenset() if filled else {0})
     if filled:
         assert bank.scale.item() == 5.0
 
@@ -158,8 +141,8 @@ def test_scales_are_not_held_before_there_are_any():
     """The first quantized step was spoiled, so the next one is the first that tells of amaxes."""
     bank = make("max", window=4, update_every=3, tensors=1)
     bank.begin_step(1, 1)
-    note(bank, 0, math.inf)
-    bank.commit(1, torch.tensor(False))
+    record(bank, 0, math.inf)
+    bank.tick(torch.tensor(False))
     assert bank.scale_of(0, torch.tensor(6.0)).item() == 2.5
     tick(bank, 2, [3.0])
     assert not bank.unseen and bank.scale.item() == 5.0
@@ -174,9 +157,9 @@ def test_a_tensor_of_which_nothing_was_seen_scales_by_its_own_amax_until_then(ti
     for number, amax in enumerate([nothing, nothing, 3.0, 5.0], start=1):
         bank.begin_step(number if tick_by == "step" else 1, 1)
         scales.append([bank.scale_of(index, torch.tensor(5.0)).item() for index in (0, 1)])
-        note(bank, 0, 5.0)
-        note(bank, 1, amax)
-        bank.commit(number)
+        record(bank, 0, 5.0)
+        record(bank, 1, amax)
+        bank.tick()
     assert scales == [[3.0, 3.0]] * 3 + [[3.0, 5.0]]
     assert bank.scale.tolist() == [3.0, 5.0]  # the first is held since the first tick, the other since the third
 
@@ -189,14 +172,12 @@ def test_an_idle_tensor_keeps_its_prediction(algo, amaxes):
     for step, amax in enumerate(amaxes, start=1):
         tick(bank, step, [amax])
     assert bank.scale.item() == 5.0 and bank.history.isfinite().all()
-    bank.begin_step(9, 1)
-    note(bank, 0, 3.0)
-    assert bank.overshoot().item() == 1.0
+    assert tick(bank, 9, [3.0]).item() == 1.0  # the overshoot
 
 
 def test_settle_runs_most_recent_first():
     # The released code: until a tenth of the steps the last amax, updated each tick; then the algorithm, held.
-    bank = make("max", window=16, settle=0.1, update_every=4, steps=40, tensors=1)
+    bank = make("max", window=16, settle_steps=4, update_every=4, tensors=1)
     predicted = []
     for step, amax in enumerate([9.0, 1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0], start=1):
         tick(bank, step, [amax])
@@ -207,32 +188,31 @@ def test_settle_runs_most_recent_first():
 def test_tick_by_call_has_a_history_after_the_first_call():
     bank = make("max", tick="call", tensors=1)
     bank.begin_step(1, 1)
-    note(bank, 0, 1.0)
-    bank.commit(1)
+    record(bank, 0, 1.0)
+    bank.tick()
     assert not bank.unseen
-    note(bank, 0, 3.0)
-    bank.commit(1)
-    assert (bank.filled, bank.scale.item()) == (2, 5.0)
+    record(bank, 0, 3.0)
+    bank.tick()
+    assert (bank.written.item(), bank.scale.item()) == (2, 5.0)
 
 
 def test_overshoot():
     bank = make("most_recent", tensors=2)
     tick(bank, 1, [2.0, 4.0])
     bank.begin_step(2, 1)
-    note(bank, 0, 3.0)
-    assert bank.overshoot().tolist() == pytest.approx([1.5, 0.0])
+    record(bank, 0, 3.0)
+    assert bank.tick().tolist() == pytest.approx([1.5, 0.0])
 
 
-def test_frozen_leaves_no_trace():
+def test_a_pause_leaves_no_trace():
     bank = make("max", tensors=1)
     tick(bank, 1, [2.0])
     before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     bank.begin_step(2, 1)
-    with bank.frozen():
-        note(bank, 0, 100.0)
+    with bank.paused():
+        record(bank, 0, 100.0)
         assert bank.scale_of(0, torch.tensor([100.0])).item() == 7.5
-    assert bank.phase is Phase.ON
-    assert not bank.observed.any()
+    assert bank.quantizing and bank.recording and not torch.cat(bank.amaxes).any()
     assert all(torch.equal(before[name], tensor) for name, tensor in bank.state_dict().items())
 
 
@@ -263,7 +243,7 @@ def test_another_window_takes_the_newest_entries(before, after, steps, capsys):
     second.load_state_dict(first.state_dict())
     kept = min(before, after, steps)
     assert f"window {before}: the newest {kept} of {min(before, steps)} entries are kept" in capsys.readouterr().out
-    assert torch.equal(second.scale, first.scale)  # until the next commit
+    assert torch.equal(second.scale, first.scale)  # until the next tick
     for step in range(steps, steps + 9):
         tick(second, step + 1, amaxes[step])
         known = amaxes[steps - kept : step + 1][-after:]

@@ -122,11 +122,11 @@ def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
         config("experiment=exp8", **changes | {f"scaling.{k}": v}) for k, v in (("window", 5), ("alpha", 1.0))
     )
     assert run_id(window) != run_id(cfg) == run_id(alpha)
-    bank = scaling.ScaleBank(["layer/weight"], [15.0], cfg)
+    bank = scaling.ScaleBank(["layer/weight"], [15.0], cfg.scaling)
     for step, amax in enumerate((1.0, 4.0, 3.0, 5.0, 6.0), 1):
         bank.begin_step(step, 1)
-        bank.observed.fill_(amax)
-        bank.commit(step)
+        bank.amaxes[0].fill_(amax)
+        bank.tick()
     assert bank.scale.item() == 15 / 5  # of the last three
 
 

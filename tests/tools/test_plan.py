@@ -42,7 +42,7 @@ ALL = ["mlp.*", "self_attn.*"]
 def kept_by_autograd(trainer: Trainer, tokens: torch.Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, apart from parameters, rounded weights and logits."""
     linears = quantized_linears(trainer.model).values()
-    held = [*trainer.model.parameters(), *(linear._rounded[0] for linear in linears)]
+    held = [*trainer.model.parameters(), *(linear.rounded_weight.codes for linear in linears)]
     skipped, found, alive = {each.data_ptr() for each in held}, {}, []
 
     def pack(tensor):
@@ -75,7 +75,7 @@ def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
     size = 2 if arithmetic == "bf16" else 4
     parts = memory.training(shape, planned, cfg, ranks=1, on_gpus=False)
     if bank is not None:
-        held = sum(linear._rounded[0].nbytes for linear in quantized_linears(model).values())
+        held = sum(linear.rounded_weight.codes.nbytes for linear in quantized_linears(model).values())
         assert held == parts["rounded weights"]
     casts = parts.get("other linears in BF16", 0)
     measured = kept_by_autograd(trainer, tokens) - casts

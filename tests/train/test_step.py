@@ -119,7 +119,7 @@ def test_activation_checkpointing_changes_no_bit_of_weights_scales_or_telemetry(
         for number in (1, 2, 3):
             probe = TensorStats(trainer.model, trainer.bank, trainer.cfg)
             with probe.attached():
-                result = trainer.step(number, [tokens(2), tokens(2, seed=number)], probed=True)
+                result = trainer.step(number, [tokens(2), tokens(2, seed=number)], observed=True)
         state = result.loss, trainer.bank.state_dict(), trainer.model.state_dict()
         seen.append((state, probe.rows(3), len(entered)))
     (plain, rows, once), (checkpointed, again, twice) = seen
@@ -201,7 +201,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_scale(config, al
     weights, moments = parameters(trainer), copy.deepcopy(trainer.optimizer.state_dict()["state"])
     scales = copy.deepcopy(trainer.bank.state_dict())
     result = trainer.step(2, [tokens(2)])
-    assert not result.sound and not result.grad_norm.isfinite() and result.loss.isnan()
+    assert not result.finite and not result.grad_norm.isfinite() and result.loss.isnan()
     assert all(torch.equal(weights[name], now) for name, now in parameters(trainer).items())
     state = trainer.optimizer.state_dict()["state"]
     assert all(torch.equal(moments[i][name], state[i][name]) for i in moments for name in moments[i])

@@ -30,7 +30,7 @@ def linear(overflow: str = "clip", **quant):
     bank, _ = convert(model, cfg)
     bank.begin_step(1, 1)
     run(model, torch.ones(1, 12), torch.ones(1, 6))
-    bank.commit(1)
+    bank.tick()
     bank.begin_step(2, 1)
     return model, bank, cfg
 

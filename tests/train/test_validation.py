@@ -13,7 +13,6 @@ from qat.errors import UserError
 from qat.models.load import load_model
 from qat.models.loss import token_losses
 from qat.quant.convert import convert
-from qat.quant.scaling import Phase
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.train import checkpoint, loop
@@ -72,17 +71,15 @@ def trained(config):
 @pytest.mark.parametrize("steps", [0, 1, 6])
 def test_a_probe_leaves_bank_gradients_random_numbers_and_mode_as_they_are(trained, words, steps):
     trainer, probe, bank, model = trained(words, steps)
-    for index in (0, 3):  # as compiled steps have it
-        bank.note_apart(index)
-    noted = {f"noted {number}": tensor for number, tensor in enumerate(bank.noted_in)}
-    state = {**bank.state_dict(), **noted, "rng": device.rng_state()["cpu"]}
+    amaxes = dict(zip(bank.names, bank.amaxes, strict=True))
+    state = {**bank.state_dict(), **amaxes, "rng": device.rng_state()["cpu"]}
     state |= dict(model.named_parameters())
     state |= {f"{name}.grad": value.grad for name, value in model.named_parameters() if value.grad is not None}
-    before, phase = {name: value.clone() for name, value in state.items()}, bank.phase
+    before, phase = {name: value.clone() for name, value in state.items()}, (bank.quantizing, bank.recording)
     assert len(probe.rows(0)) == 2
     now = {**state, "rng": device.rng_state()["cpu"]}
     assert all(torch.equal(now[name], value) for name, value in before.items())
-    assert bank.phase is phase and all(module.training for module in trainer.losses.modules())
+    assert (bank.quantizing, bank.recording) == phase and all(module.training for module in trainer.losses.modules())
 
 
 def test_a_probe_after_a_first_step_that_failed_leaves_the_next_one_its_amaxes(trained):
@@ -92,7 +89,7 @@ def test_a_probe_after_a_first_step_that_failed_leaves_the_next_one_its_amaxes(t
         tokens = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
         first = trainer.first_quantized_step
         failing = model.lm_head.register_forward_hook(lambda _, __, logits: logits * math.nan)
-        assert not trainer.step(first, [tokens]).sound
+        assert not trainer.step(first, [tokens]).finite
         failing.remove()
         if probing:
             assert probe.rows(0)
@@ -106,13 +103,13 @@ def test_the_loss_is_that_of_the_next_token_as_the_model_trains(trained):
     for words in (PAPER, RELEASED):
         untouched = {row["probe"]: row["loss"] for row in trained(words, 0)[1].rows(0)}
         _, probe, bank, model = trained(words, 3)
-        assert bank.phase is Phase.ON
+        assert bank.quantizing
         losses = {row["probe"]: row["loss"] for row in probe.rows(0)}
         for name, (tokens, *_) in probe.texts.items():
             with torch.no_grad(), device.autocast(device.resolve_arithmetic("auto")):
-                bank.phase = Phase.FROZEN
+                bank.freeze()
                 quantized = token_losses(model.eval(), tokens).mean().item()
-                bank.phase = Phase.OFF
+                bank.quantizing = False
                 assert losses[name] == pytest.approx(quantized, abs=1e-6) != token_losses(model, tokens).mean().item()
             assert losses[name] != untouched[name]
 

@@ -194,8 +194,7 @@ def _use_threads_of_torch() -> None:
 def quantize(
     x: torch.Tensor,
     scale: torch.Tensor,
-    observed: torch.Tensor | None,
-    index: int,
+    slot: torch.Tensor | None,
     clip: float,
     beyond: float,
     emit: str,
@@ -209,10 +208,10 @@ def quantize(
     kernel = _KERNELS[x.dtype, emit == "codes"]
     edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond)
     kernel(_flat(x), *edges, _flat(out), _codes(), _flat(codes), amaxes)
-    if observed is not None:
+    if slot is not None:
         # NaN bits are the largest of all, as integers.
-        bits = observed.view(torch.int32)
-        bits[index] = max(int(bits[index]), int(amaxes.max()))
+        bits = slot.view(torch.int32)
+        bits.fill_(max(int(bits), int(amaxes.max())))
     return (x.new_empty(0), to_e4m3(out)) if emit == "e4m3" else (out, codes)
 
 

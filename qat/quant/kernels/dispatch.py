@@ -64,33 +64,32 @@ def _operator(schema: str, fake):
     return register
 
 
-def _quantize_fake(x, scale, observed, index, format, overflow, target, emit):
+def _quantize_fake(x, scale, slot, format, overflow, target, emit):
     values = x.new_empty(0) if emit == "e4m3" else x.new_empty(x.shape)
     return values, _no_codes(x) if emit == "values" else x.new_empty(x.shape, dtype=torch.uint8)
 
 
 @_operator(
-    "(Tensor x, Tensor scale, Tensor(a!)? observed, int index, str format, str overflow, float target, str emit)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor scale, Tensor(a!)? slot, str format, str overflow, float target, str emit) -> (Tensor, Tensor)",
     fake=_quantize_fake,
 )
-def quantize(x, scale, observed, index, format, overflow, target, emit):
-    """Scale a tensor, round it to an 8-bit format, and note its amax, reading it once.
+def quantize(x, scale, slot, format, overflow, target, emit):
+    """Scale a tensor, round it to an 8-bit format, and record its amax, reading it once.
 
-    x: BF16 or FP32, any shape; scale: 0-dim FP32 on its device; observed: FP32 [tensors], whose entry `index` becomes
-    the larger of itself and the amax of `x` (NaN counts as larger than all; None: nothing is noted); overflow: "clip"
-    (to +-target), "saturate" or "inf" (see `qat.quant.formats.Format.quantize`); emit: one of `EMITS`.
-    Returns (rounded values of `x * scale`, in the shape and dtype of `x`, still scaled; uint8 of that shape: codes of
-    `format`, or E4M3 bytes of 16 times the values). What `emit` leaves out has no elements.
+    x: BF16 or FP32, any shape; scale: 0-dim FP32 on its device; slot: FP32 [1], which becomes the larger of itself and
+    the amax of `x` (NaN counts as larger than all; None: nothing is recorded); overflow: "clip" (to +-target),
+    "saturate" or "inf" (see `qat.quant.formats.Format.quantize`); emit: one of `EMITS`. Returns (rounded values of `x *
+    scale`, in the shape and dtype of `x`, still scaled; uint8 of that shape: codes of `format`, or E4M3 bytes of 16
+    times the values). What `emit` leaves out has no elements.
     """
     source = x.detach().contiguous()
     fused = _fused(source, format)
     if fused is not None:
-        return fused.quantize(source, scale, observed, index, *_edges(overflow, target), emit)
+        return fused.quantize(source, scale, slot, *_edges(overflow, target), emit)
     chosen = FORMATS[format]
     values = chosen.quantize(source.float() * scale, overflow, target)
-    if observed is not None:
-        observe(source, observed, index)
+    if slot is not None:
+        record_amax(source, slot)
     codes = _no_codes(x) if emit == "values" else chosen.encode(values) if emit == "codes" else to_e4m3(values)
     return (source.new_empty(0) if emit == "e4m3" else values.to(x.dtype)), codes
 
@@ -140,9 +139,9 @@ def amax(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x.detach(), float("inf")).float()
 
 
-def observe(x: torch.Tensor, observed: torch.Tensor, index: int) -> None:
-    """Note the amax of `x` in `observed` (as `quantize` does) without rounding it."""
-    observed[index] = torch.maximum(observed[index], amax(x))
+def record_amax(x: torch.Tensor, slot: torch.Tensor) -> None:
+    """Record the amax of `x` in `slot` (as `quantize` does) without rounding it."""
+    slot.copy_(torch.maximum(slot, amax(x)))
 
 
 def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float) -> torch.Tensor:

@@ -34,14 +34,14 @@ def _value(entries):
 
 
 @triton.jit
-def _quantize(x, scale, observed, out, codes, table, elements, EMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """observed: float32 bits of one amax, or None; EMIT as in `qat.quant.kernels.dispatch.EMITS`."""
+def _quantize(x, scale, amax, out, codes, table, elements, EMIT: tl.constexpr, BLOCK: tl.constexpr):
+    """amax: the float32 bits of one, or None; EMIT as in `qat.quant.kernels.dispatch.EMITS`."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < elements
     wide = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    if observed is not None:
+    if amax is not None:
         # NaN bits are the largest of all, as integers.
-        tl.atomic_max(observed, tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), sem="relaxed")
+        tl.atomic_max(amax, tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), sem="relaxed")
     entries = _rounded(wide * tl.load(scale), table)
     if EMIT == "e4m3":
         tl.store(codes + place, (entries >> 8).to(tl.uint8), mask=inside)
@@ -96,8 +96,7 @@ def _float_bits(value: float) -> int:
 def quantize(
     x: torch.Tensor,
     scale: torch.Tensor,
-    observed: torch.Tensor | None,
-    index: int,
+    slot: torch.Tensor | None,
     clip: float,
     beyond: float,
     emit: str,
@@ -105,9 +104,9 @@ def quantize(
     """As `qat.quant.kernels.cpu.quantize`; nothing is copied to the host."""
     out = x.new_empty(0) if emit == "e4m3" else torch.empty_like(x)
     codes = torch.empty(0 if emit == "values" else x.shape, dtype=torch.uint8, device=x.device)
-    slot = None if observed is None else observed.view(torch.int32)[index:]
+    bits = None if slot is None else slot.view(torch.int32)
     table = lookup.table(x.device, clip, beyond)
-    _quantize[_grid(x.numel())](x, scale, slot, out, codes, table, x.numel(), EMIT=emit, BLOCK=_BLOCK)
+    _quantize[_grid(x.numel())](x, scale, bits, out, codes, table, x.numel(), EMIT=emit, BLOCK=_BLOCK)
     return out, codes
 
 

@@ -31,7 +31,7 @@ def table(device: torch.device, clip: float, beyond: float) -> torch.Tensor:
 
 
 def quantize(
-    x: torch.Tensor, scale: torch.Tensor, observed: torch.Tensor | None, index: int, table: torch.Tensor, emit: str
+    x: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor | None, table: torch.Tensor, emit: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`qat.quant.kernels.dispatch.quantize` of HiF8 in PyTorch operations, which torch.compile fuses with those that
     make `x`, so that rounding takes no pass over memory of its own. table: as `table` gives it.
@@ -39,9 +39,8 @@ def quantize(
     Inductor keeps FP32 within a fused kernel: there `x` is rounded once, and not to BF16 before.
     """
     wide = x.detach().float()
-    if observed is not None:
-        largest = wide.abs().amax(-1).amax()  # by rows first, as what makes `x` goes
-        observed[index] = torch.maximum(observed[index], largest)
+    if slot is not None:
+        slot.copy_(torch.maximum(slot, wide.abs().amax(-1).amax()))  # by rows first, as what makes `x` goes
     entries = table[((wide * scale).view(torch.int32) >> CUT) & (len(table) - 1)]
     if emit == "e4m3":
         return x.new_empty(0), (entries >> 8 & 0xFF).to(torch.uint8)

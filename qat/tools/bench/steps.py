@@ -17,7 +17,6 @@ from qat.errors import ConfigError, nearest
 from qat.models.load import load_model
 from qat.models.loss import token_losses
 from qat.quant.convert import convert
-from qat.quant.scaling import Phase
 from qat.runs.identity import baseline_of
 from qat.tools.bench.plain import PlainQuantizedLinear
 from qat.train.step import Trainer
@@ -108,7 +107,8 @@ class Steps:
     @torch.inference_mode()
     def _evaluate(self, trainer: Trainer) -> torch.Tensor:
         if trainer.bank is not None:
-            trainer.bank.phase = Phase.FROZEN
+            trainer.bank.freeze()
+            trainer.round_weights()
         with device.autocast(trainer.arithmetic):
             return token_losses(trainer.model, device.to_device(self.batch)).mean()
 

@@ -127,7 +127,7 @@ def _step_rows(cfg: Config) -> list[Row]:
     if {"all", "all, current scaling"} <= times.keys():
         rows.append(Row("step: delayed : current scaling", *timing.ratio(times, "all", "all, current scaling")))
     if "all" in times:
-        rows.append(_commit_row(cfg, made, times["all"]))
+        rows.append(_tick_row(cfg, made, times["all"]))
         _say("evaluation")
         evaluated = timing.in_turn(made.evaluations(), cfg.bench.rounds)
         rows.append(Row("evaluation: W8A8, all : bf16", *timing.ratio(evaluated, "all", "bf16"), "<= 1.20"))
@@ -159,15 +159,15 @@ def _flops(made: steps.Steps) -> float:
     return shape.flops(made.cfg.budget.seq_len)
 
 
-def _commit_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:
-    """Cost of one commit of 546 tensors (all linears of 26 blocks, three roles) with a window of 64."""
-    quantized = made.trainers["all"].cfg
-    bank = ScaleBank([f"{i}/weight" for i in range(546)], [15.0] * 546, quantized, get_device())
+def _tick_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:
+    """Cost of one tick of 546 tensors (all linears of 26 blocks, three roles) with a window of 64."""
+    quantized, names = made.trainers["all"].cfg, [f"{i}/weight" for i in range(546)]
+    bank = ScaleBank(names, [15.0] * 546, quantized.scaling, device=get_device())
     bank.begin_step(1, 1)
-    times = [timing.seconds(lambda: bank.commit(1), repeats=10) for _ in range(5 * cfg.bench.rounds)]
+    times = [timing.seconds(bank.tick, repeats=10) for _ in range(5 * cfg.bench.rounds)]
     step = statistics.median(step_seconds)
     low, high = min(times) / step, max(times) / step
-    return Row("commit of 546 tensors : step, all linears", statistics.median(times) / step, low, high, "<= 0.005")
+    return Row("tick of 546 tensors : step, all linears", statistics.median(times) / step, low, high, "<= 0.005")
 
 
 # Memory -------------------------------------------------------------------------------------------------------
