@@ -7,11 +7,9 @@ A section stands between `<!-- WRITER of SOURCE: written by ... -->` and `<!-- e
 
 import ast
 import dataclasses
-import io
 import json
 import re
 import sys
-import tokenize
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -28,33 +26,29 @@ from qat.report.experiment import published, scientific
 from qat.report.text import interval, markdown, signed
 from qat.utils.environment import ROOT
 
-PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "experiments/README.md",
-    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
-)
+_FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments" / "README.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for path in _FOUND)
 _SECTION = re.compile(r"(<!-- (\w+) of (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def findings(record: Path) -> str:
     """What a record found: a row an experiment with the question it asks, and three sentences."""
     report, factorial = (record / "report.md").read_text(), studies.results(record)["factorial"]
-    columns = ["", "It asks", "Loss APE %: the paper", "here", "Held-out loss, nats: W8A8 minus BF16"]
+    columns = ["", "It asks", "Loss APE %: paper", "Loss APE %: here", "Held-out loss, nats: W8A8 minus BF16"]
     rows = [[name, asks, *cells[:3]] for name, asks, _, *cells in _experiments(report)]
-    facts = _facts(report)
-    made = (
-        f"`make suite SEEDS={facts['Seed'].replace('; ', ',')}` at the {facts['Budget']} budget, on {facts['Hardware']}"
+    facts = _facts(report) | {"Length": _length(report, "exp8"), "Seed": _facts(report)["Seed"].replace("; ", ",")}
+    about = (
+        "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}. Means over seeds with 95 "
     )
-    about = f"{made}: {factorial['facts']['Model']}, {_length(report, 'exp8')}. Means over seeds with 95 % intervals."
-    return "\n\n".join([about, markdown(columns, rows), _sentences(report, factorial)]) + "\n"
+    about = f"{about.format_map(facts)}% intervals."
+    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial)]) + "\n"
 
 
 def results(record: Path) -> str:
     """What a record found: a row an experiment, with the paper's recipe and what PTQ costs."""
-    columns = ["", "Question", "The paper's recipe", "Loss APE %: the paper", "here"]
+    columns = ["", "Question", "The paper's recipe", "Loss APE %: paper", "Loss APE %: here"]
     columns += ["Held-out loss, nats: W8A8 minus BF16", "W8A8 by PTQ minus BF16"]
-    return markdown(columns, list(_experiments((record / "report.md").read_text()))) + "\n"
+    return _unbroken(markdown(columns, list(_experiments((record / "report.md").read_text())))) + "\n"
 
 
 def claims(study: Path) -> str:
@@ -73,35 +67,31 @@ def disagreements(paper: Path) -> str:
 def costs(record: Path) -> str:
     """The ratios of a recorded benchmark but for those of kernels; of what was measured twice, the later ones."""
     files = [json.loads((record / name).read_text()) for name in ("bench.json", "steps.json")]
-    rows = {
-        row["what"]: row for file in files for row in file["rows"] if not row["what"].startswith(("kernel", "commit"))
-    }
-    cells = [[what, f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", r["target"]] for what, r in rows.items()]
-    facts = {key: files[0]["facts"][key] for key in ("hardware", "arithmetic", "model", "batch")}
-    return (
-        f"{'; '.join(facts.values())}:\n\n{markdown(['What : what', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
-    )
+    rows = {row["what"]: row for file in files for row in file["rows"]}
+    cells = [
+        [what, f"{row['median']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", row["target"]]
+        for what, row in rows.items()
+        if not what.startswith(("kernel", "commit"))
+    ]
+    about = "; ".join(files[0]["facts"][key] for key in ("hardware", "arithmetic", "model", "batch"))
+    return f"{about}:\n\n{markdown(['What : what', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
 
 
 def groups(folder: Path) -> str:
-    """The groups of conf/ and their options; the default is the first."""
-    chosen = {
-        k: v for each in yaml.safe_load((folder / "train.yaml").read_text())["defaults"][1:-3] for k, v in each.items()
-    }
+    """The groups of conf/, their defaults and their other options."""
     rows = []
-    for group, default in chosen.items():
+    for each in yaml.safe_load((folder / "train.yaml").read_text())["defaults"]:
+        group, default = next(iter(each.items())) if isinstance(each, dict) else (each, None)
         options = sorted(path.stem for path in (folder / group).glob("*.yaml"))
-        if options:
-            rows.append([f"`{group}=`", f"`{default}`", " ".join(f"`{each}`" for each in options if each != default)])
+        others = " ".join(f"`{option}`" for option in options if option != default)
+        rows += [[f"`{group}=`", f"`{default or 'none'}`", others]] if options else []
     return markdown(["Group", "Default", "Other options"], rows) + "\n"
 
 
 def keys(source: Path) -> str:
     """Every key of the configuration by group, with its type, default and meaning: the comment beside it."""
     text = source.read_text()
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    code = {number for number, line in enumerate(text.split("\n"), start=1) if line.split("#")[0].strip()}
+    lines = text.split("\n")
     classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
 
     def section(name: str, prefix: str, title: str) -> str:
@@ -113,10 +103,10 @@ def keys(source: Path) -> str:
                 suffix = ".<task>" if kind.startswith("dict") else ""
                 below += [section(inner, f"{prefix}{key}{suffix}.", f"`{prefix}{key}{suffix}`")]
             elif "ClassVar" not in kind:
-                first = node.lineno
-                while first - 1 in comments and first - 1 not in code:
+                first, last = node.lineno - 1, node.end_lineno
+                while lines[first - 1].lstrip().startswith("#"):
                     first -= 1
-                meaning = " ".join(comments[line] for line in range(first, node.end_lineno + 1) if line in comments)
+                meaning = " ".join(re.findall(r"(?:^ *|  )# (.*)", "\n".join(lines[first:last]), re.MULTILINE))
                 choices = _CHOICES.get(f"{prefix}{key}")
                 kind = ", ".join(choices) if choices else kind.replace(" | None", " or null")
                 rows.append([f"`{prefix}{key}`", kind, _default(name, key), re.sub(r"([|<])", r"\\\1", meaning)])
@@ -177,9 +167,9 @@ def _sentences(report: str, factorial: dict) -> str:
             f"- **Loss**: the APE of {below} of {len(apes)} recipes is below the paper's {limit} %; {beyond} of their "
             f"intervals reach above it. Held-out loss moves by {_span(held)} in W8A8, by {_span(set(ptq))} by PTQ.",
             f"- **Claims** of the paper: of {len(verdicts)} that were tested {supported} are supported, {contradicted} "
-            f"contradicted, {others} not decidable at this size. A part of the first: fewer tensors exceed their "
-            f"predicted amax under the max window than under `most_recent`: {seen['verdict']}, {seen['text']} percentage "
-            "points.",
+            f"contradicted, {others} not decidable at this size. One part: fewer tensors exceed their "
+            f"predicted amax under the max window than under `most_recent`: {seen['verdict']}, {seen['text']} "
+            "percentage points.",
             f"- **Benchmarks** decide nothing here: {questions} leave room for a drop of {drop:.0f} percentage points.",
         )
     )
@@ -190,6 +180,11 @@ def _span(triples: Collection[Sequence[float]]) -> str:
     low, high = (signed(end(value for value, *_ in triples), 4) for end in (min, max))
     sure = sum(low * high > 0 for _, low, high in triples)
     return f"{low} to {high} nats ({sure} of {len(triples)} intervals exclude 0)"
+
+
+def _unbroken(table: str) -> str:
+    """A table whose intervals stay on one line."""
+    return re.sub(r"(\[[+\-.\d]+,) ", "\\1\N{NO-BREAK SPACE}", table)
 
 
 def _numbers(cell: str) -> tuple[float, ...]:
