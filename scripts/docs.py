@@ -46,9 +46,13 @@ def findings(record: Path) -> str:
 
 def results(record: Path) -> str:
     """What a record found: a row an experiment, with the paper's recipe and what PTQ costs."""
-    columns = ["", "Question", "The paper's recipe", "Loss APE %: paper", "Loss APE %: here"]
+    columns = ["", "Question", "The paper's recipe", "Loss APE %"]
     columns += ["Held-out loss, nats: W8A8 minus BF16", "W8A8 by PTQ minus BF16"]
-    return _unbroken(markdown(columns, list(_experiments((record / "report.md").read_text())))) + "\n"
+    rows = [
+        [*asked, here if known == "–" else f"{here}<br>(paper {known})", held, ptq]
+        for *asked, known, here, held, ptq in _experiments((record / "report.md").read_text())
+    ]
+    return _unbroken(markdown(columns, rows)) + "\n"
 
 
 def claims(study: Path) -> str:
@@ -69,12 +73,16 @@ def costs(record: Path) -> str:
     files = [json.loads((record / name).read_text()) for name in ("bench.json", "steps.json")]
     rows = {row["what"]: row for file in files for row in file["rows"]}
     cells = [
-        [what, f"{row['median']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", row["target"]]
+        [
+            what,
+            f"{row['median']:.2f}" + f" [{row['low']:.2f}, {row['high']:.2f}]" * (row["low"] < row["high"]),
+            row["target"],
+        ]
         for what, row in rows.items()
-        if not what.startswith(("kernel", "commit"))
+        if not what.startswith(("kernel", "commit", "step: bf16"))
     ]
     about = "; ".join(files[0]["facts"][key] for key in ("hardware", "arithmetic", "model", "batch"))
-    return f"{about}:\n\n{markdown(['What : what', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
+    return f"{about}:\n\n{markdown(['What : compared with', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
 
 
 def groups(folder: Path) -> str:
