@@ -1,49 +1,66 @@
-"""Write the marked sections of README.md and experiments/, so that no number in them is typed by hand.
+"""Write the marked sections of the pages, so that no number in them is typed by hand.
 
 python scripts/docs.py            --check: only say whether they are up to date
+
+A section stands between `<!-- WRITER of SOURCE: written by ... -->` and `<!-- end -->`; the writers are below.
 """
 
-import functools
+import ast
+import dataclasses
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from qat import config
+from qat.analysis.stats import half_width
+from qat.quant.rules import RULES
 from qat.report import studies, tables
+from qat.report.experiment import published, scientific
+from qat.report.text import interval, markdown, signed
 from qat.utils.environment import ROOT
 
-_SECTION = re.compile(r"(<!-- from (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
+_FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments" / "README.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for path in _FOUND)
+_SECTION = re.compile(r"(<!-- (\w+) of (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def findings(record: Path) -> str:
+    """What a record found: a row an experiment with the question it asks, and three sentences."""
+    report, factorial = (record / "report.md").read_text(), studies.results(record)["factorial"]
+    columns = ["", "It asks", "Loss APE %: paper", "Loss APE %: here", "Held-out loss, nats: W8A8 minus BF16"]
+    rows = [[name, asks, *cells[:3]] for name, asks, _, *cells in _experiments(report)]
+    facts = _facts(report) | {"Length": _length(report, "exp8"), "Seed": _facts(report)["Seed"].replace("; ", ",")}
+    about = (
+        "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}. Means over seeds with 95 "
+    )
+    about = f"{about.format_map(facts)}% intervals."
+    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial)]) + "\n"
 
 
 def results(record: Path) -> str:
-    """Of a record's report: settings, the table "At a glance", the verdict."""
-    report = (record / "report.md").read_text()
-    verdict = re.search(r"^>.*?\n\n", report, re.DOTALL | re.MULTILINE)[0].strip()
-    about = [
-        f"{_command(report, 'suite')}: {_facts(report)['Length']}.",
-        "Held-out loss and points: the quantized run in W8A8 minus its BF16 baseline, with 95 % intervals. PTQ: that",
-        "baseline in W8A8 without QAT, minus itself in BF16; untouched: the checkpoint before any training, minus the",
-        "same.",
+    """What a record found: a row an experiment, with the paper's recipe and what PTQ costs."""
+    columns = ["", "Question", "The paper's recipe", "Loss APE %"]
+    columns += ["Held-out loss, nats: W8A8 minus BF16", "W8A8 by PTQ minus BF16"]
+    rows = [
+        [*asked, here if known == "–" else f"{here}<br>(paper {known})", held, ptq]
+        for *asked, known, here, held, ptq in _experiments((record / "report.md").read_text())
     ]
-    if "; " in _facts(report)["Seed"]:
-        about.append(
-            "Of several seeds: the mean; intervals are about further seeds and further text or questions at once."
-        )
-    return "\n".join(about) + f"\n\n{_table(report, 'At a glance')}\n\n{verdict}\n"
+    return _unbroken(markdown(columns, rows)) + "\n"
 
 
-def claims(record: Path) -> str:
-    """The verdicts of a record's factorial and audit, a claim a row, and what each rests on."""
-    parts = []
-    for name, study in studies.results(record).items():
-        about = "; ".join(study["facts"][key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
-        link = f"[all of it]({(record / name / f'{name}.md').relative_to(ROOT / 'experiments')})"
-        parts += [f"`make {name}` ({about}; {link}):", studies.claims_table(study["claims"]).markdown()]
-    return "\n\n".join(parts) + "\n"
+def claims(study: Path) -> str:
+    """The verdicts of a study, a claim a row, and what each rests on."""
+    name, found = study.stem, json.loads(study.read_text())
+    about = "; ".join(found["facts"][key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
+    link = f"[all of it]({study.with_suffix('.md').relative_to(ROOT / 'experiments')})"
+    return f"`make {name}` ({about}; {link}):\n\n{studies.claims_table(found['claims']).markdown()}\n"
 
 
 def disagreements(paper: Path) -> str:
@@ -51,78 +68,165 @@ def disagreements(paper: Path) -> str:
     return tables.disagreements(yaml.safe_load(paper.read_text())).markdown() + "\n"
 
 
-def experiment(name: str, record: Path) -> str:
-    """Of a record's report: what it says of one experiment, and links to the runs it rests on."""
-    report = (record / "report.md").read_text()
-    section = re.search(rf"^## {name}: .*?\n(.*?)(?=^## )", report, re.DOTALL | re.MULTILINE)[1].strip()
-    asked, detail = re.match(r"(.*?\n\nPaper: .*?)\n\n(.*)", section, re.DOTALL).groups()
-    rows = [_rows(_table(report, title), name) for title in ("At a glance", "Beside the paper")]
-    if not any(rows):  # of BF16 runs only
-        rows = ["All BF16 runs of the suite:\n\n" + _table(report, "BF16 baselines and the untouched checkpoint")]
-    above = Path("..") / record.relative_to(ROOT / "experiments")
-    source = (
-        f"The [record of the suite]({above / 'report.md'}) explains the columns. Its code: {_facts(report)['Code']}."
+def costs(record: Path) -> str:
+    """The ratios of a recorded benchmark but for those of kernels; of what was measured twice, the later ones."""
+    files = [json.loads((record / name).read_text()) for name in ("bench.json", "steps.json")]
+    rows = {row["what"]: row for file in files for row in file["rows"]}
+    cells = [
+        [
+            what,
+            f"{row['median']:.2f}" + f" [{row['low']:.2f}, {row['high']:.2f}]" * (row["low"] < row["high"]),
+            row["target"],
+        ]
+        for what, row in rows.items()
+        if not what.startswith(("kernel", "commit", "step: bf16"))
+    ]
+    about = "; ".join(files[0]["facts"][key] for key in ("hardware", "arithmetic", "model", "batch"))
+    return f"{about}:\n\n{markdown(['What : compared with', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
+
+
+def groups(folder: Path) -> str:
+    """The groups of conf/, their defaults and their other options."""
+    rows = []
+    for each in yaml.safe_load((folder / "train.yaml").read_text())["defaults"]:
+        group, default = next(iter(each.items())) if isinstance(each, dict) else (each, None)
+        options = sorted(path.stem for path in (folder / group).glob("*.yaml"))
+        others = " ".join(f"`{option}`" for option in options if option != default)
+        rows += [[f"`{group}=`", f"`{default or 'none'}`", others]] if options else []
+    return markdown(["Group", "Default", "Other options"], rows) + "\n"
+
+
+def keys(source: Path) -> str:
+    """Every key of the configuration by group, with its type, default and meaning: the comment beside it."""
+    text = source.read_text()
+    lines = text.split("\n")
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+
+    def section(name: str, prefix: str, title: str) -> str:
+        rows, below = [], []
+        for node in (node for node in classes[name].body if isinstance(node, ast.AnnAssign)):
+            key, kind = node.target.id, ast.unparse(node.annotation)
+            inner = next((each for each in classes if each in kind), None)
+            if inner:
+                suffix = ".<task>" if kind.startswith("dict") else ""
+                below += [section(inner, f"{prefix}{key}{suffix}.", f"`{prefix}{key}{suffix}`")]
+            elif "ClassVar" not in kind:
+                first, last = node.lineno - 1, node.end_lineno
+                while lines[first - 1].lstrip().startswith("#"):
+                    first -= 1
+                meaning = " ".join(re.findall(r"(?:^ *|  )# (.*)", "\n".join(lines[first:last]), re.MULTILINE))
+                choices = _CHOICES.get(f"{prefix}{key}")
+                kind = ", ".join(choices) if choices else kind.replace(" | None", " or null")
+                rows.append([f"`{prefix}{key}`", kind, _default(name, key), re.sub(r"([|<])", r"\\\1", meaning)])
+        table = markdown(["Key", "Type or choices", "Default", "Meaning"], rows) if rows else "As `data`."
+        return "\n".join([f"### {title}", "", table, "", *below])
+
+    return section("Config", "", "Top level").rstrip() + "\n"
+
+
+_CHOICES = config.CHOICES | {"scaling.algo": tuple(RULES)}
+WRITERS = {each.__name__: each for each in (findings, results, claims, disagreements, costs, groups, keys)}
+
+
+def _default(name: str, key: str) -> str:
+    field = next(each for each in dataclasses.fields(getattr(config, name)) if each.name == key)
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return "from its group" if value == config.MISSING else f"`{json.dumps(value)}`"
+
+
+def _experiments(report: str) -> Iterator[list[str]]:
+    """Of each experiment: name, question, recipe; loss APE of the paper and here; held-out loss in W8A8 and by PTQ."""
+    overview = _rows(report, "Loss APE %, paper")
+    for name, entry in published()["experiments"].items():
+        own = {row[""].removeprefix(name).strip(): row for row in overview if row[""].split()[0] == name}
+        apes, held, ptq = (
+            "<br>".join(f"{label} {row[column]}".strip() for label, row in own.items())
+            for column in ("ours", "Held-out loss, nats", "PTQ")
+        )
+        known = next(iter(own.values()))["Loss APE %, paper"].split(" ")[0] if own else "–"
+        yield [name, entry["question"], entry["recipe"], known, apes or "–", held or _of_bf16(report, name), ptq or "–"]
+
+
+def _of_bf16(report: str, name: str) -> str:
+    """By learning rate, how far BF16 training has moved the held-out loss from the pretrained model's."""
+    start, *rows = _rows(report, "Learning rate")
+    steps, found = _length(report, name).split()[0], []
+    for rate in map(scientific, published()["experiments"][name]["lr"]):
+        own = [row for row in rows if row["Learning rate"] == rate and f"-{steps}steps-" in row["Weights"]]
+        moved = [_numbers(row["Held-out loss, nats"])[0] - _numbers(start["Held-out loss, nats"])[0] for row in own]
+        middle, half = fmean(moved), half_width(moved)
+        found.append(f"lr {rate} {signed(middle, 4)} {interval([middle - half, middle + half], 4)}")
+    return "BF16 minus the pretrained model:<br>" + "<br>".join(found)
+
+
+def _sentences(report: str, factorial: dict) -> str:
+    """What the numbers come to: loss, claims, benchmarks."""
+    rows = {row["ours"] + row["Held-out loss, nats"]: row for row in _rows(report, "Loss APE %, paper")}.values()
+    apes, held, ptq = ([_numbers(row[column]) for row in rows] for column in ("ours", "Held-out loss, nats", "PTQ"))
+    limit, verdicts = published()["paper"]["thresholds"]["ape"], [claim["verdict"] for claim in factorial["claims"]]
+    below, beyond = sum(ape[0] < limit for ape in apes), sum(ape[2] >= limit for ape in apes)
+    seen = next(s for c in factorial["claims"] for s in c["statements"] if "exceed their predicted" in s["statement"])
+    questions = re.search(r"\d+ questions", factorial["facts"]["Benchmark"])[0]
+    drop = -min(_numbers(cell)[1] for row in rows for column, cell in row.items() if column.endswith(", points"))
+    supported, contradicted = (verdicts.count(word) for word in ("supported", "contradicted"))
+    others = len(verdicts) - supported - contradicted
+    return "\n".join(
+        (
+            f"- **Loss**: the APE of {below} of {len(apes)} recipes is below the paper's {limit} %; {beyond} of their "
+            f"intervals reach above it. Held-out loss moves by {_span(held)} in W8A8, by {_span(set(ptq))} by PTQ.",
+            f"- **Claims** of the paper: of {len(verdicts)} that were tested {supported} are supported, {contradicted} "
+            f"contradicted, {others} not decidable at this size. One part: fewer tensors exceed their "
+            f"predicted amax under the max window than under `most_recent`: {seen['verdict']}, {seen['text']} "
+            "percentage points.",
+            f"- **Benchmarks** decide nothing here: {questions} leave room for a drop of {drop:.0f} percentage points.",
+        )
     )
-    runs = [path.name for path in sorted((record / "runs").iterdir()) if path.name in detail + rows[0]]
-    links = "\n".join(f"- [{run}]({above / 'runs' / run})" for run in runs)
-    return (
-        "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *rows, detail, "The runs named here:", links])
-        + "\n"
-    )
+
+
+def _span(triples: Collection[Sequence[float]]) -> str:
+    """The smallest and largest of several estimates, and how many of their intervals exclude zero."""
+    low, high = (signed(end(value for value, *_ in triples), 4) for end in (min, max))
+    sure = sum(low * high > 0 for _, low, high in triples)
+    return f"{low} to {high} nats ({sure} of {len(triples)} intervals exclude 0)"
+
+
+def _unbroken(table: str) -> str:
+    """A table whose intervals stay on one line."""
+    return re.sub(r"(\[[+\-.\d]+,) ", "\\1\N{NO-BREAK SPACE}", table)
+
+
+def _numbers(cell: str) -> tuple[float, ...]:
+    return tuple(map(float, re.findall(r"[+-]?\d+\.\d+", cell)))
 
 
 def _facts(report: str) -> dict[str, str]:
     return dict(re.findall(r"^- (\w+): (.+)$", report, re.MULTILINE))
 
 
-def _command(report: str, target: str) -> str:
-    """What was run, on what."""
-    facts = _facts(report)
-    words = f"BUDGET={facts['Budget']}, PROTOCOL={facts['Protocol']}, SEEDS={facts['Seed'].replace('; ', ',')}"
-    made = f"benchmark `{facts['Benchmark']}`, on {facts['Hardware']}, in {facts['Arithmetic']} arithmetic"
-    return f"`make {target}` at {words},\n{made}"
+def _length(report: str, name: str) -> str:
+    """Steps and batch of an experiment, in words."""
+    lengths = _facts(report)["Length"].split("; ")
+    return next(each for each in lengths if "(" not in each or re.search(rf"\b{name}\b", each)).split(" (")[0]
 
 
-def _table(report: str, title: str) -> str:
-    """The first table under a heading."""
-    return re.search(rf"^## {title}\n.*?\n(\|.*?)\n\n", report, re.DOTALL | re.MULTILINE)[1]
+def _rows(report: str, column: str) -> list[dict[str, str]]:
+    """The first table that has a column, a dictionary a row."""
+    table = re.search(rf"^\|[^\n]*\| {re.escape(column)} .*?(?=\n\n)", report, re.DOTALL | re.MULTILINE)[0]
+    header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n"))
+    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def _rows(table: str, name: str) -> str:
-    """A table's header and the rows of an experiment; those whose first cell is empty continue the one above."""
-    *header, first = table.split("\n", 2)
-    found, own = [], False
-    for line in first.split("\n"):
-        label = line.split("|")[1].strip()
-        own = label.partition(" ")[0] == name if label else own
-        found += [line] if own else []
-    return "\n".join([*header, *found]) if found else ""
-
-
-PAGES = {"README.md": results, "experiments/README.md": claims} | {
-    str(page.relative_to(ROOT)): functools.partial(experiment, page.parent.name)
-    for page in sorted((ROOT / "experiments").glob("exp*/README.md"))
-}
-
-
-def written(page: str, text: str) -> str:
-    """A page with each section as its source has it, a record or paper.yaml. Errors: SystemExit where it has none."""
-    if not _SECTION.search(text):
-        sys.exit(f"error: {page} has no section that `make docs` writes; see scripts/docs.py")
-
-    def section(found: re.Match) -> str:
-        write: Callable[[Path], str] = disagreements if found[2].endswith(".yaml") else PAGES[page]
-        return found[1] + write(ROOT / found[2]) + found[3]
-
-    return _SECTION.sub(section, text)
+def written(text: str) -> str:
+    """A page with each of its sections as its source has it."""
+    return _SECTION.sub(lambda found: found[1] + WRITERS[found[2]](ROOT / found[3]) + found[4], text)
 
 
 def main() -> None:
     for page in PAGES:
         now = (ROOT / page).read_text()
         if "--check" not in sys.argv:
-            (ROOT / page).write_text(written(page, now))
-        elif written(page, now) != now:
+            (ROOT / page).write_text(written(now))
+        elif written(now) != now:
             sys.exit(f"error: {page} differs from its sources; run `make docs`")
 
 
