@@ -45,31 +45,31 @@ STREAM_ORDER = 2  # version of the rule by which `qat.data.sources.Stream` order
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING
+    name: str = MISSING  # in messages and run ids
     source: str = MISSING  # package: a GGUF inside a PyPI package; hub: a folder or hub id; random: untrained
-    path: str | None = None
-    revision: str | None = None
+    path: str | None = None  # a file in a package, a folder, or a hub id
+    revision: str | None = None  # hub: branch, tag or commit
     blocks: int | None = None  # transformer blocks; null: known only once the model is loaded
     architecture: dict[str, Any] | None = None  # source=random: keyword arguments of LlamaConfig
-    licence: str = "unknown"
+    licence: str = "unknown"  # what an exported model says of it
 
 
 @dataclass
 class DataConfig:
     group: ClassVar[str] = "data"  # what its keys begin with
     packaged: ClassVar[str] = "embedded"  # its option that needs nothing but a package
-    name: str = MISSING
-    source: str = MISSING
+    name: str = MISSING  # in messages and reports
+    source: str = MISSING  # where the text comes from
     # hub: the data set's id; files: a folder of .txt, cut into documents of about 4,000 characters, or for a probe a
     # MediaWiki dump as .bz2; package: either of these inside one; prepared: its name
     path: str | None = None
-    subset: str | None = None
+    subset: str | None = None  # hub: configuration of the data set
     # hub: branch, tag or commit; null: the newest when the run, or its cache, begins. prepared: a hash of the text;
     # null: that of the text in the cache
     revision: str | None = None
-    label_shift: str = "once"
+    label_shift: str = "once"  # twice: the model learns the token after next, as in the released code
     duplicate_workers: int = 1  # every micro-batch occurs this often in a row (the released loader: 2)
-    tokenizer_threads: int = 1
+    tokenizer_threads: int = 1  # threads that tokenize
     shuffle_buffer: int = 10_000  # documents that are shuffled together; streamed sources only
     retry_hours: float = 12.0  # how long a hub that cannot be reached is waited for; streamed sources only
     cache: bool = False  # keep tokens on disk, for all runs that read them in this order; streamed sources only
@@ -88,12 +88,12 @@ class ProbeConfig(DataConfig):
 
 @dataclass
 class OptimConfig:
-    lr: float = MISSING
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    lr: float = MISSING  # learning rate at its peak
+    beta1: float = 0.9  # of AdamW: decay of the mean of gradients
+    beta2: float = 0.95  # of AdamW: decay of the mean of their squares
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 0.1  # of AdamW, on every parameter
+    clip: float = 1.0  # largest norm of the gradient
     lr_warmup: float = 0.03  # share of the steps
     lr_from_zero: bool = False  # whether the first step of the warmup has a rate of 0
     max_skipped: int = 10  # steps in a row without a finite gradient, after which the run gives up
@@ -102,18 +102,20 @@ class OptimConfig:
 
 @dataclass
 class QuantConfig:
-    format: str = MISSING
+    format: str = MISSING  # what is rounded to; none: nothing is
     scope: list[str] = field(default_factory=lambda: ["mlp.*"])  # linears of a block, with * and ?
     bf16_blocks: int = 5  # the first ceil(n/2) and the last floor(n/2) blocks keep BF16
-    weights: bool = True
-    activations: bool = True
-    gradients: bool = True
-    target_activation: float = 15.0
-    target_weight: float = 15.0
-    target_gradient: float = 15.0
-    overflow: str = "clip"
-    ste: str = "pass_through"
-    operands: str = "exact"
+    weights: bool = True  # whether weights are rounded
+    activations: bool = True  # whether inputs of linears are rounded
+    gradients: bool = True  # whether gradients of their outputs are rounded
+    target_activation: float = 15.0  # what the predicted amax is mapped to
+    target_weight: float = 15.0  # the same for weights
+    target_gradient: float = 15.0  # the same for gradients
+    overflow: str = "clip"  # past the target: clip to it; or past the format's largest value: saturate, or inf
+    ste: str = "pass_through"  # gradients through rounding: all pass, or (masked) none where a value was clipped
+    operands: str = (
+        "exact"  # exact: multiply, then divide by the scales; descaled: the other way round, as the released code
+    )
     # bf16: products in the run's arithmetic (`budget.arithmetic`); fp8: HiF8 values as E4M3 bytes on FP8 tensor cores,
     # exact from 2^-12 up
     gemm: str = "bf16"
@@ -121,15 +123,15 @@ class QuantConfig:
 
 @dataclass
 class ScalingConfig:
-    algo: str = MISSING
+    algo: str = MISSING  # the scaling rule (`qat.quant.rules`)
     window: int = 1  # entries of the amax history
     alpha: float = 0.5  # exp_smooth: weight of the newest amax
-    tick: str = "step"
-    sync: str = "max"
+    tick: str = "step"  # the history advances once a step, or once a forward call
+    sync: str = "max"  # max: ranks share their largest amaxes; none: each keeps its own
     update_every: int = 1  # ticks between two changes of a scale
     settle: float = 0.0  # share of the steps run as most_recent with an update a tick, before `algo` takes over
-    observe_in_warmup: bool = True
-    discard_after_warmup: bool = True
+    observe_in_warmup: bool = True  # whether amaxes are observed before quantization starts
+    discard_after_warmup: bool = True  # whether that history is dropped when it starts
 
 
 @dataclass
@@ -139,8 +141,8 @@ class WarmupConfig:
 
 @dataclass
 class BudgetConfig:
-    name: str = MISSING
-    steps: int = MISSING
+    name: str = MISSING  # in reports
+    steps: int = MISSING  # optimizer steps
     micro_batch: int = MISSING  # sequences a forward call
     accumulation: int = MISSING  # forward calls an optimizer step
     seq_len: int = MISSING  # tokens a sequence
@@ -153,38 +155,38 @@ class BudgetConfig:
         False  # keep only what enters each block, and compute the rest again for its gradients
     )
     largest_logits: int = 2**28  # elements; more are made in pieces
-    checkpoint_every: int = 100  # steps
-    telemetry_every: int = 10  # steps
+    checkpoint_every: int = 100  # between two checkpoints, in steps
+    telemetry_every: int = 10  # between two steps whose tensors are looked at, in steps
     heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL divergence; half as many of `probe`
     probe_tokens: int = 128  # tokens of each text whose loss is looked at during training
 
 
 @dataclass
 class TaskConfig:
-    shots: int = 0
+    shots: int = 0  # examples in the prompt
     limit: int | None = None  # questions (MMLU: of each of the 57 subjects); null: all
 
 
 @dataclass
 class BenchmarkConfig:
-    name: str = MISSING
-    batch_size: int = 8
-    split: str = "test"
+    name: str = MISSING  # under which scores are kept
+    batch_size: int = 8  # questions at a time
+    split: str = "test"  # which questions
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
 
 
 @dataclass
 class LoggerConfig:
-    name: str = MISSING
-    mode: str = "offline"
-    project: str = "hif8-qat"
+    name: str = MISSING  # wandb: mirrored to Weights & Biases; local: only the run folder
+    mode: str = "offline"  # whether W&B is sent anything
+    project: str = "hif8-qat"  # of W&B
 
 
 @dataclass
 class ReportConfig:
-    experiments: list[str] = field(default_factory=lambda: [f"exp{i}" for i in range(1, 9)])
+    experiments: list[str] = field(default_factory=lambda: [f"exp{i}" for i in range(1, 9)])  # which to show
     seeds: list[int] | None = None  # of the runs to show; null: only `seed`
-    out: str = "report"
+    out: str = "report"  # folder of the report
 
 
 @dataclass
@@ -195,9 +197,9 @@ class StudyConfig:
 @dataclass
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
-    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])
+    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])  # what is measured
     steps: list[str] | None = None  # which of `qat.tools.bench.steps`, beside bf16; null: all that can run
-    out: str = "bench"
+    out: str = "bench"  # folder of the table
 
 
 @dataclass
@@ -212,11 +214,11 @@ class DashboardConfig:
 
 @dataclass
 class Config:
-    experiment: str | None = None
-    protocol: str = "paper"
-    seed: int = 0
+    experiment: str | None = None  # the experiment it belongs to: a file of conf/experiment/
+    protocol: str = "paper"  # the paper's text, or what its released code did
+    seed: int = 0  # of the order of the text, and of random weights
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
-    runs_dir: str = "runs"
+    runs_dir: str = "runs"  # where run folders are
     retrain: bool = False  # train.py: train a finished run again whose checkpoint is gone, as of a restored record
     run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the overrides that describe it
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
