@@ -33,7 +33,8 @@ TRAIN    = $(if $(filter-out 1,$(RANKS)),$(ON_RANKS),$(PY)) scripts/train.py
 
 GPU    := budget=gpu data=embedded model=openpangu_1b_random
 
-EXPERIMENTS := exp1 exp2 exp3 exp4 exp5 exp6 exp7 exp8
+# Every file in conf/experiment is one.
+EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test slow torture lint format clean $(EXPERIMENTS)

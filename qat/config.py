@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
@@ -26,7 +26,6 @@ CHOICES = {
     "model.source": ("package", "hub", "random"),
     "data.source": ("package", "hub", "files", "prepared"),
     "data.label_shift": ("once", "twice"),
-    "quant.format": ("none", "hif8", "fp8_e4m3", "fp8_e5m2"),
     "quant.overflow": ("clip", "saturate", "inf"),
     "quant.ste": ("pass_through", "masked"),
     "quant.operands": ("exact", "descaled"),
@@ -182,9 +181,15 @@ class LoggerConfig:
     project: str = "hif8-qat"  # of W&B
 
 
+def experiments() -> list[str]:
+    """Return the names of all experiments: the files in conf/experiment, exp2 before exp10."""
+    files = (Path(__file__).resolve().parents[1] / "conf" / "experiment").glob("*.yaml")
+    return sorted((file.stem for file in files), key=lambda name: (len(name), name))
+
+
 @dataclass
 class ReportConfig:
-    experiments: list[str] = field(default_factory=lambda: [f"exp{i}" for i in range(1, 9)])  # which to show
+    experiments: list[str] = field(default_factory=experiments)  # which to show
     seeds: list[int] | None = None  # of the runs to show; null: only `seed`
     out: str = "report"  # folder of the report
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat import config
 from qat.analysis.stats import half_width
-from qat.quant.rules import RULES
+from qat.cli.validate import CHOICES
 from qat.report import studies, tables
 from qat.report.experiment import published, scientific
 from qat.report.text import interval, markdown, signed
@@ -115,7 +115,7 @@ def keys(source: Path) -> str:
                 while lines[first - 1].lstrip().startswith("#"):
                     first -= 1
                 meaning = " ".join(re.findall(r"(?:^ *|  )# (.*)", "\n".join(lines[first:last]), re.MULTILINE))
-                choices = _CHOICES.get(f"{prefix}{key}")
+                choices = CHOICES.get(f"{prefix}{key}")
                 kind = ", ".join(choices) if choices else kind.replace(" | None", " or null")
                 rows.append([f"`{prefix}{key}`", kind, _default(name, key), re.sub(r"([|<])", r"\\\1", meaning)])
         table = markdown(["Key", "Type or choices", "Default", "Meaning"], rows) if rows else "As `data`."
@@ -124,7 +124,6 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-_CHOICES = config.CHOICES | {"scaling.algo": tuple(RULES)}
 WRITERS = {each.__name__: each for each in (findings, results, claims, disagreements, costs, groups, keys)}
 
 

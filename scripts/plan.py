@@ -15,14 +15,14 @@ def main(config, composed) -> None:
     from qat.tools.plan import plan
     from qat.tools.plan.machine import here
     from qat.tools.plan.page import page
-    from qat.utils import distributed
+    from qat.utils import distributed, environment
 
     distributed.check_world_size(config)
     machine = here(config)
     on_gpus = machine.gpus > 0 or config.budget.compile  # budgets that compile are meant for GPUs
     if on_gpus and composed.budget.arithmetic == "auto":
         config.budget.arithmetic = "bf16"
-    print(page(plan.make(config, distributed.world_size(), machine, on_gpus)), end="\n\n")
+    print(page(plan.make(config, environment.world_size(), machine, on_gpus)), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from qat.data import manuals
 from qat.errors import ConfigError, UserError
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
-from qat.utils import distributed, files, signals
-from qat.utils.device import resolve_arithmetic
+from qat.utils import environment, files, signals
 from qat.utils.environment import ROOT
 
 CONF = str(ROOT / "conf")
@@ -54,11 +53,11 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
                 sweep.run(lambda: _mendable(work, cfg, takes, reads_text))
         except UserError as error:  # of a single run; Hydra would say more if it saw it
             # Of a bad configuration every rank knows; anything else may have befallen this one alone.
-            if distributed.is_main_process() or not isinstance(error, ConfigError):
+            if environment.is_main_process() or not isinstance(error, ConfigError):
                 print(
                     f"error: {error}"
-                    if distributed.is_main_process()
-                    else f"rank {distributed.rank()}: error: {error}",
+                    if environment.is_main_process()
+                    else f"rank {environment.rank()}: error: {error}",
                     file=sys.stderr,
                 )
             sys.exit(2)
@@ -83,8 +82,8 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
         code, line = signals.REQUEUE, f"\n{stop}: saved; the same command continues"
     except KeyboardInterrupt:
         code, line = 130, "\nstopped; the same command continues from the last checkpoint"
-    failed = sweep.report() if distributed.is_main_process() else 0
-    if line and distributed.is_main_process():
+    failed = sweep.report() if environment.is_main_process() else 0
+    if line and environment.is_main_process():
         print(line, file=sys.stderr)
     if code or failed:
         sys.exit(code or failed)
@@ -162,6 +161,8 @@ def typed_config(cfg: DictConfig, reads_text: bool = False) -> Config:
             raise ConfigError(f"{key}=null: must have a value; leave `{key.partition('.')[0]}` as conf/ has it")
     validate(config)
     _expand(config)
+    from qat.utils.device import resolve_arithmetic  # PyTorch takes seconds to import: what is unsound is refused first
+
     # What `auto` is on this machine belongs to the run, wherever its folder is read later; so does its text.
     config.budget.arithmetic = resolve_arithmetic(config.budget.arithmetic)
     config.data.revision = manuals.revision(config.data, make=reads_text)

@@ -26,7 +26,7 @@ _SECONDS = 60  # after which a compiler does not answer
 
 def check(cfg: Config) -> None:
     """Raise `ConfigError` for the first of `problems`, on every rank; the first alone looks for them."""
-    found = distributed.broadcast_object(problems(cfg) if distributed.is_main_process() else [])
+    found = distributed.broadcast_object(problems(cfg) if environment.is_main_process() else [])
     if found:
         raise ConfigError(found[0])
 

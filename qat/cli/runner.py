@@ -18,7 +18,7 @@ from qat.runs.identity import baseline_of, pretrained_of, run_id
 from qat.studies.design import Cell
 from qat.train import wandb_log
 from qat.train.loop import train
-from qat.utils import distributed
+from qat.utils import distributed, environment
 
 
 def complete(cells: Sequence[Cell]) -> dict[str, str]:
@@ -43,7 +43,7 @@ def complete(cells: Sequence[Cell]) -> dict[str, str]:
 
 def trained_only() -> bool:
     """Whether this is one of many ranks, which train and leave the rest to a single process."""
-    return distributed.world_size() > 1
+    return environment.world_size() > 1
 
 
 def report(failed: Mapping[str, str]) -> None:

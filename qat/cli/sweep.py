@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from qat.errors import ConfigError, UserError
-from qat.utils import distributed, files
+from qat.utils import environment, files
 from qat.utils.signals import REQUEUE, Preempted
 
 
@@ -51,7 +51,7 @@ def run(job: Callable[[], None]) -> None:
         became("done")
     except UserError as error:
         became("failed", str(error))
-        if distributed.world_size() > 1 and not isinstance(
+        if environment.world_size() > 1 and not isinstance(
             error, ConfigError
         ):  # of a bad configuration every rank knows
             raise
@@ -63,7 +63,7 @@ def run(job: Callable[[], None]) -> None:
     except Exception as error:  # a defect of ours, to be seen whole where the job ran
         traceback.print_exc()
         became("failed", " ".join(f"{type(error).__name__}: {error}".split())[:400])
-        if distributed.world_size() > 1:
+        if environment.world_size() > 1:
             sys.exit(1)
 
 

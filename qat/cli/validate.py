@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
-from qat.config import CHOICES, ROLES, Config, ProbeConfig
+from qat import config
+from qat.config import ROLES, Config, ProbeConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -15,7 +16,7 @@ from qat.quant.rules import RULES
 
 def validate(cfg: Config) -> None:
     """Raise `ConfigError` for values and combinations that the types allow and a run does not."""
-    for key, choices in (CHOICES | {"scaling.algo": tuple(RULES)}).items():
+    for key, choices in CHOICES.items():
         value = attrgetter(key)(cfg)
         if value not in choices:
             raise ConfigError(f"{key}={value}: unknown value; {nearest(value, choices)}")
@@ -32,6 +33,9 @@ def validate(cfg: Config) -> None:
     for check in checks:
         check(cfg)
 
+
+# Of every key that has a fixed choice; rules and formats name themselves.
+CHOICES = config.CHOICES | {"scaling.algo": tuple(RULES), "quant.format": ("none", *FORMATS)}
 
 _INF = float("inf")
 _RANGES = [

@@ -29,7 +29,7 @@ from qat.quant.linear import round_weights
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, is_ptq, pretrained_of, ptq_mode, ptq_of, with_ptq_scales
 from qat.train import checkpoint
-from qat.utils import device, distributed, environment
+from qat.utils import device, environment
 
 _HELDOUT_BATCH = 4  # sequences a forward call
 CALIBRATION_SEQUENCES = 16  # of the run's first training text that calibrate PTQ, in the run's own micro-batches
@@ -107,7 +107,7 @@ def evaluate(cfg: Config) -> list[Subject]:
         ConfigError: there are several ranks.
         UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
     """
-    if distributed.world_size() > 1:
+    if environment.world_size() > 1:
         raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
     device.prepare()
     untouched, baseline = pretrained_of(cfg), baseline_of(cfg)

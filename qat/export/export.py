@@ -28,7 +28,7 @@ from qat.export.hf_quantizer import CodesConfig
 from qat.quant.convert import quantized_linears
 from qat.quant.kernels import dispatch
 from qat.runs.folder import Run
-from qat.utils import device, distributed, files
+from qat.utils import device, environment, files
 
 _LARGEST_FILE, _SUMS = "5GB", "SHA256SUMS"
 _ARITHMETIC = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -107,7 +107,7 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
 
 
 def _refuse(cfg: Config, subject: Subject) -> None:
-    if distributed.world_size() > 1:
+    if environment.world_size() > 1:
         raise ConfigError("export is one process's work: start scripts/export.py without torchrun")
     if not cfg.quantized:
         raise ConfigError(f"{subject.run.id} is not quantized and has no codes to export; name a quantized run")

@@ -34,7 +34,7 @@ from qat.config import ModelConfig
 from qat.errors import UserError, nearest
 from qat.models import gguf
 from qat.models.tokenizer import byte_tokenizer, document_token, load_tokenizer
-from qat.utils import distributed, files
+from qat.utils import environment, files
 from qat.utils.device import get_device
 from qat.utils.environment import package_path
 
@@ -288,7 +288,7 @@ def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
 
 @functools.cache
 def _say_unpinned(path: str, commit: str) -> None:
-    if distributed.is_main_process():
+    if environment.is_main_process():
         print(
             f"warning: model.revision is not pinned, and {path} may change under its name: this is commit {commit}; "
             f"set model.revision={commit}",

@@ -1,17 +1,19 @@
 """The 8-bit formats a tensor can be rounded to, under one interface.
 
 HiF8 is ours; the two FP8 formats (OCP 8-bit floating point, 2023) are comparators and use PyTorch's own casts.
-To add a format: write its `round`, name its largest finite value and its mantissa bits, and put it in `FORMATS`.
+To add a format: write its `round`, name its largest finite value and its mantissa bits, and put it in `FORMATS`:
+`quant.format=<its name>` then names it. PyTorch is imported within functions only, because a command line is checked
+against the names here before it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from qat.quant import hif8
+if TYPE_CHECKING:
+    import torch
 
 # amax * (target / amax) can exceed the target by a rounding of FP32: only what is larger by more is beyond it.
 TOLERANCE = 1 + 1e-6
@@ -44,45 +46,62 @@ class Format:
 
 
 def _exponent(x: torch.Tensor) -> torch.Tensor:
-    return torch.frexp(x.detach().float().abs()).exponent - 1
+    return x.detach().float().abs().frexp().exponent - 1
 
 
-def _hif8_bits(x: torch.Tensor) -> torch.Tensor:
-    distance = _exponent(x).abs()
-    return 3 - (distance >= 4).int() - (distance >= 8).int() - (distance >= 16).int()
+def _hif8() -> Format:
+    def mantissa_bits(x: torch.Tensor) -> torch.Tensor:
+        distance = _exponent(x).abs()
+        return 3 - (distance >= 4).int() - (distance >= 8).int() - (distance >= 16).int()
+
+    def of_module(name: str) -> Callable:
+        def call(*arguments):
+            from qat.quant import hif8
+
+            return getattr(hif8, name)(*arguments)
+
+        return call
+
+    return Format(2.0**15, of_module("fake_quantize"), mantissa_bits, of_module("encode"), of_module("decode"))
 
 
-def _fp8(dtype: torch.dtype, fraction_bits: int, smallest_exponent: int, last: float, past: float) -> Format:
-    """An FP8 format by PyTorch's cast, to nearest, ties to even. `last`: the largest FP32 number that rounds down to
-    a finite value; overflow "inf" makes `past` of anything larger (spelled out, as PyTorch's casts differ there)."""
-    largest = torch.finfo(dtype).max
+def _fp8(name: str, largest: float, fraction_bits: int, smallest_exponent: int, last: float, past: float) -> Format:
+    """Make an FP8 format of PyTorch's dtype `name`, by its cast, to nearest, ties to even.
+
+    last: the largest FP32 number that rounds down to a finite value; overflow "inf" makes `past` of anything larger
+    (spelled out, as PyTorch's casts differ there).
+    """
+
+    def dtype() -> torch.dtype:
+        import torch
+
+        return getattr(torch, name)
 
     def rounding(x: torch.Tensor, overflow: str) -> torch.Tensor:
         wide = x.detach().float()
-        cast = wide.clamp(-largest, largest).to(dtype).float()
+        cast = wide.clamp(-largest, largest).to(dtype()).float()
         if overflow == "inf":
-            cast = torch.where(wide.abs() > last, wide.sign() * past, cast)
+            cast = cast.where(~(wide.abs() > last), wide.sign() * past)
         return cast.to(x.dtype)
 
     def mantissa_bits(x: torch.Tensor) -> torch.Tensor:
         below = (smallest_exponent - _exponent(x)).clamp(min=0)
         return (fraction_bits - below).clamp(min=0)
 
-    return Format(
-        largest,
-        rounding,
-        mantissa_bits,
-        encode=lambda values: values.detach().to(dtype).view(torch.uint8),
-        decode=lambda codes: codes.view(dtype).float(),
-    )
+    def encode(values: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return values.detach().to(dtype()).view(torch.uint8)
+
+    return Format(largest, rounding, mantissa_bits, encode, decode=lambda codes: codes.view(dtype()).float())
 
 
 FORMATS = {
-    "hif8": Format(hif8.LARGEST, hif8.fake_quantize, _hif8_bits, hif8.encode, hif8.decode),
+    "hif8": _hif8(),
     # E4M3 has no infinity: what is past its largest value is NaN. 464 is a tie that goes to the even 448.
-    "fp8_e4m3": _fp8(torch.float8_e4m3fn, 3, -6, 464.0, float("nan")),
+    "fp8_e4m3": _fp8("float8_e4m3fn", 448.0, 3, -6, 464.0, float("nan")),
     # 61440 is a tie that goes to the even neighbour, the infinity; the FP32 number below it rounds down.
-    "fp8_e5m2": _fp8(torch.float8_e5m2, 2, -14, 61440.0 - 2**-8, float("inf")),
+    "fp8_e5m2": _fp8("float8_e5m2", 57344.0, 2, -14, 61440.0 - 2**-8, float("inf")),
 }
 
 # 16 times a HiF8 value v is an E4M3 value if 2^-12 <= |v| <= 15; below, E4M3's spacing is 2^-13 in units of v.
@@ -91,4 +110,4 @@ E4M3_FACTOR = 16.0
 
 def to_e4m3(values: torch.Tensor) -> torch.Tensor:
     """HiF8 values of at most 28 in size -> uint8: E4M3 bytes of `E4M3_FACTOR` times the values, for FP8 products."""
-    return (values.detach().float() * E4M3_FACTOR).to(torch.float8_e4m3fn).view(torch.uint8)
+    return FORMATS["fp8_e4m3"].encode(values.detach().float() * E4M3_FACTOR)

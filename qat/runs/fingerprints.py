@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qat.config import Config, DataConfig, ModelConfig
-from qat.models.load import resolve_commit
 from qat.utils import files
 from qat.utils.environment import package_path
 
@@ -28,6 +27,7 @@ def _of_model(cfg: ModelConfig) -> str:
         return _together([package_path(cfg.path)])
     if _path(cfg).is_dir():
         return _together(file for file in _path(cfg).iterdir() if file.suffix in _OF_MODELS)
+    from qat.models.load import resolve_commit  # transformers takes seconds to import, and only a hub's models need it
 
     return resolve_commit(cfg)
 

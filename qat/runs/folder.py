@@ -21,7 +21,7 @@ from qat.config import Config
 from qat.errors import UserError
 from qat.runs import fingerprints
 from qat.runs.identity import digest, run_id
-from qat.utils import distributed, environment, files
+from qat.utils import environment, files
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ class Run:
     @classmethod
     def of(cls, cfg: Config) -> Run:
         """The folder that belongs to a configuration, whether it exists or not."""
-        return (cls if distributed.is_main_process() else ReadOnlyRun)(Path(cfg.runs_dir) / run_id(cfg))
+        return (cls if environment.is_main_process() else ReadOnlyRun)(Path(cfg.runs_dir) / run_id(cfg))
 
     @property
     def id(self) -> str:

@@ -9,7 +9,6 @@ import json
 
 from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, WarmupConfig
 from qat.quant.rules import RULES
-from qat.utils import device
 
 # Of these groups, what cannot change a number of training.
 _IRRELEVANT = {
@@ -22,6 +21,8 @@ _OF_TRAINING = ("gradients", "target_gradient", "ste")  # of `quant`, what a for
 
 def identity(cfg: Config) -> dict:
     """Everything in a configuration that can change a number of training, and nothing else."""
+    from qat.utils.device import resolve_arithmetic  # PyTorch takes seconds to import
+
     parts = {
         group: {k: v for k, v in _chosen(getattr(cfg, group)).items() if k not in skipped}
         for group, skipped in _IRRELEVANT.items()
@@ -36,7 +37,7 @@ def identity(cfg: Config) -> dict:
         "micro_batch": micro,
         "accumulation": accumulation,
         "seq_len": cfg.budget.seq_len,
-        "arithmetic": device.resolve_arithmetic(cfg.budget.arithmetic),
+        "arithmetic": resolve_arithmetic(cfg.budget.arithmetic),
     } | {k: v for k, v in _chosen(cfg.budget).items() if k in ("compile", "activation_checkpointing", "largest_logits")}
     if cfg.budget.compile:  # steps that telemetry looks at are not compiled
         parts["budget"]["telemetry_every"] = cfg.budget.telemetry_every

@@ -24,7 +24,7 @@ from qat.studies import measures
 from qat.studies.contrasts import Claim, Estimate, Response, Statement, holm
 from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import Measured
-from qat.utils import distributed
+from qat.utils import environment
 
 PLAIN = "as the text"
 SPLIT = "exp8, a sequence a call"  # exp8 with a step's sequences in as many calls: a tick a call is then another thing
@@ -85,7 +85,7 @@ def design(words: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str
 
 def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
     """Those cells that can be trained here or have been trained, and {label: why it is left out}."""
-    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and distributed.world_size() == 1]
+    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and environment.world_size() == 1]
     left_out = [cell for cell in alone if not Run.of(cell.cfg).finished]
     why = "one rank has nobody to synchronize with; train it with RANKS=2 or more, a divisor of budget.accumulation"
     return [cell for cell in cells if cell not in left_out], {cell.label: why for cell in left_out}

@@ -23,7 +23,7 @@ from qat.train import checkpoint, monitor, wandb_log
 from qat.train.step import StepResult, Trainer
 from qat.train.tensor_stats import TensorStats, UpdateStats
 from qat.train.validation import Validator
-from qat.utils import device, distributed, signals
+from qat.utils import device, distributed, environment, signals
 from qat.utils.files import flush
 
 _ROWS = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
@@ -79,7 +79,7 @@ class _Session:
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
-        if distributed.is_main_process() and not self.final:  # the others are given theirs
+        if environment.is_main_process() and not self.final:  # the others are given theirs
             self.stream = packing.training_stream(cfg.data, cfg.seed, self.tokenizer, cursor)
         self.history = None if self.bank is None else monitor.History(self.bank)
         self.texts = None if self.final else Validator(self.trainer, self.tokenizer, cfg)
@@ -111,14 +111,14 @@ class _Session:
         for parameter, name in self.names.items():
             parameter.copy_(distributed.shard_like(saved[name], parameter))
         if self.bank is not None:
-            scales = tensors.get(_of_rank("scales", distributed.rank()), tensors.get("scales", {}))
+            scales = tensors.get(_of_rank("scales", environment.rank()), tensors.get("scales", {}))
             self.bank.load_state_dict(scales, facts.get("scales"))
         self.done, self.final = facts["step"], "final" in facts
         if self.done < self.cfg.steps and self.bank is not None:
             distributed.refuse_other_world_size(self.cfg, facts.get("ranks", 1))
         if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
             checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
-            device.set_rng_state(tensors.get(_of_rank("rng", distributed.rank()), {}))
+            device.set_rng_state(tensors.get(_of_rank("rng", environment.rank()), {}))
 
     def steps(self, log) -> Iterator[int]:
         """Run the steps that are left and finish; yields the number of each when it is done and written."""
@@ -247,7 +247,7 @@ class _Session:
             if step == self.trainer.first_quantized_step:
                 self.history.begin()
             self.history.advance(
-                1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // distributed.world_size()
+                1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // environment.world_size()
             )
         if probed:
             self._check_agreement()
@@ -270,7 +270,7 @@ class _Session:
             own["scales"] = {name: tensor.cpu() for name, tensor in self.bank.state_dict().items()}
         for rank, groups in enumerate(distributed.all_gather_object(own)):
             tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
-        if not distributed.is_main_process():
+        if not environment.is_main_process():
             return
         self._flush_rows()
         self.writer.save(self.done, tensors, self._facts(data=self.stream.state()))
@@ -291,17 +291,17 @@ class _Session:
     def _facts(self, **more) -> dict:
         """What a checkpoint says of itself: whose it is, and of what its scales are."""
         names = self.bank.names if self.bank is not None else None
-        return {"run": self.run.id, "scales": names, "ranks": distributed.world_size(), **more}
+        return {"run": self.run.id, "scales": names, "ranks": environment.world_size(), **more}
 
     def _finish(self) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
         tensors = self._trained()
         self.writer.wait()
         if (
-            distributed.is_main_process() and self.final
+            environment.is_main_process() and self.final
         ):  # stopped while the others went: there may be no other, so it stays as it is
             checkpoint.keep_newest(self.run.checkpoints, 1)
-        elif distributed.is_main_process():
+        elif environment.is_main_process():
             self._flush_rows()
             checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
         self.run.set_status("finished", self.done, self.cfg.steps)
@@ -315,7 +315,7 @@ def _of_rank(name: str, rank: int) -> str:
 def _bar(session: _Session) -> tqdm:
     steps, done = session.cfg.steps, session.done
     look = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
-    return tqdm(total=steps, initial=done, disable=not distributed.is_main_process(), **look)
+    return tqdm(total=steps, initial=done, disable=not environment.is_main_process(), **look)
 
 
 def _progress(row: dict) -> str:

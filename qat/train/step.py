@@ -19,7 +19,7 @@ from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
 from qat.quant.linear import forget_rounded_weights, round_weights
 from qat.quant.scaling import ScaleBank
-from qat.utils import device, distributed
+from qat.utils import device, distributed, environment
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Trainer:
 
     def _compile(self, losses: TokenLosses) -> None:
         """Compile the whole forward pass, or block by block what FSDP gathers block by block."""
-        parts, sharded = [losses], distributed.world_size() > 1 and self.cfg.budget.parallel == "fsdp"
+        parts, sharded = [losses], environment.world_size() > 1 and self.cfg.budget.parallel == "fsdp"
         if sharded:
             parts = transformer_blocks(self.model)
             torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
@@ -103,7 +103,7 @@ class Trainer:
         micro-batches and ranks. Returns (loss, tokens, with a tick a call the largest overshoot)."""
         self.optimizer.zero_grad(set_to_none=True)
         lost = 1 if self.cfg.data.label_shift == "twice" else 0
-        tokens = distributed.world_size() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
+        tokens = environment.world_size() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
         tick_a_call = self.bank is not None and self.cfg.scaling.tick == "call"
         total, overshoot = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):

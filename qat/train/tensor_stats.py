@@ -10,7 +10,7 @@ from qat.config import Config
 from qat.quant.convert import quantized_linears
 from qat.quant.kernels import dispatch
 from qat.quant.scaling import to_scale
-from qat.utils import distributed
+from qat.utils import distributed, environment
 
 TIERS = (3, 2, 1, 0)  # mantissa bits
 
@@ -90,14 +90,14 @@ class UpdateStats:
     @staticmethod
     def _copied(weight: torch.Tensor) -> torch.Tensor | None:
         whole = distributed.full_tensor(weight).detach()
-        return whole.to("cpu", copy=True) if distributed.is_main_process() else None
+        return whole.to("cpu", copy=True) if environment.is_main_process() else None
 
     def row(self, step: int) -> dict:
         """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
         changed, total = torch.zeros(3, dtype=torch.float64), 0
         for name, weight in self.weights.items():
             now = distributed.full_tensor(weight).detach()
-            if distributed.is_main_process():
+            if environment.is_main_process():
                 views = self._views(now, self.before[name].to(now.device))
                 changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
                 total += weight.numel()

@@ -16,7 +16,7 @@ from qat.config import Config
 from qat.data import heldout
 from qat.errors import UserError
 from qat.train.step import Trainer, eagerly
-from qat.utils import device, distributed
+from qat.utils import device, distributed, environment
 
 
 class Validator:
@@ -26,7 +26,7 @@ class Validator:
         self.trainer, self.cfg = trainer, cfg
         # The first rank alone reads, and all take part: parameters may be spread over them.
         self.texts = distributed.broadcast_object(
-            _texts(cfg, tokenizer) if cfg.probe and distributed.is_main_process() else {}
+            _texts(cfg, tokenizer) if cfg.probe and environment.is_main_process() else {}
         )
 
     @torch.no_grad()

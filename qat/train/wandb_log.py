@@ -21,7 +21,7 @@ from qat.errors import UserError
 from qat.quant.formats import TOLERANCE
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
-from qat.utils import distributed, files
+from qat.utils import environment, files
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def mirror(run: Run, cfg: Config, required: bool = False):
     """A function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that the
     folder has already; at the end, the results of the folder. Nothing with logger=local. Where W&B fails, a warning
     says so and the run goes on without it; if `required`, it is a UserError."""
-    if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not distributed.is_main_process():
+    if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not environment.is_main_process():
         yield lambda row, probed: None
         return
     session = _Session(run, cfg, required)

@@ -27,25 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 from qat.config import Config
 from qat.errors import ConfigError, UserError
 from qat.utils.device import get_device
+from qat.utils.environment import is_main_process, rank, world_size
 
 TIMEOUT = datetime.timedelta(days=1)  # how long ranks wait for one another: the first may wait for a network for hours
 INIT_TIMEOUT = datetime.timedelta(minutes=10)  # how long ranks wait for all to be there: they may start minutes apart
 _NOTICE = 5.0  # seconds after which a rank says whom it waits for
-
-
-def world_size() -> int:
-    """How many ranks there are."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def rank() -> int:
-    """The number of this rank."""
-    return int(os.environ.get("RANK") or 0)
-
-
-def is_main_process() -> bool:
-    """Whether this rank reads the data, writes and logs."""
-    return rank() == 0
 
 
 def init() -> None:

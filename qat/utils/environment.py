@@ -13,11 +13,24 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def rank() -> int:
+    """The number of this rank."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def is_main_process() -> bool:
+    """Whether this rank reads the data, writes and logs."""
+    return rank() == 0
 
 
 def package_path(path: str) -> Path:
@@ -54,6 +67,8 @@ _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODEL
 def describe_environment() -> dict:
     """What a result depends on besides the configuration: hardware, versions, code, command. No variable of the user's
     and no host name is in it, which could say whose machine it is; a cluster's job names its nodes."""
+    import torch
+
     installed = _installed()
     return {
         "command": " ".join(sys.argv),
@@ -102,6 +117,8 @@ def _installed() -> dict[str, str]:
 
 def _gpus() -> dict:
     """The visible NVIDIA GPUs, by the first; bytes. Null without any."""
+    import torch
+
     if not torch.cuda.is_available():
         return dict.fromkeys(("gpu", "gpus", "gpu_memory", "driver", "cuda", "cudnn", "nccl"))
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,20 @@ def changes(words: tuple[str, ...], base: tuple[str, ...] = ()) -> dict:
     ours, theirs = (flat(entry.typed_config(composed(*each))) for each in (words, base))
     assert ours.keys() == theirs.keys()
     return {key: value for key, value in ours.items() if value != theirs[key]}
+
+
+def test_an_unsound_configuration_is_refused_before_torch_is_imported():
+    """Importing PyTorch takes seconds."""
+    code = """
+import runpy, sys
+sys.argv = ["scripts/train.py", "experiment=exp8", "scaling.algo=maxx"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print(end.code, [name for name in ("torch", "transformers", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2 []\n" and done.stderr == "error: scaling.algo=maxx: unknown value; did you mean 'max'?\n"
 
 
 # ---------------------------------------------------------------------------------------------------- composition

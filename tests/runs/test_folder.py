@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qat.analysis.compare import train_command
+from qat.cli.validate import CHOICES
 from qat.errors import UserError
 from qat.quant import scaling
 from qat.quant.rules import RULES, Rule
@@ -115,6 +116,7 @@ def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
     def median(history, scaling):
         return history[history[:, 0] > 0].median(0).values
 
+    monkeypatch.setitem(CHOICES, "scaling.algo", ("median",))
     monkeypatch.setitem(RULES, "median", Rule(median, entries=None, reads=("window",)))
     changes = {"scaling.algo": "median", "scaling.window": 3}
     cfg = config("experiment=exp8", **changes)

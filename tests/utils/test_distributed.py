@@ -244,7 +244,7 @@ def test_what_makes_a_process_no_rank_is_said_by_itself(variables, line, main, m
 def test_an_empty_variable_is_none(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
-    assert (distributed.world_size(), distributed.rank(), environment.describe_environment()["ranks"]) == (1, 0, 1)
+    assert (environment.world_size(), environment.rank(), environment.describe_environment()["ranks"]) == (1, 0, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device.get_device().index == 0
 
