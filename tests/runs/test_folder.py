@@ -116,7 +116,7 @@ def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
     def median(history, scaling):
         return history[history[:, 0] > 0].median(0).values
 
-    monkeypatch.setitem(CHOICES, "scaling.algo", ("median",))
+    monkeypatch.setitem(CHOICES, "scaling.algo", (*CHOICES["scaling.algo"], "median"))
     monkeypatch.setitem(RULES, "median", Rule(median, entries=None, reads=("window",)))
     changes = {"scaling.algo": "median", "scaling.window": 3}
     cfg = config("experiment=exp8", **changes)
