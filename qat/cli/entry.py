@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -22,7 +21,7 @@ from qat.cli import sweep
 from qat.cli.validate import validate, validate_ranks, validate_surroundings
 from qat.config import Config, register
 from qat.data import manuals
-from qat.errors import ConfigError, UserError
+from qat.errors import ConfigError, UserError, nearest
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
 from qat.utils import environment, files, signals
@@ -156,7 +155,8 @@ def typed_config(cfg: DictConfig, reads_text: bool = False) -> Config:
         )
     for key, value, known in _entries(config):
         if not known:
-            raise ConfigError(f"{key}: unknown key; {_close(key, _keys())}")
+            keys = [name for name, _, there in _entries(config) if there]
+            raise ConfigError(f"{key}: unknown key; {nearest(key, keys)}")
         if value == MISSING:
             raise ConfigError(f"{key}=null: must have a value; leave `{key.partition('.')[0]}` as conf/ has it")
     validate(config)
@@ -194,8 +194,7 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def explain_error(error: Exception) -> str:
-    """One line for Hydra's and OmegaConf's errors: the key, the value, and the nearest valid choice; for the system's
-    and the YAML reader's: the file and what is wrong with it."""
+    """Return in one line what Hydra, OmegaConf, the YAML reader or the system says."""
     mark = getattr(error, "problem_mark", None)
     if mark:
         return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem}); mind indentation, colons and brackets"
@@ -203,92 +202,8 @@ def explain_error(error: Exception) -> str:
         return f"a file of the configuration is not text in UTF-8 ({error}); write it anew"
     if isinstance(error, OSError) and not isinstance(error, HydraException):  # a full disk, no permission
         return f"{error.filename or 'system'}: {error.strerror or error}"
-    text = " ".join(str(each) for each in (error, error.__cause__) if each)
-    plugin = re.search(
-        r"(?:In '(hydra/launcher/\w+)': )?Could not (?:find|load) '(hydra/launcher/(?:joblib|submitit_\w+))'", text
-    )
-    if plugin:
-        group, _, value = (plugin[1] or plugin[2]).rpartition("/")
-        return f"{group}={value}: its plugin is not installed; pip install -e '.[launchers]'"
-    option = re.search(r"Could not find '([\w/.\-]+)/([^/']+)'", text)
-    if option:
-        group, value = option.groups()
-        return f"{group}={value}: unknown choice; {_close(value, _options(group))}"
-    group = re.search(r"Could not override '([^']+)'\.?\s*\n?No match in the defaults list", text)
-    key = re.search(r"Key '([^']+)' (?:is )?not in (?:'\w+'|struct)", text)
-    if key:
-        full = (re.search(r"full_key: (\S+)", text) or key)[1]
-        if full.startswith("hydra."):
-            return f"{full}: unknown key; `--cfg hydra` in the place of `-m` lists those there are"
-        return f"{full}: unknown key; {_close(full, _keys())}"
-    if group:
-        return f"{group[1]}: unknown key; {_close(group[1], [*_groups(), *_keys()])}"
-    # Hydra reads `lr=1e-4` as a number and refuses it as a group's option.
-    given = (re.fullmatch(r"(\w+)=(?:[^A-Za-z_].*|true|false)", word, re.IGNORECASE) for word in sys.argv[1:])
-    wrong = next((word[0] for word in given if word and word[1] in _groups()), None)
-    if wrong and "must be a string or a list" in text:
-        group_name, _, value = wrong.partition("=")
-        return f"{wrong}: a group takes a name; {_close(value, _options(group_name))} (any other: optim.lr=3e-5)"
-    for pattern, sentence in _SENTENCES:
-        found = re.search(pattern, text, re.DOTALL)
-        if found:
-            return sentence.format(**found.groupdict())
-    return re.sub(r"\s+", " ", text)[:400]
-
-
-_SENTENCES = [
-    (
-        r"Value '(?P<value>.*?)'.* could not be converted to (?P<type>\w+).*full_key: (?P<key>\S+)",
-        "{key}={value}: must be of type {type}",
-    ),
-    (r"Value '(?P<value>.*?)' is not a valid bool.*full_key: (?P<key>\S+)", "{key}={value}: must be true or false"),
-    (r"field '(?P<key>\S+)' is not Optional", "{key}=null: must have a value"),
-    (
-        r"override (?P<key>\S+)=(?P<value>\S*).*is not a ListConfig",
-        "{key}={value}: must be a list, as in {key}=[{value}]",
-    ),
-    (r"override (?P<word>\S+)\s.*is not a subclass of (?P<type>\w+)Config", "{word}: is a group; set one of its keys"),
-    (
-        r"In '(?P<file>[^']+)'.*Merge error: \w+ is not a subclass of (?P<type>\w+)\. value: (?P<value>.*?)\s+full_key",
-        "{file}.yaml: {value} stands where the keys of a group ({type}) belong",
-    ),
-    (
-        r"LexerNoViableAltException: (?P<word>\S+)",
-        "{word}: Hydra takes such characters only in quotes, as in key='\"é\"'",
-    ),
-    (r"Error parsing override '(?P<word>[^']*)'", "{word}: not of the form key=value, as in optim.lr=3e-5"),
-]
-
-
-def _close(word: str, choices: list[str]) -> str:
-    """Names the choice nearest to `word`, comparing whole keys and last parts (`optim.lrr`, `lrr`)."""
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if not near:
-        last = {choice.rpartition(".")[2]: choice for choice in choices}
-        near = [last[k] for k in difflib.get_close_matches(word.rpartition(".")[2], last, n=1, cutoff=0.5)]
-    if near:
-        return f"did you mean '{near[0]}'?"
-    return f"choose one of {', '.join(sorted(choices))}" if len(choices) <= 12 else "see conf/ for what there is"
-
-
-def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (Path(CONF) / group).glob("*.yaml"))
-
-
-def _groups() -> list[str]:
-    return [path.name for path in Path(CONF).iterdir() if path.is_dir()]
-
-
-def _keys() -> list[str]:
-    def walk(node, prefix: str):
-        for key in node:
-            yield f"{prefix}{key}"
-            value = OmegaConf.select(node, key, throw_on_missing=False)
-            if OmegaConf.is_dict(value):
-                yield from walk(value, f"{prefix}{key}.")
-
-    tasks = OmegaConf.load(Path(CONF) / "benchmark" / "paper.yaml").tasks
-    return [*walk(OmegaConf.structured(Config), ""), *(f"benchmark.tasks.{task}" for task in tasks)]
+    said = " ".join(str(each) for each in (error, error.__cause__) if each)
+    return " ".join(said.partition("Config search path:")[0].split())[:400]
 
 
 def config_of_run(folder: str) -> Config:

@@ -12,6 +12,7 @@ from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
 from qat.quant.rules import RULES
+from qat.utils.environment import ROOT
 
 
 def validate(cfg: Config) -> None:
@@ -92,13 +93,17 @@ _RANKS = {"WORLD_SIZE": (r"[1-9]\d*", "2"), "RANK": (r"\d+", "0"), "LOCAL_RANK":
 
 
 def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for command-line words that lead out of conf/, and for malformed environment variables."""
+    """Raise `ConfigError` for command-line words that lead out of conf/ or give a group a number, of which Hydra does
+    not say which it is, and for malformed environment variables."""
     for word in words:
         group, _, option = word.partition("=")
         if ".." in option.split("/") and "." not in group:
             raise ConfigError(
                 f"{word}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full path"
             )
+        names = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml")) if group.isidentifier() else []
+        if names and re.match(r"[-+.]?\d", option) and option.partition(",")[0] not in names:
+            raise ConfigError(f"{word}: is a group and takes a name; choose one of {', '.join(names)}")
     _check_variables(_VARIABLES, environ)
 
 
