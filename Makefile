@@ -37,7 +37,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test slow torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -164,11 +164,11 @@ gpu_fp8: $(READY)
 gpu_memory: $(READY)
 	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/memory "bench.parts=[memory]" "bench.steps=[mlp,all,'all, fp8 products']"
 
-test: lint ## lint, format check and the tests (CPU, no network)
+test: lint ## lint, format check and the tests (CPU, no network) but for those that take minutes
 	$(PY) -m pytest -m "not slow and not gpu"
 
-slow: $(TESTED) ## the tests that take minutes: a run of two ranks through make, a suite on an imitated SLURM
-	$(PY) -m pytest -m "slow and not gpu"
+test-all: lint ## every test for the CPU: also kills and restarts of whole commands, torchrun, an imitated SLURM
+	$(PY) -m pytest -m "not gpu"
 
 torture: $(TESTED) ## kill a training command at 50 random moments, resume it, compare with an uninterrupted run: a quarter of an hour
 	$(PY) -m tests.helpers.torture $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -92,15 +93,24 @@ _VARIABLES = {
 _RANKS = {"WORLD_SIZE": (r"[1-9]\d*", "2"), "RANK": (r"\d+", "0"), "LOCAL_RANK": (r"\d+", "0")}
 
 
+_LAUNCHERS = {  # as conf/hydra/launcher has them, and what they are made of
+    **dict.fromkeys(("local", "joblib"), "hydra_plugins.hydra_joblib_launcher"),
+    **dict.fromkeys(("slurm", "submitit_slurm"), "hydra_plugins.hydra_submitit_launcher"),
+}
+
+
 def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for command-line words that lead out of conf/ or give a group a number, of which Hydra does
-    not say which it is, and for malformed environment variables."""
+    """Raise `ConfigError` for command-line words that lead out of conf/, ask for a launcher that is not installed, or
+    give a group a number, where Hydra does not say which word it is; and for malformed environment variables."""
     for word in words:
         group, _, option = word.partition("=")
         if ".." in option.split("/") and "." not in group:
             raise ConfigError(
                 f"{word}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full path"
             )
+        plugin = _LAUNCHERS.get(option) if group == "hydra/launcher" else None
+        if plugin and not importlib.util.find_spec(plugin):
+            raise ConfigError(f"{word}: its plugin is not installed; pip install -e '.[launchers]'")
         names = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml")) if group.isidentifier() else []
         if names and re.match(r"[-+.]?\d", option) and option.partition(",")[0] not in names:
             raise ConfigError(f"{word}: is a group and takes a name; choose one of {', '.join(names)}")

@@ -60,6 +60,7 @@ case "$*" in *train.py*exp3*) exit 2 ;; esac
     return tmp_path / "bin", environment, python
 
 
+@pytest.mark.slow
 def test_the_suite_is_submitted_baselines_first_and_what_was_saved_is_requeued(cluster, tmp_path):
     folder, environment, python = cluster
     words = f"runs_dir={tmp_path}/runs report.experiments=[exp3,exp8] 'quant.scope=[mlp.*]' model=tiny"

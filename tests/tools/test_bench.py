@@ -96,6 +96,7 @@ def test_what_would_not_be_measured_is_refused_before_anything_is(config, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_memory_is_measured_of_each_step_that_is_asked_for(config, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "peak_memory", lambda _, cfg: 3 if cfg.scaling.algo == "max" else 2)
     cfg = config("experiment=exp8", "bench.parts=[memory]", f"bench.out={tmp_path}")

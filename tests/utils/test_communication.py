@@ -26,6 +26,7 @@ def sent(texts, tmp_path_factory):
     return lambda parallel, ranks: json.loads((folder / f"{parallel}.{ranks}.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", traffic.RANKS)
 @pytest.mark.parametrize("parallel", traffic.PARALLEL)
 def test_counts_and_sizes_are_those_of_real_steps(sent, parallel, ranks, tmp_path):

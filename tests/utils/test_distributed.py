@@ -24,6 +24,14 @@ from tests.helpers.on_ranks import STOP, free_port, run_module
 MANY = ["ddp2", "ddp4", "fsdp2", "compiled", "fsdp2 compiled"]
 
 
+@pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def arithmetic(request):
+    """As conftest's, but that BF16 takes another minute and a half."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HIF8_ARITHMETIC", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
 def seen(arithmetic, texts, tmp_path_factory):
     """seen(run, rank): what a rank of a run of `tests.helpers.on_ranks` saw; all of them run once, for the whole
@@ -286,6 +294,7 @@ def test_nan_agrees_with_nan_and_one_rank_with_itself():
     )
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_restarts_find_each_other(tmp_path):
     lines = ["import os, sys, torch", "from qat import ranks", "ranks.join()", "ranks.total(torch.ones(1))"]
     lines += ["if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':", "    os._exit(3)"]
@@ -296,6 +305,7 @@ def test_ranks_that_torchrun_restarts_find_each_other(tmp_path):
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_a_run_and_its_baseline(texts, tmp_path):
     words = [
         *TINY,

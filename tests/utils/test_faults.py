@@ -296,6 +296,7 @@ def test_a_stop_while_other_questions_are_written_leaves_no_old_scores_beside_ne
 # ------------------------------------------------------------------------------------------------------------- kills
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_again_and_again_loses_nothing_but_time(texts):
     """What `make torture` does, for half a minute."""
     words = ["data.source=files", f"data.path={texts}", "budget.steps=16"]
