@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 
 import torch
-from tqdm import tqdm
 
 from qat.config import Config
 from qat.data import packing
@@ -20,13 +19,12 @@ from qat.quant.convert import convert
 from qat.quant.formats import TOLERANCE
 from qat.runs.folder import Run
 from qat.train import checkpoint, monitor, wandb_log
+from qat.train.run_log import RunLog
+from qat.train.state import TrainState
 from qat.train.step import StepResult, Trainer
 from qat.train.tensor_stats import TensorStats, UpdateStats
 from qat.train.validation import Validator
 from qat.utils import device, distributed, environment, signals
-from qat.utils.files import flush
-
-_ROWS = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
 
 
 def train(cfg: Config) -> Run:
@@ -47,9 +45,9 @@ def train(cfg: Config) -> Run:
         step = run.status().get("step", 0)
         try:
             session = _Session(cfg, run)
-            step = session.done
-            with wandb_log.mirror(run, cfg) as log:
-                for step in session.steps(log):  # noqa: B007  `step` is what the status says after an error
+            step = session.state.done
+            with wandb_log.mirror(run, cfg) as mirror:
+                for step in session.steps(mirror):  # noqa: B007  `step` is what the status says after an error
                     pass
         except BaseException as error:
             distributed.abort()
@@ -63,123 +61,73 @@ def train(cfg: Config) -> Run:
 
 
 class _Session:
-    """One process's work on a run: state that lives between steps."""
+    """One process's work on a run, from wherever it stands to its end."""
 
     def __init__(self, cfg: Config, run: Run):
-        self.cfg, self.run, self.done, self.final = cfg, run, 0, False
-        self.skipped = 0  # steps in a row, until now
-        self.batch = None  # hash of the tokens of the step
+        self.cfg, self.run = cfg, run
         device.prepare()
         torch.manual_seed(cfg.seed)
         if cfg.budget.compile:  # a sweep trains many runs in one process, and graphs of one code are limited
             torch._dynamo.reset()
             gc.collect()  # compiled modules refer to themselves: the model of the run before is still there
-        self.model, self.tokenizer = load_model(cfg.model, cfg.seed)
+        self.model, tokenizer = load_model(cfg.model, cfg.seed)
         self.bank, self.coverage = convert(self.model, cfg)
         self.trainer = Trainer(self.model, self.bank, cfg)
-        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
-        cursor, self.stream = self._restore(), None
-        if environment.is_main_process() and not self.final:  # the others are given theirs
-            self.stream = packing.training_stream(cfg.data, cfg.seed, self.tokenizer, cursor)
+        self.state = TrainState(cfg, run, self.trainer)
+        cursor = self.state.restore()
+        self.log = RunLog(run, self.state.done, cfg.steps)
+        self.stream, self.batch = None, None  # batch: hash of the tokens of the step
+        if environment.is_main_process() and not self.state.final:  # the others are given theirs
+            self.stream = packing.training_stream(cfg.data, cfg.seed, tokenizer, cursor)
         self.history = None if self.bank is None else monitor.History(self.bank)
-        self.texts = None if self.final else Validator(self.trainer, self.tokenizer, cfg)
+        self.validator = None if self.state.final else Validator(self.trainer, tokenizer, cfg)
 
-    def _restore(self) -> dict | None:
-        """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
-        found = checkpoint.latest(self.run.checkpoints, self.run.id)
-        if found is not None:
-            with checkpoint.restoring(self.run.checkpoints):
-                self._load(*found)
-        distributed.check_agreement("the step to continue from", torch.tensor([self.done]))
-        rows = [row for row in self.run.metrics() if row["step"] <= self.done]
-        if [row["step"] for row in rows] != list(range(1, self.done + 1)):
-            raise UserError(
-                f"{self.run.path / 'metrics.jsonl'} is damaged (no row for each of the {self.done} steps done); delete "
-                f"the run folder to make it again"
-            )
-        for row in rows:
-            self.skipped = self.skipped + 1 if row.get("skipped") else 0
-        for name in _ROWS:
-            self.run.keep_rows(name, self.done or -1)  # what was seen before the first step comes again, too
-        self.untouched = [row for row in self.run.telemetry() if row["step"] == 0]
-        self.warned = [row for row in self.run.warnings() if row["step"] <= self.done]
-        return found[1].get("data") if found else None
-
-    @torch.no_grad()
-    def _load(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
-        saved = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
-        for parameter, name in self.names.items():
-            parameter.copy_(distributed.shard_like(saved[name], parameter))
-        if self.bank is not None:
-            scales = tensors.get(_of_rank("scales", environment.rank()), tensors.get("scales", {}))
-            self.bank.load_state_dict(scales, facts.get("scales"))
-        self.done, self.final = facts["step"], "final" in facts
-        if self.done < self.cfg.steps and self.bank is not None:
-            distributed.refuse_other_world_size(self.cfg, facts.get("ranks", 1))
-        if self.done < self.cfg.steps:  # the last checkpoint has no need of what follows
-            checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
-            device.set_rng_state(tensors.get(_of_rank("rng", environment.rank()), {}))
-
-    def steps(self, log) -> Iterator[int]:
+    def steps(self, mirror) -> Iterator[int]:
         """Run the steps that are left and finish; yields the number of each when it is done and written."""
-        cfg, run = self.cfg, self.run
+        cfg, state = self.cfg, self.state
         self._introduce()
-        run.set_status("running", self.done, cfg.steps)
+        self.run.set_status("running", state.done, cfg.steps)
         with (
-            run.append("metrics.jsonl") as metrics,
-            run.append("telemetry.jsonl") as telemetry,
-            run.append("warnings.jsonl") as warnings,
-            _bar(self) as bar,
+            self.log.opened(mirror),
             signals.defer_signals() as signalled,
-            checkpoint.Writer(run.checkpoints) as self.writer,
+            checkpoint.Writer(self.run.checkpoints) as writer,
         ):
-            if not self.done:
-                self.untouched = self.texts.rows(0)
-                telemetry(self.untouched)
-                log({"step": 0}, self.untouched)
-            for step in range(self.done + 1, cfg.steps + 1):
-                self.writer.check()
-                self._announce(step, bar)
-                row, probed = self._step(step)
-                probed += self.texts.rows(step)
-                found = self._watch(step, row, probed)
-                metrics([row])
-                telemetry(probed)
-                warnings(found)
-                log(row, probed)
-                for each in found:
-                    bar.write(f"warning: step {step}: {each['warning']}")
-                self.done = step
-                bar.set_postfix_str(_progress(row))
-                bar.update()
+            if not state.done:
+                self.log.begin(self.validator.rows(0))
+            for step in range(state.done + 1, cfg.steps + 1):
+                writer.check()
+                self._announce(step)
+                row, telemetry = self._step(step)
+                telemetry += self.validator.rows(step)
+                self.log.write(row, telemetry, self._watch(step, row, telemetry))
+                state.done = step
                 yield step
                 stop = distributed.any_rank(bool(signalled()))
                 if step < cfg.steps and (stop or step % cfg.budget.checkpoint_every == 0):
-                    self._save()
+                    self._save(writer)
                 if stop:
                     break
-            if self.done == cfg.steps:
-                self._finish()
+            if state.done == cfg.steps:
+                self._finish(writer)
             if distributed.any_rank(bool(signalled())):  # after the last step, too: other runs are to begin elsewhere
-                raise signals.Preempted(f"{signalled() or 'another rank'} after step {self.done} of {cfg.steps}")
+                raise signals.Preempted(f"{signalled() or 'another rank'} after step {state.done} of {cfg.steps}")
 
     def _introduce(self) -> None:
-        cfg, arithmetic = self.cfg, self.trainer.arithmetic
         print(f"\n{self.run.id}")
         print(self.coverage)
         self.run.write_json("coverage.json", self.coverage.as_dict())
-        if arithmetic == "fp32" and not device.has_bf16():
+        if self.trainer.arithmetic == "fp32" and not device.has_bf16():
             print("  arithmetic: FP32; this processor has no BF16 instructions (budget.arithmetic=bf16 emulates them)")
-        if self.done:
-            print(f"  resuming after step {self.done} of {cfg.steps}", flush=True)
+        if self.state.done:
+            print(f"  resuming after step {self.state.done} of {self.cfg.steps}", flush=True)
 
-    def _announce(self, step: int, bar: tqdm) -> None:
+    def _announce(self, step: int) -> None:
         if self.bank is not None and step == self.trainer.first_quantized_step:
-            bar.write(f"  step {step}: quantization starts ({self.cfg.quant.format}, {self.cfg.scaling.algo})")
+            self.log.say(f"  step {step}: quantization starts ({self.cfg.quant.format}, {self.cfg.scaling.algo})")
 
     def _step(self, step: int) -> tuple[dict, list[dict]]:
-        """One step: its row of metrics, and its telemetry where that is due: at the first, every k-th and the last
-        quantized step."""
+        """Run one step. Returns its row of metrics, and its telemetry where that is due: at the first, every k-th and
+        the last quantized step."""
         started = time.perf_counter()
         batches = self._batches()
         first = self.trainer.first_quantized_step if self.bank is not None else 1
@@ -189,14 +137,14 @@ class _Session:
         updates = UpdateStats(self.model, self.bank, self.cfg)
         if self.bank is None:
             return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
-        probe = TensorStats(self.model, self.bank, self.cfg)
-        with probe.attached():
+        tensors = TensorStats(self.model, self.bank, self.cfg)
+        with tensors.attached():
             result = self.trainer.step(step, batches, observed=True)
         row = self._row(step, result, started)
-        return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
+        return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step)]
 
     def _batches(self) -> list[torch.Tensor]:
-        """This rank's micro-batches of a step, int64 [sequences, length + 1]."""
+        """Return this rank's micro-batches of a step, int64 [sequences, length + 1]."""
         (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
         batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
         self.batch = batches and hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
@@ -206,7 +154,8 @@ class _Session:
         loss = float(result.loss)
         seconds = time.perf_counter() - started
         finite = bool(result.finite)
-        self._count_skipped(step, finite, loss)
+        if not finite:
+            self._refuse_too_many_skipped(step, loss)
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
         overshoot = result.overshoot if quantized and finite else None
         return {
@@ -225,99 +174,51 @@ class _Session:
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }
 
-    def _count_skipped(self, step: int, finite: bool, loss: float) -> None:
-        """A step without a finite gradient changed nothing; too many in a row will not mend themselves."""
-        self.skipped = 0 if finite else self.skipped + 1
-        if finite:
-            return
+    def _refuse_too_many_skipped(self, step: int, loss: float) -> None:
+        """Say that a step changed nothing; raise `UserError` when so many did in a row that they will not mend
+        themselves."""
         said = f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed"
-        if self.skipped > self.cfg.optim.max_skipped:
+        in_a_row = self.log.skipped + 1
+        if in_a_row > self.cfg.optim.max_skipped:
             raise UserError(
-                f"{said}, {self.skipped} in a row; lower optim.lr={self.cfg.optim.lr:g} or change "
+                f"{said}, {in_a_row} in a row; lower optim.lr={self.cfg.optim.lr:g} or change "
                 f"quant.overflow={self.cfg.quant.overflow}"
             )
         print(f"\nwarning: {said}", flush=True)
 
-    def _watch(self, step: int, row: dict, probed: list[dict]) -> list[dict]:
-        """Warnings of a step: rows of warnings.jsonl."""
-        found = []
+    def _watch(self, step: int, row: dict, telemetry: list[dict]) -> list[dict]:
+        """Return the warnings of a step: rows of warnings.jsonl."""
+        cfg, found = self.cfg, []
         if step == 1 and row["loss"] is not None:
-            found += monitor.first_loss(self.cfg, self.model.config.vocab_size, row["loss"])
+            found += monitor.first_loss(cfg, self.model.config.vocab_size, row["loss"])
         if self.history is not None and row["quantized"] and not row["skipped"]:
             if step == self.trainer.first_quantized_step:
                 self.history.begin()
-            self.history.advance(
-                1 if self.cfg.scaling.tick == "step" else self.cfg.batch[1] // environment.world_size()
-            )
-        if probed:
-            self._check_agreement()
-            found += monitor.telemetry(self.cfg, probed, row["lr"])
-            found += monitor.forgetting(self.cfg, probed, self.untouched)
+            self.history.advance(1 if cfg.scaling.tick == "step" else cfg.batch[1] // environment.world_size())
+        if telemetry:
+            self.state.check_agreement()
+            found += monitor.telemetry(cfg, telemetry, row["lr"])
+            found += monitor.forgetting(cfg, telemetry, self.log.pretrained)
             found += self.history.check() if self.history is not None else []
-        new = [{"step": step, **each} for each in monitor.new_warnings(found, self.warned)]
-        self.warned += new
-        return new
+        return [{"step": step, **each} for each in monitor.new_warnings(found, self.log.warned)]
 
-    def _check_agreement(self) -> None:
-        if self.bank is not None and self.cfg.scaling.sync == "max":
-            distributed.check_agreement("scales", self.bank.scale)
+    def _save(self, writer: checkpoint.Writer) -> None:
+        """Write a checkpoint to resume from, in the background."""
+        self.state.check_agreement()
+        tensors = self.state.resumable()
+        if environment.is_main_process():
+            self.log.flush()
+            writer.save(self.state.done, tensors, self.state.facts(data=self.stream.state()))
+            self.run.set_status("running", self.state.done, self.cfg.steps)
 
-    def _save(self) -> None:
-        self._check_agreement()
-        tensors = self._trained() | {"optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names)}
-        own = {"rng": device.rng_state()}
-        if self.bank is not None and self.cfg.scaling.sync == "none":
-            own["scales"] = {name: tensor.cpu() for name, tensor in self.bank.state_dict().items()}
-        for rank, groups in enumerate(distributed.all_gather_object(own)):
-            tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
-        if not environment.is_main_process():
-            return
-        self._flush_rows()
-        self.writer.save(self.done, tensors, self._facts(data=self.stream.state()))
-        self.run.set_status("running", self.done, self.cfg.steps)
-
-    def _flush_rows(self) -> None:
-        """A checkpoint must not outlive the rows before it."""
-        for name in _ROWS:
-            flush(self.run.path / name)
-
-    def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Parameters and scales, gathered from all ranks on the first (`qat.utils.distributed.full_tensor_on_main`)."""
-        tensors = {
-            "model": {name: distributed.full_tensor_on_main(parameter) for parameter, name in self.names.items()}
-        }
-        return tensors if self.bank is None else tensors | {"scales": self.bank.state_dict()}
-
-    def _facts(self, **more) -> dict:
-        """What a checkpoint says of itself: whose it is, and of what its scales are."""
-        names = self.bank.names if self.bank is not None else None
-        return {"run": self.run.id, "scales": names, "ranks": environment.world_size(), **more}
-
-    def _finish(self) -> None:
+    def _finish(self, writer: checkpoint.Writer) -> None:
         """Leave the trained weights and scales; what only a resume needs goes."""
-        tensors = self._trained()
-        self.writer.wait()
-        if (
-            environment.is_main_process() and self.final
-        ):  # stopped while the others went: there may be no other, so it stays as it is
-            checkpoint.keep_newest(self.run.checkpoints, 1)
-        elif environment.is_main_process():
-            self._flush_rows()
-            checkpoint.save(self.run.checkpoints, self.done, tensors, self._facts(final=True), keep=1)
-        self.run.set_status("finished", self.done, self.cfg.steps)
-
-
-def _of_rank(name: str, rank: int) -> str:
-    """What a checkpoint calls a group of tensors that every rank has its own of."""
-    return f"{name}.{rank}" if rank else name
-
-
-def _bar(session: _Session) -> tqdm:
-    steps, done = session.cfg.steps, session.done
-    look = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
-    return tqdm(total=steps, initial=done, disable=not environment.is_main_process(), **look)
-
-
-def _progress(row: dict) -> str:
-    loss = "skipped" if row["skipped"] else f"{row['loss']:.4f}"
-    return f"loss {loss}, {row['tokens_per_second']:.0f} tokens/s"
+        tensors, folder = self.state.trained(), self.run.checkpoints
+        writer.wait()
+        if environment.is_main_process():
+            if self.state.final:  # stopped while the others went: there may be no other, so it stays as it is
+                checkpoint.keep_newest(folder, 1)
+            else:
+                self.log.flush()
+                checkpoint.save(folder, self.state.done, tensors, self.state.facts(final=True), keep=1)
+        self.run.set_status("finished", self.state.done, self.cfg.steps)

@@ -93,7 +93,7 @@ def build(path: Path) -> World:
 
 
 def stopping_before(step: int):
-    def announce(_, current: int, __) -> None:
+    def announce(_, current: int) -> None:
         if current == step:
             raise KeyboardInterrupt
 

@@ -1,0 +1,78 @@
+"""What a checkpoint holds of a run, and how it is put back: weights, scales, Adam's moments, random numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from qat.config import Config
+from qat.runs.folder import Run
+from qat.train import checkpoint
+from qat.train.step import Trainer
+from qat.utils import device, distributed, environment
+
+
+class TrainState:
+    """The state of a run on this rank.
+
+    done: steps behind it. final: whether its last checkpoint is there, which has no need of a resume.
+    """
+
+    def __init__(self, cfg: Config, run: Run, trainer: Trainer):
+        self.cfg, self.run, self.trainer, self.bank = cfg, run, trainer, trainer.bank
+        self.names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        self.done, self.final = 0, False
+
+    def restore(self) -> dict | None:
+        """Continue from the newest sound checkpoint, or start. Returns the cursor of the data."""
+        found = checkpoint.latest(self.run.checkpoints, self.run.id)
+        if found is not None:
+            with checkpoint.restoring(self.run.checkpoints):
+                self._load(*found)
+        distributed.check_agreement("the step to continue from", torch.tensor([self.done]))
+        return found[1].get("data") if found else None
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
+        saved = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
+        for parameter, name in self.names.items():
+            parameter.copy_(distributed.shard_like(saved[name], parameter))
+        if self.bank is not None:
+            scales = tensors.get(_of_rank("scales", environment.rank()), tensors.get("scales", {}))
+            self.bank.load_state_dict(scales, facts.get("scales"))
+        self.done, self.final = facts["step"], "final" in facts
+        if self.done == self.cfg.steps:  # nothing follows
+            return
+        if self.bank is not None:
+            distributed.refuse_other_world_size(self.cfg, facts.get("ranks", 1))
+        checkpoint.load_optimizer(self.trainer.optimizer, self.names, tensors)
+        device.set_rng_state(tensors.get(_of_rank("rng", environment.rank()), {}))
+
+    def resumable(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return all that a resume needs, gathered from all ranks on the first."""
+        tensors = self.trained() | {"optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names)}
+        own = {"rng": device.rng_state()}
+        if self.bank is not None and self.cfg.scaling.sync == "none":
+            own["scales"] = {name: tensor.cpu() for name, tensor in self.bank.state_dict().items()}
+        for rank, groups in enumerate(distributed.all_gather_object(own)):
+            tensors |= {_of_rank(name, rank): group for name, group in groups.items()}
+        return tensors
+
+    def trained(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return weights and scales, gathered from all ranks on the first."""
+        weights = {name: distributed.full_tensor_on_main(parameter) for parameter, name in self.names.items()}
+        return {"model": weights} | ({} if self.bank is None else {"scales": self.bank.state_dict()})
+
+    def facts(self, **more) -> dict:
+        """Return what a checkpoint says of itself: whose it is, and of what its scales are."""
+        names = self.bank.names if self.bank is not None else None
+        return {"run": self.run.id, "scales": names, "ranks": environment.world_size(), **more}
+
+    def check_agreement(self) -> None:
+        """Raise `UserError` when the ranks do not hold the same scales, unless each is to have its own."""
+        if self.bank is not None and self.cfg.scaling.sync == "max":
+            distributed.check_agreement("scales", self.bank.scale)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    """Return what a checkpoint calls a group of tensors that every rank has its own of."""
+    return f"{name}.{rank}" if rank else name
