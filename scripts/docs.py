@@ -14,6 +14,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat.report import studies, tables
+from qat.runs import archive
 from qat.utils.environment import ROOT
 
 _SECTION = re.compile(r"(<!-- from (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -26,7 +27,7 @@ def results(record: Path) -> str:
     about = [
         f"{_command(report, 'suite')}: {_facts(report)['Length']}.",
         "Held-out loss and points: the quantized run in W8A8 minus its BF16 baseline, with 95 % intervals. PTQ: that",
-        "baseline in W8A8 without QAT, minus itself in BF16; untouched: the checkpoint before any training, minus the",
+        "baseline in W8A8 without QAT, minus itself in BF16; pretrained: the checkpoint before any training, minus the",
         "same.",
     ]
     if "; " in _facts(report)["Seed"]:
@@ -58,17 +59,15 @@ def experiment(name: str, record: Path) -> str:
     asked, detail = re.match(r"(.*?\n\nPaper: .*?)\n\n(.*)", section, re.DOTALL).groups()
     rows = [_rows(_table(report, title), name) for title in ("At a glance", "Beside the paper")]
     if not any(rows):  # of BF16 runs only
-        rows = ["All BF16 runs of the suite:\n\n" + _table(report, "BF16 baselines and the untouched checkpoint")]
+        rows = ["All BF16 runs of the suite:\n\n" + _table(report, "BF16 baselines and the pretrained checkpoint")]
     above = Path("..") / record.relative_to(ROOT / "experiments")
     source = (
         f"The [record of the suite]({above / 'report.md'}) explains the columns. Its code: {_facts(report)['Code']}."
     )
-    runs = [path.name for path in sorted((record / "runs").iterdir()) if path.name in detail + rows[0]]
-    links = "\n".join(f"- [{run}]({above / 'runs' / run})" for run in runs)
-    return (
-        "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *rows, detail, "The runs named here:", links])
-        + "\n"
-    )
+    runs = [row["run"] for row in archive.table(record) if row["run"] in detail + rows[0]]
+    named = f"The runs named here, in [a table of all]({above / 'runs.csv'}):"
+    links = "\n".join(f"- {run}" for run in runs)
+    return "\n\n".join([asked, f"{_command(report, name)}.\n{source}", *rows, detail, named, links]) + "\n"
 
 
 def _facts(report: str) -> dict[str, str]:

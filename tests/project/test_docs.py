@@ -16,7 +16,7 @@ from scripts.docs import PAGES, written
     [
         ("README.md", "Held-out loss, nats"),
         ("experiments/README.md", "not decidable at this scale |"),
-        ("experiments/exp1/README.md", "| untouched checkpoint "),
+        ("experiments/exp1/README.md", "| pretrained checkpoint "),
         ("experiments/exp2/README.md", "| exp2 most_recent |"),
         ("experiments/exp8/README.md", "| W8A8 by PTQ "),
     ],
