@@ -62,15 +62,15 @@ def test_another_calibration_is_scored_anew(scored, monkeypatch):
 
 
 def test_losses_under_another_calibration_are_taken_anew(restored, scored):
-    """And those of an earlier version, which has none, are left as they are."""
+    """And a recorded run that has none is left as it is."""
     with_weights(restored, scored[0])
     run = Run.of(restored)
     losses = {}
     for sequences in (4, None):
         results = run.evaluations()
-        losses[sequences] = results["smoke"]["w8a8"].pop("qat_weights_ptq_scales")
-        if sequences:
-            results["smoke"]["w8a8"]["calibrated"] = {**losses[sequences], "sequences": sequences}
+        record = results["smoke"]["w8a8"]
+        losses[sequences] = record["qat_weights_ptq_scales"]
+        record["qat_weights_ptq_scales"] = {**losses[sequences], "sequences": sequences} if sequences else None
         run.write_json("eval.json", results)
         comparison = score(restored)
         assert [("weights" in row) for row in comparison["qat"]] == [bool(sequences)] * 2
