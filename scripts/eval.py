@@ -1,4 +1,4 @@
-"""Score a trained run, its baseline and the untouched checkpoint, and compare them.
+"""Score a trained run, its baseline and the pretrained checkpoint, and compare them.
 
 python scripts/eval.py experiment=exp8 [the overrides that trained it] [benchmark=paper]
 python scripts/eval.py run=runs/<id> [benchmark=paper] [logger=local]

@@ -16,10 +16,10 @@ from qat.cli import entry
 def main(config, _) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    from qat.analysis.compare import pretrained_run
     from qat.analysis.rerun_noise import reruns
     from qat.cli.experiments import described
     from qat.report import record
-    from qat.report.experiment import pretrained
     from qat.report.selection import selected
     from qat.runs import archive
     from qat.runs.folder import Run
@@ -36,10 +36,10 @@ def main(config, _) -> None:
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
     runs += [Run(Path(config.runs_dir) / name) for name in record.of_studies(report)] if report else []
     runs += [repeat for run in runs if run.config() for repeat in reruns(run)]
-    runs += [origin for run in runs if run.config() and (origin := pretrained(run))]
+    runs += [origin for run in runs if run.config() and (origin := pretrained_run(run))]
     if report:
         record.keep_report(report, folder)
-    kept, left = archive.keep({run.id: run for run in runs}.values(), folder)
+    kept, left = record.keep_runs({run.id: run for run in runs}.values(), folder)
     print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
     if not (folder / "README.md").exists():
         print(f"say in {folder / 'README.md'} what command made it, on what, and what it shows")

@@ -21,7 +21,7 @@ from qat.analysis.stats import LEVEL, Answers, above_chance, bootstrap, detectab
 from qat.config import Config
 from qat.errors import UserError
 from qat.runs.folder import Run
-from qat.runs.identity import identity, ptq_mode
+from qat.runs.identity import baseline_of, identity, pretrained_of, ptq_mode, run_id
 
 APE_THRESHOLD = 0.5  # percent, paper section 1
 DROP_THRESHOLD = 1.0  # percent, paper section 1
@@ -73,19 +73,39 @@ def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
     }
 
 
-def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = None) -> dict:
+def pretrained_run(run: Run) -> Run | None:
+    """The checkpoint that a run started from, in the folder beside it; None where it was not scored."""
+    origin = Run(run.path.parent / run_id(pretrained_of(run.typed_config())))
+    return origin if origin.evaluations() else None
+
+
+def against_baseline(run: Run, benchmark: str) -> dict:
+    """Compare a run with its baseline and the pretrained checkpoint in the folders beside it, as `compare`."""
+    baseline, origin = run.path.parent / run_id(baseline_of(run.typed_config())), pretrained_run(run)
+    return compare(run.path, baseline, benchmark, origin and origin.path)
+
+
+def comparison_of(run: Run, benchmark: str) -> dict | None:
+    """As `against_baseline`; None for a run that cannot be compared, as it is or yet."""
+    try:
+        return against_baseline(run, benchmark)
+    except UserError:
+        return None
+
+
+def compare(run: Path, baseline: Path, benchmark: str, pretrained: Path | None = None) -> dict:
     """Compare a finished, evaluated quantized run with its BF16 baseline; the result is JSON-able.
 
-    `untouched` is a run folder that holds the evaluation of the checkpoint both started from. Without an evaluation of
-    the baseline under PTQ (an earlier version made none) its rows are left out. Scores, points and intervals are in
-    percent, losses and KL in nats a token; `scored_by` is what computed the held-out losses, more than one entry where
-    not all were scored by the same. Raises `UserError` of one line for unfinished runs, missing or stale evaluations,
-    and whatever differs between the two besides quantization.
+    `pretrained` is a run folder that holds the evaluation of the checkpoint both started from. Where the baseline was
+    not scored under PTQ its rows are left out. Scores, points and intervals are in percent, losses and KL in nats a
+    token; `scored_on` is what computed the held-out losses, more than one entry where not all were scored on the same,
+    without what is not known. Raises `UserError` of one line for unfinished runs, missing or stale evaluations, and
+    whatever differs between the two besides quantization.
     """
     run, baseline = Run(run), Run(baseline)
     _refuse_unmatched(run, baseline)
     loss = training_loss(run, baseline)
-    own, reference, origin = sides(run, baseline, benchmark, untouched)
+    own, reference, origin = sides(run, baseline, benchmark, pretrained)
     for scored in (*own.values(), *([origin] if origin else [])):
         scored.refuse_unlike(reference)
     fingerprint = baseline.fingerprint
@@ -97,10 +117,10 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
     return {
         "run": run.id,
         "baseline": baseline.id,
-        "untouched": origin.run.id if origin else None,
+        "pretrained": origin.run.id if origin else None,
         "ptq": ptq.mode if ptq else None,
         "benchmark": benchmark,
-        "scored_by": sorted({each.record["by"] for each in (reference, *own.values()) if "by" in each.record}),
+        "scored_on": sorted({each.record["scored_on"] for each in (reference, *own.values())} - {None}),
         "loss": loss,
         "heldout": [_heldout(text, mode, own[mode], reference, origin) for text in texts for mode in own],
         "qat": [_qat_gain(text, own, reference) for text in texts] if ptq else [],
@@ -108,23 +128,23 @@ def compare(run: Path, baseline: Path, benchmark: str, untouched: Path | None = 
             _task(task, mode, own[mode], reference, origin, counted) for (task, mode), counted in answers.items()
         ],
         "pooled": [
-            {"mode": mode, "untouched": _percent_right(origin)} | _pooled([answers[task, mode] for task in tasks])
+            {"mode": mode, "pretrained": _percent_right(origin)} | _pooled([answers[task, mode] for task in tasks])
             for mode in (own if len(tasks) > 1 else ())
         ],
     }
 
 
 def sides(
-    run: Run, baseline: Run, benchmark: str, untouched: Path | None
+    run: Run, baseline: Run, benchmark: str, pretrained: Path | None
 ) -> tuple[dict[str, EvalResult], EvalResult, EvalResult | None]:
     """What is compared: the run by mode (and the baseline by PTQ, where that was scored), the baseline in BF16, and the
-    untouched checkpoint, where it is named."""
+    pretrained checkpoint, where it is named."""
     command = eval_command(run, benchmark)
     own = {mode: EvalResult(run, benchmark, mode, command) for mode in MODES if mode != "ptq"}
     ptq = EvalResult(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
     if ptq.exists:
         own = {mode: ptq if mode == "ptq" else own[mode] for mode in MODES}
-    origin = EvalResult(Run(untouched), benchmark, "bf16", command) if untouched is not None else None
+    origin = EvalResult(Run(pretrained), benchmark, "bf16", command) if pretrained is not None else None
     return own, EvalResult(baseline, benchmark, "bf16", command), origin
 
 
@@ -137,7 +157,7 @@ def training_loss(run: Run, baseline: Run) -> dict:
     if steps[0] != steps[1]:
         raise UserError(f"{run.id} and {baseline.id} record different steps in metrics.jsonl; train one of them again")
     for q, b in zip(ours, theirs, strict=True):
-        if q.get("batch", b.get("batch")) != b.get("batch", q.get("batch")):  # rows of earlier versions have none
+        if q["batch"] != b["batch"]:
             raise UserError(
                 f"{run.id} and {baseline.id} were trained on other text from step {q['step']} on (the data set changed "
                 f"in between); delete the older folder and train it again"
@@ -150,7 +170,7 @@ def training_loss(run: Run, baseline: Run) -> dict:
     tail = max(1, round(len(q) / 10))
     largest = max(abs(mine - other) for mine, other in pairs)
     last = {"ape_last_tenth": loss_ape(q[-tail:], b[-tail:]), "final": q[-1], "final_baseline": b[-1]}
-    skipped = sum(bool(q.get("skipped") or b.get("skipped")) for q, b in zip(ours, theirs, strict=True))
+    skipped = sum(q["skipped"] or b["skipped"] for q, b in zip(ours, theirs, strict=True))
     return {"steps": len(q), "skipped": skipped, "ape": ape, "largest": largest, **last, "passes": ape < APE_THRESHOLD}
 
 
@@ -194,18 +214,18 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
 def _heldout(text: str, mode: str, scored: EvalResult, reference: EvalResult, origin: EvalResult | None) -> dict:
     ours, theirs = scored.record["heldout"][text], reference.record["heldout"][text]
     start = origin.record["heldout"][text]["loss"] if origin else None
-    row = {"text": text, "mode": mode, "untouched": start, "loss": ours["loss"], "baseline": theirs["loss"]}
+    row = {"text": text, "mode": mode, "pretrained": start, "loss": ours["loss"], "baseline": theirs["loss"]}
     return row | {"kl": ours["kl"]} | scored.heldout(text, reference)
 
 
 def qat_parts(own: Mapping[str, EvalResult]) -> dict[str, tuple[EvalResult, EvalResult]]:
     """What QAT less PTQ is made of: its weights, both under PTQ's scales, and its scales, both on its weights. Nothing
-    where an earlier version scored the run."""
-    ptq, qat, calibrated = own["ptq"], own["w8a8"], own["w8a8"].calibrated
-    if calibrated is None:
+    where the run was not scored under PTQ's scales."""
+    ptq, qat, mixed = own["ptq"], own["w8a8"], own["w8a8"].qat_weights_ptq_scales
+    if mixed is None:
         return {}
-    calibrated.refuse_unlike(ptq)
-    return {"weights": (calibrated, ptq), "scales": (qat, calibrated)}
+    mixed.refuse_unlike(ptq)
+    return {"weights": (mixed, ptq), "scales": (qat, mixed)}
 
 
 def _qat_gain(text: str, own: Mapping[str, EvalResult], reference: EvalResult) -> dict:
@@ -223,7 +243,7 @@ def _task(
 ) -> dict:
     ours, theirs = scored.record["tasks"][task], reference.record["tasks"][task]
     start, chance = 100 * origin.record["tasks"][task]["score"] if origin else None, theirs["chance"]
-    row = {"task": task, "mode": mode, "untouched": start, "metric": ours["metric"]}
+    row = {"task": task, "mode": mode, "pretrained": start, "metric": ours["metric"]}
     row |= _scores([answers], 100 * theirs["score"], 100 * ours["score"])
     return row | {"chance": 100 * chance, "near_chance": near_chance(row["baseline"], row["n"], 100 * chance)}
 

@@ -40,8 +40,6 @@ class EvalResult:
             missing = f"{self.run.id} has no {self.benchmark} evaluation in mode {self.mode}"
             raise UserError(f"{missing}; make it: {self.command}")
         record = self.run.evaluations()[self.benchmark][self.mode]
-        if any("document_losses" not in text for text in record["heldout"].values()):
-            raise UserError(f"{self.name} was scored by an earlier version; score it again: {self.command}")
         self._refuse_stale(record, 0, self.run.fingerprint, "has been trained again since, to other losses")
         return record
 
@@ -51,15 +49,15 @@ class EvalResult:
         self._refuse_stale(self.record, 1, fingerprint, f"beside a baseline of other losses than {name}'s")
 
     def _refuse_stale(self, record: dict, place: int, fingerprint: str, but: str) -> None:
-        of = record.get("of", [])[place : place + 1]  # an earlier version did not say
-        if of and of != [fingerprint]:
+        weights = record["weights"][place : place + 1]
+        if weights and weights != [fingerprint]:
             raise UserError(f"{self.name} was scored, but {but}; score it again: {self.command}")
 
     @cached_property
-    def calibrated(self) -> CalibratedResult | None:
-        """The same weights under PTQ's scales; None where an earlier version scored them."""
-        found = CalibratedResult(self.run, self.benchmark, self.mode, self.command)
-        return found if "calibrated" in self.record else None
+    def qat_weights_ptq_scales(self) -> PtqScalesResult | None:
+        """The same weights under PTQ's scales; None where they were not scored so."""
+        found = PtqScalesResult(self.run, self.benchmark, self.mode, self.command)
+        return found if self.record["qat_weights_ptq_scales"] else None
 
     def refuse_unlike(self, other: EvalResult) -> None:
         """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
@@ -127,16 +125,16 @@ class EvalResult:
         return samples
 
 
-class CalibratedResult(EvalResult):
+class PtqScalesResult(EvalResult):
     """The held-out losses, and nothing else, of a quantized run's weights under PTQ's scales."""
 
     @cached_property
     def record(self) -> dict:
-        return EvalResult(self.run, self.benchmark, self.mode, self.command).record["calibrated"]
+        return EvalResult(self.run, self.benchmark, self.mode, self.command).record["qat_weights_ptq_scales"]
 
     def refuse_unlike(self, other: EvalResult) -> None:
         """Raise `UserError` unless the other, a PTQ, was calibrated on as much text, and both read the same."""
         ours = self.record["sequences"]
-        theirs = other.record.get("asked", {}).get("calibration_sequences", ours)
+        theirs = other.record["request"]["calibration_sequences"]
         self._refuse_unequal(other, "calibration sequences", ours, theirs)
         self._refuse_unlike_texts(other)

@@ -64,7 +64,7 @@ def _means(rows: Sequence[dict], *keys: str) -> dict:
 def _heldout(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
     text, mode = rows[0]["text"], rows[0]["mode"]
     merged = {key: rows[0][key] for key in ("text", "mode", "documents")}
-    merged |= _means(rows, "loss", "baseline", "untouched", "difference", "kl")
+    merged |= _means(rows, "loss", "baseline", "pretrained", "difference", "kl")
     pairs = [(own[mode], reference) for own, reference in scored]
     return merged | {"ci": _interval(pairs, text, merged["difference"])}
 
@@ -83,7 +83,7 @@ def _recovered(rows: Sequence[dict], scored: Sequence[Side]) -> dict:
 def _answers(rows: Sequence[dict], scored: Sequence[Side], tasks: Sequence[str]) -> dict:
     mode = rows[0]["mode"]
     merged = {key: rows[0][key] for key in ("task", "mode", "metric", "n", "chance") if key in rows[0]}
-    merged |= _means(rows, "untouched", "baseline", "score", "points")
+    merged |= _means(rows, "pretrained", "baseline", "score", "points")
     merged |= {key: sum(row[key] for row in rows) for key in ("lost", "gained")}
 
     def changes(own: dict[str, EvalResult], reference: EvalResult) -> list[int]:

@@ -212,7 +212,7 @@ def config_of_run(folder: str) -> Config:
     run = Run(Path(folder).absolute())
     cfg = run.typed_config()
     cfg.runs_dir = str(run.path.parent)
-    if cfg.budget.steps:  # the untouched checkpoint has none
+    if cfg.budget.steps:  # the pretrained checkpoint has none
         validate(cfg)
     if run.id != run_id(cfg):
         raise UserError(f"run={folder}: its config.yaml is of {run_id(cfg)}; give the folder that name again")

@@ -69,7 +69,7 @@ def _model(cfg: Config):
 
 def _texts(cfg: Config, tokenizer, planning: bool) -> None:
     """Read a sequence of each text that is here. Errors: UserError."""
-    here = [text for text in (cfg.data, cfg.probe) if text is not None and not from_hub(text)]
+    here = [text for text in (cfg.data, cfg.validation) if text is not None and not from_hub(text)]
     for text in (text for text in here if not planning or text.source != "prepared" or text.revision):
         heldout.load_heldout(text, tokenizer, heldout.HELDOUT_LENGTH)
         if text is cfg.data:

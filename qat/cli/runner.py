@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 
-from qat.analysis.compare import compare
+from qat.analysis.compare import against_baseline
 from qat.analysis.rerun_noise import original, rerun_noise
 from qat.cli import preflight
 from qat.config import Config
@@ -14,7 +14,7 @@ from qat.errors import UserError
 from qat.eval.evaluate import evaluate
 from qat.report.text import RERUN_HEADER, markdown, rerun_cells, table
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, pretrained_of, run_id
+from qat.runs.identity import baseline_of, run_id
 from qat.studies.design import Cell
 from qat.train import wandb_log
 from qat.train.loop import train
@@ -87,7 +87,7 @@ def train_with_baseline(cfg: Config) -> list[Run]:
 
 
 def evaluate_and_compare(cfg: Config) -> dict | None:
-    """Score a run and what it is compared with, write and print the comparison, and mirror what is new.
+    """Score a run and what it is compared with, print the comparison, and mirror what is new.
 
     Returns the comparison with the baseline; None for a BF16 run.
     """
@@ -96,10 +96,8 @@ def evaluate_and_compare(cfg: Config) -> dict | None:
     if any(subject.run.id == baseline.id for subject in scored):
         wandb_log.send(baseline, baseline_of(cfg))
     if cfg.quantized:
-        comparison = compare(run.path, baseline.path, cfg.benchmark.name, Run.of(pretrained_of(cfg)).path)
-        with run.lock():
-            run.write_json("comparison.json", comparison)
-        wandb_log.send(run, cfg)
+        comparison = against_baseline(run, cfg.benchmark.name)
+        wandb_log.send(run, cfg, comparison)
         print(f"\n{table(comparison)}", flush=True)
     repeats = [each for each in dict.fromkeys((baseline, run)) if cfg.repeat and original(each).finished]
     if repeats:

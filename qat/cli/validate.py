@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from qat import config
-from qat.config import ROLES, Config, ProbeConfig
+from qat.config import ROLES, Config, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -31,8 +31,8 @@ def validate(cfg: Config) -> None:
         seeds = attrgetter(key)(cfg) or []
         if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
             raise ConfigError(f"{key}={seeds}: must be different seeds from 0 up, as in [0,1,2]")
-    checks = (_check_names, _check_batch, _check_warmup, _check_quant, _check_sources, _check_probe, _check_benchmark)
-    for check in checks:
+    texts = (_check_sources, _check_validation, _check_benchmark)
+    for check in (_check_names, _check_batch, _check_warmup, _check_quant, *texts):
         check(cfg)
 
 
@@ -46,7 +46,7 @@ _RANGES = [
     ("data.duplicate_workers", 1, 64),
     ("data.tokenizer_threads", 1, 256),
     ("budget.heldout_tokens", 1, _INF),
-    ("budget.probe_tokens", 1, _INF),
+    ("budget.validation_tokens", 1, _INF),
     ("data.shuffle_buffer", 1, _INF),
     ("data.retry_hours", 0, _INF),
     ("optim.lr", 1e-12, 10),
@@ -144,7 +144,7 @@ def _check_names(cfg: Config) -> None:
     keys = ("model.name", "data.name", "benchmark.name", "budget.name", "logger.project")
     names = [(key, attrgetter(key)(cfg)) for key in keys]
     names += [("experiment", cfg.experiment or "none")]
-    names += [("probe.name", cfg.probe.name)] if cfg.probe else []
+    names += [("validation.name", cfg.validation.name)] if cfg.validation else []
     names += [("report.experiments", name) for name in cfg.report.experiments]
     names += [("benchmark.tasks", name) for name in cfg.benchmark.tasks]
     for key, name in names:
@@ -252,7 +252,7 @@ def _check_sources(cfg: Config) -> None:
         )
     if cfg.model.source == "random" and not cfg.model.architecture:
         raise ConfigError("model.architecture=null: model.source=random needs sizes, as in model=tiny")
-    for key, text, example in (("data", cfg.data, "fineweb"), ("probe", cfg.probe, "wikipedia")):
+    for key, text, example in (("data", cfg.data, "fineweb"), ("validation", cfg.validation, "wikipedia")):
         if text and not text.path:
             raise ConfigError(f"{key}.path=null: {key}.source={text.source} needs a path, as in {key}={example}")
         if text and text.cache and text.source != "hub":
@@ -266,20 +266,20 @@ def _check_sources(cfg: Config) -> None:
         raise ConfigError(f"model.revision={revision}: model.source={source} has none; leave it out")
 
 
-def _check_probe(cfg: Config) -> None:
-    if cfg.probe is None:
+def _check_validation(cfg: Config) -> None:
+    if cfg.validation is None:
         return
-    if cfg.probe.source not in CHOICES["data.source"]:
-        fix = nearest(cfg.probe.source, CHOICES["data.source"])
-        raise ConfigError(f"probe.source={cfg.probe.source}: unknown value; {fix}")
+    if cfg.validation.source not in CHOICES["data.source"]:
+        fix = nearest(cfg.validation.source, CHOICES["data.source"])
+        raise ConfigError(f"validation.source={cfg.validation.source}: unknown value; {fix}")
     for key in ("label_shift", "duplicate_workers", "tokenizer_threads", "shuffle_buffer"):
-        value = getattr(cfg.probe, key)
-        if value != getattr(ProbeConfig, key):
-            raise ConfigError(f"probe.{key}={value}: has no effect on a text that is only measured; leave it out")
-    if cfg.probe.name == cfg.data.name:
+        value = getattr(cfg.validation, key)
+        if value != getattr(ValidationConfig, key):
+            raise ConfigError(f"validation.{key}={value}: has no effect on a text that is only measured; leave it out")
+    if cfg.validation.name == cfg.data.name:
         raise ConfigError(
-            f"probe.name={cfg.probe.name}: is the text trained on, not one of another kind; give it another name, or "
-            f"go without by probe=none"
+            f"validation.name={cfg.validation.name}: is the text trained on, not one of another kind; give it another "
+            f"name, or go without by validation=none"
         )
 
 

@@ -1,6 +1,6 @@
 """Score a finished run: benchmarks through lm-eval, held-out loss, and KL divergence to the matched baseline.
 
-Five things are scored for a quantized run: the untouched checkpoint, the matched BF16 baseline, that baseline in W8A8
+Five things are scored for a quantized run: the pretrained checkpoint, the matched BF16 baseline, that baseline in W8A8
 without QAT (`qat.quant.calibrate`), and the run both ways: its weights in BF16 without quantizers (`bf16`, what the
 paper reports), and W8A8 with frozen scales (`w8a8`), whose held-out loss is also taken under PTQ's scales. Every model
 is scored as it would be exported, with its parameters in BF16. Nothing is written into a checkpoint.
@@ -110,9 +110,9 @@ def evaluate(cfg: Config) -> list[Subject]:
     if environment.world_size() > 1:
         raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
     device.prepare()
-    untouched, baseline = pretrained_of(cfg), baseline_of(cfg)
+    pretrained, baseline = pretrained_of(cfg), baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
-    subjects = [Subject(untouched, Run.of(untouched), "bf16"), reference]
+    subjects = [Subject(pretrained, Run.of(pretrained), "bf16"), reference]
     if cfg.quantized:
         run = Run.of(cfg)
         subjects += [Subject(ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
@@ -139,29 +139,28 @@ class _Scorer:
     def scored(self, subject: Subject) -> bool:
         """Whether its folder has the scores of these weights, for what is asked."""
         done = self._done(subject)
-        # Results of earlier versions have no losses under PTQ's scales: they are left out of the comparison.
-        calibrated = done.get("calibrated", {}).get("sequences", CALIBRATION_SEQUENCES)
-        return done.get("asked") == self._asked(subject) and calibrated == CALIBRATION_SEQUENCES
+        # Recorded runs may lack losses under PTQ's scales, and no longer have the weights to take them.
+        mixed = done.get("qat_weights_ptq_scales") or {"sequences": CALIBRATION_SEQUENCES}
+        return done.get("request") == self._request(subject) and mixed["sequences"] == CALIBRATION_SEQUENCES
 
     def _done(self, subject: Subject) -> dict:
         """What its folder has of these weights."""
         done = subject.run.evaluations().get(self.cfg.benchmark.name, {}).get(subject.mode, {})
-        # Results of earlier versions do not say what they are of.
-        return done if done.get("of", self._of(subject)) == self._of(subject) else {}
+        return done if done.get("weights") == self._weights(subject) else {}
 
-    def _of(self, subject: Subject) -> list[str]:
+    def _weights(self, subject: Subject) -> list[str]:
         """The weights that a result is of, and those that it is compared with."""
         return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.cfg.quantized else [])]
 
-    def _asked(self, subject: Subject) -> dict:
-        """A result counts only for what was asked: other questions, text or calibration are scored anew."""
+    def _request(self, subject: Subject) -> dict:
+        """What is asked of a subject: a result counts only for its own questions, text and calibration."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
         heldout |= {"revision": data.revision} if data.revision else {}
-        kind = self.cfg.probe
-        probe = {"probe": {"path": kind.path, "subset": kind.subset, "revision": kind.revision}} if kind else {}
-        calibrated = {"calibration_sequences": CALIBRATION_SEQUENCES} if subject.calibrated else {}
-        return {"benchmark": benchmark, "heldout": heldout} | probe | calibrated
+        kind = self.cfg.validation
+        validation = {"path": kind.path, "subset": kind.subset, "revision": kind.revision} if kind else None
+        request = {"benchmark": benchmark, "heldout": heldout} | ({"validation": validation} if validation else {})
+        return request | ({"calibration_sequences": CALIBRATION_SEQUENCES} if subject.calibrated else {})
 
     @functools.cached_property
     def _baseline(self) -> nn.Module:
@@ -171,8 +170,8 @@ class _Scorer:
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
         if self.scored(subject):
-            early = mode == "w8a8" and "calibrated" not in self._done(subject)
-            note = ", without losses under PTQ's scales: to have them, delete its eval.json" if early else ""
+            lacks = mode == "w8a8" and not self._done(subject)["qat_weights_ptq_scales"]
+            note = ", without losses under PTQ's scales: to have them, delete its eval.json" if lacks else ""
             print(f"{subject.run.id} ({mode}): scored already{note}", flush=True)
             return
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
@@ -182,12 +181,12 @@ class _Scorer:
         record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.cfg.quantized)}
         del model  # before another one is built
         if mode == "w8a8":
-            record["calibrated"] = self._calibrated(subject)
+            record["qat_weights_ptq_scales"] = self._under_ptq_scales(subject)
         seconds = round(time.perf_counter() - started, 1)
         record |= {
-            "asked": self._asked(subject),
-            "of": self._of(subject),
-            "by": environment.machine_summary(),
+            "request": self._request(subject),
+            "weights": self._weights(subject),
+            "scored_on": environment.machine_summary(),
             "seconds": seconds,
         }
         with subject.run.lock():
@@ -209,8 +208,8 @@ class _Scorer:
     def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
         """(scores by task and lm-eval's version, samples by task to be written). Where only a text has changed, the
         answers that are there are still those to what is asked."""
-        done, asked = self._done(subject), self._asked(subject)
-        if done and all(done["asked"].get(key) == asked.get(key) for key in ("benchmark", "calibration_sequences")):
+        done, request = self._done(subject), self._request(subject)
+        if done and all(done["request"].get(key) == request.get(key) for key in ("benchmark", "calibration_sequences")):
             return {key: done[key] for key in ("tasks", "lm_eval")}, {}
         limit = context_length(model.config)
         with device.attention_of_any_length():
@@ -220,15 +219,15 @@ class _Scorer:
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
     def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
-        """By text never trained on: the data's own, and the one of another kind that training was probed with; beside
-        the baseline's predictions or not."""
+        """By text never trained on: the data's own, and `validation`, of another kind; beside the baseline's
+        predictions or not."""
         cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
         texts = {cfg.data.name: heldout.load_heldout(cfg.data, tokenizer, wanted)}
-        if cfg.probe:
-            texts[cfg.probe.name] = heldout.load_heldout(cfg.probe, tokenizer, wanted // 2)
+        if cfg.validation:
+            texts[cfg.validation.name] = heldout.load_heldout(cfg.validation, tokenizer, wanted // 2)
         return {name: self._losses(model, text, beside) for name, text in texts.items()}
 
-    def _calibrated(self, subject: Subject) -> dict:
+    def _under_ptq_scales(self, subject: Subject) -> dict:
         """The held-out losses of a run's weights under the scales that PTQ gives them."""
         twin = Subject(with_ptq_scales(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
         return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}

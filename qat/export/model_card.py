@@ -8,6 +8,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 from torch import nn
 
+from qat.analysis.compare import comparison_of
 from qat.config import ROLES, Config
 from qat.export.hf_quantizer import CodesConfig, HiF8Linear
 from qat.quant.rules import RULES
@@ -22,7 +23,7 @@ _HUB_LICENCES = ("apache-2.0", "mit")  # of the hub's identifiers, those of mode
 
 def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
     """README.md of the export of `run`, Markdown behind the hub's YAML header. model: as it is exported."""
-    comparison = run.comparison()
+    comparison = comparison_of(run, cfg.benchmark.name)
     template = jinja2.Template(
         _TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=jinja2.StrictUndefined
     )

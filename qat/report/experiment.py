@@ -14,12 +14,12 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.analysis.compare import TASKS, compare, differences, mismatches, sides, train_command
+from qat.analysis.compare import TASKS, compare, differences, mismatches, pretrained_run, sides, train_command
 from qat.analysis.seeds import aggregate
 from qat.config import BenchmarkConfig, Config
 from qat.errors import UserError
 from qat.runs.folder import Run
-from qat.runs.identity import identity, pretrained_of, run_id
+from qat.runs.identity import identity
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
@@ -54,8 +54,8 @@ class Experiment:
 
     @cached_property
     def typed(self) -> dict[str, Config]:
-        """The configuration of each of its runs whose folder exists, read once; {run id: config}. What a run of an
-        earlier version did not have is at its default."""
+        """The configuration of each of its runs whose folder exists, read once; {run id: config}. An option that came
+        after a run is at its default."""
         found = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
         for config in found.values():
             config.benchmark = self.benchmark or config.benchmark
@@ -116,7 +116,7 @@ class Experiment:
         config = self.typed[pair.run.id]
         pair.baseline = next((b for b in self.bf16 if not mismatches(config, self.typed[b.id])), None)
         candidate = pair.baseline or self.bf16[0]
-        benchmark, origin = pair.config["benchmark"]["name"], pretrained(pair.run)
+        benchmark, origin = pair.config["benchmark"]["name"], pretrained_run(pair.run)
         try:
             pair.comparison = compare(pair.run.path, candidate.path, benchmark, origin and origin.path)
         except UserError as reason:
@@ -224,8 +224,8 @@ class Telemetry:
         for row in rows:
             if "role" in row:
                 self.tensors[row["role"]].append(row)
-            elif "probe" in row:
-                self.texts[row["probe"]].append(row)
+            elif "text" in row:
+                self.texts[row["text"]].append(row)
 
     def overshoot(self, role: str) -> tuple[np.ndarray, list[str], np.ndarray]:
         """(steps, blocks, the largest overshoot of a block's linears at a step; NaN where none was recorded)."""
@@ -248,7 +248,7 @@ class Telemetry:
         for role, rows in self.tensors.items():
             for row in (row for row in rows if row["step"] in column and row["overshoot"]):
                 lines = layers[row["layer"]].setdefault(role, [[None] * len(steps) for _ in range(2)])
-                # By the overshoot: in runs of earlier versions, `scale` is what the step left behind for the next one.
+                # By the overshoot: in some records, `scale` is what the step left behind for the next one.
                 for line, value in zip(lines, (row["amax"], row["amax"] / row["overshoot"]), strict=True):
                     line[column[row["step"]]] = float(f"{value:.4g}") if np.isfinite(value) else None
         return {"steps": steps, "layers": dict(layers)}
@@ -282,12 +282,6 @@ class Telemetry:
         means = {key: float(np.mean([row[key] for row in rows])) for key in SHARES}
         decibel = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
         return means | {"sqnr_db": float(np.mean(decibel)) if decibel else float("nan")}
-
-
-def pretrained(run: Run) -> Run | None:
-    """The checkpoint that a run started from, in the folder beside it; None where it was not scored."""
-    origin = Run(run.path.parent / run_id(pretrained_of(run.typed_config())))
-    return origin if origin.evaluations() else None
 
 
 def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:

@@ -126,15 +126,15 @@ def _caveats(experiments: Sequence[Experiment]) -> list[str]:
     if alone:
         of = f"of {', '.join(alone)}" if len(alone) < len(seeds) else "a cell"
         found.append(f"One seed {of}: intervals cover the choice of questions, not the noise between training runs.")
-    if rows and all(row["untouched"] is None for row in rows):
-        found.append("The untouched checkpoint was not evaluated, so what BF16 training itself changed is unknown.")
-    without = [label for label, comparison in _compared(experiments).items() if not comparison.get("ptq")]
+    if rows and all(row["pretrained"] is None for row in rows):
+        found.append("The pretrained checkpoint was not evaluated, so what BF16 training itself changed is unknown.")
+    without = [label for label, comparison in _compared(experiments).items() if not comparison["ptq"]]
     if without:
         found.append(
             f"W8A8 without QAT (PTQ) was not scored beside {', '.join(without)}, so whether QAT was needed is unknown; "
             "scripts/eval.py scores it."
         )
-    moved = {tuple(each.get("scored_by", ())) for each in _compared(experiments).values()}
+    moved = {tuple(each["scored_on"]) for each in _compared(experiments).values()}
     found += [
         f"A run and what it is compared with were scored by unlike machines or versions ({'; '.join(by)}), whose "
         "sums differ in their last bits."

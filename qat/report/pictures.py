@@ -79,7 +79,7 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
     pooled = [
         (recipe.label, {row["mode"]: _points(row) for row in recipe.comparison["pooled"]}, None)
         for recipe in compared
-        if recipe.comparison.get("pooled")
+        if recipe.comparison["pooled"]
     ]
     return found + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
 

@@ -1,12 +1,30 @@
-"""The report of a record, and the runs that its studies are made of."""
+"""A record: a suite's report, the archives of its runs (`qat.runs.archive`), and a table of these."""
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 
+from qat.analysis.compare import comparison_of
+from qat.config import Config
 from qat.errors import UserError
+from qat.quant.rules import RULES
+from qat.report.experiment import tasks_of, unlike
 from qat.report.studies import TITLES, results
+from qat.report.text import interval, signed
+from qat.runs import archive
+from qat.runs.folder import Run
+from qat.runs.identity import identity
+from qat.utils import files
+
+# Of a run's identity, what has a column of its own in the table of runs.
+_COLUMNS = ("seed", "quant.format", "scaling.algo", "scaling.window", "optim.lr", "bf16_warmup_steps", "budget.steps")
 
 
 def of_studies(report: Path) -> set[str]:
@@ -24,3 +42,79 @@ def keep_report(report: Path, record: Path) -> None:
         shutil.copy(path, record)
     for name in studies:
         shutil.copytree(report / name, record / name, dirs_exist_ok=True)
+
+
+def keep_runs(runs: Iterable[Run], record: Path) -> tuple[list[str], list[str]]:
+    """Put runs into a record and write its runs.csv anew; (names kept, names left out as unfinished)."""
+    kept, unfinished = archive.keep(runs, record)
+    if kept:
+        write_table(record)
+    return kept, unfinished
+
+
+def write_table(record: Path) -> None:
+    """Write runs.csv, a row a run of the record. Scores are in percent and of W8A8 for a quantized run, else of BF16;
+    differences are of the held-out loss in W8A8 from the baseline's, in nats a token, with 95 % intervals over texts.
+    """
+    (record / "runs.csv").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        archive.restore(record, Path(folder))
+        runs = [Run(path) for path in sorted(Path(folder).iterdir())]
+        configs = {run.id: run.typed_config() for run in runs}
+        others = _other_settings(configs)
+        rows = [_row(run, configs[run.id], others[run.id]) for run in runs]
+    tasks = tasks_of(row["scores"] for row in rows)
+    texts = list(dict.fromkeys(text for row in rows for text in row["differences"]))
+    measured, written = {"differences": texts, "scores": tasks}, io.StringIO()
+    table = csv.writer(written, lineterminator="\n")
+    header = [*rows[0]["settings"], "loss_ape_percent"]
+    table.writerow([*header, *(f"{text}_difference_nats" for text in texts), *(f"{task}_percent" for task in tasks)])
+    for row in rows:
+        differences, scores = ([row[key].get(name, "") for name in names] for key, names in measured.items())
+        table.writerow([*row["settings"].values(), row["ape"], *differences, *scores])
+    files.replace(record / "runs.csv", written.getvalue())
+
+
+def _row(run: Run, cfg: Config, others: str) -> dict:
+    quantized, algo = cfg.quantized, cfg.scaling.algo
+    settings = {
+        "run": run.id,
+        "experiment": cfg.experiment or "",
+        "seed": cfg.seed,
+        "format": cfg.quant.format if quantized else "bf16",
+        "scaling": algo if quantized else "",
+        "window": cfg.scaling.window if quantized and "window" in RULES[algo].reads else "",
+        "lr": f"{cfg.optim.lr:g}" if cfg.budget.steps else "",
+        "bf16_warmup_steps": cfg.bf16_warmup_steps if quantized else "",
+        "steps": cfg.steps if cfg.budget.steps else 0,
+        "other_settings": others,
+    }
+    comparison = comparison_of(run, cfg.benchmark.name) if quantized else None
+    scored = run.evaluations().get(cfg.benchmark.name, {}).get("w8a8" if quantized else "bf16", {"tasks": {}})
+    held = [row for row in comparison["heldout"] if row["mode"] == "w8a8"] if comparison else []
+    return {
+        "settings": settings,
+        "ape": f"{comparison['loss']['ape']:.4f}" if comparison else "",
+        "differences": {row["text"]: f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}" for row in held},
+        "scores": {task: f"{100 * row['score']:.1f}" for task, row in scored["tasks"].items()},
+    }
+
+
+def _other_settings(configs: Mapping[str, Config]) -> dict[str, str]:
+    """By run, the settings without a column in which it is unlike most trained runs of its kind, quantized or not."""
+    found = dict.fromkeys(configs, "")
+    for quantized in (True, False):
+        kind = {name: cfg for name, cfg in configs.items() if cfg.budget.steps and cfg.quantized == quantized}
+        for key, values in unlike({name: identity(cfg) for name, cfg in kind.items()}).items():
+            texts = {name: _text(attrgetter(key)(kind[name]) if v is None else v) for name, v in values.items()}
+            usual, _ = Counter(texts.values()).most_common(1)[0]
+            for name, text in texts.items() if key not in _COLUMNS else ():
+                found[name] += f" {key}={text}" if text != usual else ""
+    return {name: text.strip() for name, text in found.items()}
+
+
+def _text(value) -> str:
+    """A setting's value as the command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

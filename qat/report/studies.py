@@ -42,9 +42,9 @@ def studies_in(out: Path) -> list[dict]:
     """The studies whose result lies in `out`, a report's folder: name, title, facts, claims as a table, panels."""
     found = []
     for name, result in results(out).items():
-        # A result of an earlier version has neither facts nor interactions.
+        # The audit has no interactions.
         drawn = [interaction(each, legend=not i) for i, each in enumerate(result.get("interactions", []))]
-        facts = " · ".join(f"{label}: {text}" for label, text in result.get("facts", {}).items())
+        facts = " · ".join(f"{label}: {text}" for label, text in result["facts"].items())
         claims = claims_table(result["claims"])
         found.append({"name": name, "title": TITLES[name], "facts": facts, "claims": claims, "panels": drawn})
     return found

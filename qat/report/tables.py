@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences, pretrained_run
 from qat.analysis.rerun_noise import rerun_noise as floor_of
 from qat.analysis.rerun_noise import reruns
 from qat.analysis.stats import Z, half_width
 from qat.errors import UserError
-from qat.report.experiment import Curve, Experiment, Recipe, distinct, pretrained, scientific, tasks_of, unlike
+from qat.report.experiment import Curve, Experiment, Recipe, distinct, scientific, tasks_of, unlike
 from qat.report.text import (
     HELDOUT_HEADER,
     RERUN_HEADER,
@@ -78,9 +78,9 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
 
 def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     """One row a recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and that of
-    PTQ and of the untouched checkpoint, where any was scored), points a task."""
+    PTQ and of the pretrained checkpoint, where any was scored), points a task."""
     recipes = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
-    beside = {key: [_beside(recipe.comparison, key) for _, recipe in recipes] for key in ("PTQ", "untouched")}
+    beside = {key: [_beside(recipe.comparison, key) for _, recipe in recipes] for key in ("PTQ", "pretrained")}
     beside = {key: cells for key, cells in beside.items() if any(cell.text != "–" for cell in cells)}
     tasks = tasks_of([[row["task"] for row in recipe.comparison["tasks"]] for _, recipe in recipes])
     rows = []
@@ -109,7 +109,7 @@ def _beside(comparison: Mapping, what: str) -> Cell:
     if what == "PTQ":
         row = rows.get("ptq")
         return Cell(signed(row["difference"], 4), interval(row["ci"], 4)) if row else Cell("–")
-    start = rows["w8a8"].get("untouched")
+    start = rows["w8a8"].get("pretrained")
     return Cell("–" if start is None else signed(start - rows["w8a8"]["baseline"], 4))
 
 
@@ -139,19 +139,19 @@ def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -
     ape = _ape(loss, _mark(loss["passes"], not low < APE_THRESHOLD <= high))
     rows = []
     for mode, name in MODES.items():
-        if mode == "ptq" and not comparison.get("ptq"):
+        if mode == "ptq" and not comparison["ptq"]:
             continue
         cells = [_drop(found[task, mode]) if (task, mode) in found else Cell("–") for task in tasks]
         rows.append([Cell(""), Cell(f"ours, {name}", which), ape if mode == "w8a8" else Cell(""), *cells])
-    if any(row.get("untouched") is not None for row in found.values()):
-        cells = [_untouched_drop(found[task, "w8a8"]) if (task, "w8a8") in found else Cell("–") for task in tasks]
-        rows.append([Cell(""), Cell("ours, untouched", which), Cell(""), *cells])
+    if any(row.get("pretrained") is not None for row in found.values()):
+        cells = [_pretrained_drop(found[task, "w8a8"]) if (task, "w8a8") in found else Cell("–") for task in tasks]
+        rows.append([Cell(""), Cell("ours, pretrained", which), Cell(""), *cells])
     return rows
 
 
-def _untouched_drop(row: Mapping) -> Cell:
+def _pretrained_drop(row: Mapping) -> Cell:
     """What the checkpoint lacks of the score that BF16 training led to."""
-    start, trained = row["untouched"], row["baseline"]
+    start, trained = row["pretrained"], row["baseline"]
     return Cell(signed(100 * (trained - start) / trained, plus="") if trained else "–", f"{trained:.2f} → {start:.2f}")
 
 
@@ -194,9 +194,9 @@ def _value(value) -> str:
 
 
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Scores (percent, with standard errors) and losses of the untouched checkpoint and the BF16 runs."""
+    """Scores (percent, with standard errors) and losses of the pretrained checkpoint and the BF16 runs."""
     runs = {run.id: (run, e.configs[run.id]) for e in experiments for run in e.bf16}
-    starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := pretrained(run))}
+    starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := pretrained_run(run))}
     records = {
         name: run.evaluations().get(config["benchmark"]["name"], {}).get("bf16", {})
         for name, (run, config) in (starts | runs).items()
@@ -210,7 +210,7 @@ def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         held = ", ".join(f"{name} {text['loss']:.4f}" for name, text in record.get("heldout", {}).items())
         cells = [scientific(config["optim"]["lr"]) if run else "–"]
         cells += [f"{loss[-1]:.4f}" if len(loss) else "–", held or "–"]
-        label = name if run else "untouched checkpoint"
+        label = name if run else "pretrained checkpoint"
         rows.append([label, *cells, *(scores.get(task, "–") for task in names)])
     for name in ("exp1", "exp8"):
         entry = paper["experiments"][name]
@@ -247,7 +247,7 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
 
 
 def seeds(experiments: Sequence[Experiment]) -> Table:
-    """For every recipe that ran with several seeds, a row each for its W8A8, PTQ, its BF16 weights and the untouched
+    """For every recipe that ran with several seeds, a row each for its W8A8, PTQ, its BF16 weights and the pretrained
     checkpoint: mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside
     the mean half interval that one run has from its sampled text and questions."""
     rows = []
@@ -256,13 +256,13 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
         if len(found) < 2 or recipe.missing:
             continue
         apes = [c["loss"]["ape"] for c in found]
-        for mode, name in (MODES | {"untouched": "untouched checkpoint"}).items():
+        for mode, name in (MODES | {"pretrained": "pretrained checkpoint"}).items():
             held = [_changed(c["heldout"], mode) for c in found]  # the first text is the data's own
             if not all(held):
                 continue
             cells = [label, name, str(len(found)), _spread(apes, 3, "") if mode == "w8a8" else ""]
             cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
-            pooled, label = [_changed(c.get("pooled", []), mode) for c in found], ""
+            pooled, label = [_changed(c["pooled"], mode) for c in found], ""
             points = [_spread([row["points"] for row in pooled], 2), _half_interval(pooled, 2)] if all(pooled) else "––"
             rows.append([*cells, *points])
     header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
@@ -270,11 +270,11 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
 
 
 def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
-    """What a mode changes from the baseline, out of a comparison's rows; the untouched checkpoint has no interval."""
+    """What a mode changes from the baseline, out of a comparison's rows; the pretrained checkpoint has no interval."""
     row = next((row for row in rows if row["mode"] == (mode if mode in MODES else "w8a8")), None)
     if row is None or mode in MODES:
         return row
-    start = row["untouched"]
+    start = row["pretrained"]
     return None if start is None else dict.fromkeys(("difference", "points"), start - row["baseline"]) | {"ci": None}
 
 

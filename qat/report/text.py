@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS
 from qat.analysis.stats import LEVEL, holm
 
-TASK_HEADER = ["Task", "Mode", "Untouched %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
+TASK_HEADER = ["Task", "Mode", "Pretrained %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
 TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
-HELDOUT_HEADER = ["Held-out text", "Mode", "Untouched, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
+HELDOUT_HEADER = ["Held-out text", "Mode", "Pretrained, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
 HELDOUT_HEADER += ["KL, nats", "Documents"]
 RERUN_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
 RERUN_HEADER += ["Answers flipped", "In words"]
@@ -24,16 +24,15 @@ def task_cells(row: dict) -> list[str]:
         drop += f" {interval(row['relative_drop_ci'])}"
     flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
     name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"
-    scores = (number(row.get("untouched")), number(row["baseline"]), number(row["score"]))
+    scores = (number(row.get("pretrained")), number(row["baseline"]), number(row["score"]))
     cells = [name, MODES[row["mode"]], *scores, f"{signed(row['points'])} {interval(row['ci'])}"]
     cells += [drop, flips, p_text(row["p_value"])]
-    # A comparison made by an earlier version has neither this nor the interval of the drop.
-    return [*cells, f"{row['detectable']:.1f}" if "detectable" in row else "-", remark(row)]
+    return [*cells, f"{row['detectable']:.1f}", remark(row)]
 
 
 def task_rows(comparison: Mapping) -> list[list[str]]:
     """Every task in every mode, and all questions together, as `task_cells`."""
-    return [task_cells(row) for row in (*comparison["tasks"], *comparison.get("pooled", []))]
+    return [task_cells(row) for row in (*comparison["tasks"], *comparison["pooled"])]
 
 
 def heldout_rows(comparison: Mapping) -> list[list[str]]:
@@ -42,7 +41,7 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
         [
             row["text"],
             MODES[row["mode"]],
-            *(number(row.get(key), 4) for key in ("untouched", "baseline", "loss")),
+            *(number(row.get(key), 4) for key in ("pretrained", "baseline", "loss")),
             f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
             number(row["kl"], 4),
             str(row["documents"]),
@@ -128,7 +127,7 @@ def _cost(rows: list[Mapping], text: str) -> str:
 def qat_verdict(comparisons: Iterable[Mapping]) -> str:
     """Whether QAT was needed, a sentence a text: held-out loss in W8A8 with it and without (PTQ of the baseline). Empty
     where no PTQ was scored."""
-    return _text_by_text((row for comparison in comparisons for row in comparison.get("qat", [])), _recovered)
+    return _text_by_text((row for comparison in comparisons for row in comparison["qat"]), _recovered)
 
 
 def _recovered(rows: list[Mapping], text: str) -> str:

@@ -6,14 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qat.analysis.compare import compare
+from qat.analysis.compare import against_baseline
 from qat.analysis.rerun_noise import rerun_noise
 from qat.errors import UserError
-from qat.report.experiment import pretrained
 from qat.report.text import RERUN_HEADER, interval, markdown, rerun_cells, signed
 from qat.runs import archive
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, run_id
 
 _UNLIKE = "not comparable with the record"
 HEADER = ["Run", "Held-out text", "W8A8 less BF16, nats: the record [95 % CI over texts]", "Here", ""]
@@ -88,7 +86,5 @@ def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
 
 
 def _against_baseline(run: Run, benchmark: str) -> dict[str, dict]:
-    base = Run(run.path.parent / run_id(baseline_of(run.typed_config())))
-    origin = pretrained(run)
-    found = compare(run.path, base.path, benchmark, origin and origin.path)["heldout"]
+    found = against_baseline(run, benchmark)["heldout"]
     return {row["text"]: row for row in found if row["mode"] == "w8a8"}

@@ -79,7 +79,7 @@ def _loss() -> ws.Section:
         ("w8a8/heldout/kl", "KL from the baseline, nats"),
     ]
     panels = [wr.LinePlot(title=title, y=[key]) for key, title in lines]
-    panels.append(wr.LinePlot(title="Held-out loss while training, nats a token", metric_regex="^probe/"))
+    panels.append(wr.LinePlot(title="Held-out loss while training, nats a token", metric_regex="^validation/"))
     return _section("Loss", panels + [wr.BarPlot(title=title, metrics=[key]) for key, title in bars])
 
 

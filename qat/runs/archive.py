@@ -1,27 +1,34 @@
-"""Records: the report of a suite and what it was made from, small enough to be kept in git.
+"""Records: the report of a suite and the runs it was made from, small enough to be kept in git.
 
 <record>/  README.md (by hand: the command, what it shows)  report.md  report.html  *.png  factorial/  audit/
-           runs/<id>/  what a run folder has in plain text, and raw.tar.xz with its telemetry and raw samples
+           runs.csv (a row a run)  runs-seed<n>.tar.xz (the run folders of a seed, less weights and mirrors)
 
-Weights are not kept. All else comes back from a record: `restore` puts its runs into a folder, and the suite goes on
-where it stood. Where weights are wanted after all, `retrain=true` trains that run again.
+An archive holds `<id>/<file>` in the order of these names, without times and owners: the same runs give the same bytes.
+What their files have in common, as environments, is compressed away. `restore` puts the runs into a folder, and the
+suite goes on where it stood. Where weights are wanted after all, `retrain=true` trains that run again.
 """
 
 from __future__ import annotations
 
+import csv
 import io
+import lzma
+import os
 import shutil
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qat.config import Config
 from qat.errors import ConfigError, UserError
 from qat.runs.folder import Run
+from qat.utils import files
 
-_PLAIN = ("config", "environment", "sources", "status", "coverage", "metrics", "warnings", "eval", "comparison")
-_RAW = ("telemetry.jsonl", "samples")
-_ARCHIVE = "raw.tar.xz"
+_FILES = ("config.yaml", "environment.json", "sources.json", "status.json", "coverage.json", "metrics.jsonl")
+_FILES += ("warnings.jsonl", "telemetry.jsonl", "eval.json", "samples/*/*/*.jsonl")
+
+Contents = dict[str, dict[str, bytes]]  # of an archive: {run id: {file: content}}
 
 
 def named(cfg: Config) -> Path:
@@ -32,68 +39,85 @@ def named(cfg: Config) -> Path:
 
 
 def keep(runs: Iterable[Run], record: Path) -> tuple[list[str], list[str]]:
-    """Copy the small parts of `runs` into a record; (names kept, names left out as unfinished).
-
-    What the record has besides stays. The same runs give the same bytes.
-    """
-    kept, unfinished = [], []
+    """Put `runs` into the archives of a record; (names kept, names left out as unfinished). What the record has besides
+    stays. Errors: UserError for an archive that is damaged."""
+    kept, unfinished, by_seed = [], [], defaultdict(dict)
     for run in runs:
-        if run.config() and (run.finished or not run.status()):  # the untouched checkpoint has no status
-            _keep(run, record / "runs" / run.id)
+        if run.config() and (run.finished or not run.status()):  # the pretrained checkpoint has no status
+            by_seed[run.typed_config().seed][run.id] = _read_run(run.path)
             kept.append(run.id)
         else:
             unfinished.append(run.id)
+    for seed, contents in by_seed.items():
+        archive = record / f"runs-seed{seed}.tar.xz"
+        before = _read(archive) if archive.exists() else {}
+        record.mkdir(parents=True, exist_ok=True)
+        files.replace(archive, _packed(before | contents))
     return kept, unfinished
 
 
 def restore(record: Path, runs: Path) -> tuple[list[str], list[str]]:
     """Put the runs of a record back into the folder `runs`; (names put back, names that were there already).
 
-    Errors: UserError for what is no record, or is damaged.
+    Errors: UserError for what is no record, or is damaged: then nothing is put back.
     """
-    folders = sorted((record / "runs").glob("*/config.yaml"))
-    if not folders:
-        raise UserError(f"record={record}: not a record (no runs/<id>/config.yaml); see `ls {record.parent}`")
+    archives = sorted(record.glob("runs-seed*.tar.xz"))
+    if not archives:
+        raise UserError(f"record={record}: not a record (no runs-seed<n>.tar.xz); see `ls {record.parent}`")
+    contents = {name: of_run for archive in archives for name, of_run in _read(archive).items()}
+    for row in table(record):
+        if row["run"] not in contents:
+            raise UserError(f"{record}/runs-seed{row['seed']}.tar.xz lacks {row['run']}; take it from git again")
     put, there = [], []
-    for folder in (path.parent for path in folders):
-        target = runs / folder.name
-        if target.exists():
-            there.append(folder.name)
-            continue
-        _restore(folder, target)
-        put.append(folder.name)
+    for name in sorted(contents):
+        if (runs / name).exists():
+            there.append(name)
+        else:
+            _write_run(runs / name, contents[name])
+            put.append(name)
     return put, there
 
 
-def _keep(run: Run, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in run.path.iterdir():
-        if path.stem in _PLAIN:
-            shutil.copy(path, folder)
-    raw = sorted(path for name in _RAW for path in (run.path / name, *(run.path / name).rglob("*")) if path.is_file())
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:xz", preset=9) as tar:
-        for path in raw:
-            about = tarfile.TarInfo(str(path.relative_to(run.path)))  # neither times nor owners: equal bytes
-            about.size = path.stat().st_size
-            with path.open("rb") as file:
-                tar.addfile(about, file)
-    (folder / _ARCHIVE).write_bytes(archive.getvalue())
+def table(record: Path) -> list[dict[str, str]]:
+    """The rows of a record's runs.csv (`qat.report.record`), of which this reads `run` and `seed`; [] without one."""
+    path = record / "runs.csv"
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
-def _restore(folder: Path, target: Path) -> None:
-    temporary = target.with_name(f".restoring-{target.name}")
+def _read_run(folder: Path) -> dict[str, bytes]:
+    found = sorted(path for pattern in _FILES for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def _write_run(folder: Path, contents: dict[str, bytes]) -> None:
+    temporary = folder.with_name(f".restoring-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(_ARCHIVE))
+    for name, content in contents.items():
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / name).write_bytes(content)
+    os.rename(temporary, folder)
+
+
+def _packed(contents: Contents) -> bytes:
+    members = {f"{run}/{name}": content for run, of_run in contents.items() for name, content in of_run.items()}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:xz", preset=9) as tar:
+        for name, content in sorted(members.items()):
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    return packed.getvalue()
+
+
+def _read(archive: Path) -> Contents:
+    contents = defaultdict(dict)
     try:
-        with tarfile.open(folder / _ARCHIVE) as tar:
-            for member in tar:  # Python 3.11.2, Debian 12's, cannot filter by itself
-                path = temporary / member.name
-                if not member.isfile() or temporary.resolve() not in path.resolve().parents:
+        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(archive.read_bytes()))) as tar:
+            for member in tar:
+                run, *rest = PurePosixPath(member.name).parts
+                if not (member.isfile() and rest) or {"..", "/"} & {run, *rest}:
                     raise tarfile.TarError(f"{member.name} is no file of a run")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(tar.extractfile(member).read())
-    except (tarfile.TarError, OSError, EOFError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder / _ARCHIVE} is damaged ({error}); take it from git again") from error
-    temporary.rename(target)
+                contents[run]["/".join(rest)] = tar.extractfile(member).read()
+    except (tarfile.TarError, lzma.LZMAError, OSError) as error:
+        raise UserError(f"{archive} is damaged ({error}); take it from git again") from error
+    return contents

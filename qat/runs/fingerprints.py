@@ -15,10 +15,10 @@ _OF_MODELS = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
 def hashes(cfg: Config) -> dict[str, str]:
-    """Return {"model.path=...": hash} of the model, the text and the probe; of a hub model its commit. Random models
-    and texts of a hub, or named by their revision, are left out. Errors: UserError where there is nothing."""
+    """Return {"model.path=...": hash} of the model and both texts; of a hub model its commit. Random models and
+    texts of a hub, or named by their revision, are left out. Errors: UserError where there is nothing."""
     found = {} if cfg.model.source == "random" else {f"model.path={cfg.model.path}": _of_model(cfg.model)}
-    texts = (text for text in (cfg.data, cfg.probe) if text is not None and text.source != "prepared")
+    texts = (text for text in (cfg.data, cfg.validation) if text is not None and text.source != "prepared")
     return found | {text.named: _of_text(text) for text in texts if text.source != "hub" or _path(text).is_dir()}
 
 

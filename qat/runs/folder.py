@@ -1,7 +1,7 @@
 """A run is a folder, named by what can change its numbers (`qat.runs.identity`).
 
 runs/<id>/  config.yaml  environment.json  sources.json  status.json  metrics.jsonl  telemetry.jsonl
-            warnings.jsonl  coverage.json  eval.json  samples/  comparison.json  checkpoints/  wandb/
+            warnings.jsonl  coverage.json  eval.json  samples/  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -121,9 +121,6 @@ class Run:
                     _mapping(record)
         return evaluations
 
-    def comparison(self) -> dict:
-        return self._json("comparison.json")
-
     def coverage(self) -> dict:
         return self._json("coverage.json")
 
@@ -176,7 +173,7 @@ class Run:
                 )
 
     def keep_sources(self, cfg: Config) -> None:
-        """Write down what the paths hold of which nothing is known yet. An earlier version wrote nothing."""
+        """Write down what the paths hold of which nothing is known yet, as of a recorded run."""
         before = self._json("sources.json")
         now = fingerprints.hashes(cfg) | before
         self.path.mkdir(parents=True, exist_ok=True)

@@ -80,9 +80,9 @@ def baseline_of(cfg: Config) -> Config:
 
 def pretrained_of(cfg: Config) -> Config:
     """The checkpoint before any training, as a configuration to score: a baseline of no steps."""
-    untouched = baseline_of(cfg)
-    untouched.budget.steps = 0
-    return untouched
+    pretrained = baseline_of(cfg)
+    pretrained.budget.steps = 0
+    return pretrained
 
 
 def is_ptq(mode: str) -> bool:
@@ -100,7 +100,8 @@ def ptq_mode(quant: QuantConfig) -> str:
 def run_id(cfg: Config) -> str:
     """Readable slug plus a hash of `identity`. Characters: letters, digits, '.', '_', '-'."""
     if cfg.budget.steps == 0:
-        parts, slug = _untouched_identity(cfg), [cfg.model.name, "untouched"]
+        # Its word in a run's name, which does not change.
+        parts, slug = _pretrained_identity(cfg), [cfg.model.name, "untouched"]
     else:
         parts, slug = identity(cfg), [cfg.model.name, *_slug(cfg)]
     safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in "-".join(slug))
@@ -112,7 +113,7 @@ def digest(parts: dict | list) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _untouched_identity(cfg: Config) -> dict:
+def _pretrained_identity(cfg: Config) -> dict:
     whole = identity(cfg)
     return {"model": whole["model"], "arithmetic": whole["budget"]["arithmetic"]} | (
         {"seed": cfg.seed} if cfg.model.source == "random" else {}

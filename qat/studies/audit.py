@@ -135,7 +135,7 @@ def responses(measured: Sequence[Measured]) -> dict[str, Response]:
         "Loss APE": measures.ape(measured),
         "Points, W8A8": measures.points(measured, "w8a8"),
         "Held-out loss, PTQ": measures.heldout(measured, "ptq"),
-        "Forgetting": measures.points(measured, "baseline", "untouched"),
+        "Forgetting": measures.points(measured, "baseline", "pretrained"),
     }
 
 
@@ -168,8 +168,8 @@ def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
 
 
 def _labels(measured: Sequence[Measured]) -> Claim:
-    forgetting = measures.points(measured, "baseline", "untouched")
-    limit = DROP_THRESHOLD * float(np.mean([m.answers("untouched").mean() for m in measured]))
+    forgetting = measures.points(measured, "baseline", "pretrained")
+    limit = DROP_THRESHOLD * float(np.mean([m.answers("pretrained").mean() for m in measured]))
     once, twice = ("exp3", PLAIN), ("exp3", "labels shifted twice")
     more = Statement(
         "BF16 at lr 1e-4 forgets more than the threshold beyond what it does with sound labels",

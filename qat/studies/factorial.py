@@ -133,11 +133,11 @@ def effects(measured: Sequence[Measured]) -> list[dict]:
 
 
 def baselines(measured: Sequence[Measured]) -> dict[str, Response]:
-    """The BF16 baselines, one cell a learning rate: less the untouched checkpoint, and what PTQ costs them."""
+    """The BF16 baselines, one cell a learning rate: less the pretrained checkpoint, and what PTQ costs them."""
     key = {"key": lambda m: (m.key[1],)}
     return {
-        "forgetting": measures.points(measured, "baseline", "untouched", **key),
-        "learned": measures.heldout(measured, "baseline", "untouched", **key),
+        "forgetting": measures.points(measured, "baseline", "pretrained", **key),
+        "learned": measures.heldout(measured, "baseline", "pretrained", **key),
         "ptq": measures.heldout(measured, "ptq", **key),
         "ptq points": measures.points(measured, "ptq", **key),
     }
@@ -201,10 +201,10 @@ def _best(found: Mapping[str, Response]) -> Claim:
 
 
 def _forgets(measured: Sequence[Measured]) -> Claim:
-    points, threshold = baselines(measured)["forgetting"], _drop(measured, "untouched")
+    points, threshold = baselines(measured)["forgetting"], _drop(measured, "pretrained")
     return Claim(
         "Training at lr 1e-4 forgets, at lr 1e-5 it does not",
-        "MMLU of the BF16 runs: 26.66 % at lr 1e-4, 43.36 % at lr 1e-5; the untouched checkpoint was not scored",
+        "MMLU of the BF16 runs: 26.66 % at lr 1e-4, 43.36 % at lr 1e-5; the pretrained checkpoint was not scored",
         [
             Statement("BF16 at lr 1e-4 loses more than the threshold", points, {("1e-4",): 1}, high=-threshold),
             Statement("BF16 at lr 1e-5 loses less than the threshold", points, {("1e-5",): 1}, low=-threshold),
@@ -248,7 +248,7 @@ def _necessary(measured: Sequence[Measured], found: Mapping[str, Response], fix:
         Statement("without it the answers are over the threshold", points, {cell: 1}, high=-drop),
     ]
     if cell[1] != RECIPE[1]:
-        lost, threshold = measures.points(measured, "w8a8", "untouched"), _drop(measured, "untouched")
+        lost, threshold = measures.points(measured, "w8a8", "pretrained"), _drop(measured, "pretrained")
         what = "without it more of the checkpoint's answers are lost than the threshold"
         statements = [Statement(what, lost, {cell: 1}, high=-threshold)]
     return Claim(f"Necessary: {fix}", "Never left out alone", statements, needs="any")
@@ -266,8 +266,8 @@ def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
         kept.append(
             Statement(f"{TASKS.get(task, task)} within the threshold", points, at, low=-_drop(those, "baseline", task))
         )
-    lost = measures.points(measured, mode, "untouched")
-    least = -_drop(measured, "untouched")
+    lost = measures.points(measured, mode, "pretrained")
+    least = -_drop(measured, "pretrained")
     kept.append(Statement("the checkpoint's answers are kept within the threshold", lost, at, low=least))
     says = "Exp 8: APE 0.11 %, drops of 0.43, 0.58, 1.06 and 0.22 %; scored on BF16 weights, against its baseline"
     return Claim(f"Sufficient: the recipe meets every threshold ({MODES[mode]})", says, kept)

@@ -1,4 +1,4 @@
-"""What the finished runs of a study measured, each beside its matched baseline, PTQ and the untouched checkpoint."""
+"""What the finished runs of a study measured, each beside its matched baseline, PTQ and the pretrained checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NAMES = MODES | {"ptq": "PTQ"}
 @dataclass
 class Measured:
     """The numbers of one run. Keys of `losses` and `right` are what was scored: w8a8 and bf16 (the run in either mode),
-    baseline, ptq (the baseline in W8A8 without QAT, by the mode `ptq`), untouched.
+    baseline, ptq (the baseline in W8A8 without QAT, by the mode `ptq`), pretrained.
 
     losses: FP64 [held-out documents], nats a token; right: by task, FP64 [questions], 1 or 0; ape: percent;
     overshoot: share of tensors beyond their predicted amax, over quantized steps; clipped: share of elements beyond the
@@ -71,9 +71,9 @@ def _read(cell: Cell) -> Measured:
     cfg, benchmark = cell.cfg, cell.cfg.benchmark.name
     run, base, origin = (Run.of(each) for each in (cfg, baseline_of(cfg), pretrained_of(cfg)))
     comparison = compare(Path(run.path), Path(base.path), benchmark, Path(origin.path))  # refuses what is unlike
-    scored = {"w8a8": (run, "w8a8"), "bf16": (run, "bf16"), "baseline": (base, "bf16"), "untouched": (origin, "bf16")}
+    scored = {"w8a8": (run, "w8a8"), "bf16": (run, "bf16"), "baseline": (base, "bf16"), "pretrained": (origin, "bf16")}
     if comparison["ptq"] is None:
-        missing = f"{base.id} has no {benchmark} evaluation by PTQ (an earlier version made none)"
+        missing = f"{base.id} has no {benchmark} evaluation by PTQ"
         raise UserError(f"{missing}; make it: {eval_command(run, benchmark)}")
     scored["ptq"] = base, comparison["ptq"]
     losses, right = {}, {}

@@ -76,8 +76,8 @@ def write_audit(
 
 
 _NOTE_BASELINES = (
-    "What BF16 training made of the untouched checkpoint, and what W8A8 costs its result without QAT (PTQ). No scaling "
-    "rule or warmup has a part in either."
+    "What BF16 training made of the pretrained checkpoint, and what W8A8 costs its result without QAT (PTQ). No "
+    "scaling rule or warmup has a part in either."
 )
 _NOTE_EFFECTS = (
     "Against most_recent, lr 1e-4 and no warmup, each the mean over the other factors (current predicts nothing, and "

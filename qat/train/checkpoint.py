@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from qat.errors import UserError
 from qat.utils import distributed, files
 
-# 1 (not written down): no checksum of facts.json, and neither the run's name nor those of its scales.
 VERSION = 2
 
 
@@ -125,7 +124,7 @@ def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, to
         except Damaged as error:
             print(f"warning: {error}", flush=True)
             continue
-        if run is not None and facts.get("run", run) != run:
+        if run is not None and facts["run"] != run:
             raise UserError(f"{candidate} is of the run {facts['run']}; put it back there, or delete it")
         return tensors, facts
     if candidates:
@@ -148,13 +147,13 @@ def load(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
 
 def _facts(path: Path) -> dict:
     facts = json.loads((path / "facts.json").read_text())
-    checksum, version = facts.pop("checksum", None), facts.get("version", 1)
+    checksum, version = facts.pop("checksum"), facts["version"]
     if version > VERSION:
         raise UserError(
             f"{path} is of version {version} of the format, and this code reads up to {VERSION}: update the code, or "
             f"delete the run folder to train it again"
         )
-    if (version > 1 or checksum) and checksum != _digest(facts):
+    if checksum != _digest(facts):
         raise Damaged(f"{path}/facts.json is damaged: its checksum differs")
     return facts
 

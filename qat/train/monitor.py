@@ -33,12 +33,12 @@ FORGOTTEN, SCATTER = 0.1, 0.7
 def new_warnings(found: Sequence[dict], said: Sequence[dict]) -> list[dict]:
     """Those warnings of `found` that the rows `said` before do not tell already: the first of a kind and role, and
     later ones twice as bad as the last. Scales that lag always do, and would fill pages."""
-    last = {_about(row): row.get("size", 0) for row in said}  # rows of older versions have neither kind nor size
+    last = {_about(row): row["size"] for row in said}
     return [row for row in found if row["size"] >= 2 * last.get(_about(row), 0)]
 
 
 def _about(row: dict) -> tuple:
-    return row.get("kind"), row.get("role")
+    return row["kind"], row.get("role")
 
 
 def first_loss(cfg: Config, vocabulary: int, loss: float) -> list[dict]:
@@ -121,15 +121,15 @@ def _beyond(cfg: Config, role: str, rows: list[dict]) -> dict | None:
     )
 
 
-def forgetting(cfg: Config, rows: Sequence[dict], untouched: Sequence[dict]) -> list[dict]:
+def forgetting(cfg: Config, rows: Sequence[dict], pretrained: Sequence[dict]) -> list[dict]:
     """What held-out losses (`qat.train.validation`) show beside those before training: a text of another kind than the
-    training data that is predicted worse than by the untouched model."""
-    before = {(row["probe"], row["text_hash"]): row["loss"] for row in untouched}
+    training data that is predicted worse than by the pretrained model."""
+    before = {(row["text"], row["text_hash"]): row["loss"] for row in pretrained}
     rises = {}
-    for row in (row for row in rows if "probe" in row):
-        start = before.get((row["probe"], row["text_hash"]))
+    for row in (row for row in rows if "text" in row):
+        start = before.get((row["text"], row["text_hash"]))
         if None not in (start, row["loss"]):
-            rises[row["probe"]] = row["loss"] - start, row["tokens"]
+            rises[row["text"]] = row["loss"] - start, row["tokens"]
     own, _ = rises.pop(cfg.data.name, (None, 0))
     return [
         _forgotten(cfg, text, rise, noise(tokens), own)
@@ -148,7 +148,7 @@ def _forgotten(cfg: Config, text: str, rise: float, half: float, own: float | No
     why = f"a smaller optim.lr than {cfg.optim.lr:g} or fewer steps would keep more"
     if cfg.data.label_shift == "twice":
         why = "data.label_shift=twice trains it to predict something else than the next token"
-    said = f"held-out loss on {text} is {rise:+.2f} ± {half:.2f} nats a token from the untouched model's{beside}"
+    said = f"held-out loss on {text} is {rise:+.2f} ± {half:.2f} nats a token from the pretrained model's{beside}"
     said += f": it forgets; {why}"
     return {"kind": "forgetting", "size": rise, "warning": said}
 

@@ -1,8 +1,8 @@
 """Loss on held-out text while a run trains: of the kind that it trains on, and of another kind, where forgetting shows.
 
-A probe is a forward pass in eval mode and in the arithmetic of training: a quantized run's with its current scales,
+Validation is a forward pass in eval mode and in the arithmetic of training: a quantized run's with its current scales,
 before quantization starts without any. It leaves weights, gradients, scales and random numbers as they are, so a run
-with probes is, bit for bit where the machine repeats itself, the run without.
+with it is, bit for bit where the machine repeats itself, the run without.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from qat.utils import device, distributed, environment
 
 
 class Validator:
-    """The held-out texts of a run, and its model's loss on them; with probe=none there are none."""
+    """The held-out texts of a run, and its model's loss on them; with validation=none there are none."""
 
     def __init__(self, trainer: Trainer, tokenizer, cfg: Config):
         self.trainer, self.cfg = trainer, cfg
         # The first rank alone reads, and all take part: parameters may be spread over them.
         self.texts = distributed.broadcast_object(
-            _texts(cfg, tokenizer) if cfg.probe and environment.is_main_process() else {}
+            _texts(cfg, tokenizer) if cfg.validation and environment.is_main_process() else {}
         )
 
     @torch.no_grad()
     def rows(self, step: int) -> list[dict]:
         """One row a text after `step` steps, where it is due: before the first, at every k-th and after the last, so
-        at the same ones in a run and its baseline. Columns: step, probe (the text), loss in nats a token (None where
-        it is not finite), tokens, text_hash."""
+        at the same ones in a run and its baseline. Columns: step, text (its name), loss in nats a token (None where it
+        is not finite), tokens, text_hash."""
         if not self.texts or (step % self.cfg.budget.telemetry_every and step != self.cfg.steps):
             return []
         rows, losses = [], self._losses().cpu().split([len(text.tokens) for text in self.texts.values()])
         for (name, text), of_text in zip(self.texts.items(), losses, strict=True):
             loss = float(of_text.mean())
-            row = {"step": step, "probe": name, "loss": loss if math.isfinite(loss) else None}
+            row = {"step": step, "text": name, "loss": loss if math.isfinite(loss) else None}
             rows.append(row | {"tokens": of_text.numel(), "text_hash": text.hash})
         return rows
 
@@ -65,9 +65,9 @@ class Validator:
 
 def _texts(cfg: Config, tokenizer) -> dict[str, heldout.Heldout]:
     """The texts by name, the training data's own first."""
-    wanted = cfg.budget.probe_tokens
+    wanted = cfg.budget.validation_tokens
     own = heldout.load_heldout(cfg.data, tokenizer, wanted)
     try:
-        return {cfg.data.name: own, cfg.probe.name: heldout.load_heldout(cfg.probe, tokenizer, wanted)}
+        return {cfg.data.name: own, cfg.validation.name: heldout.load_heldout(cfg.validation, tokenizer, wanted)}
     except UserError as error:
-        raise UserError(f"{error}; or go without: probe=none") from error
+        raise UserError(f"{error}; or go without: validation=none") from error

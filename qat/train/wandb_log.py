@@ -25,10 +25,10 @@ from qat.utils import environment, files
 
 
 @contextlib.contextmanager
-def mirror(run: Run, cfg: Config, required: bool = False):
+def mirror(run: Run, cfg: Config, comparison: dict | None = None, required: bool = False):
     """A function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that the
-    folder has already; at the end, the results of the folder. Nothing with logger=local. Where W&B fails, a warning
-    says so and the run goes on without it; if `required`, it is a UserError."""
+    folder has already; at the end, the results of the folder and of its comparison. Nothing with logger=local. Where
+    W&B fails, a warning says so and the run goes on without it; if `required`, it is a UserError."""
     if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not environment.is_main_process():
         yield lambda row, probed: None
         return
@@ -36,12 +36,13 @@ def mirror(run: Run, cfg: Config, required: bool = False):
     try:
         yield _replayed(session, run, cfg)
     finally:
-        session.finish(results(run, cfg), exit_code=0 if run.finished else 1)
+        session.finish(results(run, cfg, comparison), exit_code=0 if run.finished else 1)
 
 
-def send(run: Run, cfg: Config, required: bool = False) -> None:
-    """Mirror what the folder holds, from its files alone. With logger.mode=offline, `wandb sync` sends the result."""
-    with run.lock(), mirror(run, cfg, required):
+def send(run: Run, cfg: Config, comparison: dict | None = None, required: bool = False) -> None:
+    """Mirror what the folder holds, and its comparison with the baseline. With logger.mode=offline, `wandb sync` sends
+    the result."""
+    with run.lock(), mirror(run, cfg, comparison, required):
         pass
 
 
@@ -161,7 +162,7 @@ def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[
         flat |= {f"telemetry/{role}/{key}": value for key, value in of_role.items()}
     for updated in (each["updated"] for each in probed if "updated" in each):
         flat |= {f"telemetry/lost_updates/{key}": 1 - share for key, share in updated.items() if share is not None}
-    flat |= {f"probe/{each['probe']}": each["loss"] for each in probed if "probe" in each}
+    flat |= {f"validation/{each['text']}": each["loss"] for each in probed if "text" in each}
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -174,14 +175,14 @@ def _telemetry(rows: list[dict]) -> dict[str, float | None]:
     return flat | {tier: fmean(row[tier] for row in rows) for tier in ("tier3", "tier2", "tier1", "tier0")}
 
 
-def results(run: Run, cfg: Config) -> dict[str, float]:
+def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float]:
     """What a folder comes to, as flat numbers that dashboards sort and filter by: how often it warned; of a compared
     run loss APE, held-out differences and KL, and scores, points, relative drops and p-values by task and mode; of a
     baseline its scores."""
-    flat, comparison = {"warnings": len(run.warnings())}, run.comparison()
+    flat = {"warnings": len(run.warnings())}
     if comparison:
         flat["loss_ape_percent"] = comparison["loss"]["ape"]
-        for row in (*comparison["tasks"], *comparison.get("pooled", [])):
+        for row in (*comparison["tasks"], *comparison["pooled"]):
             keys = ("score", "points", "relative_drop", "p_value")
             flat |= {f"{row['mode']}/{row.get('task', 'pooled')}/{key}": row[key] for key in keys}
         for row in comparison["heldout"]:

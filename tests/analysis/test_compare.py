@@ -44,7 +44,7 @@ def test_loss_ape_refuses(quantized, baseline, says):
 def test_compare_by_hand(runs):
     result = compare(*runs, "quick")
     assert json.loads(json.dumps(result)) == result
-    assert [result[key] for key in ("run", "baseline", "untouched", "benchmark")] == ["run", "base", None, "quick"]
+    assert [result[key] for key in ("run", "baseline", "pretrained", "benchmark")] == ["run", "base", None, "quick"]
     assert result["loss"] == {
         "steps": 2,
         "skipped": 0,
@@ -69,13 +69,13 @@ def test_compare_by_hand(runs):
     assert heldout["ci"] == pytest.approx([0.1 - half_width([0.1, 0.2, 0.0]), 0.1 + half_width([0.1, 0.2, 0.0])])
 
 
-def test_untouched_scores_stand_beside(runs, tmp_path):
+def test_pretrained_scores_stand_beside(runs, tmp_path):
     answers = {"bf16": {"arc_easy": [True] * 70 + [False] * 30}}
-    untouched = write_run(tmp_path / "start", config(**{"budget.steps": 0}), [], answers, TEXT)
-    assert [row["untouched"] for row in compare(*runs, "quick", untouched)["tasks"]] == [70, 70]
-    edit(untouched / "eval.json", lambda record: record["quick"]["bf16"].update(lm_eval="old"))
+    pretrained = write_run(tmp_path / "start", config(**{"budget.steps": 0}), [], answers, TEXT)
+    assert [row["pretrained"] for row in compare(*runs, "quick", pretrained)["tasks"]] == [70, 70]
+    edit(pretrained / "eval.json", lambda record: record["quick"]["bf16"].update(lm_eval="old"))
     with pytest.raises(UserError, match="lm-eval version differs: old in start"):
-        compare(*runs, "quick", untouched)
+        compare(*runs, "quick", pretrained)
 
 
 def test_near_chance_and_a_baseline_of_zero(tmp_path):
@@ -98,22 +98,22 @@ def test_scores_of_weights_that_were_trained_again_are_refused(runs):
     """A checkpoint that was deleted comes back by training, on a GPU with other losses."""
     prints = [Run(path).fingerprint for path in runs]
     for record, of in zip(runs, (prints, prints[1:]), strict=True):
-        edit(record / "eval.json", lambda found, of=of: [each.update(of=of) for each in found["quick"].values()])
+        edit(record / "eval.json", lambda found, of=of: [each.update(weights=of) for each in found["quick"].values()])
     assert compare(*runs, "quick")["run"] == "run"
     edit(runs[1] / "metrics.jsonl", lambda row: row.update(loss=row["loss"] + 0.01))
     with pytest.raises(UserError, match="base was scored, but has been trained again since, to other losses; score it"):
         compare(*runs, "quick")
     new = Run(runs[1]).fingerprint
-    edit(runs[1] / "eval.json", lambda found: [each.update(of=[new]) for each in found["quick"].values()])
+    edit(runs[1] / "eval.json", lambda found: [each.update(weights=[new]) for each in found["quick"].values()])
     with pytest.raises(UserError, match="run was scored, but beside a baseline of other losses than base's; score it"):
         compare(*runs, "quick")
 
 
 def test_scores_say_what_computed_them(runs):
-    assert compare(*runs, "quick")["scored_by"] == []  # of an earlier version
+    assert compare(*runs, "quick")["scored_on"] == []
     for path, by in zip(runs, ("a GPU", "a CPU"), strict=True):
-        edit(path / "eval.json", lambda found, by=by: [each.update(by=by) for each in found["quick"].values()])
-    assert compare(*runs, "quick")["scored_by"] == ["a CPU", "a GPU"]
+        edit(path / "eval.json", lambda found, by=by: [each.update(scored_on=by) for each in found["quick"].values()])
+    assert compare(*runs, "quick")["scored_on"] == ["a CPU", "a GPU"]
 
 
 def in_eval(**changes):

@@ -26,7 +26,7 @@ def with_ptq(runs, losses: list[float], lost: int = 20, calibrated: list[float] 
     if calibrated:
         text = {"loss": float(np.mean(calibrated)), "document_losses": calibrated, "text_hash": "h-wikipedia"}
         scales = {"sequences": 16, "heldout": {"wikipedia": text}}
-        edit(runs[0] / "eval.json", lambda record: record["quick"]["w8a8"].update(calibrated=scales))
+        edit(runs[0] / "eval.json", lambda record: record["quick"]["w8a8"].update(qat_weights_ptq_scales=scales))
     answers = {"bf16": {"arc_easy": RIGHT}, PTQ: {"arc_easy": flipped(lost, 0)}}
     write_run(runs[1], config(), [2.5, 2.0], answers, TEXT | {PTQ: {"wikipedia": losses}})
     return compare(*runs, "quick")
@@ -102,7 +102,7 @@ def test_what_qat_does_is_told_apart_into_its_weights_and_its_scales(runs):
 
 def test_other_calibrations_are_not_told_apart(runs):
     with_ptq(runs, [3.2, 3.5, 3.6], calibrated=[3.1, 3.45, 3.5])
-    edit(runs[1] / "eval.json", lambda record: record["quick"][PTQ].update(asked={"calibration_sequences": 4}))
+    edit(runs[1] / "eval.json", lambda record: record["quick"][PTQ].update(request={"calibration_sequences": 4}))
     with pytest.raises(UserError, match=rf"calibration sequences differs: 16 in run, 4 in base \({PTQ}\);"):
         compare(*runs, "quick")
 

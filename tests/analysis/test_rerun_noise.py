@@ -10,6 +10,7 @@ from qat.errors import UserError
 from qat.report import tables
 from qat.report.experiment import Experiment
 from qat.report.page import write_report
+from qat.runs import archive
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
 from tests.helpers.synthetic_runs import HIF8, config, edit, write_run
@@ -83,4 +84,4 @@ def test_a_record_keeps_the_repetitions_that_its_report_shows(tmp_path, main):
     write_run(tmp_path / "base", config(), (2.4, 2.0))
     first, again = write_repeat(tmp_path, 0), write_repeat(tmp_path, 1)
     code, _, _ = main("record.py", f"record={tmp_path}/kept", f"runs=[{first.path},{tmp_path}/base]")
-    assert code == 0 and {first.id, again.id} <= {path.name for path in (tmp_path / "kept" / "runs").iterdir()}
+    assert code == 0 and {first.id, again.id} <= {row["run"] for row in archive.table(tmp_path / "kept")}

@@ -11,14 +11,14 @@ from qat.report import tables
 from qat.report.experiment import Experiment, distinct, published
 from qat.report.page import write_report
 from qat.runs.folder import Run
-from tests.helpers.synthetic_runs import HIF8, PTQ, compared_pair, config, edit, untouched_beside, write_run
+from tests.helpers.synthetic_runs import HIF8, PTQ, compared_pair, config, edit, pretrained_beside, write_run
 from tests.report.test_report import Page
 
 
 @pytest.fixture
 def three(tmp_path) -> Experiment:
-    """Three seeds, each with its PTQ, over one untouched checkpoint. The documents change by 0, 0.1 and 0.2, and a seed
-    changes all of them by 0, 0.1 or 0.2 more; no answer changes."""
+    """Three seeds, each with its PTQ, over one pretrained checkpoint. The documents change by 0, 0.1 and 0.2, and a
+    seed changes all of them by 0, 0.1 or 0.2 more; no answer changes."""
     runs, baselines = [], []
     for seed, shift in enumerate((0.0, 0.1, 0.2)):
         text = {"wikipedia": [3.0, 3.2, 3.4]}
@@ -28,7 +28,7 @@ def three(tmp_path) -> Experiment:
         scored = {"bf16": answers, PTQ: answers}, {"bf16": text, PTQ: ptq}
         baselines.append(write_run(tmp_path / f"base{seed}", config(**of), [2.0], *scored))
         start = {"wikipedia": [value + 1 for value in text["wikipedia"]]}
-        write_run(untouched_beside(baselines[-1]), config(**of), [], {"bf16": answers}, {"bf16": start})
+        write_run(pretrained_beside(baselines[-1]), config(**of), [], {"bf16": answers}, {"bf16": start})
         ours = {
             "wikipedia": [value + shift + bump for value, bump in zip(text["wikipedia"], (0, 0.1, 0.2), strict=True)]
         }
@@ -51,14 +51,14 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
     # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     assert [row[:3] for row in rows] == [
-        ["exp8", "W8A8", "3"], ["", "W8A8 by PTQ", "3"], ["", "BF16 weights", "3"], ["", "untouched checkpoint", "3"],
+        ["exp8", "W8A8", "3"], ["", "W8A8 by PTQ", "3"], ["", "BF16 weights", "3"], ["", "pretrained checkpoint", "3"],
     ]  # fmt: skip
-    cells, ptq, bf16, untouched = (row[3:] for row in rows)
-    assert cells[0].startswith("5.000 [") and [ptq[0], bf16[0], untouched[0]] == [""] * 3
+    cells, ptq, bf16, pretrained = (row[3:] for row in rows)
+    assert cells[0].startswith("5.000 [") and [ptq[0], bf16[0], pretrained[0]] == [""] * 3
     assert cells[1] == f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]" and cells[2] == f"{half:.4f}"
     assert cells[3] == "+0.00 [-]" and float(cells[4]) > 0  # seeds that agree are no certainty
     assert ptq[1] == "+0.5000 [-]" and bf16[1].startswith("+0.0000")
-    assert untouched[1] == "+1.0000 [-]" and (untouched[2], untouched[4]) == ("–", "–")
+    assert pretrained[1] == "+1.0000 [-]" and (pretrained[2], pretrained[4]) == ("–", "–")
     html, markdown = write_report([three], tmp_path / "out", {})
     assert "The noise between seeds" in Page(html).text and cells[1] in markdown.read_text()
 
@@ -66,14 +66,14 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
 def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
     """Documents change by 0, 0.1 and 0.2, seeds by 0, 0.1 and 0.2 more, without interaction."""
     (row,) = tables.overview([three], published()).rows
-    label, _, ape, held, ptq, untouched_, kl, easy, mmlu = map(str, row)
+    label, _, ape, held, ptq, pretrained_, kl, easy, mmlu = map(str, row)
     # Satterthwaite's four degrees of freedom would make less of both together than either has alone, on two.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     assert half > t.ppf(0.975, 4) * 0.1 * math.sqrt(2 / 3)
     assert (label, held) == ("exp8", f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]")
     half_ape = t.ppf(0.975, 2) * 5 / math.sqrt(3)  # 0, 5 and 10 %, and none below 0
     assert (
-        ape == f"5.000 [0.000, {5 + half_ape:.3f}]" and ptq == "+0.5000 [+0.5000, +0.5000]" and untouched_ == "+1.0000"
+        ape == f"5.000 [0.000, {5 + half_ape:.3f}]" and ptq == "+0.5000 [+0.5000, +0.5000]" and pretrained_ == "+1.0000"
     )
     for points, n in ((easy, 100), (mmlu, 100)):  # no flip in any seed, and no certainty
         half = 100 * t.ppf(0.975, n + 1) * math.sqrt(2 / (n + 1) / (n + 2))
@@ -88,14 +88,14 @@ def test_what_qat_does_to_weights_and_scales_has_the_noise_of_seeds_and_document
         own, plain = own["w8a8"]["heldout"]["wikipedia"], plain["bf16"]["heldout"]["wikipedia"]
         losses = [(a + b) / 2 for a, b in zip(own["document_losses"], plain["document_losses"], strict=True)]
         text = {**own, "document_losses": losses, "loss": sum(losses) / 3}
-        calibrated = {"sequences": 16, "heldout": {"wikipedia": text}}
-        edit(run.path / "eval.json", lambda each, of=calibrated: each["quick"]["w8a8"].update(calibrated=of))
+        mixed = {"qat_weights_ptq_scales": {"sequences": 16, "heldout": {"wikipedia": text}}}
+        edit(run.path / "eval.json", lambda each, mixed=mixed: each["quick"]["w8a8"].update(mixed))
     (recipe,) = distinct([three]).values()
     (qat,) = recipe.comparison["qat"]
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3) / 2
     assert qat["weights"] == {"difference": pytest.approx(-0.4), "ci": pytest.approx([-0.4 - half, -0.4 + half])}
     assert qat["scales"] == {"difference": pytest.approx(0.1), "ci": pytest.approx([0.1 - half, 0.1 + half])}
-    edit(three.runs[1].path / "eval.json", lambda each: each["quick"]["w8a8"].pop("calibrated"))
+    edit(three.runs[1].path / "eval.json", lambda each: each["quick"]["w8a8"].update(qat_weights_ptq_scales=None))
     again = Experiment("exp8", three.runs, three.baselines)
     (recipe,) = distinct([again]).values()
     assert recipe.comparison["qat"][0].keys().isdisjoint(("weights", "scales"))
@@ -109,7 +109,7 @@ def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_m
     assert "None of 6 tests (Student's over seeds and questions; 5 %, Holm's" in text
     assert "differs from BF16 by +0.2000 nats a token; 0 of 1 intervals" in text
     rows = [str(row[1]) for row in tables.summary([three], published()).rows]
-    assert rows == ["paper", "ours, W8A8", "ours, W8A8 by PTQ", "ours, BF16 weights", "ours, untouched"]
+    assert rows == ["paper", "ours, W8A8", "ours, W8A8 by PTQ", "ours, BF16 weights", "ours, pretrained"]
 
 
 def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
@@ -148,7 +148,8 @@ def test_seeds_that_were_never_run_are_not_passed_over(three, tmp_path):
 
 def test_scores_by_unlike_machines_are_told_of(three, tmp_path):
     for by, run in zip(("a GPU", "a CPU"), (three.runs[0], three.baselines[0]), strict=True):
-        edit(run.path / "eval.json", lambda record, by=by: [mode.update(by=by) for mode in record["quick"].values()])
+        scored = {"scored_on": by}
+        edit(run.path / "eval.json", lambda record, by=scored: [mode.update(by) for mode in record["quick"].values()])
     _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out", {})
     assert "were scored by unlike machines or versions (a CPU; a GPU), whose sums" in markdown.read_text()
 

@@ -98,7 +98,7 @@ def test_every_experiment_composes_with_every_protocol_and_budget():
 
 def test_a_budget_changes_nothing_but_sizes():
     sizes = {"name", "steps", "micro_batch", "accumulation", "seq_len", "compile", "largest_logits"}
-    sizes |= {"checkpoint_every", "telemetry_every", "heldout_tokens", "probe_tokens"}
+    sizes |= {"checkpoint_every", "telemetry_every", "heldout_tokens", "validation_tokens"}
     for budget in BUDGETS:
         keys = changes((f"budget={budget}",)).keys()
         allowed = {f"budget.{size}" for size in sizes}
@@ -237,9 +237,9 @@ VALUES = [
     ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
     ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, inf]; the nearest valid value is 4"),
     ("quant.overflow=clamp", "quant.overflow=clamp: unknown value; did you mean 'clip'?"),
-    ("probe.source=web", "probe.source=web: unknown value; choose one of package, hub, files"),
-    ("probe.path=null", "probe.path=null: probe.source=package needs a path, as in probe=wikipedia"),
-    ("probe.name=embedded", "probe.name=embedded: is the text trained on, not one of another kind; give it another"),
+    ("validation.source=web", "validation.source=web: unknown value; choose one of package, hub, files"),
+    ("validation.path=null", "validation.source=package needs a path, as in validation=wikipedia"),
+    ("validation.name=embedded", "validation.name=embedded: is the text trained on, not one of another kind; give it"),
     ("data.label_shift=thrice", "data.label_shift=thrice: unknown value; did you mean 'twice'?"),
     ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
     ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),

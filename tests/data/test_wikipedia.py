@@ -62,14 +62,14 @@ def test_what_is_no_dump_is_said_in_one_line(dump, tmp_path):
 
 
 def test_the_packaged_articles_are_there_and_clean():
-    found = list(wikipedia.openings(environment.package_path(composed().probe.path)))
+    found = list(wikipedia.openings(environment.package_path(composed().validation.path)))
     assert len(found) == 106 and 130_000 < sum(map(len, found)) < 150_000
     assert found[0].startswith("Anarchism is a political philosophy that advocates self-governed societies")
     assert not [mark for text in found for mark in ("[[", "]]", "{{", "}}", "{|", "<ref", "''", "==") if mark in text]
 
 
 def test_every_sequence_begins_an_article_of_its_own():
-    cfg, tokenizer = DataConfig(**composed().probe), byte_tokenizer()
+    cfg, tokenizer = DataConfig(**composed().validation), byte_tokenizer()
     tokens, documents, text_hash = heldout.load_heldout(cfg, tokenizer, 1024)
     openings = [text for text in wikipedia.openings(environment.package_path(cfg.path)) if len(text.encode()) >= 128]
     assert tokens.shape == (8, 129) and (tokens[:, 0] == 256).all()

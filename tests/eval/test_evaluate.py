@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def test_every_subject_has_its_scores_and_samples(scored):
     cfg = scored[0]
     for name, subject in subjects(cfg).items():
         record = subject.run.evaluations()["smoke"][subject.mode]
-        assert record["tasks"].keys() == TASKS.keys() and record["asked"]["benchmark"]["name"] == "smoke"
+        assert record["tasks"].keys() == TASKS.keys() and record["request"]["benchmark"]["name"] == "smoke"
         for task, row in record["tasks"].items():
             asked = TASKS[task].limit
             assert (row["metric"], row["n"], row["shots"]) == ("acc_norm", asked, 0)
@@ -46,18 +45,18 @@ def test_every_subject_has_its_scores_and_samples(scored):
             heldout = record["heldout"][text]
             assert heldout["tokens"] == 128 * sequences and len(heldout["document_losses"]) == sequences
             assert heldout["loss"] == pytest.approx(sum(heldout["document_losses"]) / sequences)
-            assert (heldout["kl"] is None) == (name in ("untouched", "baseline"))
+            assert (heldout["kl"] is None) == (name in ("pretrained", "baseline"))
     assert Run.of(cfg).evaluations()["smoke"].keys() == {"bf16", "w8a8"}
     assert Run.of(baseline_of(cfg)).evaluations()["smoke"].keys() == {"bf16", ptq_mode(cfg.quant)}
-    untouched = Run.of(pretrained_of(cfg))
-    assert untouched.status() == {} and untouched.typed_config() == silent(pretrained_of(cfg))
+    pretrained = Run.of(pretrained_of(cfg))
+    assert pretrained.status() == {} and pretrained.typed_config() == silent(pretrained_of(cfg))
 
 
-def test_the_comparison_is_written_beside_the_run(scored):
+def test_the_comparison_is_made_of_what_the_folders_hold(scored):
     cfg, comparison, _ = scored
-    assert Run.of(cfg).comparison() == json.loads(json.dumps(comparison))
+    assert compare.against_baseline(Run.of(cfg), "smoke") == comparison
     assert (comparison["run"], comparison["baseline"]) == (Run.of(cfg).id, Run.of(baseline_of(cfg)).id)
-    assert comparison["untouched"] == Run.of(pretrained_of(cfg)).id
+    assert comparison["pretrained"] == Run.of(pretrained_of(cfg)).id
     assert {(row["task"], row["mode"]) for row in comparison["tasks"]} == {
         (t, m) for t in TASKS for m in ("bf16", "w8a8", "ptq")
     }
@@ -76,7 +75,7 @@ def test_weights_and_biases_shows_the_differences(scored):
     shown = {}
     for record in records:
         shown |= record.get("summary", {}).get("update", {})
-    wanted = wandb_log.results(Run.of(cfg), cfg)
+    wanted = wandb_log.results(Run.of(cfg), cfg, comparison)
     assert {key: shown[key] for key in wanted} == pytest.approx(wanted)
     row = next(row for row in comparison["tasks"] if (row["task"], row["mode"]) == ("arc_easy", "w8a8"))
     assert wanted["w8a8/arc_easy/points"] == row["points"] and wanted["w8a8/arc_easy/p_value"] == row["p_value"]
@@ -87,7 +86,7 @@ def test_the_dashboard_names_only_what_is_mirrored(scored):
     cfg, comparison, _ = scored
     (records,) = wandb_records(Run.of(cfg).path)
     history = set().union(*(record["history"]["item"] for record in records if record["type"] == "history"))
-    summary = set(wandb_log.results(Run.of(cfg), cfg))
+    summary = set(wandb_log.results(Run.of(cfg), cfg, comparison))
     run_set, panels = parts(wandb_workspace.workspace("someone", "hif8-qat", TASKS))
     lines = [key for panel in panels["Run History Line Plot"] for key in panel.get("metrics", [])]
     bars = [key for panel in panels["Bar Chart"] for key in panel["metrics"]]
@@ -136,7 +135,7 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
         subject = subjects(cfg)[name]
         heldout = subject.run.evaluations()["smoke"][subject.mode]["heldout"]["embedded"]
         assert heldout["loss"] == pytest.approx(loss, abs=1e-5)
-    exported, original = (dict(models[name][0].named_parameters()) for name in ("bf16", "untouched"))
+    exported, original = (dict(models[name][0].named_parameters()) for name in ("bf16", "pretrained"))
     assert all(torch.equal(p.float(), saved["model"][name].bfloat16().float()) for name, p in exported.items())
     assert any(not torch.equal(p, original[name]) for name, p in exported.items())
 
@@ -151,7 +150,7 @@ def test_the_losses_under_calibrated_scales_are_those_of_the_runs_own_weights(sc
     with torch.no_grad():
         logits = model(input_ids=tokens[:, :-1]).logits.float()
     record = Run.of(cfg).evaluations()["smoke"]["w8a8"]
-    found = record["calibrated"]["heldout"]["embedded"]
+    found = record["qat_weights_ptq_scales"]["heldout"]["embedded"]
     assert found["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
     assert found["loss"] != record["heldout"]["embedded"]["loss"]
     assert found["text_hash"] == record["heldout"]["embedded"]["text_hash"]

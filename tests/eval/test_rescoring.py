@@ -62,15 +62,15 @@ def test_another_calibration_is_scored_anew(scored, monkeypatch):
 
 
 def test_losses_under_another_calibration_are_taken_anew(restored, scored):
-    """And those of an earlier version, which has none, are left as they are."""
+    """And a recorded run that has none is left as it is."""
     with_weights(restored, scored[0])
     run = Run.of(restored)
     losses = {}
     for sequences in (4, None):
         results = run.evaluations()
-        losses[sequences] = results["smoke"]["w8a8"].pop("calibrated")
-        if sequences:
-            results["smoke"]["w8a8"]["calibrated"] = {**losses[sequences], "sequences": sequences}
+        record = results["smoke"]["w8a8"]
+        losses[sequences] = record["qat_weights_ptq_scales"]
+        record["qat_weights_ptq_scales"] = {**losses[sequences], "sequences": sequences} if sequences else None
         run.write_json("eval.json", results)
         comparison = score(restored)
         assert [("weights" in row) for row in comparison["qat"]] == [bool(sequences)] * 2
@@ -146,7 +146,7 @@ def test_weights_trained_again_to_other_losses_are_scored_as_a_whole(restored, s
         edit(again.path / "metrics.jsonl", lambda row: row.update(loss=row["loss"] + 1e-6))
     assert score(restored)["run"] == run.id
     assert f"{run.id} (bf16): scoring" in capsys.readouterr().out
-    assert {record["of"][0] for record in run.evaluations()["smoke"].values()} == {run.fingerprint}
+    assert {record["weights"][0] for record in run.evaluations()["smoke"].values()} == {run.fingerprint}
 
 
 def test_what_was_scored_of_other_weights_is_scored_anew(restored, scored, capsys):
@@ -155,13 +155,13 @@ def test_what_was_scored_of_other_weights_is_scored_anew(restored, scored, capsy
     base, run = Run.of(baseline_of(restored)), Run.of(restored)
     results = base.evaluations()
     for record in results["smoke"].values():
-        record["of"] = ["0123456789"] * len(record["of"])
+        record["weights"] = ["0123456789"] * len(record["weights"])
     base.write_json("eval.json", results)
     score(restored)
     said = capsys.readouterr().out
     assert f"{base.id} (bf16): scoring" in said and f"{base.id} ({ptq_mode(restored.quant)}): scoring" in said
     assert f"{run.id} (w8a8): scored already" in said
-    assert base.evaluations()["smoke"]["bf16"]["of"] == [base.fingerprint]
+    assert base.evaluations()["smoke"]["bf16"]["weights"] == [base.fingerprint]
 
 
 def test_other_questions_are_scored_anew(restored, scored, monkeypatch):
@@ -184,7 +184,7 @@ def test_of_another_text_the_losses_are_taken_and_the_answers_kept(restored, sco
     score(restored)
     for name, subject in subjects(restored).items():
         was, now = (record[subject.mode] for record in (before[name], subject.run.evaluations()["smoke"]))
-        assert was["tasks"] == now["tasks"] and was["asked"] != now["asked"]
+        assert was["tasks"] == now["tasks"] and was["request"] != now["request"]
         assert was["heldout"]["embedded"]["tokens"] == 256 and now["heldout"]["embedded"]["tokens"] == 128
         assert {task: len(subject.run.samples("smoke", subject.mode, task)) for task in TASKS} == {
             task: TASKS[task].limit for task in TASKS

@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qat.analysis.compare import against_baseline
 from qat.cli import runner
 from qat.config import TaskConfig
 from qat.errors import UserError
@@ -205,7 +206,7 @@ def test_the_card_tells_what_it_is_and_what_it_scored(scored, folder):
     text = (folder / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
     assert yaml.safe_load(header)["tags"] == ["hif8", "w8a8", "quantization-aware-training"]
-    assert table(Run.of(scored).comparison()) in body and "W8A8" in body
+    assert table(against_baseline(Run.of(scored), "smoke")) in body and "W8A8" in body
     title = f"# {Run.of(scored).id}"
     assert body.lstrip().startswith(f"{title}\n\ntiny (random weights) after quantization-aware training.")
     for words in ("Experiment: exp8, protocol paper, seed 0", "3 steps of 4 × 32", "Scales multiply before rounding"):

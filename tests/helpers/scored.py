@@ -27,9 +27,9 @@ def silent(cfg):
 
 
 def subjects(cfg) -> dict[str, Subject]:
-    untouched, baseline = pretrained_of(cfg), baseline_of(cfg)
+    pretrained, baseline = pretrained_of(cfg), baseline_of(cfg)
     named = {
-        "untouched": (untouched, untouched, "bf16"),
+        "pretrained": (pretrained, pretrained, "bf16"),
         "baseline": (baseline, baseline, "bf16"),
         "ptq": (identity.ptq_of(cfg), baseline, ptq_mode(cfg.quant)),
         "bf16": (cfg, cfg, "bf16"),

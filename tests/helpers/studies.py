@@ -42,10 +42,10 @@ def invent(
             before = {task: np.ones(n) for task, n in TASKS.items()}
             after = {task: (np.arange(n) >= lost(key) * n).astype(float) for task, n in TASKS.items()}
             swing = 0.001 * np.cos(np.arange(sequences))
-            losses = {"baseline": text - 0.05, "untouched": text, "ptq": text - 0.05 + ptq(key) + swing}
+            losses = {"baseline": text - 0.05, "pretrained": text, "ptq": text - 0.05 + ptq(key) + swing}
             for mode in ("w8a8", "bf16"):
                 losses[mode] = losses["baseline"] + damage(key, seed) + rng.normal(0, noise, sequences)
-            right = {"w8a8": after, "bf16": after, "baseline": after, "untouched": before, "ptq": after}
+            right = {"w8a8": after, "bf16": after, "baseline": after, "pretrained": before, "ptq": after}
             run, base = f"run of {key}, {seed}", f"base at {lost(key)}, {seed}"
             shares = overshoot(key), 1e-4 * overshoot(key)
             found.append(
@@ -55,9 +55,9 @@ def invent(
 
 
 def write(cells: Sequence[Cell], measured: Sequence[Measured]) -> None:
-    """The run folders of cells that measured this, their baselines' and the untouched checkpoint's."""
+    """The run folders of cells that measured this, their baselines' and the pretrained checkpoint's."""
     for cell, m in zip(cells, measured, strict=True):
-        _write(pretrained_of(cell.cfg), [], m, {"bf16": "untouched"})
+        _write(pretrained_of(cell.cfg), [], m, {"bf16": "pretrained"})
         mode = ptq_mode(cell.cfg.quant)
         _write(baseline_of(cell.cfg), _CURVE, m, {"bf16": "baseline", mode: "ptq"})
         run = _write(cell.cfg, _CURVE * (1 + m.ape / 100), m, {"bf16": "bf16", "w8a8": "w8a8"})

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from qat.config import Config, QuantConfig
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
-from qat.runs.identity import pretrained_of, ptq_mode, run_id
+from qat.runs.identity import is_ptq, pretrained_of, ptq_mode, run_id
 
 TASKS = {"mmlu": (228, 0.26), "hellaswag": (200, 0.43), "arc_easy": (200, 0.58), "arc_challenge": (200, 0.35)}
 ROLES = ("activation", "weight", "gradient")
@@ -66,6 +66,8 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
             "tokens": 4096 * t,
             "seconds": 2.0,
             "quantized": quantized and t > start,
+            "skipped": False,
+            "batch": f"batch {t}",
         }
         for t, loss in enumerate(losses, start=1)
     ]
@@ -77,8 +79,8 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
     return folder
 
 
-def untouched_beside(run: Path) -> Path:
-    """The folder that the untouched checkpoint of a run has."""
+def pretrained_beside(run: Path) -> Path:
+    """The folder that the pretrained checkpoint of a run has."""
     return run.parent / run_id(pretrained_of(Run(run).typed_config()))
 
 
@@ -113,7 +115,9 @@ def _evaluation(folder: Path, mode: str, answers: dict, heldout: dict) -> dict:
     for text, losses in heldout.items():
         texts[text] = {"loss": float(np.mean(losses)), "tokens": 256 * len(losses), "text_hash": f"h-{text}"}
         texts[text] |= {"kl": None if mode == "bf16" else 0.0021, "document_losses": [float(v) for v in losses]}
-    return {"tasks": tasks, "heldout": texts, "lm_eval": "0.4.13", "seconds": 60.0}
+    record = {"tasks": tasks, "heldout": texts, "lm_eval": "0.4.13", "weights": [], "scored_on": None, "seconds": 60.0}
+    record |= {"qat_weights_ptq_scales": None} if mode == "w8a8" else {}
+    return record | {"request": {"calibration_sequences": 16} if is_ptq(mode) else {}}
 
 
 def write_telemetry(run: Path, blocks=range(3, 28), every=1, spread=0.08, start=0) -> None:
@@ -131,12 +135,12 @@ def write_telemetry(run: Path, blocks=range(3, 28), every=1, spread=0.08, start=
     _lines(run / "telemetry.jsonl", rows)
 
 
-def write_probes(run: Path, every=1, noise=0.004, **drift: float) -> None:
+def write_validation(run: Path, every=1, noise=0.004, **drift: float) -> None:
     """Losses on held-out texts, added to the telemetry: each drifts from before training to the last step."""
     steps = len((run / "metrics.jsonl").read_text().splitlines())
     rng, file = np.random.default_rng(len(run.name)), run / "telemetry.jsonl"
     rows = [
-        {"step": t, "probe": text, "loss": 3.0 + change * t / steps + rng.normal(0, noise), "tokens": 128}
+        {"step": t, "text": text, "loss": 3.0 + change * t / steps + rng.normal(0, noise), "tokens": 128}
         | {"text_hash": text}
         for t in range(0, steps + 1, every)
         for text, change in drift.items()
@@ -163,7 +167,7 @@ def _lines(path: Path, rows: list) -> None:
 
 
 def compared_pair(folder: Path, answers: dict | None = None, **changes) -> tuple[Path, Path]:
-    """The folders of a quantized run and its baseline, both scored, without PTQ or the untouched checkpoint."""
+    """The folders of a quantized run and its baseline, both scored, without PTQ or the pretrained checkpoint."""
     answers = answers or {"arc_easy": [True, False] * 20, "mmlu": [True] * 40}
     text = {"wikipedia": [3.0, 3.2, 3.4]}
     plain = {key: value for key, value in changes.items() if not key.startswith("quant.")}
@@ -206,7 +210,7 @@ def answers(seed: int, flips: float = 0.05) -> dict:
 
 
 def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
-    """The eight experiments on eleven run folders and an untouched checkpoint.
+    """The eight experiments on eleven run folders and an pretrained checkpoint.
 
     exp6 shares exp4's run, as it does under protocol=paper; exp7 is not evaluated.
     """
@@ -220,7 +224,7 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
             ("exp8-bf16", 1e-5, 4, {}),
         )
     )
-    write_run(untouched_beside(slow.folder), config(), [], {"bf16": answers(5)}, slow.texts)
+    write_run(pretrained_beside(slow.folder), config(), [], {"bf16": answers(5)}, slow.texts)
     recipes = {
         "exp2": [(probe, "current", 1, 0), (probe, "most_recent", 30, 0)],
         "exp3": [(main, "most_recent", 30, 0)],
@@ -239,9 +243,9 @@ def suite(root: Path, every: int = 12, telemetry=("exp8",)) -> list[Experiment]:
             if name in telemetry:
                 spread = {"current": 0.0, "max": 0.05}.get(algo, 0.12)
                 write_telemetry(run.path, every=every, spread=spread, start=2 if warmup else 0)
-                write_probes(run.path, every, embedded=-0.2, wikipedia=0.16)
+                write_validation(run.path, every, embedded=-0.2, wikipedia=0.16)
         if name in telemetry:
-            write_probes(cells[0][0].folder, every, embedded=-0.21, wikipedia=0.14)
+            write_validation(cells[0][0].folder, every, embedded=-0.21, wikipedia=0.14)
         experiments.append(Experiment(name, runs, [Run(cells[0][0].folder)]))
     experiments.insert(5, Experiment("exp6", experiments[3].runs, experiments[3].baselines))
     return experiments

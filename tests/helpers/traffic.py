@@ -18,9 +18,9 @@ from torch.profiler import profile
 from qat.train import loop
 from tests.helpers.on_ranks import fork
 
-WORDS = (*TINY, "experiment=exp8", "data.source=files", "probe=none", "warmup.bf16=0", "quant.bf16_blocks=1")
+WORDS = (*TINY, "experiment=exp8", "data.source=files", "validation=none", "warmup.bf16=0", "quant.bf16_blocks=1")
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2", "budget.seq_len=16", "budget.accumulation=4")
-WORDS += ("budget.steps=4", "budget.checkpoint_every=100", "budget.telemetry_every=100", "budget.probe_tokens=32")
+WORDS += ("budget.steps=4", "budget.checkpoint_every=100", "budget.telemetry_every=100", "budget.validation_tokens=32")
 STEP = 3  # neither with telemetry, nor a checkpoint
 RANKS, PARALLEL = (1, 2, 4), ("ddp", "fsdp")
 

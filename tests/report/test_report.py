@@ -26,9 +26,9 @@ from tests.helpers.synthetic_runs import (
     edit,
     losses,
     suite,
-    write_probes,
     write_run,
     write_telemetry,
+    write_validation,
 )
 
 CONTEXT = {"Command": "make suite"}
@@ -96,8 +96,8 @@ def test_both_formats_hold_everything(report):
         "One seed a cell",
         "MMLU in BF16, ",
         "cannot be told from chance, 25 % (binomial test, 5 %)",
-        "untouched checkpoint",
-        "ours, untouched",
+        "pretrained checkpoint",
+        "ours, pretrained",
         "ours, W8A8 by PTQ",
         "W8A8 costs +0.00",
         "torch 2.13.0, numpy 2.0",
@@ -205,7 +205,7 @@ def test_what_a_run_warned_of_is_a_caution(tmp_path):
     assert "30 % lost" not in markdown.read_text()
 
 
-def test_without_ptq_or_the_untouched_checkpoint_the_rest_is_shown(tmp_path):
+def test_without_ptq_or_the_pretrained_checkpoint_the_rest_is_shown(tmp_path):
     run, base = (Run(path) for path in compared_pair(tmp_path))
     experiment = Experiment("exp8", [run], [base])
     html, markdown = write_report([experiment], tmp_path / "out", {})
@@ -214,7 +214,7 @@ def test_without_ptq_or_the_untouched_checkpoint_the_rest_is_shown(tmp_path):
         assert (
             "PTQ) was not scored beside exp8, so whether QAT was needed is unknown; scripts/eval.py scores it" in text
         )
-    assert "untouched" not in tables.overview([experiment], published()).header
+    assert "pretrained" not in tables.overview([experiment], published()).header
 
 
 def test_the_benchmark_that_is_asked_for_is_shown_and_no_other(tmp_path):
@@ -294,8 +294,8 @@ def test_overshoot_is_the_largest_of_a_block(tmp_path):
 def test_losses_on_held_out_texts_are_drawn_as_changes(tmp_path, report):
     run = write_run(tmp_path / "run", config(**HIF8), [3.0] * 4)
     write_telemetry(run, every=2)
-    write_probes(run, every=2, noise=0.0, embedded=-0.2, wikipedia=0.1)
-    edit(run / "telemetry.jsonl", lambda r: r["step"] == 4 and r.get("probe") == "embedded" and r.update(loss=None))
+    write_validation(run, every=2, noise=0.0, embedded=-0.2, wikipedia=0.1)
+    edit(run / "telemetry.jsonl", lambda r: r["step"] == 4 and r.get("text") == "embedded" and r.update(loss=None))
     telemetry = Telemetry(Run(run).telemetry())
     assert list(telemetry.texts) == ["embedded", "wikipedia"] and len(telemetry.updates) == 2
     steps, change = telemetry.drift("wikipedia")

@@ -42,7 +42,7 @@ def test_runs_are_grouped_with_their_baseline_and_sorted_by_columns_of_differenc
     }
     assert wanted <= bars and not any("hellaswag" in key for key in bars)
     plots = panels["Run History Line Plot"]
-    assert [panel["metricRegex"] for panel in plots if panel.get("useMetricRegex")] == ["^probe/"]
+    assert [panel["metricRegex"] for panel in plots if panel.get("useMetricRegex")] == ["^validation/"]
     lines = {key for panel in plots for key in panel.get("metrics", [])}
     assert {"train/loss", "compare/loss_difference", *(f"telemetry/{r}/overshoot_max" for r in ROLES)} <= lines
     assert len(panels["Run Comparer"]) == len(panels["Parallel Coordinates Plot"]) == 1
@@ -99,9 +99,8 @@ def test_what_cannot_be_sent_is_refused_in_one_line(main, words, said):
 
 def test_a_folder_is_sent_again_with_the_scores_of_its_own_benchmark(main, monkeypatch, tmp_path):
     sent = []
-    monkeypatch.setattr(
-        "qat.train.wandb_log.send", lambda run, cfg, required: sent.append((cfg.benchmark.name, cfg.logger.mode))
-    )
+    send = lambda run, cfg, comparison, required: sent.append((cfg.benchmark.name, cfg.logger.mode))  # noqa: E731
+    monkeypatch.setattr("qat.train.wandb_log.send", send)
     folder = write_run(
         tmp_path / "made", config(**{"benchmark.name": "full", "benchmark.tasks": {"mmlu": {}}, "data.path": "a/b"})
     )

@@ -32,14 +32,15 @@ def write_model(folder: Path, seed: int) -> None:
 
 @pytest.fixture
 def cfg(config, texts, tmp_path):
-    """A run of two steps on a model, a text and a probe of its own."""
+    """A run of two steps on a model, a text and a validation text of its own."""
     write_model(tmp_path / "model", seed=0)
-    for name in ("text", "probe"):
+    for name in ("text", "validation"):
         shutil.copytree(texts, tmp_path / name)
     keys = {"model.source": "hub", "model.path": str(tmp_path / "model"), "model.architecture": None}
-    keys |= {"data.path": str(tmp_path / "text"), "probe.name": "other", "probe.source": "files"}
-    keys |= {"probe.path": str(tmp_path / "probe"), "quant.bf16_blocks": 0, "model.blocks": 1, "budget.steps": 2}
-    return config("experiment=exp8", **keys | {"budget.checkpoint_every": 1, "budget.accumulation": 1})
+    keys |= {"data.path": str(tmp_path / "text"), "validation.name": "other", "validation.source": "files"}
+    keys |= {"validation.path": str(tmp_path / "validation"), "quant.bf16_blocks": 0, "model.blocks": 1}
+    keys |= {"budget.steps": 2, "budget.checkpoint_every": 1, "budget.accumulation": 1}
+    return config("experiment=exp8", **keys)
 
 
 def another_model(folder: Path) -> None:
@@ -54,7 +55,7 @@ def another_text(name: str):
     return change
 
 
-CHANGES = [("model", another_model), ("data", another_text("text")), ("probe", another_text("probe"))]
+CHANGES = [("model", another_model), ("data", another_text("text")), ("validation", another_text("validation"))]
 
 
 @pytest.mark.parametrize(("key", "change"), CHANGES, ids=[key for key, _ in CHANGES])
@@ -70,7 +71,7 @@ def test_another_model_or_text_behind_the_same_path_is_refused(cfg, tmp_path, ke
     with refused():  # between the baseline and the run
         runner.train_with_baseline(cfg)
     assert not Run.of(cfg).path.exists()
-    for folder in ("model", "text", "probe"):  # put back
+    for folder in ("model", "text", "validation"):  # put back
         shutil.rmtree(tmp_path / folder)
         shutil.copytree(tmp_path.with_suffix(".before") / folder, tmp_path / folder)
     real = Trainer.step
@@ -84,7 +85,7 @@ def test_another_model_or_text_behind_the_same_path_is_refused(cfg, tmp_path, ke
         loop.train(baseline_of(cfg))
     with refused():
         evaluate(baseline_of(cfg))
-    (Run.of(baseline_of(cfg)).path / "sources.json").unlink()  # as of an earlier version
+    (Run.of(baseline_of(cfg)).path / "sources.json").unlink()  # as of a recorded run
     loop.train(baseline_of(cfg))
 
 
@@ -93,7 +94,7 @@ def _interrupt():
 
 
 def test_a_folder_of_parquet_is_known_by_its_footers(config, tmp_path):
-    cfg = config(**{"data.source": "hub", "data.path": str(tmp_path / "own"), "probe": None})
+    cfg = config(**{"data.source": "hub", "data.path": str(tmp_path / "own"), "validation": None})
     seen = []
     for letter in "aba":
         Dataset.from_dict({"text": [letter * 1000] * 10}).to_parquet(tmp_path / "own" / "0.parquet")
@@ -103,5 +104,5 @@ def test_a_folder_of_parquet_is_known_by_its_footers(config, tmp_path):
 
 def test_the_embedded_default_is_known_by_what_its_packages_hold(tmp_path):
     found = fingerprints.hashes(typed(tmp_path))
-    assert [path.partition("=")[0] for path in found] == ["model.path", "data.path", "probe.path"]
+    assert [path.partition("=")[0] for path in found] == ["model.path", "data.path", "validation.path"]
     assert len(set(found.values())) == 3

@@ -204,7 +204,7 @@ def test_a_baseline_matches_in_all_but_quantization(config):
     assert baseline_of(config("experiment=exp7")).bf16_warmup_steps == 0
 
 
-def test_the_untouched_checkpoint_is_one_for_all_runs_of_a_model(config):
+def test_the_pretrained_checkpoint_is_one_for_all_runs_of_a_model(config):
     names = {run_id(pretrained_of(config("experiment=exp8", **{k: CHANGES[k]}))) for k in ("optim.lr", "budget.steps")}
     assert names == {run_id(pretrained_of(config()))}
     assert run_id(pretrained_of(config(seed=1))) not in names  # a random model's weights are its seed's
@@ -263,7 +263,7 @@ def test_an_existing_configuration_is_not_overwritten(config):
 
 def test_missing_files_read_as_empty(tmp_path):
     run = Run(tmp_path / "nothing")
-    assert (run.config(), run.status(), run.environment(), run.evaluations(), run.comparison()) == ({}, {}, {}, {}, {})
+    assert (run.config(), run.status(), run.environment(), run.evaluations()) == ({}, {}, {}, {})
     assert (run.metrics(), run.telemetry(), run.samples("smoke", "bf16", "mmlu")) == ([], [], [])
     assert not run.finished
 

@@ -116,10 +116,10 @@ def test_without_seeds_that_have_both_cells_no_share_is_explained():
     """Sound labels with seeds 0 and 1, twice-shifted ones with 1 and 2, and apart."""
     once, twice = ("exp3", PLAIN), ("exp3", "labels shifted twice")
     measured = invent([once, twice], (0, 1, 2, 3), lost=lambda key: 0.5 if key == twice else 0.1)
-    forgetting = measures.points(measured, "baseline", "untouched")
+    forgetting = measures.points(measured, "baseline", "pretrained")
     assert audit.explained(forgetting, once, twice, 0.95).value == pytest.approx(0.8)
     for kept in ({once: (0, 1), twice: (1, 2)}, {once: (0, 1), twice: (2, 3)}):
-        some = measures.points([m for m in measured if m.seed in kept[m.key]], "baseline", "untouched")
+        some = measures.points([m for m in measured if m.seed in kept[m.key]], "baseline", "pretrained")
         assert audit.explained(some, once, twice, 0.95) is None
 
 

@@ -182,7 +182,7 @@ def test_all_questions_of_a_task_are_those_that_the_split_has(split, tmp_path):
     assert costs.questions(Config(benchmark=mmlu))[0] == {"test": 14042, "validation": 1531}[split]
 
 
-@pytest.mark.parametrize("words", ["probe=wikipedia", "probe=none", "quant=bf16"])
+@pytest.mark.parametrize("words", ["validation=wikipedia", "validation=none", "quant=bf16"])
 def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
     class Counting(evaluate._Scorer):
         """Nothing is built, and each pass over a text is noted."""
@@ -195,7 +195,7 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
         def score(self, subject):
             self._heldout(*subject.build(), beside=subject.cfg.quantized)
             if subject.mode == "w8a8":
-                self._calibrated(subject)
+                self._under_ptq_scales(subject)
 
     counted, logits = [], torch.zeros(1, 1, 257)
 

@@ -134,14 +134,6 @@ def test_a_folder_that_cannot_be_removed_is_a_warning_and_no_checkpoint(folder, 
     assert names(folder) == ["step-00000016"]
 
 
-def test_a_checkpoint_of_the_first_version_is_read(folder):
-    path = folder / "step-00000008" / "facts.json"
-    facts = json.loads(path.read_text())
-    path.write_text(json.dumps({key: facts[key] for key in ("step", "checksums", "data")}))
-    found, facts = checkpoint.latest(folder, "any run")
-    assert same(found, tensors(8)) and (facts["step"], facts["data"]) == (8, {"epoch": 8})
-
-
 def truncate(path):
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-5])

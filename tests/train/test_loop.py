@@ -91,14 +91,14 @@ def test_a_quantized_run_is_its_baseline_until_quantization_starts(reference):
 
 def test_telemetry_is_written_when_it_is_due(reference):
     cfg = reference(PAPER)
-    rows = [row for row in Run.of(cfg).telemetry() if "probe" not in row]
+    rows = [row for row in Run.of(cfg).telemetry() if "text" not in row]
     assert sorted({row["step"] for row in rows}) == [7, 11, 12]
     tensors = [(row["layer"], row["role"]) for row in rows if row["step"] == 11 and "role" in row]
     # 3 roles of the MLP's 3 linears in blocks 3, 4 and 5, two of which share their input.
     assert len(tensors) == len(set(tensors)) == 3 * 8
     # The scale is the one the tensor was rounded with, not the one that its amax led to.
     assert all(row["overshoot"] == pytest.approx(row["amax"] * row["scale"] / 15) for row in rows if "role" in row)
-    baseline = [row for row in Run.of(baseline_of(cfg)).telemetry() if "probe" not in row]
+    baseline = [row for row in Run.of(baseline_of(cfg)).telemetry() if "text" not in row]
     assert [row["step"] for row in baseline] == [1, 5, 9, 12] and all(row["updated"] for row in baseline)
 
 

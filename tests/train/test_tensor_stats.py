@@ -165,7 +165,7 @@ def test_looking_changes_no_number(configure, tmp_path, words):
         files = {path.name: path.read_bytes() for path in run.checkpoints.rglob("*.safetensors")}
         keys = ("loss", "grad_norm", "overshoot_max", "overshoot_share")
         results.append((files, [[row[key] for key in keys] for row in run.metrics()]))
-        looked = {row["step"] for row in run.telemetry() if "probe" not in row}
+        looked = {row["step"] for row in run.telemetry() if "text" not in row}
         assert len(looked) == (3 - cfg.bf16_warmup_steps if every == 1 else 2)
     assert results[0] == results[1]
 

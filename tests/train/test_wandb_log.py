@@ -72,7 +72,7 @@ def test_every_session_holds_every_step_once(mirrored):
     run, _, sessions = mirrored
     assert [[row["_step"] for row in history(each)] for each in sessions] == [[0, 1, 2, 3, 4, 5], [*range(9)]]
     before, *steps = history(sessions[-1])
-    assert before.keys() == {"_step", "probe/embedded", "probe/wikipedia"}
+    assert before.keys() == {"_step", "validation/embedded", "validation/wikipedia"}
     for metrics, row in zip(run.metrics(), steps, strict=True):
         kept = {f"train/{key}": value for key, value in metrics.items() if key != "step" and value is not None}
         assert {key: value for key, value in row.items() if key.startswith("train/")} == kept
@@ -107,11 +107,10 @@ def test_telemetry_is_a_few_numbers_a_role_at_the_steps_that_have_it(mirrored):
 
 def test_losses_on_held_out_texts_are_curves_that_begin_before_training(mirrored):
     run, _, sessions = mirrored
-    shown = {
-        (row["_step"], key): value for row in history(sessions[-1]) for key, value in row.items() if "probe/" in key
-    }
-    probed = [row for row in run.telemetry() if "probe" in row]
-    assert shown == {(row["step"], f"probe/{row['probe']}"): row["loss"] for row in probed}
+    rows = history(sessions[-1])
+    shown = {(row["_step"], key): value for row in rows for key, value in row.items() if "validation/" in key}
+    probed = [row for row in run.telemetry() if "text" in row]
+    assert shown == {(row["step"], f"validation/{row['text']}"): row["loss"] for row in probed}
     assert sorted({step for step, _ in shown}) == [0, 4, 8]
 
 
@@ -140,12 +139,12 @@ def test_results_are_the_comparison_as_flat_numbers(config):
     own = {"text": "embedded", "mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02}
     wikipedia = own | {"text": "wikipedia", "loss": 2.0}
     other = row | {"task": "arc_easy", "relative_drop": None}  # the baseline had none right
-    run.write_json("comparison.json", {"loss": {"ape": 0.2}, "tasks": [row, other], "heldout": [own, wikipedia]})
+    comparison = {"loss": {"ape": 0.2}, "tasks": [row, other], "pooled": [], "heldout": [own, wikipedia]}
     mmlu = {f"w8a8/mmlu/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
     easy = {f"w8a8/arc_easy/{key}": row[key] for key in ("score", "points", "p_value")}
     heldout = {f"w8a8/heldout/{key}": own[key] for key in ("loss", "difference", "kl")}
     heldout |= {f"w8a8/heldout/wikipedia/{key}": wikipedia[key] for key in ("loss", "difference", "kl")}
-    assert wandb_log.results(run, cfg) == {"warnings": 0, "loss_ape_percent": 0.2} | mmlu | easy | heldout
+    assert wandb_log.results(run, cfg, comparison) == {"warnings": 0, "loss_ape_percent": 0.2} | mmlu | easy | heldout
 
 
 @pytest.mark.parametrize("changes", [{"logger.name": "local"}, {"logger.name": "wandb", "logger.mode": "disabled"}])
@@ -253,7 +252,7 @@ def test_what_fails_in_wandb_is_said_once_and_ends_no_run(config, asked, monkeyp
     steps = []
 
     def work():
-        with wandb_log.mirror(run, cfg, required) as log:
+        with wandb_log.mirror(run, cfg, required=required) as log:
             for step in (1, 2):
                 log({"step": step, "loss": 1.0}, [])
                 steps.append(step)

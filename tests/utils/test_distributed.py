@@ -96,8 +96,8 @@ def test_updates_are_counted_over_whole_weights_on_any_number_of_ranks(seen, nam
 @pytest.mark.parametrize("name", ["ddp2", "ddp4", "fsdp2"])
 def test_held_out_texts_have_the_same_losses_on_any_number_of_ranks(seen, name):
     runs = [Run(next((seen.runs / each).iterdir())) for each in ("one", name)]
-    one, ours = ([row for row in run.telemetry() if "probe" in row] for run in runs)
-    assert [(row["step"], row["probe"]) for row in ours] == [
+    one, ours = ([row for row in run.telemetry() if "text" in row] for run in runs)
+    assert [(row["step"], row["text"]) for row in ours] == [
         (step, text) for step in (0, 2, 4, 6) for text in ("embedded", "wikipedia")
     ]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in one], abs=5e-5)

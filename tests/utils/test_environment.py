@@ -182,7 +182,7 @@ def test_models_and_texts_in_the_home_folder_are_read_there_and_named_as_written
     assert list(packing.open_corpus(here, 0).heldout()) == list(packing.open_corpus(there, 0).heldout())
     assert packing.open_corpus(DataConfig(name="own", source="hub", path="~/texts"), 0).local
     assert load._locate(ModelConfig(name="own", source="hub", path="~/texts")) == (home / "texts", {})
-    words = [*TINY, "model=hub", 'model.path="~/texts"', "data.source=files", "probe=none"]
+    words = [*TINY, "model=hub", 'model.path="~/texts"', "data.source=files", "validation=none"]
     written, full = (entry.typed_config(composed(*words, f'data.path="{path}"')) for path in ("~/texts", texts))
     assert (written.model.path, written.data.path) == ("~/texts", "~/texts") and not needs_hub(written)
     assert run_id(written) != run_id(full)

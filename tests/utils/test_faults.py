@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from qat.analysis.compare import comparison_of
 from qat.cli import runner
 from qat.cli.runner import evaluate_and_compare as evaluate
 from qat.config import TaskConfig
@@ -217,7 +218,7 @@ def results(cfg) -> dict:
         for modes in records.values():
             for record in modes.values():
                 record.pop("seconds")
-        found[run.id] = records, run.comparison(), run.samples("smoke", "bf16", "hellaswag")
+        found[run.id] = records, comparison_of(run, "smoke"), run.samples("smoke", "bf16", "hellaswag")
     return found
 
 
@@ -271,7 +272,7 @@ def test_a_disk_that_is_full_while_scoring_harms_nothing(trained, scoring, wante
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch)
         evaluate(moved(trained, tmp_path / "counted"))
-    assert {".hellaswag.jsonl.writing", ".eval.json.writing", ".comparison.json.writing"} <= set(disk.written)
+    assert {".hellaswag.jsonl.writing", ".eval.json.writing"} <= set(disk.written)
     for room in last(disk.written):
         cfg = moved(trained, tmp_path / str(room))
         before = training(cfg)
@@ -288,8 +289,8 @@ def test_a_stop_while_other_questions_are_written_leaves_no_old_scores_beside_ne
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "write_samples", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         evaluate(cfg)
-    untouched = Run.of(pretrained_of(cfg))
-    assert "bf16" not in untouched.evaluations()["smoke"]
+    pretrained = Run.of(pretrained_of(cfg))
+    assert "bf16" not in pretrained.evaluations()["smoke"]
     assert json.dumps(Run.of(cfg).evaluations()["smoke"])  # those that were not reached are as they were
 
 

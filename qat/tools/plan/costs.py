@@ -95,9 +95,9 @@ def questions(cfg: Config) -> tuple[int, float]:
 
 
 def heldout(cfg: Config) -> int:
-    """Tokens of all held-out texts: half as many of the probe's as of the data's own (`qat.eval.evaluate`)."""
+    """Tokens of all held-out texts: half as many of `validation` as of `data` (`qat.eval.evaluate`)."""
     own = cfg.budget.heldout_tokens
-    return own + own // 2 if cfg.probe else own
+    return own + own // 2 if cfg.validation else own
 
 
 def scope(kinds) -> str:

@@ -67,7 +67,7 @@ def here(cfg: Config) -> Machine:
 
 def needs_hub(cfg: Config) -> bool:
     """Whether the model or a text comes from a hub and not from a folder."""
-    return any(preflight.from_hub(source) for source in (cfg.model, cfg.data, cfg.probe) if source)
+    return any(preflight.from_hub(source) for source in (cfg.model, cfg.data, cfg.validation) if source)
 
 
 def _memory() -> int:

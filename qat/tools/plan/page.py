@@ -245,13 +245,13 @@ def _downloads(plan: Plan) -> list[str]:
 
 def _licences(plan: Plan) -> list[str]:
     cfg = plan.cfg
-    data = costs.DATA_LICENCES.get(cfg.data.path, "unknown; see its card")
+    texts = {"text": cfg.data} | ({"validation": cfg.validation} if cfg.validation else {})
+    terms = {name: costs.DATA_LICENCES.get(text.path, "unknown; see its card") for name, text in texts.items()}
     return [
         "",
         "licences",
         _row("model", cfg.model.licence),
-        _row("text", data),
-        *([_row("probe", costs.DATA_LICENCES.get(cfg.probe.path, "unknown; see its card"))] if cfg.probe else []),
+        *(_row(name, licence) for name, licence in terms.items()),
         _row("benchmarks", "MMLU and HellaSwag MIT, ARC CC BY-SA 4.0"),
     ]
 

@@ -37,7 +37,7 @@ OVERRIDES = [
     Case("model.revision=main", "model.revision=main: model.source=package has none; leave it out"),
     Case("data.revision=main", "data.revision=main: data.source=package has none; leave it out"),
     Case("data.subset=en", "data.subset=en: data.source=package has none; leave it out"),
-    Case("probe.label_shift=twice", "probe.label_shift=twice: has no effect on a text that is only measured"),
+    Case("validation.label_shift=twice", "validation.label_shift=twice: has no effect on a text that is only measured"),
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
     Case(
         "model=tiny run=runs",
