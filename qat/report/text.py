@@ -52,7 +52,7 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
 
 def rerun_cells(row: Mapping) -> list[str]:
     """What a run and its repetition differ by (`qat.analysis.rerun_noise.rerun_noise`), a cell for each entry of
-    `FLOOR_HEADER`."""
+    `RERUN_HEADER`."""
     heldout = "; ".join(
         f"{each['text']} {signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"]
     )
