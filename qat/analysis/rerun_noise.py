@@ -35,8 +35,8 @@ def rerun_noise(run: Run, repeat: Run, benchmark: str) -> dict:
     """What a finished run and its repetition differ by, JSON-able.
 
     ape: of the training losses, percent; largest: |difference| over the steps, nats a token. Where both were scored
-    (quantized runs: in W8A8): heldout, a row for each text as `EvalResult.heldout` gives it; flipped and n, answers that
-    changed and questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors: UserError
+    (quantized runs: in W8A8): heldout, a row for each text as `EvalResult.heldout` gives it; flipped and n, answers
+    that changed and questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors: UserError
     when they were trained on other text, or scored differently.
     """
     loss, cfg = training_loss(repeat, run), repeat.typed_config()
