@@ -36,8 +36,8 @@ def rerun_noise(run: Run, repeat: Run, benchmark: str) -> dict:
 
     ape: of the training losses, percent; largest: |difference| over the steps, nats a token. Where both were scored
     (quantized runs: in W8A8): heldout, a row for each text as `EvalResult.heldout` gives it; flipped and n, answers
-    that changed and questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors: UserError
-    when they were trained on other text, or scored differently.
+    that changed and questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors:
+    UserError when they were trained on other text, or scored differently.
     """
     loss, cfg = training_loss(repeat, run), repeat.typed_config()
     mode = "w8a8" if cfg.quantized else "bf16"
