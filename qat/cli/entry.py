@@ -117,9 +117,9 @@ def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
 
 
 def config_of_folder(config: Config, *groups: str) -> Config:
-    """The configuration of the run folder that `config` names, if any, else `config` itself. What the command line says
-    of `groups` is as it says: a group (benchmark=paper), or a key of the folder's (benchmark.batch_size=4). Errors:
-    UserError of `config_of`; ConfigError for a word of anything else, which the folder knows and nothing would
+    """Return the configuration of the run folder that `config` names, if any, else `config` itself. What the command
+    line says of `groups` is as it says: a group (benchmark=paper), or a key of the folder's (benchmark.batch_size=4).
+    Errors: UserError of `config_of`; ConfigError for a word of anything else, which the folder knows and nothing would
     read."""
     if not config.run:
         return config
@@ -146,8 +146,8 @@ def _carry(path: list[str], source, target) -> None:
 
 
 def typed_config(cfg: DictConfig, reads_text: bool = False) -> Config:
-    """The composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type; with
-    `reads_text`, UserError for text that cannot be prepared."""
+    """Return the composed configuration as validated dataclasses. Errors: ConfigError; OmegaConf's for a wrong type;
+    with `reads_text`, UserError for text that cannot be prepared."""
     config = OmegaConf.to_object(cfg)
     if not isinstance(config, Config):
         raise ConfigError(
@@ -181,7 +181,7 @@ def _expand(config: Config) -> None:
 
 
 def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """(dotted key, value, whether the schema has it) of all that is below a node: `+key=value` gets past Hydra."""
+    """Return (dotted key, value, whether the schema has it) of all that is below a node: `+key=value` gets past Hydra."""
     if isinstance(node, dict):
         children = known = node
     elif dataclasses.is_dataclass(node):
@@ -207,8 +207,8 @@ def explain_error(error: Exception) -> str:
 
 
 def config_of_run(folder: str) -> Config:
-    """The configuration of a run folder that the user names, with runs_dir where that folder is now. Errors: UserError
-    when it is no run folder, or not the one of its configuration."""
+    """Return the configuration of a run folder that the user names, with runs_dir where that folder is now. Errors:
+    UserError when it is no run folder, or not the one of its configuration."""
     run = Run(Path(folder).absolute())
     cfg = run.typed_config()
     cfg.runs_dir = str(run.path.parent)

@@ -18,8 +18,9 @@ _OWN = ("experiment=", "report.", "bench.", "study.", "run=", "runs=", "record="
 
 
 def configs_of(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> list[Config]:
-    """Every configuration of an experiment under the given command-line overrides, inside a Hydra entry; with each of
-    `seeds` in the place of the overrides' own. Where overrides make cells of its sweep one run, it is there once."""
+    """Return every configuration of an experiment under the given command-line overrides, inside a Hydra entry; with
+    each of `seeds` in the place of the overrides' own. Where overrides make cells of its sweep one run, it is there
+    once."""
     found = map(_compose, _lines(experiment, overrides, seeds))
     return list({run_id(cfg): cfg for cfg in found}.values())
 
@@ -27,8 +28,8 @@ def configs_of(experiment: str, overrides: list[str], seeds: Sequence[int] | Non
 def jobs(
     experiments: Sequence[str], overrides: list[str], seeds: Sequence[int] | None = None
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """(baselines, quantized runs) of experiments, each as the overrides that train it alone, inside a Hydra entry. What
-    experiments share is there once. Errors: ConfigError for what these ranks cannot train."""
+    """Return (baselines, quantized runs) of experiments, each as the overrides that train it alone, inside a Hydra
+    entry. What experiments share is there once. Errors: ConfigError for what these ranks cannot train."""
     baselines, runs = {}, {}
     for experiment in experiments:
         for words in _lines(experiment, overrides, seeds):
@@ -41,7 +42,7 @@ def jobs(
 
 
 def _lines(experiment: str, overrides: list[str], seeds: Sequence[int] | None) -> list[list[str]]:
-    """The words of each configuration of an experiment."""
+    """Return the words of each configuration of an experiment."""
     words = _shared(overrides)
     if seeds:
         words = [word for word in words if not word.startswith("seed=")]
@@ -54,7 +55,7 @@ def _lines(experiment: str, overrides: list[str], seeds: Sequence[int] | None) -
 
 
 def command(experiment: str, overrides: list[str], seeds: Sequence[int] | None = None) -> str:
-    """What makes an experiment under command-line overrides, with each of `seeds`."""
+    """Return what makes an experiment under command-line overrides, with each of `seeds`."""
     words = _shared(overrides)
     given = dict(word.split("=", 1) for word in words if word.startswith(("budget=", "protocol=", "seed=")))
     given |= {"seed": ",".join(map(str, seeds))} if seeds else {}
@@ -65,12 +66,13 @@ def command(experiment: str, overrides: list[str], seeds: Sequence[int] | None =
 
 
 def variant(experiment: str, overrides: list[str], changes: list[str]) -> Config:
-    """An experiment under command-line overrides and then `changes`, without its own sweep, inside a Hydra entry."""
+    """Return an experiment under command-line overrides and then `changes`, without its own sweep, inside a Hydra
+    entry."""
     return _compose([f"experiment={experiment}", *_shared(overrides), *changes])
 
 
 def _shared(overrides: list[str]) -> list[str]:
-    """The overrides that are about the runs."""
+    """Return the overrides that are about the runs."""
     return [word for word in overrides if not word.startswith(_OWN)]
 
 
@@ -79,7 +81,7 @@ def _compose(words: list[str]) -> Config:
 
 
 def described(names: Sequence[str], words: list[str], seeds: Sequence[int] | None) -> list[Experiment]:
-    """The runs of experiments under command-line words, with each of `seeds`, inside a Hydra entry; made or not."""
+    """Return the runs of experiments under command-line words, with each of `seeds`, inside a Hydra entry; made or not."""
     found = []
     for name in names:
         configs = configs_of(name, words, seeds)

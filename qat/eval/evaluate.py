@@ -52,7 +52,7 @@ class Subject:
         return is_ptq(self.mode)
 
     def build(self) -> tuple[nn.Module, object]:
-        """(the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
+        """Return (the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
         model, tokenizer = load_model(self.cfg.model, self.cfg.seed)
         tensors, facts = self._checkpoint() if self.trained else ({}, {})
         # Parameters only: rotary frequencies must stay FP32, as they are in training.
@@ -137,23 +137,23 @@ class _Scorer:
         self.cfg, self.reference = cfg, reference
 
     def scored(self, subject: Subject) -> bool:
-        """Whether its folder has the scores of these weights, for what is asked."""
+        """Return whether its folder has the scores of these weights, for what is asked."""
         done = self._done(subject)
         # Recorded runs may lack losses under PTQ's scales, and no longer have the weights to take them.
         mixed = done.get("qat_weights_ptq_scales") or {"sequences": CALIBRATION_SEQUENCES}
         return done.get("request") == self._request(subject) and mixed["sequences"] == CALIBRATION_SEQUENCES
 
     def _done(self, subject: Subject) -> dict:
-        """What its folder has of these weights."""
+        """Return what its folder has of these weights."""
         done = subject.run.evaluations().get(self.cfg.benchmark.name, {}).get(subject.mode, {})
         return done if done.get("weights") == self._weights(subject) else {}
 
     def _weights(self, subject: Subject) -> list[str]:
-        """The weights that a result is of, and those that it is compared with."""
+        """Return the weights that a result is of, and those that it is compared with."""
         return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.cfg.quantized else [])]
 
     def _request(self, subject: Subject) -> dict:
-        """What is asked of a subject: a result counts only for its own questions, text and calibration."""
+        """Return what is asked of a subject: a result counts only for its own questions, text and calibration."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
         heldout |= {"revision": data.revision} if data.revision else {}
@@ -206,8 +206,8 @@ class _Scorer:
             print(f"  held-out loss on {name}: {text['loss']:.4f} nats a token", flush=True)
 
     def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
-        """(scores by task and lm-eval's version, samples by task to be written). Where only a text has changed, the
-        answers that are there are still those to what is asked."""
+        """Return (scores by task and lm-eval's version, samples by task to be written). Where only a text has changed,
+        the answers that are there are still those to what is asked."""
         done, request = self._done(subject), self._request(subject)
         if done and all(done["request"].get(key) == request.get(key) for key in ("benchmark", "calibration_sequences")):
             return {key: done[key] for key in ("tasks", "lm_eval")}, {}
@@ -219,8 +219,8 @@ class _Scorer:
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
     def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
-        """By text never trained on: the data's own, and `validation`, of another kind; beside the baseline's
-        predictions or not."""
+        """Return losses by text never trained on: the data's own, and `validation`, of another kind; beside the
+        baseline's predictions or not."""
         cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
         texts = {cfg.data.name: heldout.load_heldout(cfg.data, tokenizer, wanted)}
         if cfg.validation:
@@ -228,12 +228,12 @@ class _Scorer:
         return {name: self._losses(model, text, beside) for name, text in texts.items()}
 
     def _under_ptq_scales(self, subject: Subject) -> dict:
-        """The held-out losses of a run's weights under the scales that PTQ gives them."""
+        """Return the held-out losses of a run's weights under the scales that PTQ gives them."""
         twin = Subject(with_ptq_scales(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
         return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:
-        """Loss on a text, and its KL divergence from the baseline's predictions: means over its documents."""
+        """Return the loss on a text, and its KL divergence from the baseline's predictions: means over its documents."""
         batches = text.tokens.to(device.get_device()).split(_HELDOUT_BATCH)
         baseline = self._baseline if beside else None
         losses, divergence = [], []
@@ -266,7 +266,7 @@ def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:
 
 
 def _means(values: list[float], groups: torch.Tensor) -> list[float]:
-    """The mean of the values, if any, of each group, in the order of their numbers."""
+    """Return the mean of the values, if any, of each group, in the order of their numbers."""
     if not values:
         return []
     sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, torch.tensor(values).double())

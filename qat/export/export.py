@@ -67,8 +67,8 @@ def export(cfg: Config) -> Path:
 
 
 def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, object]:
-    """An exported model, in eval mode on the device, and its tokenizer. Needs neither the run nor its configuration,
-    reads no pickle and runs no remote code.
+    """Return an exported model, in eval mode on the device, and its tokenizer. Needs neither the run nor its
+    configuration, reads no pickle and runs no remote code.
 
     folder: what `export` wrote.
     arithmetic: what is computed between the roundings, and so the dtype of everything but codes and scales: "bf16",
@@ -127,7 +127,7 @@ def _refuse_foreign(out: Path, run: Run) -> None:
 
 
 def _config_of(folder: Path | str) -> dict | None:
-    """The `quantization_config` of an exported folder; None for any other folder, and for none."""
+    """Return the `quantization_config` of an exported folder; None for any other folder, and for none."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError):
@@ -164,7 +164,7 @@ def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
 
 
 def _sums(folder: Path) -> str:
-    """The checksums of a folder's weights."""
+    """Return the checksums of a folder's weights."""
     return files.checksums(folder.glob("*.safetensors"))
 
 

@@ -75,7 +75,7 @@ class HiF8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of `x`, BF16 or FP32."""
+        """Map [..., in_features] to [..., out_features] in the dtype of `x`, BF16 or FP32."""
         rows = x.reshape(-1, self.in_features)
         y = self.matmul.outputs(self._input(rows), self._weight(x.dtype), x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
@@ -99,7 +99,7 @@ class HiF8Linear(nn.Module):
         return Rounded(values, to_e4m3(values) if c.gemm == "fp8" else None, self.weight_scale)
 
     def _apply(self, fn, recurse=True):
-        """Scales stay FP32 whatever dtype a model is moved to: in BF16 they would be off by up to 0.4 %."""
+        """Keep scales FP32 whatever dtype a model is moved to: in BF16 they would be off by up to 0.4 %."""
         scales = {k: b for k, b in self._buffers.items() if b.dtype is torch.float32 and not b.is_meta}
         super()._apply(fn, recurse)
         for name, scale in scales.items():

@@ -40,7 +40,7 @@ def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
 
 
 def sizes(model: nn.Module) -> str:
-    """What the quantized linears of an exported model weigh, and what they would in BF16; in MB of 10^6 bytes."""
+    """Return what the quantized linears of an exported model weigh, and what they would in BF16; in MB of 10^6 bytes."""
     linears = [module for module in model.modules() if isinstance(module, HiF8Linear)]
     held = sum(tensor.nbytes for linear in linears for tensor in linear.state_dict().values()) / 1e6
     values = sum(linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel()) for linear in linears)
@@ -60,7 +60,7 @@ def _header(cfg: Config) -> ModelCardData:
 
 
 def _hub_id(cfg: Config) -> str | None:
-    """The base model's name on the hub; None for one out of a package or a folder of somebody's machine."""
+    """Return the base model's name on the hub; None for one out of a package or a folder of somebody's machine."""
     return cfg.model.path if cfg.model.source == "hub" and not Path(files.expand(cfg.model.path)).exists() else None
 
 

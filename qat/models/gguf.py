@@ -18,7 +18,7 @@ _SUMS = "SHA256SUMS"
 
 
 def converted(gguf: Path) -> Path:
-    """A GGUF file as a Hugging Face folder in the cache, made once. Weights are dequantized and rounded to BF16."""
+    """Return a GGUF file as a Hugging Face folder in the cache, made once. Weights are dequantized and rounded to BF16."""
     target = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
     if not _whole(target):
         with files.lock(target.parent, target.parent.name):
@@ -28,7 +28,7 @@ def converted(gguf: Path) -> Path:
 
 
 def _whole(target: Path) -> bool:
-    """Whether a converted model is as it was written; False, too, where it does not say how."""
+    """Return whether a converted model is as it was written; False, too, where it does not say how."""
     return target.is_dir() and _as_written(target, target.stat().st_mtime_ns)
 
 

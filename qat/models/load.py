@@ -43,7 +43,7 @@ transformers_logging.set_verbosity_error()
 
 
 def load_model(cfg: ModelConfig, seed: int):
-    """(model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
+    """Return (model in FP32 on the device, tokenizer). `seed` makes the weights of source=random. Errors: UserError."""
     if cfg.source == "random":
         torch.manual_seed(seed)
         model, tokenizer = LlamaForCausalLM(load_config(cfg)).float(), byte_tokenizer()
@@ -68,7 +68,7 @@ def load_model(cfg: ModelConfig, seed: int):
 
 
 def check_model(cfg: ModelConfig, length: int):
-    """(model on the meta device, tokenizer), refusing what could not be trained, scored or exported.
+    """Return (model on the meta device, tokenizer), refusing what could not be trained, scored or exported.
 
     No weights are read. length: tokens of the longest sequence in training or of held-out text. Errors: UserError.
     """
@@ -98,7 +98,7 @@ def check_model(cfg: ModelConfig, length: int):
 
 
 def _on_meta(cfg: ModelConfig, config: PreTrainedConfig, length: int):
-    """A model without weights that has read a sequence, so that its sizes fit. Errors: UserError."""
+    """Return a model without weights that has read a sequence, so that its sizes fit. Errors: UserError."""
     model = None
     AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     try:
@@ -117,12 +117,12 @@ def _on_meta(cfg: ModelConfig, config: PreTrainedConfig, length: int):
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens of the longest sequence that a model is shown in evaluation."""
+    """Return the tokens of the longest sequence that a model is shown in evaluation."""
     return min(getattr(config, "max_position_embeddings", None) or 2048, 4096)
 
 
 def load_config(cfg: ModelConfig) -> PreTrainedConfig:
-    """A model's sizes, without its weights. Errors: UserError."""
+    """Return a model's sizes, without its weights. Errors: UserError."""
     if cfg.source != "random":
         with _loading(cfg):
             return _config(*_locate(cfg))[0]
@@ -154,7 +154,7 @@ def _named(cfg: ModelConfig) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line, led by its type where its text may be a mere name."""
+    """Return an error in one line, led by its type where its text may be a mere name."""
     text = str(error).strip()
     line = (" ".join(text.split()) if isinstance(error, StrictDataclassError) else text.split("\n")[0])[:200]
     return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
@@ -263,7 +263,7 @@ def checkpoint_activations(model) -> None:
 
 
 def transformer_blocks(model) -> list[torch.nn.Module]:
-    """The transformer blocks, as their Hugging Face class names them."""
+    """Return the transformer blocks, as their Hugging Face class names them."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
@@ -274,7 +274,7 @@ def resolve_commit(cfg: ModelConfig) -> str:
 
 
 def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
-    """(folder or hub id, what else its files are asked for with): all of a hub model's are of one commit."""
+    """Return (folder or hub id, what else its files are asked for with): all of a hub model's are of one commit."""
     if cfg.source == "package":
         return gguf.converted(package_path(cfg.path)), {}
     folder = Path(files.expand(cfg.path))
@@ -297,7 +297,7 @@ def _say_unpinned(path: str, commit: str) -> None:
 
 
 def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
-    """(the sizes in a config.json, whether it is openPangu's, read as a Llama's). Errors: OSError, ValueError."""
+    """Return (the sizes in a config.json, whether it is openPangu's, read as a Llama's). Errors: OSError, ValueError."""
     found = cached_file(folder, "config.json", **kwargs)
     raw = json.loads(Path(found).read_text()) if found else None
     if not isinstance(raw, dict):

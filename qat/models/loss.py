@@ -23,7 +23,7 @@ class TokenLosses(nn.Module):
 def token_losses(
     model: nn.Module, tokens: torch.Tensor, label_shift: str = "once", largest_logits: int = 2**28
 ) -> torch.Tensor:
-    """Cross-entropy of every predicted token of a Hugging Face causal LM, FP32 [sequences, length].
+    """Return the cross-entropy of every predicted token of a Hugging Face causal LM, FP32 [sequences, length].
 
     tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
     mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
@@ -46,7 +46,7 @@ def token_losses(
 
 
 def _plain(model: nn.Module) -> bool:
-    """Whether the logits are known to be the output embedding of the last hidden state and nothing else."""
+    """Return whether the logits are known to be the output embedding of the last hidden state and nothing else."""
     return model.config.model_type in ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 
 

@@ -13,7 +13,7 @@ from qat.errors import UserError
 
 
 def document_token(tokenizer) -> int:
-    """The token put before every document: a BOS where the vocabulary has a proper one. SmolLM2's GGUF names
+    """Return the token put before every document: a BOS where the vocabulary has a proper one. SmolLM2's GGUF names
     `<|im_start|>` as its BOS, but the model was trained with `<|endoftext|>` between documents."""
     vocabulary, bos = tokenizer.get_vocab(), tokenizer.bos_token_id
     if bos is not None and bos != vocabulary.get("<|im_start|>"):
@@ -53,7 +53,7 @@ class SentencePiece(SentencePieceBackend):
         return self.sp_model.encode(text, out_type=str)
 
     def convert_tokens_to_ids(self, tokens):
-        """As the base class does, which goes through Python properties for every single token: several times slower."""
+        """Do as the base class, which goes through Python properties for every single token: several times slower."""
         if isinstance(tokens, str):
             return super().convert_tokens_to_ids(tokens)
         unknown = self.unk_token_id
@@ -71,7 +71,7 @@ REGISTERED_TOKENIZER_CLASSES[SentencePiece.__name__] = SentencePiece  # AutoToke
 
 
 def byte_tokenizer():
-    """A tokenizer without training: 256 bytes and `<|endoftext|>` (id 256). For random models and tests."""
+    """Return a tokenizer without training: 256 bytes and `<|endoftext|>` (id 256). For random models and tests."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -36,7 +36,7 @@ class Coverage:
     matmul_parameters: int
 
     def kinds(self) -> dict[str, tuple[int, int]]:
-        """{`mlp.gate_proj`: (linears, parameters)} of what is quantized."""
+        """Return {`mlp.gate_proj`: (linears, parameters)} of what is quantized."""
         found: dict[str, tuple[int, int]] = {}
         for name, size in self.linears.items():
             kind = _BLOCK.match(name)[2]
@@ -153,7 +153,7 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
 
 
 def _owner_of_input(name: str, linears: dict[str, nn.Linear]) -> str:
-    """The first quantized linear that reads the same tensor as linear `name`; itself when there is none."""
+    """Return the first quantized linear that reads the same tensor as linear `name`; itself when there is none."""
     parent, _, child = name.rpartition(".")
     siblings = next((group for group in _SAME_INPUT if child in group), (child,))
     return next(f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in linears)

@@ -47,7 +47,7 @@ def _magnitude(code: int) -> float:
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(value of all 256 codes, the 127 finite magnitudes in rising order, their codes), FP32, FP32 and uint8."""
+    """Return (value of all 256 codes, the 127 finite magnitudes in rising order, their codes), FP32, FP32 and uint8."""
     positive = [_magnitude(code) for code in range(0x80)]
     positive[POSITIVE_INF] = float("inf")
     values = torch.tensor(positive + [-v for v in positive])
@@ -59,14 +59,14 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of any shape -> FP32 values of that shape (exact; 0x80 is NaN)."""
+    """Return the FP32 values of uint8 codes of any shape (exact; 0x80 is NaN)."""
     if codes.dtype != torch.uint8:
         raise TypeError(f"decode needs uint8 codes, got {codes.dtype}")
     return _tables(codes.device)[0][codes.long()]
 
 
 def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
-    """Floating-point tensor of any shape -> uint8 codes of that shape, rounded to nearest, ties away from zero.
+    """Return the uint8 codes of a floating-point tensor of any shape, rounded to nearest, ties away from zero.
 
     overflow: "inf" (|x| >= 1.25 * 2^15 becomes an infinity, as the format says) or "saturate" (becomes +-2^15).
     NaN becomes 0x80; -0 and what rounds to it become 0x00; under "inf" infinities are kept.

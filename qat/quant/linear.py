@@ -142,7 +142,7 @@ class QuantizedLinear(nn.Linear):
         self.input.users += 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype that `nn.Linear` would return."""
+        """Map [..., in_features] to [..., out_features] in the dtype that `nn.Linear` would return."""
         if not self.bank.quantizing:
             return self._unquantized(x)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -23,9 +23,9 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 def to_scale(amax: torch.Tensor, target: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Scales for amaxes, element-wise in FP32, by four cases as in Transformer Engine: a normal amax gives
-    target / amax; an amax so small that this overflows gives the largest FP32 number; 0, Inf and NaN say nothing
-    about the tensor and keep the previous scale."""
+    """Return scales for amaxes, element-wise in FP32, by four cases as in Transformer Engine: a normal amax gives
+    target / amax; an amax so small that this overflows gives the largest FP32 number; 0, Inf and NaN say nothing about
+    the tensor and keep the previous scale."""
     usable = (amax > 0) & amax.isfinite()
     scale = (target / amax).clamp(max=FP32_MAX)
     return torch.where(usable, scale, previous)

@@ -32,7 +32,7 @@ Contents = dict[str, dict[str, bytes]]  # of an archive: {run id: {file: content
 
 
 def named(cfg: Config) -> Path:
-    """The record that a command names. Errors: ConfigError for none."""
+    """Return the record that a command names. Errors: ConfigError for none."""
     if not cfg.record:
         raise ConfigError("record=null: name a folder, as in record=experiments/records/2026-01-31_laptop")
     return Path(cfg.record)
@@ -79,7 +79,8 @@ def restore(record: Path, runs: Path) -> tuple[list[str], list[str]]:
 
 
 def table(record: Path) -> list[dict[str, str]]:
-    """The rows of a record's runs.csv (`qat.report.record`), of which this reads `run` and `seed`; [] without one."""
+    """Return the rows of a record's runs.csv (`qat.report.record`), of which this reads `run` and `seed`; [] without
+    one."""
     path = record / "runs.csv"
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 

@@ -65,7 +65,7 @@ class Run:
 
     @classmethod
     def of(cls, cfg: Config) -> Run:
-        """The folder that belongs to a configuration, whether it exists or not."""
+        """Return the folder that belongs to a configuration, whether it exists or not."""
         return (cls if environment.is_main_process() else ReadOnlyRun)(Path(cfg.runs_dir) / run_id(cfg))
 
     @property
@@ -90,7 +90,7 @@ class Run:
             return copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
 
     def typed_config(self) -> Config:
-        """The configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
+        """Return the configuration as `Config`. Errors: UserError when the folder is not a run of this version."""
         if not (self.path / "config.yaml").exists():
             raise UserError(f"run={self.path}: not a run folder (no config.yaml); see `ls {self.path.parent}`")
         with _readable(self.path / "config.yaml"):
@@ -109,7 +109,7 @@ class Run:
         return self._json("environment.json")
 
     def environments(self) -> list[dict]:
-        """Those of all processes that worked on it, the last one's last."""
+        """Return those of all processes that worked on it, the last one's last."""
         last = self.environment()
         return [*last.get("earlier", []), last] if last else []
 
@@ -193,7 +193,7 @@ class Run:
 
     @contextlib.contextmanager
     def append(self, name: str):
-        """A function that appends rows to a JSON-lines file and hands them to the system at once."""
+        """Return a function that appends rows to a JSON-lines file and hands them to the system at once."""
         path = self.path / name
         file = path.open("a", encoding="utf-8")
 

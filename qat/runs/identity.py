@@ -50,8 +50,8 @@ def identity(cfg: Config) -> dict:
 
 
 def _chosen(group) -> dict:
-    """The fields of a configuration group that differ from their defaults, so that an option added later renames no
-    run of before."""
+    """Return the fields of a configuration group that differ from their defaults, so that an option added later renames
+    no run of before."""
     defaults = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(group)
@@ -60,9 +60,9 @@ def _chosen(group) -> dict:
 
 
 def _effective_scaling(cfg: Config) -> dict:
-    """The scaling without what it never looks at: the options of other rules, and without a BF16 warmup whether its
-    history is kept or discarded. What `current` leaves unread of `settle` and `update_every`, and a discarded history
-    of `observe_in_warmup`, stays: records have runs that are named by it."""
+    """Return the scaling without what it never looks at: the options of other rules, and without a BF16 warmup whether
+    its history is kept or discarded. What `current` leaves unread of `settle` and `update_every`, and a discarded
+    history of `observe_in_warmup`, stays: records have runs that are named by it."""
     ignored = {"window", "alpha"} - set(RULES[cfg.scaling.algo].reads)
     if not cfg.bf16_warmup_steps:
         ignored |= {"observe_in_warmup", "discard_after_warmup"}
@@ -70,7 +70,7 @@ def _effective_scaling(cfg: Config) -> dict:
 
 
 def baseline_of(cfg: Config) -> Config:
-    """The matched BF16 baseline: the same configuration in everything but quantization."""
+    """Return the matched BF16 baseline: the same configuration in everything but quantization."""
     baseline = copy.deepcopy(cfg)
     baseline.quant = QuantConfig(format="none")
     baseline.scaling = ScalingConfig(algo="current")
@@ -79,14 +79,14 @@ def baseline_of(cfg: Config) -> Config:
 
 
 def pretrained_of(cfg: Config) -> Config:
-    """The checkpoint before any training, as a configuration to score: a baseline of no steps."""
+    """Return the checkpoint before any training, as a configuration to score: a baseline of no steps."""
     pretrained = baseline_of(cfg)
     pretrained.budget.steps = 0
     return pretrained
 
 
 def is_ptq(mode: str) -> bool:
-    """Whether an evaluation's mode is one of `ptq_mode`."""
+    """Return whether an evaluation's mode is one of `ptq_mode`."""
     return mode.startswith("ptq-")
 
 
@@ -132,14 +132,14 @@ def _slug(cfg: Config) -> list[str]:
 
 
 def ptq_of(cfg: Config) -> Config:
-    """The PTQ beside a quantized run: its baseline under its quantization."""
+    """Return the PTQ beside a quantized run: its baseline under its quantization."""
     ptq = baseline_of(cfg)
     ptq.quant = copy.deepcopy(cfg.quant)
     return with_ptq_scales(ptq)
 
 
 def with_ptq_scales(cfg: Config) -> Config:
-    """A quantized run under PTQ's scales in the place of its own, which tells its weights from its scales."""
+    """Return a quantized run under PTQ's scales in the place of its own, which tells its weights from its scales."""
     found = copy.deepcopy(cfg)
     # A bank that observes while nothing is quantized, and whose scale is what it observed.
     found.scaling = ScalingConfig(algo="most_recent", observe_in_warmup=True, discard_after_warmup=False)

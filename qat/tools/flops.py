@@ -32,12 +32,12 @@ class Shape:
     scales: int  # of quantized tensors
 
     def flops(self, length: int) -> float:
-        """Of training, a token: 6 a weight of a linear, and causal attention over `length` tokens."""
+        """Return the FLOPs of training, a token: 6 a weight of a linear, and causal attention over `length` tokens."""
         return 6.0 * self.linears + 6.0 * self.blocks * self.attended * length
 
 
 def model_shape(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]:
-    """A model's sizes and what `cfg` quantizes of it, without memory for its weights. Errors: ConfigError."""
+    """Return a model's sizes and what `cfg` quantizes of it, without memory for its weights. Errors: ConfigError."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     bank, coverage = convert(model, cfg)

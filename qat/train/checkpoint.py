@@ -37,7 +37,8 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
-        """`save` of a copy of `tensors`, which may change when this returns; the one before is waited for. `tensors` is
+        """Start `save` of a copy of `tensors`, which may change when this returns; the one before is waited for.
+        `tensors` is
         emptied on the way: gathered from ranks, they are there for this alone, and need not be there twice."""
         self.wait()
         copies = {
@@ -110,7 +111,7 @@ def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]
 
 
 def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
-    """The newest undamaged checkpoint in `folder` as (tensors, facts), or None when there is none yet.
+    """Return the newest undamaged checkpoint in `folder` as (tensors, facts), or None when there is none yet.
 
     Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero,
     and when one is of another run than `run` or of a later version of the format.
@@ -160,7 +161,7 @@ def _facts(path: Path) -> dict:
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """What is refused within this context is the checkpoint in `folder`, and the error says so."""
+    """Say of what is refused within this context that it is the checkpoint in `folder`."""
     try:
         yield
     except UserError as error:
@@ -172,7 +173,7 @@ def restoring(folder: Path) -> Iterator[None]:
 def matched(
     tensors: dict[str, dict[str, torch.Tensor]], group: str, wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`tensors[group]`. Errors: UserError unless it has the names, shapes and types of `wanted`."""
+    """Return `tensors[group]`. Errors: UserError unless it has the names, shapes and types of `wanted`."""
     saved = tensors.get(group, {})
     for name in sorted(wanted.keys() | saved.keys()):
         if name not in saved:
@@ -190,7 +191,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors, `<parameter>/<state>`, gathered on the first rank
+    """Return the optimizer's state as flat tensors, `<parameter>/<state>`, gathered on the first rank
     (`qat.utils.distributed.full_tensor_on_main`); zeros of a parameter that had no gradient yet."""
     return {
         f"{name}/{key}": distributed.full_tensor_on_main(
@@ -214,7 +215,7 @@ def load_optimizer(
 
 
 def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What AdamW keeps of a parameter, as tensors of the same shapes and types."""
+    """Return what AdamW keeps of a parameter, as tensors of the same shapes and types."""
     return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
 
 

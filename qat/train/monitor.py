@@ -31,8 +31,8 @@ FORGOTTEN, SCATTER = 0.1, 0.7
 
 
 def new_warnings(found: Sequence[dict], said: Sequence[dict]) -> list[dict]:
-    """Those warnings of `found` that the rows `said` before do not tell already: the first of a kind and role, and
-    later ones twice as bad as the last. Scales that lag always do, and would fill pages."""
+    """Return those warnings of `found` that the rows `said` before do not tell already: the first of a kind and role,
+    and later ones twice as bad as the last. Scales that lag always do, and would fill pages."""
     last = {_about(row): row["size"] for row in said}
     return [row for row in found if row["size"] >= 2 * last.get(_about(row), 0)]
 
@@ -42,8 +42,8 @@ def _about(row: dict) -> tuple:
 
 
 def first_loss(cfg: Config, vocabulary: int, loss: float) -> list[dict]:
-    """The loss of step 1 in nats, before any update: a pretrained model that starts near chance is fed wrongly. The
-    released code's labels, shifted twice, start at 0.95 of ln(vocabulary) (its own log; experiments/README.md)."""
+    """Check the loss of step 1 in nats, before any update: a pretrained model that starts near chance is fed wrongly.
+    The released code's labels, shifted twice, start at 0.95 of ln(vocabulary) (its own log; experiments/README.md)."""
     share = loss / math.log(vocabulary)
     if cfg.model.source == "random" or not share > IMPLAUSIBLE:
         return []
@@ -55,7 +55,7 @@ def first_loss(cfg: Config, vocabulary: int, loss: float) -> list[dict]:
 
 
 def telemetry(cfg: Config, rows: Sequence[dict], lr: float) -> list[dict]:
-    """What the telemetry of one step (`qat.train.tensor_stats`), taken at learning rate `lr`, shows of scales and
+    """Check what the telemetry of one step (`qat.train.tensor_stats`), taken at learning rate `lr`, shows of scales and
     updates."""
     tensors = sorted((row for row in rows if "role" in row), key=itemgetter("role"))
     roles = [(role, list(of_role)) for role, of_role in groupby(tensors, itemgetter("role"))]
@@ -122,8 +122,8 @@ def _beyond(cfg: Config, role: str, rows: list[dict]) -> dict | None:
 
 
 def forgetting(cfg: Config, rows: Sequence[dict], pretrained: Sequence[dict]) -> list[dict]:
-    """What held-out losses (`qat.train.validation`) show beside those before training: a text of another kind than the
-    training data that is predicted worse than by the pretrained model."""
+    """Check what held-out losses (`qat.train.validation`) show beside those before training: a text of another kind
+    than the training data that is predicted worse than by the pretrained model."""
     before = {(row["text"], row["text_hash"]): row["loss"] for row in pretrained}
     rises = {}
     for row in (row for row in rows if "text" in row):
@@ -158,9 +158,9 @@ def _tensor(kind: str, size: float, worst: dict, said: str) -> dict:
 
 
 def _updates(cfg: Config, updated: dict, lr: float) -> dict | None:
-    """The shares of weights that a step changed: most are lost to rounding when weights are stored in BF16 and the
-    learning rate is small against them, or all stay below the format's spacing, and the quantized model stands still.
-    """
+    """Check the shares of weights that a step changed: most are lost to rounding when weights are stored in BF16 and
+    the learning rate is small against them, or all stay below the format's spacing, and the quantized model stands
+    still."""
     if updated["stored"] < 1 - LOST:
         lost = 1 - updated["stored"]
         fix = "a larger optim.lr" if cfg.optim.master_weights else "optim.master_weights=true or a larger optim.lr"
@@ -186,7 +186,7 @@ class History:
         self.ticks = 0
 
     def advance(self, ticks: int) -> None:
-        """A finite quantized step made so many ticks."""
+        """Count the ticks of a finite quantized step."""
         self.ticks += ticks
 
     def check(self) -> list[dict]:

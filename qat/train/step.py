@@ -50,7 +50,7 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 def eagerly():
-    """A context in which nothing compiled runs, and nothing is compiled."""
+    """Return a context in which nothing compiled runs, and nothing is compiled."""
     return torch.compiler.set_stance("force_eager")
 
 

@@ -25,7 +25,7 @@ class TensorStats:
 
     @contextlib.contextmanager
     def attached(self):
-        """Within this context every quantizer reports, at the cost of another pass or two over each tensor."""
+        """Let every quantizer report within this context, at the cost of another pass or two over each tensor."""
         quantizers = [q for linear in quantized_linears(self.model).values() for q in linear.quantizers.values()]
         for quantizer in quantizers:
             quantizer.observer = self._observe
@@ -44,8 +44,8 @@ class TensorStats:
         self.scales[index] = scale.clone(), torch.maximum(largest, amax), torch.maximum(worst, overshoot)
 
     def rows(self, step: int) -> list[dict]:
-        """One row a tensor: layer, role, amax, scale, overshoot, share of elements in each tier (of those not zero),
-        beyond the target, underflowed (nonzero made zero), inexact with quant.gemm=fp8, and the
+        """Return one row a tensor: layer, role, amax, scale, overshoot, share of elements in each tier (of those not
+        zero), beyond the target, underflowed (nonzero made zero), inexact with quant.gemm=fp8, and the
         signal-to-quantization-noise ratio in dB."""
         rows, seen = [], sorted(self.seen)
         if not seen:
@@ -67,7 +67,7 @@ class TensorStats:
 
 
 def _decibel(signal: float, noise: float) -> float | None:
-    """None when nothing was lost or there was no signal: JSON has no infinity."""
+    """Return decibels; None when nothing was lost or there was no signal: JSON has no infinity."""
     if signal <= 0 or noise <= 0:
         return None
     return 10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)).item()
@@ -93,7 +93,7 @@ class UpdateStats:
         return whole.to("cpu", copy=True) if environment.is_main_process() else None
 
     def row(self, step: int) -> dict:
-        """{"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
+        """Return {"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
         changed, total = torch.zeros(3, dtype=torch.float64), 0
         for name, weight in self.weights.items():
             now = distributed.full_tensor(weight).detach()
@@ -105,7 +105,7 @@ class UpdateStats:
         return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded if self.format else None}}
 
     def _views(self, now: torch.Tensor, before: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """A weight after and before the step: as stored, in BF16, on the grid."""
+        """Return a weight after and before the step: as stored, in BF16, on the grid."""
         views = [(now, before), (now.bfloat16(), before.bfloat16())]
         if self.format is None:
             return views

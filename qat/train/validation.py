@@ -31,9 +31,9 @@ class Validator:
 
     @torch.no_grad()
     def rows(self, step: int) -> list[dict]:
-        """One row a text after `step` steps, where it is due: before the first, at every k-th and after the last, so
-        at the same ones in a run and its baseline. Columns: step, text (its name), loss in nats a token (None where it
-        is not finite), tokens, text_hash."""
+        """Return one row a text after `step` steps, where it is due: before the first, at every k-th and after the
+        last, so at the same ones in a run and its baseline. Columns: step, text (its name), loss in nats a token (None
+        where it is not finite), tokens, text_hash."""
         if not self.texts or (step % self.cfg.budget.telemetry_every and step != self.cfg.steps):
             return []
         rows, losses = [], self._losses().cpu().split([len(text.tokens) for text in self.texts.values()])
@@ -44,7 +44,7 @@ class Validator:
         return rows
 
     def _losses(self) -> torch.Tensor:
-        """Of every token of all texts, FP32 [sequences, HELDOUT_LENGTH]."""
+        """Return the losses of every token of all texts, FP32 [sequences, HELDOUT_LENGTH]."""
         tokens = torch.cat([text.tokens for text in self.texts.values()])
         micro_batch = self.cfg.batch[0] * self.cfg.budget.seq_len  # tokens that there is room for
         batches = map(device.to_device, tokens.split(max(1, micro_batch // heldout.HELDOUT_LENGTH)))
@@ -64,7 +64,7 @@ class Validator:
 
 
 def _texts(cfg: Config, tokenizer) -> dict[str, heldout.Heldout]:
-    """The texts by name, the training data's own first."""
+    """Return the texts by name, the training data's own first."""
     wanted = cfg.budget.validation_tokens
     own = heldout.load_heldout(cfg.data, tokenizer, wanted)
     try:

@@ -26,9 +26,9 @@ from qat.utils import environment, files
 
 @contextlib.contextmanager
 def mirror(run: Run, cfg: Config, comparison: dict | None = None, required: bool = False):
-    """A function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that the
-    folder has already; at the end, the results of the folder and of its comparison. Nothing with logger=local. Where
-    W&B fails, a warning says so and the run goes on without it; if `required`, it is a UserError."""
+    """Return a function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that
+    the folder has already; at the end, the results of the folder and of its comparison. Nothing with logger=local.
+    Where W&B fails, a warning says so and the run goes on without it; if `required`, it is a UserError."""
     if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not environment.is_main_process():
         yield lambda row, probed: None
         return
@@ -88,7 +88,7 @@ def _reason(error: Exception) -> str:
 
 
 def _start(run: Run, cfg: Config):
-    """A session of W&B; offline where the server is out of reach."""
+    """Return a session of W&B; offline where the server is out of reach."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -132,7 +132,7 @@ def _tags(cfg: Config) -> list[str]:
 
 
 def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]], None]:
-    """`session.log` for a step, after the steps of the folder."""
+    """Return `session.log` for a step, after the steps of the folder."""
     baseline = Run.of(baseline_of(cfg)).metrics() if cfg.quantized else []
     losses = {row["step"]: row["loss"] for row in baseline}
     telemetry = defaultdict(list)
@@ -151,8 +151,8 @@ def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]]
 
 
 def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[str, float]:
-    """A step as flat numbers: its metrics, its loss against `reference`, the baseline's, and its telemetry. Step 0 has
-    only the latter."""
+    """Return a step as flat numbers: its metrics, its loss against `reference`, the baseline's, and its telemetry. Step
+    0 has only the latter."""
     flat = {f"train/{key}": value for key, value in row.items() if key != "step"}
     if reference is not None and row["loss"] is not None:
         difference = row["loss"] - reference
@@ -167,8 +167,8 @@ def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[
 
 
 def _telemetry(rows: list[dict]) -> dict[str, float | None]:
-    """All tensors of a role in a few numbers: the worst of each fault, the share of tensors that overshoot, and the
-    mean share of values in each tier."""
+    """Return all tensors of a role in a few numbers: the worst of each fault, the share of tensors that overshoot, and
+    the mean share of values in each tier."""
     flat = {f"{key}_max": max(row[key] for row in rows) for key in ("overshoot", "beyond", "underflow")}
     flat["overshoot_share"] = fmean(row["overshoot"] > TOLERANCE for row in rows)
     flat["sqnr_db_min"] = min((row["sqnr_db"] for row in rows if row["sqnr_db"] is not None), default=None)
@@ -176,9 +176,9 @@ def _telemetry(rows: list[dict]) -> dict[str, float | None]:
 
 
 def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float]:
-    """What a folder comes to, as flat numbers that dashboards sort and filter by: how often it warned; of a compared
-    run loss APE, held-out differences and KL, and scores, points, relative drops and p-values by task and mode; of a
-    baseline its scores."""
+    """Return what a folder comes to, as flat numbers that dashboards sort and filter by: how often it warned; of a
+    compared run loss APE, held-out differences and KL, and scores, points, relative drops and p-values by task and
+    mode; of a baseline its scores."""
     flat = {"warnings": len(run.warnings())}
     if comparison:
         flat["loss_ape_percent"] = comparison["loss"]["ape"]

@@ -13,14 +13,14 @@ from qat.errors import UserError
 
 
 def get_device() -> torch.device:
-    """The first GPU, under `torchrun` this rank's, or the CPU."""
+    """Return the first GPU, under `torchrun` this rank's, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the device, without waiting for the copy."""
+    """Return the tensor on the device, without waiting for the copy."""
     if tensor.device.type == get_device().type:
         return tensor
     return tensor.pin_memory().to(get_device(), non_blocking=True)
@@ -45,7 +45,7 @@ def has_bf16() -> bool:
 
 
 def autocast(arithmetic: str):
-    """The context in which forward passes run: products in BF16, or everything in FP32."""
+    """Return the context in which forward passes run: products in BF16, or everything in FP32."""
     if arithmetic == "bf16":
         # With the cache, all pieces of the loss would read one BF16 copy of the head, and add their gradients in BF16.
         return torch.autocast(get_device().type, torch.bfloat16, cache_enabled=False)
@@ -53,14 +53,13 @@ def autocast(arithmetic: str):
 
 
 def attention_of_any_length():
-    """The context in which questions are scored. Left out is cuDNN, which plans attention for each length anew."""
+    """Return the context in which questions are scored. Left out is cuDNN, which plans attention for each length anew."""
     kernels = torch.nn.attention.SDPBackend
     return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
 
 
 def prepare() -> None:
-    """What training and scoring need of this process; both must compute alike. Call before the first large
-    allocation."""
+    """Set up this process for training and scoring, which must compute alike. Call before the first large allocation."""
     round_sums_once()
     keep_freed_memory()
 
@@ -84,7 +83,7 @@ def keep_freed_memory() -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of the random number generators of the CPU and of this process's GPU."""
+    """Return the state of the random number generators of the CPU and of this process's GPU."""
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state(get_device())} if get_device().type == "cuda" else state
 

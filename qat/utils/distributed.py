@@ -50,8 +50,8 @@ def init() -> None:
 
 
 def _rendezvous() -> dist.Store:
-    """A store that all ranks have come to. PyTorch's own rendezvous is deaf to signals while it waits, and after a
-    restart of torchrun's finds the addresses of ranks that are gone."""
+    """Return a store that all ranks have come to. PyTorch's own rendezvous is deaf to signals while it waits, and after
+    a restart of torchrun's finds the addresses of ranks that are gone."""
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if absent:
         raise UserError(
@@ -78,7 +78,7 @@ def _rendezvous() -> dist.Store:
 
 
 def _open_store(address: str, port: int) -> Future[dist.Store]:
-    """The store of this start of the ranks with this one's name in it, once it can be reached."""
+    """Return the store of this start of the ranks with this one's name in it, once it can be reached."""
     future = Future()
     # Under torchrun its agent has the store, for all restarts; else the first rank.
     hosts = is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -110,7 +110,7 @@ def _is_listening(address: str, port: int) -> bool:
 
 
 def _missing_ranks(opened: Future[dist.Store]) -> list[int]:
-    """The ranks that have not come to the store. Errors: UserError when it cannot be opened."""
+    """Return the ranks that have not come to the store. Errors: UserError when it cannot be opened."""
     if not opened.done():
         return [0]
     try:
@@ -124,7 +124,7 @@ def _missing_ranks(opened: Future[dist.Store]) -> list[int]:
 
 
 def abort() -> None:
-    """This rank fails while others may wait for it: it leaves without the farewell that NCCL's ranks wait for."""
+    """Leave, as this rank fails while others may wait for it, without the farewell that NCCL's ranks wait for."""
     atexit.unregister(dist.destroy_process_group)
 
 
@@ -170,7 +170,7 @@ def _depends_on_world_size(cfg: Config) -> str | None:
 
 
 def broadcast_object(value):
-    """The first rank's value, on every rank."""
+    """Return the first rank's value, on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -179,7 +179,7 @@ def broadcast_object(value):
 
 
 def all_gather_object(value) -> list:
-    """Every rank's value, by rank."""
+    """Return every rank's value, by rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -200,26 +200,26 @@ def scatter_batches(
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks."""
+    """Return the sum over ranks."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """The element-wise maximum over ranks."""
+    """Return the element-wise maximum over ranks."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is true on any rank."""
+    """Return whether the flag is true on any rank."""
     return bool(all_reduce_max(torch.tensor(float(flag), device=get_device()))) if world_size() > 1 else flag
 
 
 def check_agreement(what: str, tensor: torch.Tensor) -> None:
-    """The watchdog: raise `UserError` on every rank when they do not hold the same values. NaN agrees with NaN."""
+    """Raise `UserError` on every rank when they do not hold the same values. NaN agrees with NaN."""
     if world_size() == 1:
         return
     bits = tensor.to(get_device()).float().contiguous().view(torch.int32).to(torch.int64)
@@ -236,9 +236,9 @@ def check_agreement(what: str, tensor: torch.Tensor) -> None:
 
 
 def distribute(module: nn.Module, blocks: list[nn.Module], kind: str) -> nn.Module:
-    """The module whose forward pass every rank calls on its share: as it is for one rank, else in DDP, or sharded by
-    FSDP2 block by block. Gradients are summed: each rank's loss is its share of the mean over all tokens of the step.
-    """
+    """Return the module whose forward pass every rank calls on its share: as it is for one rank, else in DDP, or
+    sharded by FSDP2 block by block. Gradients are summed: each rank's loss is its share of the mean over all tokens of
+    the step."""
     if world_size() == 1:
         return module
     if kind == "ddp":
@@ -270,18 +270,18 @@ def gradient_sync(module: nn.Module, last: bool):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are whole only inside the forward and backward pass."""
+    """Return whether parameters are whole only inside the forward and backward pass."""
     return isinstance(module, FSDPModule)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor as one, gathered by all ranks together; others as they are."""
+    """Return a sharded tensor as one, gathered by all ranks together; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A sharded tensor as one, in the memory of the first rank's CPU, where more of them fit than on a GPU; None on the
-    other ranks, all of which must ask. Others as they are."""
+    """Return a sharded tensor as one, in the memory of the first rank's CPU, where more of them fit than on a GPU; None
+    on the other ranks, all of which must ask. Others as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered_here = tensor.detach().full_tensor()
@@ -289,7 +289,7 @@ def full_tensor_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`tensor`, whole and the same on every rank, on the parameter's device and sharded as it is."""
+    """Return `tensor`, whole and the same on every rank, on the parameter's device and sharded as it is."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -19,22 +19,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def world_size() -> int:
-    """How many ranks there are."""
+    """Return how many ranks there are."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
-    """The number of this rank."""
+    """Return the number of this rank."""
     return int(os.environ.get("RANK") or 0)
 
 
 def is_main_process() -> bool:
-    """Whether this rank reads the data, writes and logs."""
+    """Return whether this rank reads the data, writes and logs."""
     return rank() == 0
 
 
 def package_path(path: str) -> Path:
-    """`package/inner/file` -> its place on disk; the package is not imported. Errors: UserError when not installed."""
+    """Return the place of `package/inner/file` on disk; the package is not imported. Errors: UserError when not
+    installed."""
     package, _, inner = path.partition("/")
     if not package.isidentifier():
         raise UserError(f"{path}: not a place in a package; for a folder of your own set data.source=files")
@@ -46,7 +47,8 @@ def package_path(path: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Where converted models (models/), compiled kernels (numba/), token caches (tokens/), prepared texts (text/) and
+    """Return where converted models (models/), compiled kernels (numba/), token caches (tokens/), prepared texts
+    (text/) and
     parsed benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
     own, user = os.environ.get("HIF8_CACHE", ""), os.environ.get("XDG_CACHE_HOME", "")
     # By the XDG rules a relative XDG_CACHE_HOME counts as none.
@@ -65,8 +67,8 @@ _SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODEL
 
 
 def describe_environment() -> dict:
-    """What a result depends on besides the configuration: hardware, versions, code, command. No variable of the user's
-    and no host name is in it, which could say whose machine it is; a cluster's job names its nodes."""
+    """Return what a result depends on besides the configuration: hardware, versions, code, command. No variable of the
+    user's and no host name is in it, which could say whose machine it is; a cluster's job names its nodes."""
     import torch
 
     installed = _installed()
@@ -88,12 +90,12 @@ def describe_environment() -> dict:
 
 
 def brief(environment: Mapping) -> dict:
-    """An `environment` without its lists of a hundred lines."""
+    """Return an `environment` without its lists of a hundred lines."""
     return {name: value for name, value in environment.items() if name not in ("installed", "build")}
 
 
 def hardware_name(environment: Mapping) -> str:
-    """What computed, of an `environment`: its GPU, else its processor."""
+    """Return what computed, of an `environment`: its GPU, else its processor."""
     return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"
 
 
@@ -104,7 +106,7 @@ def machine_summary() -> str:
 
 
 def commit_name(git: Mapping | None) -> str:
-    """The commit, of `git` of an `environment`, and whether files differed from it."""
+    """Return the commit, of `git` of an `environment`, and whether files differed from it."""
     return f"{git['commit'][:12]}{', modified' if git['modified'] else ''}" if git else "unknown"
 
 
@@ -116,7 +118,7 @@ def _installed() -> dict[str, str]:
 
 
 def _gpus() -> dict:
-    """The visible NVIDIA GPUs, by the first; bytes. Null without any."""
+    """Return the visible NVIDIA GPUs, by the first; bytes. Null without any."""
     import torch
 
     if not torch.cuda.is_available():
@@ -136,7 +138,7 @@ _DRIVER = Path("/sys/module/nvidia/version")  # also in a container, and never h
 
 
 def _git() -> dict | None:
-    """The commit, whether files differ from it, and a hash of how; None outside of a repository."""
+    """Return the commit, whether files differ from it, and a hash of how; None outside of a repository."""
 
     def run(*words: str) -> str:
         command = ["git", *words]

@@ -23,7 +23,7 @@ from qat.errors import UserError
 
 
 def expand(path: str) -> str:
-    """A path as users write it, with the home folder for `~`. Errors: UserError where that is not known."""
+    """Return a path as users write it, with the home folder for `~`. Errors: UserError where that is not known."""
     full = os.path.expanduser(path)
     if full.startswith("~"):
         raise UserError(f"{path}: the home folder is not known; set HOME, or write the path in full")
@@ -46,7 +46,8 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def cached_json(path: Path) -> Any:
-    """What a JSON file of the cache holds; None where it is missing, and, with a warning, where it is damaged or holds
+    """Return what a JSON file of the cache holds; None where it is missing, and, with a warning, where it is damaged or
+    holds
     nothing: it is to be made again."""
     if not path.is_file():
         return None
@@ -86,7 +87,7 @@ def existing(folder: Path) -> Path:
 
 
 def checksums(paths: Iterable[Path]) -> str:
-    """The SHA-256 of files, as `sha256sum` writes and checks them."""
+    """Return the SHA-256 of files, as `sha256sum` writes and checks them."""
     lines = []
     for path in sorted(paths):
         with path.open("rb") as file:

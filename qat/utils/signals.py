@@ -24,8 +24,8 @@ class Preempted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def raise_on_signal() -> Iterator[None]:
-    """Within this context `SIGNALS` raise `Preempted`, save those that somebody else handles already. When it passes
-    on, the file that $HIF8_REQUEUE names is made, for launchers that lose the exit code."""
+    """Let `SIGNALS` raise `Preempted` within this context, save those that somebody else handles already. When it
+    passes on, the file that $HIF8_REQUEUE names is made, for launchers that lose the exit code."""
     free = [each for each in SIGNALS if _may_handle() and signal.getsignal(each) is signal.SIG_DFL]
     for each in free:
         signal.signal(each, _stop)
@@ -50,8 +50,8 @@ def _stop(number: int, _) -> None:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[Callable[[], str | None]]:
-    """Within this context `SIGNALS` do nothing but be noticed: yields a function that names the first one that came, or
-    None."""
+    """Do nothing upon `SIGNALS` within this context but notice them; yields a function that names the first one that
+    came, or None."""
     came: list[signal.Signals] = []
     if not _may_handle():
         yield lambda: None

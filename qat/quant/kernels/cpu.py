@@ -88,8 +88,8 @@ def _float(typing, value):
 
 @njit(error_model="numpy")
 def _round(bits, clip, beyond):
-    """HiF8 rounding of float32 bits: magnitudes are clipped to `clip` first, those that round above 2^15 become
-    `beyond`; NaN is lost.
+    """Round float32 bits to HiF8: magnitudes are clipped to `clip` first, those that round above 2^15 become `beyond`;
+    NaN is lost.
 
     The same integer arithmetic as `qat.quant.hif8.fake_quantize`, written as selects because branches stop
     vectorization.
@@ -108,7 +108,7 @@ def _round(bits, clip, beyond):
 
 
 def _quantizer(bf16: bool, codes: bool):
-    """A kernel for one dtype, with or without codes."""
+    """Return a kernel for one dtype, with or without codes."""
 
     @_kernel
     def kernel(x, scale, clip, beyond, out, table, out_codes, amaxes):
@@ -199,7 +199,7 @@ def quantize(
     beyond: float,
     emit: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `qat.quant.kernels.dispatch.quantize`; clip: magnitudes above it become it before rounding (inf: none do);
+    """Do as `qat.quant.kernels.dispatch.quantize`; clip: magnitudes above it become it before rounding (inf: none do);
     beyond: what rounds above 2^15 becomes this."""
     out = torch.empty_like(x)
     codes = torch.empty(x.shape if emit == "codes" else 0, dtype=torch.uint8)
@@ -217,18 +217,18 @@ def quantize(
 
 @functools.cache
 def _codes() -> np.ndarray:
-    """The code of every HiF8 value, by the highest 12 of its float32 bits."""
+    """Return the code of every HiF8 value, by the highest 12 of its float32 bits."""
     return _flat(hif8.encode((torch.arange(4096, dtype=torch.int32) << 20).view(torch.float32)))
 
 
 @functools.cache
 def _values(dtype: torch.dtype) -> np.ndarray:
-    """The value of every code."""
+    """Return the value of every code."""
     return _flat(hif8.decode(torch.arange(256, dtype=torch.uint8)).to(dtype))
 
 
 def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `qat.quant.kernels.dispatch.decode`."""
+    """Do as `qat.quant.kernels.dispatch.decode`."""
     source = codes.contiguous()
     out = torch.empty(source.shape, dtype=dtype)
     _use_threads_of_torch()
@@ -237,8 +237,8 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float, target: float) -> torch.Tensor:
-    """As `qat.quant.kernels.dispatch.statistics`; clip and beyond as in `quantize`, target: what counts as beyond it is
-    larger."""
+    """Do as `qat.quant.kernels.dispatch.statistics`; clip and beyond as in `quantize`, target: what counts as beyond it
+    is larger."""
     source = x.float()
     sums = np.zeros((max(1, -(-source.numel() // _CHUNK)), 10))
     edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond), _float_bits(target)

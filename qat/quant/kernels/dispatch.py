@@ -35,7 +35,7 @@ def _gpu() -> ModuleType | None:
 
 
 def _fused(x: torch.Tensor, format: str) -> ModuleType | None:
-    """The module with fused kernels for a tensor and a format; None: take the readable path."""
+    """Return the module with fused kernels for a tensor and a format; None: take the readable path."""
     if format != "hif8" or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     return _cpu() if x.device.type == "cpu" else _gpu() if x.is_cuda else None
@@ -99,13 +99,13 @@ def _no_codes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _edges(overflow: str, target: float) -> tuple[float, float]:
-    """(what magnitudes are clipped to before rounding, what becomes of those that round above 2^15)."""
+    """Return (what magnitudes are clipped to before rounding, what becomes of those that round above 2^15)."""
     infinity = float("inf")
     return target if overflow == "clip" else infinity, infinity if overflow == "inf" else FORMATS["hif8"].largest
 
 
 def table(device: torch.device, format: str, overflow: str, target: float) -> torch.Tensor | None:
-    """What compiled steps round with by `lookup.quantize`; None where they call `quantize`, as CPU steps do."""
+    """Return what compiled steps round with by `lookup.quantize`; None where they call `quantize`, as CPU steps do."""
     return lookup.table(device, *_edges(overflow, target)) if format == "hif8" and device.type == "cuda" else None
 
 
@@ -121,7 +121,7 @@ def decode(codes, format, dtype):
 
 @_operator("(Tensor a, Tensor b, Tensor factor) -> Tensor", fake=lambda a, b, _: a.new_empty(a.shape[0], b.shape[1]))
 def mm(a, b, factor):
-    """(a @ b) * factor for matrices on the CPU; factor: 0-dim FP32. FP32 products take the factor along, without
+    """Return (a @ b) * factor for matrices on the CPU; factor: 0-dim FP32. FP32 products take the factor along, without
     another pass over the result."""
     if a.dtype is torch.float32:
         return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=factor.item())
@@ -129,13 +129,14 @@ def mm(a, b, factor):
 
 
 def unscale(product: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A product, a matrix in BF16 or FP32, times a 0-dim FP32 factor: multiplied in FP32, in one pass, in its place. A
-    BF16 product is so rounded twice, once by the GEMM."""
+    """Multiply a product, a matrix in BF16 or FP32, by a 0-dim FP32 factor: in FP32, in one pass, in its place. A BF16
+    product is so rounded twice, once by the GEMM."""
     return product.mul_(factor.reshape(1))  # without a dimension it would be rounded to BF16 first
 
 
 def amax(x: torch.Tensor) -> torch.Tensor:
-    """Largest absolute value of a tensor of any shape and floating dtype, 0-dim FP32; NaN when `x` holds one."""
+    """Return the largest absolute value of a tensor of any shape and floating dtype, 0-dim FP32; NaN when `x` holds
+    one."""
     return torch.linalg.vector_norm(x.detach(), float("inf")).float()
 
 
@@ -145,8 +146,8 @@ def record_amax(x: torch.Tensor, slot: torch.Tensor) -> None:
 
 
 def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float) -> torch.Tensor:
-    """What rounding does to `x * scale`, FP64 [10] on the CPU or the device of `x`, summable over calls: counts of
-    nonzero elements, of those in the tiers of 3, 2, 1 and 0 mantissa bits, of those beyond the target, of those
+    """Measure what rounding does to `x * scale`, FP64 [10] on the CPU or the device of `x`, summable over calls: counts
+    of nonzero elements, of those in the tiers of 3, 2, 1 and 0 mantissa bits, of those beyond the target, of those
     rounded to zero, of those that 16 times an E4M3 value cannot hold; then signal power and error power (arguments as
     of `quantize`)."""
     source = x.detach().contiguous()

@@ -101,7 +101,7 @@ def quantize(
     beyond: float,
     emit: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `qat.quant.kernels.cpu.quantize`; nothing is copied to the host."""
+    """Do as `qat.quant.kernels.cpu.quantize`; nothing is copied to the host."""
     out = x.new_empty(0) if emit == "e4m3" else torch.empty_like(x)
     codes = torch.empty(0 if emit == "values" else x.shape, dtype=torch.uint8, device=x.device)
     bits = None if slot is None else slot.view(torch.int32)
@@ -116,7 +116,7 @@ def _values(device: torch.device) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As `qat.quant.kernels.dispatch.decode`."""
+    """Do as `qat.quant.kernels.dispatch.decode`."""
     source = codes.contiguous()
     out = torch.empty(source.shape, dtype=dtype, device=codes.device)
     _decode[_grid(source.numel())](source, _values(codes.device), out, source.numel(), BLOCK=_BLOCK)
@@ -124,7 +124,7 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float, target: float) -> torch.Tensor:
-    """As `qat.quant.kernels.dispatch.statistics`, the powers summed in FP32 within a block."""
+    """Do as `qat.quant.kernels.dispatch.statistics`, the powers summed in FP32 within a block."""
     grid = _grid(x.numel())
     rows = torch.empty((*grid, _STATISTICS), dtype=torch.float32, device=x.device)
     table, edges = lookup.table(x.device, clip, beyond), (_float_bits(clip), _float_bits(target))

@@ -20,7 +20,8 @@ CUT = 19  # bits of a float32 that do not matter
 
 @functools.cache
 def table(device: torch.device, clip: float, beyond: float) -> torch.Tensor:
-    """Of what a float32 begins with, int32 [8192]: its HiF8 value in BF16, the E4M3 byte of 16 times that, its code.
+    """Return, for what a float32 begins with, int32 [8192]: its HiF8 value in BF16, the E4M3 byte of 16 times that, its
+    code.
 
     clip: what magnitudes are clipped to before rounding; beyond: what becomes of those that round above 2^15.
     """
@@ -33,7 +34,7 @@ def table(device: torch.device, clip: float, beyond: float) -> torch.Tensor:
 def quantize(
     x: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor | None, table: torch.Tensor, emit: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`qat.quant.kernels.dispatch.quantize` of HiF8 in PyTorch operations, which torch.compile fuses with those that
+    """Do `qat.quant.kernels.dispatch.quantize` of HiF8 in PyTorch operations, which torch.compile fuses with those that
     make `x`, so that rounding takes no pass over memory of its own. table: as `table` gives it.
 
     Inductor keeps FP32 within a fused kernel: there `x` is rounded once, and not to BF16 before.

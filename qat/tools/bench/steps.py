@@ -27,7 +27,7 @@ OURS = ("mlp", "all", "all, current scaling", "all, fp8 products")
 
 
 def settings(cfg: Config) -> dict[str, Config]:
-    """{name: configuration} of what is measured: max-window delayed scaling, all three roles quantized."""
+    """Return {name: configuration} of what is measured: max-window delayed scaling, all three roles quantized."""
 
     def quantized(scope: list[str], keep: int, **quant) -> Config:
         other = copy.deepcopy(cfg)
@@ -66,7 +66,7 @@ def tokens(cfg: Config, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 
 def copy_sharing_params(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares its parameters."""
+    """Return a copy of a model that shares its parameters."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -101,7 +101,7 @@ class Steps:
         trainer.step(2 if trainer.bank is not None and not trainer.bank.unseen else 1, [self.batch])
 
     def evaluations(self) -> dict[str, Callable[[], object]]:
-        """{"bf16", "all": a forward pass as evaluation does it}, with frozen scales and rounded weights."""
+        """Return {"bf16", "all": a forward pass as evaluation does it}, with frozen scales and rounded weights."""
         return {name: lambda name=name: self._evaluate(self.trainers[name]) for name in ("bf16", "all")}
 
     @torch.inference_mode()
@@ -138,13 +138,13 @@ def _swap(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model with the method written down plainly."""
+    """Return the model with the method written down plainly."""
     _swap(model, PlainQuantizedLinear)
     return model
 
 
 def _torchao(model: nn.Module) -> nn.Module | None:
-    """The model with torchao's FP8 fake quantization of weights and activations alone; None without torchao."""
+    """Return the model with torchao's FP8 fake quantization of weights and activations alone; None without torchao."""
     try:
         from torchao.quantization import PerTensor
         from torchao.quantization.qat import FakeQuantizedLinear, Float8FakeQuantizeConfig

@@ -90,7 +90,7 @@ def _kernel_rows(cfg: Config) -> list[Row]:
 
 
 def _kernel_works(x: torch.Tensor):
-    """(works, bytes that each moves) for one tensor."""
+    """Return (works, bytes that each moves) for one tensor."""
     scale, out = torch.tensor(3.0, device=x.device), torch.empty_like(x)
     observed = torch.zeros(1, device=x.device)
     codes = torch.randint(256, x.shape, dtype=torch.uint8, device=x.device)
@@ -154,7 +154,7 @@ def _utilization(made: steps.Steps, tokens_per_second: float) -> str:
 
 
 def _flops(made: steps.Steps) -> float:
-    """Of a token's BF16 step."""
+    """Return the FLOPs of a token's BF16 step."""
     shape, _ = model_shape(made.trainers["bf16"].model.config, made.cfg)
     return shape.flops(made.cfg.budget.seq_len)
 

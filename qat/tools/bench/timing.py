@@ -15,13 +15,13 @@ from qat.utils import device
 
 
 def wait() -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def seconds(work: Callable[[], object], repeats: int = 1) -> float:
-    """Of one call, on average over `repeats` in a row."""
+    """Return the seconds of one call, on average over `repeats` in a row."""
     wait()
     started = time.perf_counter()
     for _ in range(repeats):
@@ -33,7 +33,8 @@ def seconds(work: Callable[[], object], repeats: int = 1) -> float:
 def in_turn(
     works: dict[str, Callable[[], object]], rounds: int, repeats: int = 1, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each of `works` in every round, all of them run once a round after `warmup` rounds unmeasured."""
+    """Return the seconds of each of `works` in every round, all of them run once a round after `warmup` rounds
+    unmeasured."""
     for _ in range(warmup):
         for work in works.values():
             work()
@@ -45,14 +46,14 @@ def in_turn(
 
 
 def ratio(times: dict[str, list[float]], name: str, to: str) -> tuple[float, float, float]:
-    """(median, smallest, largest) over the rounds of the seconds of `name` over those of `to`."""
+    """Return (median, smallest, largest) over the rounds of the seconds of `name` over those of `to`."""
     ratios = [a / b for a, b in zip(times[name], times[to], strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def peak_memory(work: Callable[..., object], *arguments) -> float:
-    """Largest memory in bytes that `work(*arguments)` needs in a process of its own: of the GPU where there is one,
-    else resident. Errors: RuntimeError when the process dies."""
+    """Return the largest memory in bytes that `work(*arguments)` needs in a process of its own: of the GPU where there
+    is one, else resident. Errors: RuntimeError when the process dies."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_child, args=(theirs, work, arguments))

@@ -29,13 +29,13 @@ class Traffic:
     size: float
 
     def sent(self, ranks: int) -> float:
-        """Bytes that the busiest rank sends, by rings."""
+        """Return the bytes that the busiest rank sends, by rings."""
         times = {"all_reduce": 2, "broadcast": ranks / (ranks - 1)}.get(self.operation, 1)
         return times * (ranks - 1) / ranks * self.size
 
 
 def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
-    """A step of `calls` micro-batches a rank."""
+    """Return what is sent in a step of `calls` micro-batches a rank."""
     if ranks == 1:
         return []
     text = ranks * calls * cfg.batch[0] * (cfg.budget.seq_len + 1) * 8  # int64, from the first rank
@@ -59,12 +59,12 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
 
 
 def seconds(traffic: list[Traffic], ranks: int) -> float:
-    """Of a step, one call after the other: rings through all GPUs go as fast as their slowest link."""
+    """Return the seconds of a step, one call after the other: rings through all GPUs go as fast as their slowest link."""
     speed = WITHIN if ranks <= NODE else BETWEEN
     return sum(each.sent(ranks) / speed + each.calls * LATENCY * math.log2(ranks) for each in traffic)
 
 
 def efficiency(computing: float, traffic: list[Traffic], ranks: int) -> float:
-    """Share of a GPU's time that computes, of `computing` seconds a step, if nothing was sent meanwhile: more is sent
-    meanwhile than not, so it is what can be counted on."""
+    """Return the share of a GPU's time that computes, of `computing` seconds a step, if nothing was sent meanwhile:
+    more is sent meanwhile than not, so it is what can be counted on."""
     return computing / (computing + seconds(traffic, ranks))

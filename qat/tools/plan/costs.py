@@ -65,14 +65,14 @@ _PUBLISHED = {
 
 
 def tokens(cfg: Config) -> tuple[int, int]:
-    """Tokens of a step and of the run."""
+    """Return the tokens of a step and of the run."""
     micro, accumulation = cfg.batch
     step = micro * accumulation * cfg.budget.seq_len
     return step, step * cfg.steps
 
 
 def text(cfg: Config) -> tuple[float, float, str] | None:
-    """(tokens, bytes, basis) of the text to train on; None when its size is not known."""
+    """Return (tokens, bytes, basis) of the text to train on; None when its size is not known."""
     known = _KNOWN_DATA.get((cfg.data.path, cfg.data.subset))
     if known:
         return known
@@ -84,7 +84,7 @@ def text(cfg: Config) -> tuple[float, float, str] | None:
 
 
 def questions(cfg: Config) -> tuple[int, float]:
-    """(questions, tokens to score for one model) of the benchmark."""
+    """Return (questions, tokens to score for one model) of the benchmark."""
     count, total = 0, 0.0
     for name, task in cfg.benchmark.tasks.items():
         there = _QUESTIONS[cfg.benchmark.split][name]
@@ -95,18 +95,18 @@ def questions(cfg: Config) -> tuple[int, float]:
 
 
 def heldout(cfg: Config) -> int:
-    """Tokens of all held-out texts: half as many of `validation` as of `data` (`qat.eval.evaluate`)."""
+    """Return the tokens of all held-out texts: half as many of `validation` as of `data` (`qat.eval.evaluate`)."""
     own = cfg.budget.heldout_tokens
     return own + own // 2 if cfg.validation else own
 
 
 def scope(kinds) -> str:
-    """The kind of quantized step that a benchmark's record calls so."""
+    """Return the kind of quantized step that a benchmark's record calls so."""
     return "mlp" if all(kind.startswith("mlp.") for kind in kinds) else "all"
 
 
 def measured(model: str, kind: str) -> list[Rate]:
-    """What records of benchmarks say of a model's steps. kind: bf16, or a name of `qat.tools.bench.steps`."""
+    """Return what records of benchmarks say of a model's steps. kind: bf16, or a name of `qat.tools.bench.steps`."""
     found = []
     for file in sorted(RECORDS.glob("*/bench.json")):
         record = json.loads(file.read_text())
@@ -122,7 +122,7 @@ def measured(model: str, kind: str) -> list[Rate]:
 
 
 def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
-    """Of one rank, the one to reckon with first; kind: of the quantized steps, None for BF16."""
+    """Return the rates of one rank, the one to reckon with first; kind: of the quantized steps, None for BF16."""
     step = f"{kind}, current scaling" if kind and cfg.scaling.algo == "current" else kind or "bf16"
     found = measured(cfg.model.name, step)
     alike = [rate for rate in found if machine.name in rate.basis]
@@ -143,12 +143,13 @@ def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus
 
 
 def checkpoints(shape: Shape) -> tuple[float, float]:
-    """(largest, final) bytes of a run's checkpoints: parameters and moments, the two newest and one being written."""
+    """Return (largest, final) bytes of a run's checkpoints: parameters and moments, the two newest and one being
+    written."""
     return 3 * 12.0 * shape.parameters, 4.0 * shape.parameters
 
 
 def rows(cfg: Config, tensors: int) -> float:
-    """Bytes of metrics and telemetry; tensors: those that are quantized."""
+    """Return the bytes of metrics and telemetry; tensors: those that are quantized."""
     return cfg.steps * (_METRICS_ROW + tensors * _TELEMETRY_ROW / cfg.budget.telemetry_every)
 
 
@@ -157,5 +158,5 @@ def samples(cfg: Config, models: int) -> float:
 
 
 def cached_tokens(cfg: Config, shape: Shape) -> float:
-    """Bytes of the token cache, shared by all runs of a seed: 2 a token, or 4 for vocabularies above 65,536."""
+    """Return the bytes of the token cache, shared by all runs of a seed: 2 a token, or 4 for vocabularies above 65,536."""
     return tokens(cfg)[1] * (2 if shape.vocabulary <= 2**16 else 4) if cfg.data.cache else 0.0

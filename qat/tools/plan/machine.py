@@ -46,7 +46,7 @@ class Machine:
 
 
 def here(cfg: Config) -> Machine:
-    """What there is now. Waits for a hub three seconds at most, and asks it only where `cfg` needs one."""
+    """Return what there is now. Waits for a hub three seconds at most, and asks it only where `cfg` needs one."""
     machine, cuda = describe_environment(), torch.cuda.is_available()
     runs, cache = files.existing(Path(cfg.runs_dir)), cache_dir()
     return Machine(
@@ -66,12 +66,12 @@ def here(cfg: Config) -> Machine:
 
 
 def needs_hub(cfg: Config) -> bool:
-    """Whether the model or a text comes from a hub and not from a folder."""
+    """Return whether the model or a text comes from a hub and not from a folder."""
     return any(preflight.from_hub(source) for source in (cfg.model, cfg.data, cfg.validation) if source)
 
 
 def _memory() -> int:
-    """Bytes that can be had, what the system would give up of its caches included where it says so."""
+    """Return the bytes that can be had, what the system would give up of its caches included where it says so."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -88,7 +88,7 @@ def _answers() -> bool:
 
 
 def _product(size: int, arithmetic: str) -> float:
-    """The best of five products of two square matrices."""
+    """Return the best of five products of two square matrices."""
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device.get_device())
     times = []

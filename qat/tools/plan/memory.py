@@ -13,7 +13,8 @@ ERROR = 1.25
 
 
 def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus: bool) -> dict[str, float]:
-    """Bytes on each rank by what they are for, at the beginning of a backward pass, where their sum is largest."""
+    """Return the bytes on each rank by what they are for, at the beginning of a backward pass, where their sum is
+    largest."""
     size = 2 if cfg.budget.arithmetic == "bf16" else 4
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
     tokens = cfg.batch[0] * cfg.budget.seq_len
@@ -35,7 +36,7 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
 
 
 def activations(shape: Shape, coverage: Coverage, size: int, checkpointing: bool = False) -> float:
-    """Bytes a token that the backward pass of all blocks keeps, or of one block and what enters each when
+    """Return the bytes a token that the backward pass of all blocks keeps, or of one block and what enters each when
     checkpointing; size: of an element of a product, 2 or 4.
 
     Of a block: both norms keep their input and its normed value in FP32. A linear keeps its input: under autocast a

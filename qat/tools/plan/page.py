@@ -17,14 +17,14 @@ _GPUS = (24e9, 48e9, 80e9, 141e9, 192e9)  # bytes that data-centre GPUs have
 
 
 def page(plan: Plan) -> str:
-    """The whole page, its lines wrapped."""
+    """Return the whole page, its lines wrapped."""
     sections = (_what, _model, _text, _memory, _time, _scaling, _evaluation, _disk, _downloads, _licences, _missing)
     lines = (line for section in sections for line in section(plan))
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent=" " * (_LABEL + 2)) for line in lines)
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits: 1 GB is 10^9."""
+    """Return the bytes in the unit that suits: 1 GB is 10^9."""
     for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= one:
             return f"{count / one:.3g} {unit}"
@@ -49,7 +49,7 @@ def between(low: float, high: float, write) -> str:
 
 
 def _row(what: str, value: str, basis: str = "") -> str:
-    """A labelled value and what it is derived from."""
+    """Return a labelled value and what it is derived from."""
     return f"  {what:<{_LABEL}}{value}{f'  ({basis})' if basis else ''}"
 
 
@@ -257,7 +257,7 @@ def _licences(plan: Plan) -> list[str]:
 
 
 def missing(plan: Plan) -> list[str]:
-    """What this machine lacks of what the plan needs."""
+    """Return what this machine lacks of what the plan needs."""
     cfg, machine, found = plan.cfg, plan.machine, []
     if plan.on_gpus and machine.gpus < plan.ranks:
         found.append(f"{plan.ranks} GPU(s): this machine has {machine.gpus}")

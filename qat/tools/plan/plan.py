@@ -70,7 +70,8 @@ class Plan:
 
 
 def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:
-    """The plan of `cfg` and its baseline on `ranks` processes. on_gpus: one GPU each, else this machine's processor.
+    """Return the plan of `cfg` and its baseline on `ranks` processes. on_gpus: one GPU each, else this machine's
+    processor.
     Errors: ConfigError for what could not be trained either."""
     source, unknown, architecture, shape, coverage = "", None, None, None, None
     try:
@@ -95,7 +96,7 @@ def _training(cfg: Config, architecture, ranks: int, machine: Machine, on_gpus: 
 
 
 def _architecture(cfg: Config, machine: Machine):
-    """(a model's sizes, where they are from). Without a hub: its cached files, else a shape known in conf/model."""
+    """Return (a model's sizes, where they are from). Without a hub: its cached files, else a shape known in conf/model."""
     if cfg.model.source == "random":
         return load_config(cfg.model), "model.architecture"
     known = ROOT / "conf" / "model" / f"{cfg.model.name}_random.yaml"
