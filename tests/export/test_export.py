@@ -28,7 +28,8 @@ from qat.export.hf_quantizer import HiF8Linear
 from qat.models.load import load_model
 from qat.models.tokenizer import byte_tokenizer
 from qat.quant import hif8
-from qat.quant.convert import convert
+from qat.quant.convert import convert, quantized_linears
+from qat.quant.linear import round_weights
 from qat.report.text import table
 from qat.runs.folder import Run
 from qat.train import checkpoint, loop
@@ -101,6 +102,7 @@ def test_and_in_the_other_arithmetic(scored, folder):
     wanted = {"bf16": torch.bfloat16, "fp32": torch.float32}[other]
     for parameter in reference.parameters():
         parameter.data = parameter.data.to(wanted)
+    round_weights(quantized_linears(reference).values(), wanted)
     model, _ = load_export(folder, other)
     assert model.dtype is wanted and same(logits(model), logits(reference))
 

@@ -69,7 +69,7 @@ def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
     trainer.step(1, [tokens])
     if bank is not None:
         bank.begin_step(2, 1)
-        trainer._round_weights()
+        trainer.round_weights()
     shape, planned = flops.model_shape(load_config(cfg.model), cfg)
     assert planned == coverage
     size = 2 if arithmetic == "bf16" else 4

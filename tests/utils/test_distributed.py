@@ -276,27 +276,23 @@ def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
             assert code == 2
             said.append(stderr)
     assert said[0].startswith("error: budget.accumulation=3: 2 ranks cannot share") and said[0].count("\n") == 1
-    assert said[1].startswith("error: optim.lrr: unknown key") and said[2:] == ["", ""]
+    assert said[1].startswith("error: Could not override 'optim.lrr'") and said[2:] == ["", ""]
 
 
 def test_nan_agrees_with_nan_and_one_rank_with_itself():
     distributed.check_agreement("scales", torch.tensor([float("nan")]))
-    assert (
-        distributed.broadcast_object(3),
-        distributed.all_gather_object(3),
-        distributed.any_rank(True),
-        distributed.any_rank(False),
-    ) == (
-        3,
-        [3],
-        True,
-        False,
-    )
+    assert distributed.broadcast_object(3) == 3 and distributed.all_gather_object(3) == [3]
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
 
 
 @pytest.mark.slow
 def test_ranks_that_torchrun_restarts_find_each_other(tmp_path):
-    lines = ["import os, sys, torch", "from qat import ranks", "ranks.join()", "ranks.total(torch.ones(1))"]
+    lines = [
+        "import os, torch",
+        "from qat.utils import distributed as d",
+        "d.init()",
+        "d.all_reduce_sum(torch.ones(1))",
+    ]
     lines += ["if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':", "    os._exit(3)"]
     (tmp_path / "script.py").write_text("\n".join(lines))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]

@@ -92,11 +92,11 @@ def _kernel_rows(cfg: Config) -> list[Row]:
 def _kernel_works(x: torch.Tensor):
     """Return (works, bytes that each moves) for one tensor."""
     scale, out = torch.tensor(3.0, device=x.device), torch.empty_like(x)
-    observed = torch.zeros(1, device=x.device)
+    slot = torch.zeros(1, device=x.device)
     codes = torch.randint(256, x.shape, dtype=torch.uint8, device=x.device)
 
     def rounding(emit: str):
-        return lambda: dispatch.quantize(x, scale, observed, 0, "hif8", "clip", 15.0, emit)
+        return lambda: dispatch.quantize(x, scale, slot, "hif8", "clip", 15.0, emit)
 
     size = x.element_size() * x.numel()
     works = {
