@@ -181,7 +181,7 @@ def _expand(config: Config) -> None:
 
 
 def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Return (dotted key, value, whether the schema has it) of all that is below a node: `+key=value` gets past Hydra."""
+    """Return (dotted key, value, whether the schema has it) of all below a node: `+key=value` gets past Hydra."""
     if isinstance(node, dict):
         children = known = node
     elif dataclasses.is_dataclass(node):

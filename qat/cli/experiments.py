@@ -81,7 +81,7 @@ def _compose(words: list[str]) -> Config:
 
 
 def described(names: Sequence[str], words: list[str], seeds: Sequence[int] | None) -> list[Experiment]:
-    """Return the runs of experiments under command-line words, with each of `seeds`, inside a Hydra entry; made or not."""
+    """Return the runs of experiments under overrides, made or not, with each of `seeds`, inside a Hydra entry."""
     found = []
     for name in names:
         configs = configs_of(name, words, seeds)

@@ -233,7 +233,7 @@ class _Scorer:
         return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:
-        """Return the loss on a text, and its KL divergence from the baseline's predictions: means over its documents."""
+        """Return the loss on a text, and the KL divergence from the baseline's predictions: means over documents."""
         batches = text.tokens.to(device.get_device()).split(_HELDOUT_BATCH)
         baseline = self._baseline if beside else None
         losses, divergence = [], []

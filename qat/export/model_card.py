@@ -40,7 +40,7 @@ def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
 
 
 def sizes(model: nn.Module) -> str:
-    """Return what the quantized linears of an exported model weigh, and what they would in BF16; in MB of 10^6 bytes."""
+    """Return what the quantized linears of an exported model weigh, and what they would in BF16, in MB (10^6 bytes)."""
     linears = [module for module in model.modules() if isinstance(module, HiF8Linear)]
     held = sum(tensor.nbytes for linear in linears for tensor in linear.state_dict().values()) / 1e6
     values = sum(linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel()) for linear in linears)

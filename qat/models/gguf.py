@@ -18,7 +18,7 @@ _SUMS = "SHA256SUMS"
 
 
 def converted(gguf: Path) -> Path:
-    """Return a GGUF file as a Hugging Face folder in the cache, made once. Weights are dequantized and rounded to BF16."""
+    """Return a GGUF file as a Hugging Face folder in the cache, made once: its weights in BF16."""
     target = cache_dir() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
     if not _whole(target):
         with files.lock(target.parent, target.parent.name):

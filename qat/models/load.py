@@ -297,7 +297,7 @@ def _say_unpinned(path: str, commit: str) -> None:
 
 
 def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
-    """Return (the sizes in a config.json, whether it is openPangu's, read as a Llama's). Errors: OSError, ValueError."""
+    """Return (the sizes in a config.json, whether these are openPangu's, as Llama's). Errors: OSError, ValueError."""
     found = cached_file(folder, "config.json", **kwargs)
     raw = json.loads(Path(found).read_text()) if found else None
     if not isinstance(raw, dict):

@@ -109,5 +109,5 @@ E4M3_FACTOR = 16.0
 
 
 def to_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """Return HiF8 values of at most 28 in size as uint8 E4M3 bytes of `E4M3_FACTOR` times the values, for FP8 products."""
+    """Return the E4M3 bytes, uint8, of `E4M3_FACTOR` times HiF8 values of at most 28 in size, for FP8 products."""
     return FORMATS["fp8_e4m3"].encode(values.detach().float() * E4M3_FACTOR)

@@ -93,7 +93,7 @@ class UpdateStats:
         return whole.to("cpu", copy=True) if environment.is_main_process() else None
 
     def row(self, step: int) -> dict:
-        """Return {"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares over all probed weights."""
+        """Return {"step", "updated": {"stored", "bf16", "format" (None in BF16 runs)}}, shares of all weights."""
         changed, total = torch.zeros(3, dtype=torch.float64), 0
         for name, weight in self.weights.items():
             now = distributed.full_tensor(weight).detach()

@@ -53,13 +53,13 @@ def autocast(arithmetic: str):
 
 
 def attention_of_any_length():
-    """Return the context in which questions are scored. Left out is cuDNN, which plans attention for each length anew."""
+    """Return the context to score questions in. It leaves out cuDNN, which plans attention for each length anew."""
     kernels = torch.nn.attention.SDPBackend
     return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
 
 
 def prepare() -> None:
-    """Set up this process for training and scoring, which must compute alike. Call before the first large allocation."""
+    """Set up this process to train or score, which must compute alike. Call before the first large allocation."""
     round_sums_once()
     keep_freed_memory()
 

@@ -59,7 +59,7 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
 
 
 def seconds(traffic: list[Traffic], ranks: int) -> float:
-    """Return the seconds of a step, one call after the other: rings through all GPUs go as fast as their slowest link."""
+    """Return the seconds of a step, call after call: rings through all GPUs go as fast as their slowest link."""
     speed = WITHIN if ranks <= NODE else BETWEEN
     return sum(each.sent(ranks) / speed + each.calls * LATENCY * math.log2(ranks) for each in traffic)
 

@@ -158,5 +158,5 @@ def samples(cfg: Config, models: int) -> float:
 
 
 def cached_tokens(cfg: Config, shape: Shape) -> float:
-    """Return the bytes of the token cache, shared by all runs of a seed: 2 a token, or 4 for vocabularies above 65,536."""
+    """Return the bytes of the token cache, shared by runs: 2 a token, or 4 for vocabularies above 65,536."""
     return tokens(cfg)[1] * (2 if shape.vocabulary <= 2**16 else 4) if cfg.data.cache else 0.0

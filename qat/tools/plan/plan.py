@@ -96,7 +96,7 @@ def _training(cfg: Config, architecture, ranks: int, machine: Machine, on_gpus: 
 
 
 def _architecture(cfg: Config, machine: Machine):
-    """Return (a model's sizes, where they are from). Without a hub: its cached files, else a shape known in conf/model."""
+    """Return (a model's sizes, where they are from). Without a hub: its cached files, else a shape of conf/model."""
     if cfg.model.source == "random":
         return load_config(cfg.model), "model.architecture"
     known = ROOT / "conf" / "model" / f"{cfg.model.name}_random.yaml"
