@@ -172,10 +172,11 @@ def _sentences(report: str, factorial: dict) -> str:
     return "\n".join(
         (
             f"- **Loss**: the APE of {below} of {len(apes)} recipes is below the paper's {limit} %; {beyond} of their "
-            f"intervals reach above it. Held-out loss moves by {_span(held)} in W8A8, by {_span(set(ptq))} by PTQ.",
+            f"intervals reach above it. W8A8 adds {_span(held)} to the held-out loss; PTQ, without QAT, adds "
+            f"{_span(set(ptq))}.",
             f"- **Claims** of the paper: of {len(verdicts)} that were tested {supported} are supported, {contradicted} "
-            f"contradicted, {others} not decidable at this size. One part: fewer tensors exceed their "
-            f"predicted amax under the max window than under `most_recent`: {seen['verdict']}, {seen['text']} "
+            f"contradicted, {others} not decidable at this size. What the first one rests on is {seen['verdict']}: "
+            f"under the max window fewer tensors exceed their predicted amax than under `most_recent`, {seen['text']} "
             "percentage points.",
             f"- **Benchmarks** decide nothing here: {questions} leave room for a drop of {drop:.0f} percentage points.",
         )

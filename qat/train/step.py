@@ -7,7 +7,6 @@ weights, moments and (with a tick a step) scales as they were. Who reads the res
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
 from qat.quant.linear import forget_rounded_weights, round_weights
 from qat.quant.scaling import ScaleBank
+from qat.train.schedule import learning_rate
 from qat.utils import device, distributed, environment
 
 
@@ -34,19 +34,6 @@ class StepResult:
     lr: float
     tokens: int
     overshoot: torch.Tensor | None
-
-
-def learning_rate(cfg: Config, step: int) -> float:
-    """Return the learning rate of a step (1-based): linear warmup, then cosine towards 0.
-
-    Warmup of w steps: step s has lr * s / w; with `optim.lr_from_zero` lr * (s - 1) / w, as in the released code. The
-    paper's text says neither.
-    """
-    warmup = cfg.lr_warmup_steps
-    if step <= warmup:
-        return cfg.optim.lr * (step - cfg.optim.lr_from_zero) / warmup
-    progress = (step - 1 - warmup) / (cfg.steps - warmup)
-    return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def eagerly():

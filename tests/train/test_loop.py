@@ -19,7 +19,8 @@ from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import checkpoint, loop
-from qat.train.step import Trainer, learning_rate
+from qat.train.schedule import learning_rate
+from qat.train.step import Trainer
 from qat.utils import signals
 from tests.conftest import ROOT, RUNS, TINY
 from tests.helpers.torture import left

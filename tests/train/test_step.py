@@ -18,7 +18,8 @@ from qat.quant.convert import convert
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train.loop import train
-from qat.train.step import Trainer, learning_rate
+from qat.train.schedule import learning_rate
+from qat.train.step import Trainer
 from qat.train.tensor_stats import TensorStats
 from qat.utils import device
 

@@ -1,0 +1,20 @@
+"""The learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+from qat.config import Config
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Return the learning rate of a step (1-based): linear warmup, then cosine towards 0.
+
+    Warmup of w steps: step s has lr * s / w; with `optim.lr_from_zero` lr * (s - 1) / w, as in the released code. The
+    paper's text says neither.
+    """
+    warmup = cfg.lr_warmup_steps
+    if step <= warmup:
+        return cfg.optim.lr * (step - cfg.optim.lr_from_zero) / warmup
+    progress = (step - 1 - warmup) / (cfg.steps - warmup)
+    return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
