@@ -6,7 +6,7 @@ Backward  dx = round(g * s_g) @ round(w * s_w)   / (s_g * s_w)
 
 The rounded values themselves are multiplied, and the product is unscaled, as hardware would (`qat.quant.matmul`). The
 straight-through estimator passes gradients through the rounding; `masked` stops them where a value was beyond the
-target. Until the backward pass, activations are kept as 8-bit codes, and on a CPU weights from step to step.
+target. Until the backward pass, activations are kept as 8-bit codes, and on a CPU weights within a step.
 """
 
 from __future__ import annotations
