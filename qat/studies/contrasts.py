@@ -85,22 +85,15 @@ class Response:
         # Answers of one unit can move so far, in points; what else is measured has no end.
         reach = 100 * sum(map(abs, weights.values())) if self.sampled == "questions" else 0.0
         mean = self._mean(changes, reach)
-        if mean is None:
-            return Estimate(float(changes.mean()), None, None, None, n, of, level)
-        low, high = mean.interval(level)
-        if reach:  # no interval leads beyond what all answers together could do
-            low, high = max(low, -reach), min(high, reach)
-        return Estimate(float(changes.mean()), low, high, mean.p_value(), n, of, level)
+        low, high, p = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
+        return Estimate(float(changes.mean()), low, high, p, n, of, level)
 
     def _mean(self, changes: np.ndarray, reach: float) -> stats.Mean | None:
-        """The mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
-        seeds, units = changes.shape
-        between_units = self.sampled and (units > 1 or reach)
-        if self.within_units:
-            return stats.student(changes[0], reach) if between_units else None
-        if seeds < 2 or (not between_units and np.ptp(changes.mean(1)) < 1e-9):  # seeds that agree are no certainty
-            return None
-        return stats.crossed(changes, reach) if between_units else stats.student(changes.mean(1))
+        """Return the mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
+        if self.sampled:
+            return stats.paired_mean(changes, reach) if len(changes) > 1 or self.within_units else None
+        agree = np.ptp(changes) < 1e-9  # which is no certainty; one seed agrees with itself
+        return None if agree else stats.student(changes[:, 0])
 
     def noise(self) -> str:
         """In words: what intervals are made of, and what is missing."""

@@ -101,7 +101,7 @@ def repeated(measured: Sequence[Measured]) -> tuple[str, ...]:
     one test, not two, and count once in means."""
     by_cell = {(m.key, m.seed): m for m in measured}
     pairs = [(m, by_cell.get((("max w64", *m.key[1:]), m.seed))) for m in measured if m.key[0] == "max w16"]
-    same = [np.array_equal(a.losses["w8a8"], b.losses["w8a8"]) and a.ape == b.ape for a, b in pairs if b is not None]
+    same = [a.ape == b.ape and np.array_equal(a.losses("w8a8"), b.losses("w8a8")) for a, b in pairs if b is not None]
     return ("max w16",) if same and all(same) else ()
 
 
@@ -160,14 +160,13 @@ def claims(measured: Sequence[Measured]) -> list[dict]:
 def _thresholds(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
     """(held-out loss in nats, points over all questions) that the thresholds come to beside a cell's baseline."""
     those = [m for m in measured if m.key[1] == key[1]] or measured
-    loss = float(np.mean([m.losses["baseline"].mean() for m in those]))
+    loss = float(np.mean([m.losses("baseline").mean() for m in those]))
     return APE_THRESHOLD / 100 * loss, _drop(those, "baseline")
 
 
 def _drop(measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
     """The 1 % threshold in points."""
-    answers = (m.right[scored][task] if task else m.answers(scored) for m in measured)
-    return DROP_THRESHOLD * float(np.mean([each.mean() for each in answers]))
+    return DROP_THRESHOLD * float(np.mean([m.answers(scored, task=task).mean() for m in measured]))
 
 
 def _saturation(found: Mapping[str, Response]) -> Claim:
@@ -261,7 +260,7 @@ def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
     kept = [Statement("held-out loss within the threshold", measures.heldout(measured, mode), at, high=loss)]
     if mode == "w8a8":  # of the training, however it is scored afterwards
         kept.append(Statement("loss APE within the threshold", responses(measured)["ape"], at, high=APE_THRESHOLD))
-    for task in measured[0].right["baseline"]:
+    for task in measured[0].scored["baseline"].answers:
         points = measures.points(measured, mode, task=task)
         kept.append(
             Statement(f"{TASKS.get(task, task)} within the threshold", points, at, low=-_drop(those, "baseline", task))
