@@ -1,9 +1,10 @@
-"""How far a quantized run is from its matched BF16 baseline, and which of the differences are more than noise.
+"""Compare quantized runs with their matched BF16 baselines: one run, or several seeds.
 
 Both runs saw the same batches and answered the same questions, so everything here is paired: loss step by step,
 held-out loss document by document, answers question by question. Unlike things are refused, not compared. The baseline
 in W8A8 without QAT (`qat.quant.calibrate`) stands beside the run: what QAT recovers is what PTQ loses and the run does
-not.
+not. Of several seeds a difference has two sources of noise, the seed and the choice of questions or documents, and
+intervals cover both (`qat.analysis.stats.paired_mean`).
 
 Points are absolute percentage points (run - baseline); a relative drop is (baseline - run) / baseline, the paper's
 measure, in percent. The paper's thresholds: a relative drop below 1 % a task and a loss APE below 0.5 %.
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from qat.analysis.results import EvalResult
-from qat.analysis.stats import LEVEL, Answers, above_chance, bootstrap, detectable, mcnemar, tang, tango
+import numpy as np
+
+from qat.analysis.results import EvalResult, Outcomes
+from qat.analysis.stats import LEVEL, above_chance, detectable, mcnemar, paired_mean, student, tang, tango
 from qat.config import Config
 from qat.errors import UserError
 from qat.runs.folder import Run
@@ -33,7 +37,7 @@ _STATUS = (("state", "not started"), ("step", 0), ("steps", "?"))
 
 
 def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
-    """Absolute percentage error of a loss curve: mean over steps of |q - b| / b * 100 (paper section 1).
+    """Return the absolute percentage error of a loss curve: mean over steps of |q - b| / b * 100 (paper section 1).
 
     Both sequences hold one training loss a step, BF16 warmup included. Raises `UserError` when they are empty,
     differ in length, or hold a value that is not finite (the baseline: not positive).
@@ -52,29 +56,29 @@ def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
 
 
 def differences(left: Mapping, right: Mapping) -> dict[str, tuple]:
-    """Dotted keys whose values differ between two configs: {key: (left's value, right's value)}, in left's order."""
+    """Return the dotted keys whose values differ: {key: (left's value, right's value)}, in left's order."""
     a, b = _flat(left), _flat(right)
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
-    """Those differences that keep one run from being the matched baseline of the other, as in `differences`.
+    """Return those differences that keep one run from being the matched baseline of the other, as `differences`.
 
     Looked at is what can change a number of training (`qat.runs.identity.identity`), less quantization itself.
     """
-    parts = [identity(config) for config in (run, baseline)]
-    found = differences(*({k: v for k, v in part.items() if k not in _UNDER_TEST} for part in parts))
+    sides = run, baseline
+    ours, theirs = ({k: v for k, v in identity(side).items() if k not in _UNDER_TEST} for side in sides)
+    unequal = differences(ours, theirs)
+    unequal.pop("data.order", None)  # no setting: streamed text has it, packaged text has not
     # An identity leaves defaults out: what is missing there is what the configuration has.
-    sides = (run, baseline)
-    found.pop("data.order", None)  # no setting: streamed text has it, packaged text has not
     return {
         key: tuple(attrgetter(key)(side) if value is None else value for side, value in zip(sides, values, strict=True))
-        for key, values in found.items()
+        for key, values in unequal.items()
     }
 
 
 def pretrained_run(run: Run) -> Run | None:
-    """The checkpoint that a run started from, in the folder beside it; None where it was not scored."""
+    """Return the checkpoint that a run started from, in the folder beside it; None where it was not scored."""
     origin = Run(run.path.parent / run_id(pretrained_of(run.typed_config())))
     return origin if origin.evaluations() else None
 
@@ -86,7 +90,7 @@ def against_baseline(run: Run, benchmark: str) -> dict:
 
 
 def comparison_of(run: Run, benchmark: str) -> dict | None:
-    """As `against_baseline`; None for a run that cannot be compared, as it is or yet."""
+    """Compare as `against_baseline`; None for a run that cannot be compared, as it is or yet."""
     try:
         return against_baseline(run, benchmark)
     except UserError:
@@ -94,64 +98,95 @@ def comparison_of(run: Run, benchmark: str) -> dict | None:
 
 
 def compare(run: Path, baseline: Path, benchmark: str, pretrained: Path | None = None) -> dict:
-    """Compare a finished, evaluated quantized run with its BF16 baseline; the result is JSON-able.
+    """Compare a finished, evaluated quantized run with its BF16 baseline: `match`, then `aggregate`."""
+    return aggregate([match(Run(run), Run(baseline), benchmark, pretrained and Run(pretrained))])
 
-    `pretrained` is a run folder that holds the evaluation of the checkpoint both started from. Where the baseline was
-    not scored under PTQ its rows are left out. Scores, points and intervals are in percent, losses and KL in nats a
-    token; `scored_on` is what computed the held-out losses, more than one entry where not all were scored on the same,
-    without what is not known. Raises `UserError` of one line for unfinished runs, missing or stale evaluations, and
-    whatever differs between the two besides quantization.
+
+@dataclass(frozen=True)
+class Match:
+    """Hold a quantized run and what it is compared with: finished, scored, and alike in all but quantization.
+
+    loss: as `training_loss`; own: the run by mode, and its baseline by PTQ where that was scored; reference: the
+    baseline in BF16; origin: the pretrained checkpoint, where it is named; changes: `own` less the reference; qat: what
+    QAT recovers of PTQ's loss and, where the run was scored under PTQ's scales, the parts of QAT less PTQ: its weights,
+    both under PTQ's scales, and its scales, both on its weights.
     """
-    run, baseline = Run(run), Run(baseline)
+
+    loss: dict
+    own: dict[str, EvalResult]
+    reference: EvalResult
+    origin: EvalResult | None
+    changes: dict[str, Outcomes]
+    qat: dict[str, Outcomes]
+
+
+def match(run: Run, baseline: Run, benchmark: str, pretrained: Run | None) -> Match:
+    """Read a run and what it is compared with; `pretrained` has the scores of the checkpoint that both started from.
+
+    Errors: UserError of one line for unfinished runs, missing or stale evaluations, and whatever differs between the
+    two besides quantization.
+    """
     _refuse_unmatched(run, baseline)
-    loss = training_loss(run, baseline)
-    own, reference, origin = sides(run, baseline, benchmark, pretrained)
-    for scored in (*own.values(), *([origin] if origin else [])):
-        scored.refuse_unlike(reference)
+    loss, command = training_loss(run, baseline), eval_command(run, benchmark)
+    own = {mode: EvalResult(run, benchmark, mode, command) for mode in MODES}
+    own["ptq"] = EvalResult(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
+    if not own["ptq"].exists:
+        del own["ptq"]
+    reference = EvalResult(baseline, benchmark, "bf16", command)
+    changes = {mode: result.less(reference) for mode, result in own.items()}
+    origin = EvalResult(pretrained, benchmark, "bf16", command) if pretrained else None
+    if origin:
+        origin.refuse_unlike(reference)
     fingerprint = baseline.fingerprint
-    for scored in own.values():
-        scored.refuse_other_baseline(baseline.id, fingerprint)
-    ptq = own.get("ptq")
-    texts, tasks = reference.record["heldout"], reference.record["tasks"]
-    answers = {(task, mode): scored.answers(task, reference) for task in tasks for mode, scored in own.items()}
+    for result in own.values():
+        result.refuse_other_baseline(baseline.id, fingerprint)
+    return Match(loss, own, reference, origin, changes, _qat_changes(own))
+
+
+def _qat_changes(own: Mapping[str, EvalResult]) -> dict[str, Outcomes]:
+    if "ptq" not in own:
+        return {}
+    ptq, qat, mixed = own["ptq"], own["w8a8"], own["w8a8"].qat_weights_ptq_scales
+    recovered = {"recovered": ptq.outcomes - qat.outcomes}
+    return recovered | ({"weights": mixed.less(ptq), "scales": qat.outcomes - mixed.outcomes} if mixed else {})
+
+
+def aggregate(matches: Sequence[Match]) -> dict:
+    """Compare one run, or several that differ in nothing but their seed, with their baselines; JSON-able.
+
+    Scores, points and intervals are in percent, losses and KL in nats a token, of several seeds means; `lost` and
+    `gained` are sums over seeds. Of one run `ci` is a 95 % interval over questions (Tango's) or documents, p_value
+    McNemar's; of several they are Student's, over seeds and questions (or documents). What not all of them have is left
+    out. scored_on: what computed the held-out losses, more than one entry where not all were scored on the same,
+    without what is not known. Errors: UserError where one was scored in another way.
+    """
+    first, *others = matches
+    for other in others:
+        other.reference.refuse_unlike(first.reference)
+    texts, tasks = list(first.reference.record["heldout"]), list(first.reference.record["tasks"])
+    modes = [mode for mode in first.own if all(mode in m.own for m in matches)]
+    sources = [result.record["scored_on"] for m in matches for result in (m.reference, *m.own.values())]
     return {
-        "run": run.id,
-        "baseline": baseline.id,
-        "pretrained": origin.run.id if origin else None,
-        "ptq": ptq.mode if ptq else None,
-        "benchmark": benchmark,
-        "scored_on": sorted({each.record["scored_on"] for each in (reference, *own.values())} - {None}),
-        "loss": loss,
-        "heldout": [_heldout(text, mode, own[mode], reference, origin) for text in texts for mode in own],
-        "qat": [_qat_gain(text, own, reference) for text in texts] if ptq else [],
-        "tasks": [
-            _task(task, mode, own[mode], reference, origin, counted) for (task, mode), counted in answers.items()
-        ],
-        "pooled": [
-            {"mode": mode, "pretrained": _percent_right(origin)} | _pooled([answers[task, mode] for task in tasks])
-            for mode in (own if len(tasks) > 1 else ())
-        ],
+        "run": ", ".join(m.own["w8a8"].run.id for m in matches),
+        "baseline": ", ".join(m.reference.run.id for m in matches),
+        "ptq": ", ".join(m.own["ptq"].mode for m in matches) if "ptq" in modes else None,
+        "benchmark": first.reference.benchmark,
+        "seeds": len(matches),
+        "scored_on": sorted(set(sources) - {None}),
+        "loss": _loss(matches) if others else first.loss,
+        "heldout": [_heldout(matches, text, mode) for text in texts for mode in modes],
+        "qat": [_qat_gain(matches, text) for text in texts] if "ptq" in modes else [],
+        "tasks": [_task(matches, task, mode) for task in tasks for mode in modes],
+        "pooled": [{"mode": mode} | _answers(matches, tasks, mode) for mode in modes if len(tasks) > 1],
     }
 
 
-def sides(
-    run: Run, baseline: Run, benchmark: str, pretrained: Path | None
-) -> tuple[dict[str, EvalResult], EvalResult, EvalResult | None]:
-    """What is compared: the run by mode (and the baseline by PTQ, where that was scored), the baseline in BF16, and the
-    pretrained checkpoint, where it is named."""
-    command = eval_command(run, benchmark)
-    own = {mode: EvalResult(run, benchmark, mode, command) for mode in MODES if mode != "ptq"}
-    ptq = EvalResult(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
-    if ptq.exists:
-        own = {mode: ptq if mode == "ptq" else own[mode] for mode in MODES}
-    origin = EvalResult(Run(pretrained), benchmark, "bf16", command) if pretrained is not None else None
-    return own, EvalResult(baseline, benchmark, "bf16", command), origin
-
-
 def training_loss(run: Run, baseline: Run) -> dict:
-    """How far the training losses of two finished runs are apart: loss APE in percent, of all steps and of the last
-    tenth; the largest |difference| and the final losses, in nats a token. Errors: UserError when they have different
-    steps or were trained on other text."""
+    """Compare the training losses of two finished runs.
+
+    Loss APE is in percent, of all steps and of the last tenth; the largest |difference| and the final losses are in
+    nats a token. Errors: UserError when they have different steps or were trained on other text.
+    """
     ours, theirs = run.metrics(), baseline.metrics()
     steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
     if steps[0] != steps[1]:
@@ -175,15 +210,17 @@ def training_loss(run: Run, baseline: Run) -> dict:
 
 
 def train_command(run: Run) -> str:
-    """The command that starts or resumes `run`: the last that worked on it but for evaluation, which may have trained
-    it again, else its experiment's."""
-    commands = [each.get("command", "") for each in run.environments()]
+    """Return the command that starts or resumes `run`.
+
+    It is the last that worked on it but for evaluation, which may have trained it again, else its experiment's.
+    """
+    commands = [environment.get("command", "") for environment in run.environments()]
     training = [command for command in commands if command and "eval.py" not in command.partition(" ")[0]]
     return f"python {training[-1] if training else 'scripts/train.py experiment=' + str(run.config()['experiment'])}"
 
 
 def eval_command(run: Run, benchmark: str) -> str:
-    """The command that evaluates `run`."""
+    """Return the command that evaluates `run`."""
     return f"python scripts/eval.py run={run.path} benchmark={benchmark}"
 
 
@@ -211,80 +248,80 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
             raise UserError(f"{progress}; finish it: {train_command(candidate)}")
 
 
-def _heldout(text: str, mode: str, scored: EvalResult, reference: EvalResult, origin: EvalResult | None) -> dict:
-    ours, theirs = scored.record["heldout"][text], reference.record["heldout"][text]
-    start = origin.record["heldout"][text]["loss"] if origin else None
-    row = {"text": text, "mode": mode, "pretrained": start, "loss": ours["loss"], "baseline": theirs["loss"]}
-    return row | {"kl": ours["kl"]} | scored.heldout(text, reference)
+def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
+    """Return the mean difference of the losses on a text, one entry a seed, and its 95 % interval, in nats a token.
+
+    The interval is None of a single document, which has no noise to be had.
+    """
+    rows = np.array([change.losses[text] for change in changes])
+    mean = paired_mean(rows)
+    return {"difference": float(rows.mean()), "ci": mean and mean.interval()}
 
 
-def qat_parts(own: Mapping[str, EvalResult]) -> dict[str, tuple[EvalResult, EvalResult]]:
-    """What QAT less PTQ is made of: its weights, both under PTQ's scales, and its scales, both on its weights. Nothing
-    where the run was not scored under PTQ's scales."""
-    ptq, qat, mixed = own["ptq"], own["w8a8"], own["w8a8"].qat_weights_ptq_scales
-    if mixed is None:
-        return {}
-    mixed.refuse_unlike(ptq)
-    return {"weights": (mixed, ptq), "scales": (qat, mixed)}
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
 
 
-def _qat_gain(text: str, own: Mapping[str, EvalResult], reference: EvalResult) -> dict:
-    """What W8A8 costs with QAT and without, over the BF16 baseline, how much of it QAT recovers, and by what."""
-    costs = {mode: own[mode].heldout(text, reference)["difference"] for mode in ("ptq", "w8a8")}
-    paired = own["ptq"].heldout(text, own["w8a8"])
-    parts = {part: ours.heldout(text, other) for part, (ours, other) in qat_parts(own).items()}
-    return {"text": text, **costs, "recovered": paired["difference"], "ci": paired["ci"]} | {
-        part: {key: row[key] for key in ("difference", "ci")} for part, row in parts.items()
-    }
+def _loss(matches: Sequence[Match]) -> dict:
+    mean = student(np.array([m.loss["ape"] for m in matches]))
+    low, high = mean.interval()
+    return {"ape": mean.value, "ci": [max(0.0, low), high], "passes": mean.value < APE_THRESHOLD}
 
 
-def _task(
-    task: str, mode: str, scored: EvalResult, reference: EvalResult, origin: EvalResult | None, answers: Answers
-) -> dict:
-    ours, theirs = scored.record["tasks"][task], reference.record["tasks"][task]
-    start, chance = 100 * origin.record["tasks"][task]["score"] if origin else None, theirs["chance"]
-    row = {"task": task, "mode": mode, "pretrained": start, "metric": ours["metric"]}
-    row |= _scores([answers], 100 * theirs["score"], 100 * ours["score"])
-    return row | {"chance": 100 * chance, "near_chance": near_chance(row["baseline"], row["n"], 100 * chance)}
+def _heldout(matches: Sequence[Match], text: str, mode: str) -> dict:
+    own = [m.own[mode].record["heldout"][text] for m in matches]
+    reference = [m.reference.record["heldout"][text]["loss"] for m in matches]
+    origin = [m.origin and m.origin.record["heldout"][text]["loss"] for m in matches]
+    row = {"text": text, "mode": mode, "pretrained": _mean(origin), "baseline": _mean(reference)}
+    row |= {"loss": _mean([record["loss"] for record in own]), "kl": _mean([record["kl"] for record in own])}
+    row |= {"documents": len(own[0]["document_losses"])}
+    return row | loss_change([m.changes[mode] for m in matches], text)
 
 
-def near_chance(score: float, n: int, chance: float) -> bool:
-    """Whether a score of n questions, in percent as chance, is not told from guessing. Below chance a drop says as
-    little as at chance, so the test is one-sided."""
+def _qat_gain(matches: Sequence[Match], text: str) -> dict:
+    """Return what W8A8 costs with QAT and without, over the BF16 baseline, how much of it QAT recovers, and by what."""
+    costs = {mode: loss_change([m.changes[mode] for m in matches], text) for mode in ("ptq", "w8a8")}
+    parts = [part for part in ("recovered", "weights", "scales") if all(part in m.qat for m in matches)]
+    rows = {part: loss_change([m.qat[part] for m in matches], text) for part in parts}
+    recovered = rows.pop("recovered")
+    row = {"text": text} | {mode: cost["difference"] for mode, cost in costs.items()}
+    return row | {"recovered": recovered["difference"], "ci": recovered["ci"]} | rows
+
+
+def _task(matches: Sequence[Match], task: str, mode: str) -> dict:
+    row = {"task": task, "mode": mode} | _answers(matches, [task], mode)
+    chance = 100 * matches[0].reference.record["tasks"][task]["chance"]
+    return row | {"chance": chance, "near_chance": _near_chance(row["baseline"], row["n"], chance)}
+
+
+def _near_chance(score: float, n: int, chance: float) -> bool:
+    """Return whether a score of n questions, in percent as chance, is not told from guessing.
+
+    Below chance a drop says as little as at chance, so the test is one-sided.
+    """
     return above_chance(round(score * n / 100), n, chance / 100) > LEVEL
 
 
-def _percent_right(scored: EvalResult | None) -> float | None:
-    """Percent right of the questions of all tasks."""
-    tasks = scored.record["tasks"].values() if scored else ()
-    return 100 * sum(t["score"] * t["n"] for t in tasks) / sum(t["n"] for t in tasks) if tasks else None
+def _answers(matches: Sequence[Match], tasks: Sequence[str], mode: str) -> dict:
+    """Return what the answers to all questions of some tasks come to, as one test."""
 
+    def percent(results: Sequence[EvalResult | None]) -> float | None:
+        return _mean([result and 100 * float(result.outcomes.pooled(tasks).mean()) for result in results])
 
-def _pooled(tasks: Sequence[Answers]) -> dict:
-    """All questions of all tasks as one test; resampled within each task."""
-    kept, lost, gained, _ = (sum(counts) for counts in zip(*tasks, strict=True))
-    n = sum(map(sum, tasks))
-    return _scores(tasks, 100 * (kept + lost) / n, 100 * (kept + gained) / n)
-
-
-def _scores(tasks: Sequence[Answers], baseline: float, score: float) -> dict:
-    """What is said of paired answers: percent and points, with intervals, p-value and what could have been detected."""
-    kept, lost, gained, wrong = (sum(counts) for counts in zip(*tasks, strict=True))
-    n = kept + lost + gained + wrong
+    baseline, score = percent([m.reference for m in matches]), percent([m.own[mode] for m in matches])
+    changes = np.array([m.changes[mode].pooled(tasks) for m in matches])
+    lost, gained, n = int((changes < 0).sum()), int((changes > 0).sum()), changes.shape[1]
     drop = 100 * (baseline - score) / baseline if baseline else None
-    ratio = tang(kept, lost, gained)
-    return {
-        "baseline": baseline,
-        "score": score,
-        "points": score - baseline,
-        "ci": [100 * limit for limit in tango(lost, gained, n)],
-        "ci_bootstrap": [100 * limit for limit in bootstrap(tasks)],
-        "relative_drop": drop,
-        "relative_drop_ci": ratio and [100 * (1 - limit) for limit in reversed(ratio)],
-        "lost": lost,
-        "gained": gained,
-        "n": n,
+    row = {"pretrained": percent([m.origin for m in matches]), "baseline": baseline, "score": score}
+    row |= {"points": score - baseline, "lost": lost, "gained": gained, "n": n}
+    row |= {"relative_drop": drop, "passes": None if drop is None else drop < DROP_THRESHOLD}
+    if len(matches) > 1:
+        mean = paired_mean(100 * changes, reach=100.0)
+        return row | {"ci": mean.interval(), "p_value": mean.p_value()}
+    ratio = tang(round(baseline * n / 100) - lost, lost, gained)
+    return row | {
+        "ci": [100 * end for end in tango(lost, gained, n)],
+        "relative_drop_ci": ratio and [100 * (1 - end) for end in reversed(ratio)],
         "p_value": mcnemar(lost, gained),
         "detectable": 100 * detectable(lost + gained, n),
-        "passes": None if drop is None else drop < DROP_THRESHOLD,
     }

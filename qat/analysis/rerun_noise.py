@@ -1,4 +1,4 @@
-"""The floor under every difference: a run beside its own repetition, the same in everything but `repeat`.
+"""Compare a run with its own repetition, the same in everything but `repeat`: the noise under every difference.
 
 What the two differ by is the machine's: sums in another order, on a GPU or on another number of cores. A smaller
 difference between two recipes says nothing. On one CPU there is none.
@@ -9,21 +9,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from qat.analysis.compare import eval_command, training_loss
+import numpy as np
+
+from qat.analysis.compare import eval_command, loss_change, training_loss
 from qat.analysis.results import EvalResult
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
 
 
 def reruns(run: Run) -> list[Run]:
-    """The finished repetitions of a run in the folders beside it, numbered from 1 without a gap."""
+    """Return the finished repetitions of a run in the folders beside it, numbered from 1 without a gap."""
     if run.typed_config().repeat:
         return []
     return list(itertools.takewhile(lambda repeat: repeat.finished, (_numbered(run, k) for k in itertools.count(1))))
 
 
 def original(repeat: Run) -> Run:
-    """The run that `repeat` is a repetition of, whether its folder exists or not."""
+    """Return the run that `repeat` is a repetition of, whether its folder exists or not."""
     return _numbered(repeat, 0)
 
 
@@ -32,28 +34,25 @@ def _numbered(run: Run, repeat: int) -> Run:
 
 
 def rerun_noise(run: Run, repeat: Run, benchmark: str) -> dict:
-    """What a finished run and its repetition differ by, JSON-able.
+    """Compare a finished run with its repetition, JSON-able.
 
     ape: of the training losses, percent; largest: |difference| over the steps, nats a token. Where both were scored
-    (quantized runs: in W8A8): heldout, a row for each text as `EvalResult.heldout` gives it; flipped and n, answers
-    that changed and questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors:
-    UserError when they were trained on other text, or scored differently.
+    (quantized runs: in W8A8): heldout, a row for each text as `loss_change`; flipped and n, answers that changed and
+    questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors: UserError when they
+    were trained on other text, or scored differently.
     """
     loss, cfg = training_loss(repeat, run), repeat.typed_config()
     mode = "w8a8" if cfg.quantized else "bf16"
-    first, again = (EvalResult(each, benchmark, mode, eval_command(each, benchmark)) for each in (run, repeat))
-    scored = first.exists and again.exists
-    result = {"run": run.id, "repeat": cfg.repeat, "mode": mode, "steps": loss["steps"]}
-    result |= {"ape": loss["ape"], "largest": loss["largest"], "heldout": [], "flipped": None, "n": None}
-    identical = loss["largest"] == 0
-    if scored:
-        again.refuse_unlike(first)
-        texts = first.record["heldout"]
-        answers = [again.answers(task, first) for task in first.record["tasks"]]
-        result["heldout"] = [{"text": text} | again.heldout(text, first) for text in texts]
-        result |= {"flipped": sum(each.lost + each.gained for each in answers), "n": sum(map(sum, answers))}
-        identical &= all(
-            record["document_losses"] == again.record["heldout"][text]["document_losses"]
-            for text, record in texts.items()
-        )
-    return result | {"identical": identical}
+    result = {"run": run.id, "repeat": cfg.repeat, "mode": mode, "steps": loss["steps"], "ape": loss["ape"]}
+    result |= {"largest": loss["largest"], "identical": loss["largest"] == 0}
+    first, again = (EvalResult(side, benchmark, mode, eval_command(side, benchmark)) for side in (run, repeat))
+    if not (first.exists and again.exists):
+        return result | {"heldout": [], "flipped": None, "n": None}
+    changes = again.less(first)
+    flips = np.concatenate([*changes.answers.values(), []])
+    return result | {
+        "heldout": [{"text": text} | loss_change([changes], text) for text in changes.losses],
+        "flipped": int(np.count_nonzero(flips)),
+        "n": len(flips),
+        "identical": result["identical"] and not any(map(np.any, changes.losses.values())),
+    }

@@ -1,11 +1,13 @@
-"""The scores of one model as its run folder keeps them, paired with another's. Unlike things are refused."""
+"""Read the scores of one model from its run folder, and subtract another's. Unlike things are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qat.analysis.stats import Answers, detectable_mean, half_width
+import numpy as np
+
 from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import is_ptq
@@ -14,8 +16,29 @@ _TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
 
 
 @dataclass(frozen=True)
+class Outcomes:
+    """Hold the losses and answers of one model, or of two as a difference.
+
+    losses: by held-out text, FP64 [documents], nats a token; answers: by task, FP64 [questions], 1 right and 0 wrong.
+    """
+
+    losses: Mapping[str, np.ndarray]
+    answers: Mapping[str, np.ndarray]
+
+    def __sub__(self, other: Outcomes) -> Outcomes:
+        """Subtract unit by unit what both have: of PTQ's scales on QAT's weights there are no answers."""
+        losses = {text: self.losses[text] - other.losses[text] for text in self.losses if text in other.losses}
+        answers = {task: self.answers[task] - other.answers[task] for task in self.answers if task in other.answers}
+        return Outcomes(losses, answers)
+
+    def pooled(self, tasks: Sequence[str] | None = None) -> np.ndarray:
+        """Return the answers to several tasks (None: all) as one row."""
+        return np.concatenate([self.answers[task] for task in tasks or self.answers])
+
+
+@dataclass(frozen=True)
 class EvalResult:
-    """The evaluation of `run` on a benchmark in a mode: bf16, w8a8, or PTQ's (`qat.runs.identity.ptq_mode`).
+    """Read the evaluation of `run` on a benchmark in a mode: bf16, w8a8, or PTQ's (`qat.runs.identity.ptq_mode`).
 
     command: what makes it anew. Whatever is missing or stale raises a `UserError` of one line that names it.
     """
@@ -35,7 +58,7 @@ class EvalResult:
 
     @cached_property
     def record(self) -> dict:
-        """Its entry of `eval.json`."""
+        """Return its entry of `eval.json`."""
         if not self.exists:
             missing = f"{self.run.id} has no {self.benchmark} evaluation in mode {self.mode}"
             raise UserError(f"{missing}; make it: {self.command}")
@@ -43,78 +66,68 @@ class EvalResult:
         self._refuse_stale(record, 0, self.run.fingerprint, "has been trained again since, to other losses")
         return record
 
-    def refuse_other_baseline(self, name: str, fingerprint: str) -> None:
-        """Raise `UserError` where it was compared, as KL divergence, with other weights than those of the baseline
-        `name`, which has this fingerprint."""
-        self._refuse_stale(self.record, 1, fingerprint, f"beside a baseline of other losses than {name}'s")
-
-    def _refuse_stale(self, record: dict, place: int, fingerprint: str, but: str) -> None:
-        weights = record["weights"][place : place + 1]
-        if weights and weights != [fingerprint]:
-            raise UserError(f"{self.name} was scored, but {but}; score it again: {self.command}")
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        """Return its losses by document and answers by question."""
+        losses = {text: np.array(row["document_losses"]) for text, row in self.record["heldout"].items()}
+        answers = {
+            task: np.array([float(sample["correct"]) for sample in self._samples(task)])
+            for task in self.record.get("tasks", {})
+        }
+        return Outcomes(losses, answers)
 
     @cached_property
     def qat_weights_ptq_scales(self) -> PtqScalesResult | None:
-        """The same weights under PTQ's scales; None where they were not scored so."""
-        found = PtqScalesResult(self.run, self.benchmark, self.mode, self.command)
-        return found if self.record["qat_weights_ptq_scales"] else None
+        """Return the same weights under PTQ's scales; None where they were not scored so."""
+        result = PtqScalesResult(self.run, self.benchmark, self.mode, self.command)
+        return result if self.record["qat_weights_ptq_scales"] else None
+
+    def less(self, other: EvalResult) -> Outcomes:
+        """Subtract the other's outcomes, document by document and question by question.
+
+        Errors: UserError unless both answered the same questions and read the same text, in the same way.
+        """
+        self.refuse_unlike(other)
+        return self.outcomes - other.outcomes
 
     def refuse_unlike(self, other: EvalResult) -> None:
         """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
         ours, theirs = self.record, other.record
-        facts = [("lm-eval version", ours["lm_eval"], theirs["lm_eval"])]
-        facts.append(("tasks", sorted(ours["tasks"]), sorted(theirs["tasks"])))
-        facts.append(("held-out texts", sorted(ours["heldout"]), sorted(theirs["heldout"])))
-        for what, a, b in facts:
-            self._refuse_unequal(other, what, a, b)
-        for task, record in ours["tasks"].items():
+        self._refuse_unequal(other, "lm-eval version", ours["lm_eval"], theirs["lm_eval"])
+        self._refuse_unequal(other, "tasks", sorted(ours["tasks"]), sorted(theirs["tasks"]))
+        self._refuse_unequal(other, "held-out texts", sorted(ours["heldout"]), sorted(theirs["heldout"]))
+        for task, row in ours["tasks"].items():
             for key in _TASK_IDENTITY:
-                self._refuse_unequal(other, f"{task} {key}", record[key], theirs["tasks"][task][key])
+                self._refuse_unequal(other, f"{task} {key}", row[key], theirs["tasks"][task][key])
         self._refuse_unlike_texts(other)
+        for task in ours["tasks"]:
+            pairs = zip(self._samples(task), other._samples(task), strict=True)
+            for number, (a, b) in enumerate(pairs, start=1):
+                for key in ("doc_hash", "prompt_hash"):
+                    self._refuse_unequal(other, f"{task} question {number} {key}", a[key], b[key])
+
+    def refuse_other_baseline(self, name: str, fingerprint: str) -> None:
+        """Raise `UserError` where its KL divergence is from other weights than the baseline's.
+
+        name, fingerprint: of the baseline.
+        """
+        self._refuse_stale(self.record, 1, fingerprint, f"beside a baseline of other losses than {name}'s")
+
+    def _refuse_stale(self, record: dict, place: int, fingerprint: str, but: str) -> None:
+        if record["weights"][place : place + 1] != [fingerprint]:
+            raise UserError(f"{self.name} was scored, but {but}; score it again: {self.command}")
 
     def _refuse_unlike_texts(self, other: EvalResult) -> None:
-        for text, record in self.record["heldout"].items():
-            reference = other.record["heldout"][text]
-            self._refuse_unequal(other, f"held-out {text} text_hash", record["text_hash"], reference["text_hash"])
-            counts = len(record["document_losses"]), len(reference["document_losses"])
+        for text, ours in self.record["heldout"].items():
+            theirs = other.record["heldout"][text]
+            self._refuse_unequal(other, f"held-out {text} text_hash", ours["text_hash"], theirs["text_hash"])
+            counts = len(ours["document_losses"]), len(theirs["document_losses"])
             self._refuse_unequal(other, f"held-out {text} documents", *counts)
 
     def _refuse_unequal(self, other: EvalResult, what: str, a, b) -> None:
         if a != b:
             fix = f"delete the eval.json of the one that is wrong, and make it again: {self.command}"
             raise UserError(f"{what} differs: {a} in {self.name}, {b} in {other.name}; {fix}")
-
-    def heldout(self, text: str, other: EvalResult) -> dict:
-        """Loss less the other's on a held-out text, in nats a token, paired over its documents: the difference, its
-        95 % interval (None of fewer than two documents) and the smallest difference that could have been detected."""
-        change = self.record["heldout"][text]["loss"] - other.record["heldout"][text]["loss"]
-        paired = self.document_changes(text, other)
-        half, row = half_width(paired), {"difference": change, "documents": len(paired)}
-        if half is None:
-            return row | {"ci": None, "detectable": None}
-        return row | {"ci": [change - half, change + half], "detectable": detectable_mean(half)}
-
-    def document_changes(self, text: str, other: EvalResult) -> list[float]:
-        """Each document's loss less the other's, in nats a token."""
-        ours, theirs = (each.record["heldout"][text]["document_losses"] for each in (self, other))
-        return [a - b for a, b in zip(ours, theirs, strict=True)]
-
-    def answers(self, task: str, other: EvalResult) -> Answers:
-        """The questions of a task, counted by who is right; lost are those that only the other has right."""
-        pairs = self._right(task, other)
-        return Answers(*(pairs.count(each) for each in ((True, True), (True, False), (False, True), (False, False))))
-
-    def answer_changes(self, task: str, other: EvalResult) -> list[int]:
-        """Each question of a task: 1 where only this one is right, -1 where only the other is, else 0."""
-        return [ours - theirs for theirs, ours in self._right(task, other)]
-
-    def _right(self, task: str, other: EvalResult) -> list[tuple[bool, bool]]:
-        """Whether the other and this one are right, question by question."""
-        ours, theirs = self._samples(task), other._samples(task)
-        for number, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
-            for key in ("doc_hash", "prompt_hash"):
-                self._refuse_unequal(other, f"{task} question {number} {key}", a[key], b[key])
-        return [(bool(b["correct"]), bool(a["correct"])) for a, b in zip(ours, theirs, strict=True)]
 
     def _samples(self, task: str) -> list[dict]:
         samples, record = self.run.samples(self.benchmark, self.mode, task), self.record["tasks"][task]
@@ -126,7 +139,7 @@ class EvalResult:
 
 
 class PtqScalesResult(EvalResult):
-    """The held-out losses, and nothing else, of a quantized run's weights under PTQ's scales."""
+    """Read the held-out losses, and nothing else, of a quantized run's weights under PTQ's scales."""
 
     @cached_property
     def record(self) -> dict:
@@ -134,7 +147,6 @@ class PtqScalesResult(EvalResult):
 
     def refuse_unlike(self, other: EvalResult) -> None:
         """Raise `UserError` unless the other, a PTQ, was calibrated on as much text, and both read the same."""
-        ours = self.record["sequences"]
-        theirs = other.record["request"]["calibration_sequences"]
+        ours, theirs = self.record["sequences"], other.record["request"]["calibration_sequences"]
         self._refuse_unequal(other, "calibration sequences", ours, theirs)
         self._refuse_unlike_texts(other)

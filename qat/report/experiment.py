@@ -14,8 +14,16 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.analysis.compare import TASKS, compare, differences, mismatches, pretrained_run, sides, train_command
-from qat.analysis.seeds import aggregate
+from qat.analysis.compare import (
+    TASKS,
+    Match,
+    aggregate,
+    differences,
+    match,
+    mismatches,
+    pretrained_run,
+    train_command,
+)
 from qat.config import BenchmarkConfig, Config
 from qat.errors import UserError
 from qat.runs.folder import Run
@@ -118,7 +126,8 @@ class Experiment:
         candidate = pair.baseline or self.bf16[0]
         benchmark, origin = pair.config["benchmark"]["name"], pretrained_run(pair.run)
         try:
-            pair.comparison = compare(pair.run.path, candidate.path, benchmark, origin and origin.path)
+            pair.match = match(pair.run, candidate, benchmark, origin)
+            pair.comparison = aggregate([pair.match])
         except UserError as reason:
             pair.missing = str(reason)
 
@@ -131,6 +140,7 @@ class Pair:
     run: Run
     config: dict
     baseline: Run | None = None
+    match: Match | None = None
     comparison: dict | None = None
     missing: str | None = None
 
@@ -178,9 +188,8 @@ class Recipe:
         if len({pair.config["seed"] for pair in self.compared}) < len(found):
             ids = ", ".join(pair.run.id for pair in self.compared)
             return None, f"{self.name} has a seed twice ({ids}), so there is no mean over seeds; leave one out"
-        scored = [sides(pair.run, pair.baseline, pair.comparison["benchmark"], None)[:2] for pair in self.compared]
         try:
-            return aggregate(found, scored), None
+            return aggregate([pair.match for pair in self.compared]), None
         except UserError as reason:
             return None, str(reason)
 

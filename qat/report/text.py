@@ -204,7 +204,7 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
     real = sum(p <= LEVEL for p in holm([row["p_value"] for _, row in rows]))
     name, worst = min(rows[real:] or rows, key=lambda pair: pair[1]["ci"][0])
     reach = f"a drop of up to {max(0.0, -worst['ci'][0]):.1f} points ({name}) cannot be excluded"
-    seeds = {"seeds" in comparison for comparison in comparisons.values()}
+    seeds = {comparison["seeds"] > 1 for comparison in comparisons.values()}
     kind = "" if False not in seeds else ", of one seed exact McNemar"
     tests = f"of {len(rows)} exact McNemar tests (5 %, Holm's correction over all)"
     if True in seeds:

@@ -161,7 +161,7 @@ def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
     if not measured:
         return []
     held = measures.heldout(measured, "w8a8")
-    plain = [m.losses["baseline"].mean() for m in measured if m.key[1] == PLAIN]
+    plain = [m.losses("baseline").mean() for m in measured if m.key[1] == PLAIN]
     limit = APE_THRESHOLD / 100 * float(np.mean(plain or [0]))
     made = [_labels(measured), _clipping(held, limit), _calls(held, limit, cfg), _linears(measured)]
     return [claim.judge() for claim in (*made, _modes(measured, limit))]

@@ -1,4 +1,4 @@
-"""Effects with their intervals, and verdicts on claims.
+"""Estimate effects with their intervals, and judge claims.
 
 An effect is a contrast: a weighted sum over cells. Where its noise is taken from depends on what there is:
 
@@ -37,8 +37,10 @@ Weights = Mapping[Key, float]
 
 @dataclass
 class Estimate:
-    """The value of a contrast, its interval of `level` and its p-value against zero, both None where there is no noise
-    to be had; n: how many (`of`: documents, questions, seeds, scopes) it comes from."""
+    """Hold the value of a contrast, its interval of `level` and its p-value against zero.
+
+    Both are None where there is no noise to be had. n: how many (`of`: documents, questions, seeds, scopes) it is from.
+    """
 
     value: float
     low: float | None
@@ -51,7 +53,7 @@ class Estimate:
 
 @dataclass
 class Response:
-    """A quantity measured in the runs of a study.
+    """Hold a quantity measured in the runs of a study.
 
     values: {(cell, seed): FP64 [units]}, one unit where `sampled` is empty; unit, digits: for display; log: values are
     logarithms, shown as what they are of; without: how many runs have no finite value, and are not in `values`.
@@ -71,39 +73,32 @@ class Response:
 
     @property
     def within_units(self) -> bool:
-        """Whether noise is that between units, for want of seeds."""
+        """Return whether noise is that between units, for want of seeds."""
         return len(self.seeds) == 1 and bool(self.sampled)
 
     def contrast(self, weights: Weights, level: float = 1 - LEVEL) -> Estimate | None:
-        """The weighted sum over cells, its mean over the seeds that have all of them; None where none has."""
+        """Estimate the weighted sum over cells, its mean over the seeds that have all of them; None where none has."""
         weights = {key: weight for key, weight in weights.items() if weight}
-        whole = [seed for seed in self.seeds if all((key, seed) in self.values for key in weights)]
-        if not weights or not whole:
+        seeds = [seed for seed in self.seeds if all((key, seed) in self.values for key in weights)]
+        if not weights or not seeds:
             return None
-        changes = np.array([sum(weight * self.values[key, seed] for key, weight in weights.items()) for seed in whole])
-        n, of = (changes.shape[1], self.sampled) if self.within_units else (len(whole), "seeds")
+        changes = np.array([sum(weight * self.values[key, seed] for key, weight in weights.items()) for seed in seeds])
+        n, of = (changes.shape[1], self.sampled) if self.within_units else (len(seeds), "seeds")
         # Answers of one unit can move so far, in points; what else is measured has no end.
         reach = 100 * sum(map(abs, weights.values())) if self.sampled == "questions" else 0.0
         mean = self._mean(changes, reach)
-        if mean is None:
-            return Estimate(float(changes.mean()), None, None, None, n, of, level)
-        low, high = mean.interval(level)
-        if reach:  # no interval leads beyond what all answers together could do
-            low, high = max(low, -reach), min(high, reach)
-        return Estimate(float(changes.mean()), low, high, mean.p_value(), n, of, level)
+        low, high, p = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
+        return Estimate(float(changes.mean()), low, high, p, n, of, level)
 
     def _mean(self, changes: np.ndarray, reach: float) -> stats.Mean | None:
-        """The mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
-        seeds, units = changes.shape
-        between_units = self.sampled and (units > 1 or reach)
-        if self.within_units:
-            return stats.student(changes[0], reach) if between_units else None
-        if seeds < 2 or (not between_units and np.ptp(changes.mean(1)) < 1e-9):  # seeds that agree are no certainty
-            return None
-        return stats.crossed(changes, reach) if between_units else stats.student(changes.mean(1))
+        """Return the mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
+        if self.sampled:
+            return stats.paired_mean(changes, reach) if len(changes) > 1 or self.within_units else None
+        agree = np.ptp(changes) < 1e-9  # which is no certainty; one seed agrees with itself
+        return None if agree else stats.student(changes[:, 0])
 
     def noise(self) -> str:
-        """In words: what intervals are made of, and what is missing."""
+        """Say what intervals are made of, and what is missing."""
         left_out = f" Left out are {self.without} of the runs, which have no such number." if self.without else ""
         return (self._noise() if self.values else "Nothing was measured.") + left_out
 
@@ -117,7 +112,7 @@ class Response:
         return f"Intervals are the noise of an effect between {seeds} seeds (Student's, {seeds - 1} d.f.){also}."
 
     def text(self, estimate: Estimate | None) -> str:
-        """An estimate with its interval, for a table; alone where it is a count that was not estimated."""
+        """Write an estimate with its interval, for a table; alone where it is a count that was not estimated."""
         if estimate is None:
             return "–"
         if not self.values and estimate.low is not None and estimate.low == estimate.high:
@@ -129,17 +124,17 @@ class Response:
         return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}"
 
     def fewer(self, estimate: Estimate | None) -> str:
-        """Of how many seeds an estimate is, where not of all; else nothing. Begins with a space."""
+        """Say of how many seeds an estimate is, where not of all; else nothing. Begins with a space."""
         seeds = len(self.seeds)
         return f" ({estimate.n} of {seeds} seeds)" if estimate and estimate.of == "seeds" and estimate.n < seeds else ""
 
     def cell(self, estimate: Estimate | None) -> str:
-        """`text` and `fewer`, for a table whose header has the unit."""
+        """Write `text` and `fewer`, for a table whose header has the unit."""
         return self.text(estimate) + self.fewer(estimate)
 
 
 def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
-    """The estimates' p-values after Holm's correction, where they have one."""
+    """Return the estimates' p-values after Holm's correction, where they have one."""
     corrected = iter(stats.holm([e.p for e in estimates if e is not None and e.p is not None]))
     return [None if e is None or e.p is None else next(corrected) for e in estimates]
 
@@ -149,7 +144,7 @@ def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
 
 @dataclass
 class Statement:
-    """That a contrast lies between `low` and `high` (None: no end), in the response's unit.
+    """State that a contrast lies between `low` and `high` (None: no end), in the response's unit.
 
     estimate: function of a level; None: the contrast of `weights`. without: what it says that there is no estimate.
     """
@@ -163,7 +158,7 @@ class Statement:
     without: str = "a cell that it needs is missing"
 
     def judge(self, level: float) -> dict:
-        """The estimate, the region and the verdict, JSON-able."""
+        """Return the estimate, the region and the verdict, JSON-able."""
         response = self.response
         estimate = self.estimate(level) if self.estimate else response.contrast(self.weights, level)
         low, high = (end if end is None or not response.log else math.log(end) for end in (self.low, self.high))
@@ -180,7 +175,7 @@ class Statement:
 
 
 def judge(estimate: Estimate | None, low: float, high: float) -> str:
-    """Whether the whole interval lies in (low, high), outside of it, or neither."""
+    """Return whether the whole interval lies in (low, high), outside of it, or neither."""
     if estimate is None or estimate.low is None:
         return OPEN
     if low < estimate.low and estimate.high < high:
@@ -192,8 +187,10 @@ def judge(estimate: Estimate | None, low: float, high: float) -> str:
 
 @dataclass
 class Claim:
-    """A claim, what the paper says to it, and the statements it rests on: on all of them, or on any. Without its
-    premises it is about nothing, and nothing is decided."""
+    """Hold a claim, what the paper says to it, and the statements it rests on: on all of them, or on any.
+
+    Without its premises it is about nothing, and nothing is decided.
+    """
 
     claim: str
     says: str
@@ -202,53 +199,51 @@ class Claim:
     premises: list[Statement] = field(default_factory=list)
 
     def judge(self) -> dict:
-        """{claim, says, verdict, why, premises, statements}, JSON-able."""
+        """Return {claim, says, verdict, why, premises, statements}, JSON-able."""
         premises = [premise.judge(1 - LEVEL / len(self.premises)) for premise in self.premises]
-        found = [statement.judge(1 - LEVEL / len(self.statements)) for statement in self.statements]
-        if unmet := next((each for each in premises if each["verdict"] != SUPPORTED), None):
+        judged = [statement.judge(1 - LEVEL / len(self.statements)) for statement in self.statements]
+        if unmet := next((premise for premise in premises if premise["verdict"] != SUPPORTED), None):
             seen = f"{unmet['text']} {unmet['unit']}; true {region(unmet['region'])}"
             verdict, why = OPEN, f"It was not seen that {unmet['statement']} ({seen})."
         else:
-            verdict = self._verdict(found)
-            why = _why(verdict, found)
+            verdict = self._verdict(judged)
+            why = _why(verdict, judged)
         if verdict != OPEN and any(statement.response.within_units for statement in self.statements):
             why += " Of one seed: noise between runs is not in it."
         about = {"claim": self.claim, "says": self.says, "verdict": verdict, "why": why}
-        return about | {"premises": premises, "statements": found}
+        return about | {"premises": premises, "statements": judged}
 
-    def _verdict(self, found: Sequence[dict]) -> str:
-        verdicts = [each["verdict"] for each in found]
+    def _verdict(self, judged: Sequence[dict]) -> str:
+        verdicts = [statement["verdict"] for statement in judged]
         decided, other = (CONTRADICTED, SUPPORTED) if self.needs == "all" else (SUPPORTED, CONTRADICTED)
         if decided in verdicts:
             return decided
         return other if set(verdicts) == {other} else OPEN
 
 
-def _why(verdict: str, found: Sequence[dict]) -> str:
-    """One sentence: which statement decided it, or what stands in the way."""
-    same = [each for each in found if each["verdict"] == verdict]
+def _why(verdict: str, judged: Sequence[dict]) -> str:
+    """Say in one sentence which statement decided it, or what stands in the way."""
+    first, *others = [statement for statement in judged if statement["verdict"] == verdict]
+    name, value = f"“{first['statement']}”", f"{first['text']} {first['unit']}"
     if verdict != OPEN:
-        first = f"“{same[0]['statement']}” is {verdict}: {same[0]['text']} {same[0]['unit']}, {_told(same[0])}"
-        others = "; so is the other" if len(found) == 2 else "; so are the others"
-        return f"{first}{others if len(same) == len(found) > 1 else ''}."
-    each = same[0]
-    if each["estimate"] is None:
-        return f"“{each['statement']}”: {each['without']}."
-    if each["estimate"]["low"] is None:
-        return (
-            f"“{each['statement']}”: {each['text']} {each['unit']}, and one seed with all its cells leaves no interval."
-        )
-    return f"“{each['statement']}”: {each['text']} {each['unit']}, {_spanned(each['region'])}."
+        agreed = len(others) + 1 == len(judged) > 1
+        rest = ("; so is the other" if len(judged) == 2 else "; so are the others") if agreed else ""
+        return f"{name} is {verdict}: {value}, {_told(first)}{rest}."
+    if first["estimate"] is None:
+        return f"{name}: {first['without']}."
+    if first["estimate"]["low"] is None:
+        return f"{name}: {value}, and one seed with all its cells leaves no interval."
+    return f"{name}: {value}, {_spanned(first['region'])}."
 
 
 def _told(statement: Mapping) -> str:
-    """Where an interval lies that decides a statement."""
+    """Say where an interval lies that decides a statement."""
     where = region(statement["region"])
     return f"all of it {where}" if statement["verdict"] == SUPPORTED else f"none of it {where}"
 
 
 def _spanned(ends: Sequence[float | None]) -> str:
-    """That an interval lies neither inside of a region nor outside of it."""
+    """Say that an interval lies neither inside of a region nor outside of it."""
     if None in ends:
         end = ends[0] if ends[1] is None else ends[1]
         return f"an interval that contains {end + 0.0:.4g}"
@@ -256,7 +251,7 @@ def _spanned(ends: Sequence[float | None]) -> str:
 
 
 def region(ends: Sequence[float | None]) -> str:
-    """A region in words."""
+    """Write a region in words."""
     low, high = ends
     if low is None:
         return f"below {high + 0.0:.4g}"  # no negative zero

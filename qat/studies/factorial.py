@@ -1,4 +1,4 @@
-"""The paper's factors crossed: scaling rule and window, learning rate, BF16 warmup. Were its claims true?
+"""Cross the paper's factors: scaling rule and window, learning rate, BF16 warmup. Were its claims true?
 
 The grid is {current, most_recent, exp_smooth, max} x {window 1, 16, 64} x {lr 1e-4, 1e-5} x {BF16 warmup 0, 5 %} around
 exp8, of 48 cells. Only `max` reads its window, and of window 1 it is `most_recent` to the bit, so they come to 20 runs:
@@ -59,7 +59,7 @@ _CONTRASTS = {
 
 
 def design(words: Sequence[str], compose: Compose) -> list[Cell]:
-    """The grid's distinct runs under command-line words, those of one learning rate together."""
+    """Return the grid's distinct runs under command-line words, those of one learning rate together."""
     refuse(words, _SET, "factorial")
     levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
     composed = {name: compose("exp8", list(words), changes) for name, changes in levels.items()}
@@ -73,8 +73,10 @@ def design(words: Sequence[str], compose: Compose) -> list[Cell]:
 
 
 def weights(left_out: Sequence[str] = (), **given: Mapping[str, float]) -> Weights:
-    """Weights of the cells: the products of those given by factor and level, the mean over every other factor without
-    the levels that are left out."""
+    """Return the cells' weights: products of those given by factor and level, the mean over every other factor.
+
+    left_out: levels that count in no mean.
+    """
     others = {name: [level for level in levels if level not in left_out] for name, levels in FACTORS.items()}
     sides = [given.get(name) or dict.fromkeys(levels, 1 / len(levels)) for name, levels in others.items()]
     return {
@@ -84,29 +86,33 @@ def weights(left_out: Sequence[str] = (), **given: Mapping[str, float]) -> Weigh
 
 
 def contrasts(left_out: Sequence[str] = ()) -> dict[str, Weights]:
-    """Main effects and two-way interactions, each against most_recent, lr 1e-4, no warmup; means are as `weights`. Of
-    what is left out there are none."""
-    found = {}
+    """Return main effects and two-way interactions, against most_recent, lr 1e-4, no warmup; means are as `weights`.
+
+    Of what is left out there are none.
+    """
+    effects = {}
     for count in (1, 2):
         for names in itertools.combinations(_CONTRASTS, count):
             for picked in itertools.product(*(_CONTRASTS[name].items() for name in names)):
                 labels = [label for label, _ in picked]
                 given = {name: w for name, (_, w) in zip(names, picked, strict=True)}
-                found[" × ".join(labels)] = {} if set(labels) & set(left_out) else weights(left_out, **given)
-    return found
+                effects[" × ".join(labels)] = {} if set(labels) & set(left_out) else weights(left_out, **given)
+    return effects
 
 
 def repeated(measured: Sequence[Measured]) -> tuple[str, ...]:
-    """The scalings whose every run is another one's to the last digit: a window of 16 where no run is longer. They are
-    one test, not two, and count once in means."""
+    """Return the scalings whose every run is another one's to the last digit: a window of 16 where no run is longer.
+
+    They are one test, not two, and count once in means.
+    """
     by_cell = {(m.key, m.seed): m for m in measured}
     pairs = [(m, by_cell.get((("max w64", *m.key[1:]), m.seed))) for m in measured if m.key[0] == "max w16"]
-    same = [np.array_equal(a.losses["w8a8"], b.losses["w8a8"]) and a.ape == b.ape for a, b in pairs if b is not None]
+    same = [a.ape == b.ape and np.array_equal(a.losses("w8a8"), b.losses("w8a8")) for a, b in pairs if b is not None]
     return ("max w16",) if same and all(same) else ()
 
 
 def responses(measured: Sequence[Measured]) -> dict[str, Response]:
-    """Everything that the factors may change, by a short name."""
+    """Return everything that the factors may change, by a short name."""
     predicted = [m for m in measured if m.key[0] not in _PREDICTS_NOTHING]
     return {
         **{f"heldout {mode}": measures.heldout(measured, mode) for mode in MODES},
@@ -118,22 +124,22 @@ def responses(measured: Sequence[Measured]) -> dict[str, Response]:
 
 
 def effects(measured: Sequence[Measured]) -> list[dict]:
-    """For each response its effects, with Holm's correction over them, and what their noise is; JSON-able."""
-    found, twice = [], repeated(measured)
+    """Estimate the effects on every response, with Holm's correction over them, and their noise; JSON-able."""
+    tables, twice = [], repeated(measured)
     for name, response in responses(measured).items():
         left_out = (*twice, *(_PREDICTS_NOTHING if name in ("overshoot", "clipped") else ()))
-        estimates = {label: response.contrast(each) for label, each in contrasts(left_out).items()}
+        estimates = {label: response.contrast(cells) for label, cells in contrasts(left_out).items()}
         rows = [
             {"effect": label, "estimate": None if e is None else vars(e), "text": response.cell(e), "p_holm": p}
             for (label, e), p in zip(estimates.items(), holm(list(estimates.values())), strict=True)
         ]
         about = {"response": response.name, "unit": response.unit, "log": response.log, "noise": response.noise()}
-        found.append(about | {"effects": rows})
-    return found
+        tables.append(about | {"effects": rows})
+    return tables
 
 
 def baselines(measured: Sequence[Measured]) -> dict[str, Response]:
-    """The BF16 baselines, one cell a learning rate: less the pretrained checkpoint, and what PTQ costs them."""
+    """Measure the BF16 baselines, one cell a learning rate: less the pretrained checkpoint, and what PTQ costs them."""
     key = {"key": lambda m: (m.key[1],)}
     return {
         "forgetting": measures.points(measured, "baseline", "pretrained", **key),
@@ -147,42 +153,41 @@ def baselines(measured: Sequence[Measured]) -> dict[str, Response]:
 
 
 def claims(measured: Sequence[Measured]) -> list[dict]:
-    """The paper's claims, each judged (`qat.studies.contrasts.Claim`)."""
+    """Judge the paper's claims (`qat.studies.contrasts.Claim`)."""
     if not measured:
         return []
-    found = responses(measured)
-    made = [_saturation(found), _best(found), _forgets(measured), _orthogonal(measured, found)]
-    made += [_necessary(measured, found, fix) for fix in _WITHOUT]
+    by_name = responses(measured)
+    made = [_saturation(by_name), _best(by_name), _forgets(measured), _orthogonal(measured, by_name)]
+    made += [_necessary(measured, by_name, fix) for fix in _WITHOUT]
     made += [*(_sufficient(measured, mode) for mode in MODES), _qat(measured)]
     return [claim.judge() for claim in made]
 
 
 def _thresholds(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
-    """(held-out loss in nats, points over all questions) that the thresholds come to beside a cell's baseline."""
-    those = [m for m in measured if m.key[1] == key[1]] or measured
-    loss = float(np.mean([m.losses["baseline"].mean() for m in those]))
-    return APE_THRESHOLD / 100 * loss, _drop(those, "baseline")
+    """Return the thresholds beside a cell's baseline: (held-out loss in nats, points over all questions)."""
+    alike = [m for m in measured if m.key[1] == key[1]] or measured
+    loss = float(np.mean([m.losses("baseline").mean() for m in alike]))
+    return APE_THRESHOLD / 100 * loss, _drop(alike, "baseline")
 
 
 def _drop(measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
-    """The 1 % threshold in points."""
-    answers = (m.right[scored][task] if task else m.answers(scored) for m in measured)
-    return DROP_THRESHOLD * float(np.mean([each.mean() for each in answers]))
+    """Return the 1 % threshold in points."""
+    return DROP_THRESHOLD * float(np.mean([m.answers(scored, task=task).mean() for m in measured]))
 
 
-def _saturation(found: Mapping[str, Response]) -> Claim:
+def _saturation(by_name: Mapping[str, Response]) -> Claim:
     less = weights(scaling=_MAX)
     return Claim(
         "The max window saturates less than scaling by the last amax",
         "Exps 3, 4 and 6 saturate, exps 7 and 8 do not",
         [
-            Statement("fewer tensors exceed their predicted amax with max w64", found["overshoot"], less, high=0),
-            Statement("fewer elements are beyond the target with max w64", found["clipped"], less, high=0),
+            Statement("fewer tensors exceed their predicted amax with max w64", by_name["overshoot"], less, high=0),
+            Statement("fewer elements are beyond the target with max w64", by_name["clipped"], less, high=0),
         ],
     )
 
 
-def _best(found: Mapping[str, Response]) -> Claim:
+def _best(by_name: Mapping[str, Response]) -> Claim:
     others = ("most_recent", "exp_smooth", "current")
     return Claim(
         "The max window does less damage than the other scalings",
@@ -191,7 +196,7 @@ def _best(found: Mapping[str, Response]) -> Claim:
         [
             Statement(
                 f"max w64 has a lower held-out loss than {other}",
-                found["heldout w8a8"],
+                by_name["heldout w8a8"],
                 weights(scaling={"max w64": 1, other: -1}),
                 high=0,
             )
@@ -212,7 +217,7 @@ def _forgets(measured: Sequence[Measured]) -> Claim:
     )
 
 
-def _orthogonal(measured: Sequence[Measured], found: Mapping[str, Response]) -> Claim:
+def _orthogonal(measured: Sequence[Measured], by_name: Mapping[str, Response]) -> Claim:
     threshold, _ = _thresholds(measured)
     rate, warm = _CONTRASTS["lr"]["lr 1e-5"], _CONTRASTS["warmup"]["warmup"]
     crossed = {
@@ -220,11 +225,11 @@ def _orthogonal(measured: Sequence[Measured], found: Mapping[str, Response]) -> 
         "the warmup does the same at either learning rate": weights(repeated(measured), warmup=warm, lr=rate),
         "the max window does the same with and without warmup": weights(scaling=_MAX, warmup=warm),
     }
-    response = found["heldout w8a8"]
+    response = by_name["heldout w8a8"]
     return Claim(
         "Saturation and forgetting are orthogonal",
         "Two failures with separate causes and separate fixes; never crossed",
-        [Statement(what, response, each, -threshold, threshold) for what, each in crossed.items()],
+        [Statement(what, response, cells, -threshold, threshold) for what, cells in crossed.items()],
         premises=[
             Statement("scaling by the last amax does damage", response, weights(scaling={"most_recent": 1}), low=0),
             Statement("BF16 at lr 1e-4 forgets", baselines(measured)["forgetting"], {("1e-4",): 1}, high=0),
@@ -239,10 +244,10 @@ _WITHOUT = {
 }
 
 
-def _necessary(measured: Sequence[Measured], found: Mapping[str, Response], fix: str) -> Claim:
+def _necessary(measured: Sequence[Measured], by_name: Mapping[str, Response], fix: str) -> Claim:
     cell = _WITHOUT[fix]
     loss, drop = _thresholds(measured, cell)
-    held, points = found["heldout w8a8"], found["points w8a8"]
+    held, points = by_name["heldout w8a8"], by_name["points w8a8"]
     statements = [
         Statement("without it the held-out loss is over the threshold", held, {cell: 1}, low=loss),
         Statement("without it the answers are over the threshold", points, {cell: 1}, high=-drop),
@@ -256,21 +261,19 @@ def _necessary(measured: Sequence[Measured], found: Mapping[str, Response], fix:
 
 def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
     loss, _ = _thresholds(measured)
-    those = [m for m in measured if m.key[1] == RECIPE[1]] or measured
+    alike = [m for m in measured if m.key[1] == RECIPE[1]] or measured
     at = {RECIPE: 1}
-    kept = [Statement("held-out loss within the threshold", measures.heldout(measured, mode), at, high=loss)]
+    statements = [Statement("held-out loss within the threshold", measures.heldout(measured, mode), at, high=loss)]
     if mode == "w8a8":  # of the training, however it is scored afterwards
-        kept.append(Statement("loss APE within the threshold", responses(measured)["ape"], at, high=APE_THRESHOLD))
-    for task in measured[0].right["baseline"]:
-        points = measures.points(measured, mode, task=task)
-        kept.append(
-            Statement(f"{TASKS.get(task, task)} within the threshold", points, at, low=-_drop(those, "baseline", task))
-        )
-    lost = measures.points(measured, mode, "pretrained")
-    least = -_drop(measured, "pretrained")
-    kept.append(Statement("the checkpoint's answers are kept within the threshold", lost, at, low=least))
+        ape = measures.ape(measured)
+        statements.append(Statement("loss APE within the threshold", ape, at, high=APE_THRESHOLD))
+    for task in measured[0].scored["baseline"].answers:
+        points, least = measures.points(measured, mode, task=task), -_drop(alike, "baseline", task)
+        statements.append(Statement(f"{TASKS.get(task, task)} within the threshold", points, at, low=least))
+    lost, least = measures.points(measured, mode, "pretrained"), -_drop(measured, "pretrained")
+    statements.append(Statement("the checkpoint's answers are kept within the threshold", lost, at, low=least))
     says = "Exp 8: APE 0.11 %, drops of 0.43, 0.58, 1.06 and 0.22 %; scored on BF16 weights, against its baseline"
-    return Claim(f"Sufficient: the recipe meets every threshold ({MODES[mode]})", says, kept)
+    return Claim(f"Sufficient: the recipe meets every threshold ({MODES[mode]})", says, statements)
 
 
 def _qat(measured: Sequence[Measured]) -> Claim:

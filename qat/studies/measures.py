@@ -1,15 +1,14 @@
-"""What the finished runs of a study measured, each beside its matched baseline, PTQ and the pretrained checkpoint."""
+"""Read what the finished runs of a study measured, beside their matched baseline, PTQ and the pretrained checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from qat.analysis.compare import TASKS, compare, eval_command
-from qat.analysis.results import EvalResult
+from qat.analysis.compare import TASKS, eval_command, match
+from qat.analysis.results import EvalResult, Outcomes
 from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of
@@ -22,12 +21,12 @@ _NAMES = MODES | {"ptq": "PTQ"}
 
 @dataclass
 class Measured:
-    """The numbers of one run. Keys of `losses` and `right` are what was scored: w8a8 and bf16 (the run in either mode),
-    baseline, ptq (the baseline in W8A8 without QAT, by the mode `ptq`), pretrained.
+    """Hold the numbers of one run.
 
-    losses: FP64 [held-out documents], nats a token; right: by task, FP64 [questions], 1 or 0; ape: percent;
-    overshoot: share of tensors beyond their predicted amax, over quantized steps; clipped: share of elements beyond the
-    target, over probed steps and tensors; linears: how many are quantized.
+    scored: by what was scored: w8a8 and bf16 (the run in either mode), baseline, ptq (the baseline in W8A8 without QAT,
+    by the mode `ptq`), pretrained; text: whose losses count, the data's own; ape: percent; overshoot: share of tensors
+    beyond their predicted amax, over quantized steps; clipped: share of elements beyond the target, over probed steps
+    and tensors; linears: how many are quantized.
     """
 
     key: Key
@@ -35,68 +34,63 @@ class Measured:
     run: str
     baseline: str
     ptq: str
-    losses: dict[str, np.ndarray]
-    right: dict[str, dict[str, np.ndarray]]
+    text: str
+    scored: Mapping[str, Outcomes]
     ape: float
     overshoot: float
     clipped: float
     linears: int
 
-    def answers(self, scored: str) -> np.ndarray:
-        """All tasks' questions in one row."""
-        return np.concatenate(list(self.right[scored].values()))
+    def losses(self, ours: str, theirs: str | None = None) -> np.ndarray:
+        """Return losses by document, FP64, or what they are above those of `theirs`."""
+        return self._outcomes(ours, theirs).losses[self.text]
+
+    def answers(self, ours: str, theirs: str | None = None, task: str | None = None) -> np.ndarray:
+        """Return answers by question, FP64, of a task or of all; or what they are above those of `theirs`."""
+        return self._outcomes(ours, theirs).pooled([task] if task else None)
+
+    def _outcomes(self, ours: str, theirs: str | None) -> Outcomes:
+        return self.scored[ours] - self.scored[theirs] if theirs else self.scored[ours]
 
 
 def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
-    """What the cells measured, and {label: why not} of those that cannot be read, or were not scored as the first."""
-    found, missing, first = [], {}, None
+    """Read the cells; (what they measured, {label: why not} of those that cannot be read or were scored otherwise)."""
+    measured, missing, first = [], {}, None
     for cell in cells:
         try:
-            base = _baseline(cell)
+            numbers, reference = _read(cell)
             if first:
-                base.refuse_unlike(first)
-            found.append(_read(cell))
-            first = first or base
+                reference.refuse_unlike(first)
+            measured.append(numbers)
+            first = first or reference
         except UserError as reason:
             missing[cell.label] = str(reason)
-    return found, missing
+    return measured, missing
 
 
-def _baseline(cell: Cell) -> EvalResult:
-    run, benchmark = Run.of(cell.cfg), cell.cfg.benchmark.name
-    return EvalResult(Run.of(baseline_of(cell.cfg)), benchmark, "bf16", eval_command(run, benchmark))
-
-
-def _read(cell: Cell) -> Measured:
+def _read(cell: Cell) -> tuple[Measured, EvalResult]:
+    """Read a cell, and what its baseline was scored as."""
     cfg, benchmark = cell.cfg, cell.cfg.benchmark.name
-    run, base, origin = (Run.of(each) for each in (cfg, baseline_of(cfg), pretrained_of(cfg)))
-    comparison = compare(Path(run.path), Path(base.path), benchmark, Path(origin.path))  # refuses what is unlike
-    scored = {"w8a8": (run, "w8a8"), "bf16": (run, "bf16"), "baseline": (base, "bf16"), "pretrained": (origin, "bf16")}
-    if comparison["ptq"] is None:
+    run, base, origin = (Run.of(side) for side in (cfg, baseline_of(cfg), pretrained_of(cfg)))
+    matched = match(run, base, benchmark, origin)
+    results = matched.own | {"baseline": matched.reference, "pretrained": matched.origin}
+    if "ptq" not in results:
         missing = f"{base.id} has no {benchmark} evaluation by PTQ"
         raise UserError(f"{missing}; make it: {eval_command(run, benchmark)}")
-    scored["ptq"] = base, comparison["ptq"]
-    losses, right = {}, {}
-    for name, (owner, mode) in scored.items():
-        record = owner.evaluations()[benchmark][mode]
-        losses[name] = np.array(record["heldout"][cfg.data.name]["document_losses"])
-        right[name] = {
-            task: np.array([float(row["correct"]) for row in owner.samples(benchmark, mode, task)])
-            for task in record["tasks"]
-        }
-    return Measured(
+    measured = Measured(
         key=cell.key,
         seed=cfg.seed,
         run=run.id,
         baseline=base.id,
-        ptq=comparison["ptq"],
-        losses=losses,
-        right=right,
-        ape=comparison["loss"]["ape"],
+        ptq=results["ptq"].mode,
+        text=cfg.data.name,
+        scored={name: result.outcomes for name, result in results.items()},
+        ape=matched.loss["ape"],
         overshoot=_mean(row["overshoot_share"] for row in run.metrics() if row.get("overshoot_share") is not None),
         clipped=_mean(row["beyond"] for row in run.telemetry() if "beyond" in row),
         linears=len(run.coverage().get("linears", ())),
     )
+    return measured, matched.reference
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -108,34 +102,31 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def heldout(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
-    """Held-out loss of what `ours` names less that of `theirs`."""
+    """Measure the held-out loss of what `ours` names less that of `theirs`."""
     name = f"Held-out loss, {_versus(ours, theirs)}"
-    return _response(measured, name, "nats", 4, lambda m: m.losses[ours] - m.losses[theirs], "documents", **more)
+    return _response(measured, name, "nats", 4, lambda m: m.losses(ours, theirs), "documents", **more)
 
 
 def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", task: str | None = None, **more):
-    """Percentage points of right answers of `ours` less those of `theirs`, over all questions or those of one task."""
-
-    def change(m: Measured) -> np.ndarray:
-        sides = ((m.right[s][task] if task else m.answers(s)) for s in (ours, theirs))
-        return 100 * np.subtract(*sides)
-
+    """Measure the points of right answers of `ours` less those of `theirs`, over all questions or those of one task."""
     name = f"{TASKS.get(task, task) if task else 'All questions'}, {_versus(ours, theirs)}"
-    return _response(measured, name, "points", 2, change, "questions", **more)
+    return _response(measured, name, "points", 2, lambda m: 100 * m.answers(ours, theirs, task), "questions", **more)
 
 
 def ape(measured: Sequence[Measured]) -> Response:
-    """Logarithm of the loss APE: its effects are factors, its means geometric."""
+    """Measure the logarithm of the loss APE: its effects are factors, its means geometric."""
     with np.errstate(divide="ignore"):  # a run that equals its baseline has none, and is left out
         return _response(measured, "Loss APE, geometric mean", "%", 3, lambda m: np.log([m.ape]), log=True)
 
 
 def overshoot(measured: Sequence[Measured]) -> Response:
+    """Measure the share of tensors beyond their predicted amax, in points."""
     name = "Share of tensors beyond their predicted amax"
     return _response(measured, name, "points", 2, lambda m: [100 * m.overshoot])
 
 
 def clipped(measured: Sequence[Measured]) -> Response:
+    """Measure the share of elements beyond the target, in a million."""
     name = "Elements beyond the target"
     return _response(measured, name, "in a million", 2, lambda m: [1e6 * m.clipped])
 

@@ -125,7 +125,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     machines = "; ".join(dict.fromkeys(map(hardware_name, environments)))
     commits = "; ".join(dict.fromkeys(commit_name(each["git"]) for each in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
-    sizes = {(len(m.losses["baseline"]), len(m.answers("baseline"))) for m in measured}
+    sizes = {(len(m.losses("baseline")), len(m.answers("baseline"))) for m in measured}
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
     return {
         "Model": cfg.model.name,
@@ -211,7 +211,7 @@ def _runs(measured: Sequence[Measured]) -> list[dict]:
     return [
         {"cell": m.key, "seed": m.seed, "run": m.run, "baseline": m.baseline, "ape_percent": m.ape}
         | {"overshoot": m.overshoot, "clipped": m.clipped, "linears": m.linears}
-        | {f"heldout_{scored}": float((m.losses[scored] - m.losses["baseline"]).mean()) for scored in (*MODES, "ptq")}
+        | {f"heldout_{scored}": float(m.losses(scored, "baseline").mean()) for scored in (*MODES, "ptq")}
         for m in measured
     ]
 

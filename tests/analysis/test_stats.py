@@ -5,17 +5,13 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import binomtest, t, ttest_1samp
-from scipy.stats import bootstrap as bootstrap_of_scipy
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_statsmodels
 from statsmodels.stats.multitest import multipletests
 
 from qat.analysis.stats import (
-    Answers,
     above_chance,
-    bootstrap,
     crossed,
     detectable,
-    detectable_mean,
     half_width,
     holm,
     mcnemar,
@@ -91,25 +87,6 @@ def test_tang_at_the_edges():
             assert (low < 1 < high) == (least < 0 < most)
 
 
-@pytest.mark.parametrize("counts", [(50, 9, 1, 40), (400, 30, 41, 701), (12, 0, 0, 4)])
-def test_the_bootstrap_is_scipys_over_the_questions(counts):
-    answers = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], counts, axis=0)
-    how = {"paired": True, "vectorized": True, "method": "percentile", "rng": 1}
-    change = bootstrap_of_scipy(tuple(answers.T), lambda baseline, run, axis: (run - baseline).mean(axis), **how)
-    wanted = change.confidence_interval
-    # Two estimates from 10,000 resamples each of a quantile on a grid of 1 / n.
-    step = max(1 / sum(counts), 0.03 * (wanted.high - wanted.low))
-    assert bootstrap([Answers(*counts)]) == pytest.approx(wanted, abs=1.01 * step)
-
-
-def test_pooled_questions_are_resampled_within_their_task():
-    """A task whose answers never differ adds no spread of its own, however large."""
-    still, moving = Answers(900, 0, 0, 100), Answers(50, 9, 1, 40)
-    low, high = bootstrap([still, moving])
-    alone = bootstrap([moving])
-    assert [low * 1100, high * 1100] == pytest.approx([limit * 100 for limit in alone], abs=1.01)
-
-
 @pytest.mark.parametrize(("flips", "n"), [(60, 1000), (200, 1172), (900, 14042)])
 def test_a_detectable_change_is_found_in_four_of_five_samples(flips, n):
     change = detectable(flips, n)
@@ -124,7 +101,6 @@ def test_what_is_detectable_at_the_edges():
     assert detectable(0, 100) > 3 / 100  # three one-way flips of a hundred are no evidence
     assert detectable(0, 3) == 1.0
     assert detectable(10, 100) > detectable(10, 1000) * 3
-    assert detectable_mean(1.96) == pytest.approx(1.96 + 0.8416, abs=1e-4)
 
 
 def test_half_width_is_student_t():

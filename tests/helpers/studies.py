@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from omegaconf import OmegaConf
 
+from qat.analysis.results import Outcomes
 from qat.config import Config
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of, ptq_mode, run_id
@@ -48,9 +49,9 @@ def invent(
             right = {"w8a8": after, "bf16": after, "baseline": after, "pretrained": before, "ptq": after}
             run, base = f"run of {key}, {seed}", f"base at {lost(key)}, {seed}"
             shares = overshoot(key), 1e-4 * overshoot(key)
-            found.append(
-                Measured(key, seed, run, base, f"ptq of {linears(key)}", losses, right, ape(key), *shares, linears(key))
-            )
+            scored = {name: Outcomes({"embedded": losses[name]}, right[name]) for name in losses}
+            ptq_name = f"ptq of {linears(key)}"
+            found.append(Measured(key, seed, run, base, ptq_name, "embedded", scored, ape(key), *shares, linears(key)))
     return found
 
 
@@ -72,6 +73,6 @@ def _write(cfg: Config, losses: Sequence[float], m: Measured, scored: dict[str, 
     run = Run.of(cfg)
     if not run.path.exists():
         settings = OmegaConf.to_container(OmegaConf.structured(cfg))
-        texts = {mode: {cfg.data.name: m.losses[name]} for mode, name in scored.items()}
-        write_run(run.path, settings, losses, {mode: m.right[name] for mode, name in scored.items()}, texts)
+        texts = {mode: {cfg.data.name: m.losses(name)} for mode, name in scored.items()}
+        write_run(run.path, settings, losses, {mode: m.scored[name].answers for mode, name in scored.items()}, texts)
     return run

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
+from qat.analysis.compare import mismatches
 from qat.config import Config, QuantConfig
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
@@ -74,9 +75,24 @@ def write_run(folder: Path, settings: dict, losses=(3.0, 2.9), answers=None, hel
     _lines(folder / "metrics.jsonl", rows)
     if answers is not None:
         texts = heldout or {}
-        entry = {mode: _evaluation(folder, mode, right, texts.get(mode, {})) for mode, right in answers.items()}
+        weights = _weights(Run(folder))
+        entry = {
+            mode: _evaluation(folder, mode, right, texts.get(mode, {}))
+            | {"weights": weights if quantized or is_ptq(mode) else weights[:1]}
+            for mode, right in answers.items()
+        }
         _json(folder / "eval.json", {"quick": entry})
     return folder
+
+
+def _weights(run: Run) -> list[str]:
+    """The fingerprints of a run and of its matched baseline, which was written into a folder beside it."""
+    cfg = run.typed_config()
+    beside = (Run(path.parent) for path in sorted(run.path.parent.glob("*/config.yaml"))) if cfg.quantized else [run]
+    baselines = [
+        other for other in beside if not mismatches(cfg, other.typed_config()) and not other.typed_config().quantized
+    ]
+    return [run.fingerprint, *(other.fingerprint for other in baselines if other.metrics())][:2]
 
 
 def pretrained_beside(run: Path) -> Path:
@@ -115,7 +131,7 @@ def _evaluation(folder: Path, mode: str, answers: dict, heldout: dict) -> dict:
     for text, losses in heldout.items():
         texts[text] = {"loss": float(np.mean(losses)), "tokens": 256 * len(losses), "text_hash": f"h-{text}"}
         texts[text] |= {"kl": None if mode == "bf16" else 0.0021, "document_losses": [float(v) for v in losses]}
-    record = {"tasks": tasks, "heldout": texts, "lm_eval": "0.4.13", "weights": [], "scored_on": None, "seconds": 60.0}
+    record = {"tasks": tasks, "heldout": texts, "lm_eval": "0.4.13", "scored_on": None, "seconds": 60.0}
     record |= {"qat_weights_ptq_scales": None} if mode == "w8a8" else {}
     return record | {"request": {"calibration_sequences": 16} if is_ptq(mode) else {}}
 

@@ -46,9 +46,9 @@ def test_a_run_without_a_baseline_says_why(folders, tmp_path):
 
 def test_a_baseline_in_the_folder_beside_a_run_is_found(tmp_path):
     cfg = typed(tmp_path, "experiment=exp8", "benchmark=quick")
-    run, beside = (
-        made(tmp_path / run_id(each), OmegaConf.to_container(OmegaConf.structured(each)))
-        for each in (cfg, baseline_of(cfg))
+    beside, run = (
+        made(tmp_path / run_id(side), OmegaConf.to_container(OmegaConf.structured(side)))
+        for side in (baseline_of(cfg), cfg)
     )
     (pair,) = selected([str(run)])[0].pairs
     assert pair.baseline.id == beside.name == pair.comparison["baseline"]

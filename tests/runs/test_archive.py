@@ -76,7 +76,8 @@ def test_the_table_of_runs_says_what_each_is_and_what_it_scored(tmp_path):
     texts = {"bf16": {"wikipedia": [3.0, 3.1, 3.2]}}
     start = config(**{"budget.steps": 0})
     origin = write_run(pretrained_beside(made[0].path), start, [], {"bf16": answers}, texts)
-    edit(made[0].path / "eval.json", lambda record: record["quick"]["w8a8"]["heldout"]["wikipedia"].update(loss=3.21))
+    text = {"loss": 3.21, "document_losses": [3.01, 3.21, 3.41]}
+    edit(made[0].path / "eval.json", lambda entry: entry["quick"]["w8a8"]["heldout"]["wikipedia"].update(text))
     record.keep_runs([*made, Run(origin)], tmp_path / "record")
     rows = {row.pop("run"): " | ".join(row.values()) for row in archive.table(tmp_path / "record")}
     run = "exp8 | 0 | hif8 | max | 64 | 1e-05 | 0 | 36 |  | 5.0000 | +0.0100 [+0.0100, +0.0100] | 100.0 | 50.0"

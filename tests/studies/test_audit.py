@@ -183,7 +183,7 @@ def test_an_effect_is_what_the_switch_changes_of_the_difference():
     )
     rows = {(row["base"], row["switch"]): row["effects"] for row in audit.effects(measured)}
     with_it, without = (next(m for m in measured if m.key == each) for each in (key, plain))
-    by_hand = stats.ttest_rel(*(m.losses["w8a8"] - m.losses["baseline"] for m in (with_it, without)))
+    by_hand = stats.ttest_rel(*(m.losses("w8a8") - m.losses("baseline") for m in (with_it, without)))
     found = rows[key]["Held-out loss, W8A8"]["estimate"]
     assert (found["low"], found["high"]) == pytest.approx(tuple(by_hand.confidence_interval()))
     assert found["value"] == pytest.approx(0.01, abs=0.001) and rows[key]["Held-out loss, W8A8"]["p_holm"] < 0.001

@@ -251,7 +251,7 @@ def test_windows_that_no_run_outlasts_are_one_level(grid, tmp_path):
     wide = {(m.key[1:], m.seed): m for m in measured if m.key[0] == "max w64"}
     for m in measured:
         if m.key[0] == "max w16":
-            m.losses, m.ape = wide[m.key[1:], m.seed].losses, wide[m.key[1:], m.seed].ape
+            m.scored, m.ape = wide[m.key[1:], m.seed].scored, wide[m.key[1:], m.seed].ape
     assert factorial.repeated(measured) == ("max w16",)
     assert factorial.repeated([m for m in measured if m.key != ("max w64", "1e-4", "0")]) == ("max w16",)
     rows = {row["effect"]: row for row in factorial.effects(measured)[0]["effects"]}
@@ -282,8 +282,8 @@ def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
             theirs.key, theirs.seed, theirs.run, theirs.baseline, theirs.linears,
         )  # fmt: skip
         assert [ours.ape, ours.overshoot, ours.clipped] == pytest.approx([theirs.ape, theirs.overshoot, theirs.clipped])
-        for scored, losses in theirs.losses.items():
-            assert ours.losses[scored] == pytest.approx(losses)
+        for scored in theirs.scored:
+            assert ours.losses(scored) == pytest.approx(theirs.losses(scored))
             assert np.array_equal(ours.answers(scored), theirs.answers(scored))
     path = page.write_factorial(measured, missing, made[-1].cfg, tmp_path / "out")
     text, kept = path.read_text(), json.loads((tmp_path / "out" / "factorial.json").read_text())
