@@ -79,10 +79,17 @@ class _Session:
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         cursor, self.stream = self._restore(), None
-        if distributed.is_main_process() and not self.final:  # the others are given theirs
-            self.stream = packing.training_stream(cfg.data, cfg.seed, self.tokenizer, cursor)
+        if not self.final:
+            self.stream = self._open_stream(self.tokenizer, cursor)
         self.history = None if self.bank is None else monitor.History(self.bank)
         self.texts = None if self.final else Validator(self.trainer, self.tokenizer, cfg)
+
+    def _open_stream(self, tokenizer, cursor: dict | None) -> packing.TokenStream:
+        """Open the text on every rank: the first decides which revision of it is read, the others refuse another."""
+        arguments = self.cfg.data, self.cfg.seed, tokenizer
+        stream = packing.training_stream(*arguments, cursor) if distributed.is_main_process() else None
+        cursor = distributed.broadcast_object(stream and stream.state())
+        return stream or packing.training_stream(*arguments, cursor)
 
     def _restore(self) -> dict | None:
         """Continue from the newest sound checkpoint, or start. Returns the data cursor."""
@@ -196,11 +203,12 @@ class _Session:
         return row, [] if row["skipped"] else [*probe.rows(step), updates.row(step)]
 
     def _batches(self) -> list[torch.Tensor]:
-        """This rank's micro-batches of a step, int64 [sequences, length + 1]."""
-        (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
-        batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
-        self.batch = batches and hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
-        return distributed.scatter_batches(batches, accumulation, (micro, length + 1))
+        """Return this rank's slice of a step's micro-batches, int64 [sequences, length + 1]."""
+        micro, accumulation = self.cfg.batch
+        batches = [self.stream.micro_batch(micro, self.cfg.budget.seq_len) for _ in range(accumulation)]
+        self.batch = hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
+        share = accumulation // distributed.world_size()
+        return batches[distributed.rank() * share :][:share]
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
@@ -218,7 +226,7 @@ class _Session:
             "tokens": result.tokens * step,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
-            "epoch": self.stream.epoch if self.stream else None,
+            "epoch": self.stream.epoch,
             "batch": self.batch,
             "quantized": quantized,
             "overshoot_max": None if overshoot is None else float(overshoot.max()),

@@ -157,5 +157,5 @@ def samples(cfg: Config, models: int) -> float:
 
 
 def cached_tokens(cfg: Config, shape: Shape) -> float:
-    """Bytes of the token cache, shared by all runs of a seed: 2 a token, or 4 for vocabularies above 65,536."""
+    """Bytes of the token cache, shared by all runs: 2 a token, or 4 for vocabularies above 65,536."""
     return tokens(cfg)[1] * (2 if shape.vocabulary <= 2**16 else 4) if cfg.data.cache else 0.0
