@@ -113,11 +113,11 @@ class ParquetFiles(Corpus):
 
     @functools.cached_property
     def _files(self):
-        """The data set in its own order."""
+        """The data set in its own order, as `datasets` streams it."""
         import datasets
 
         try:
-            found = datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 self.path,
                 name=self.cfg.subset,
                 split="train",
@@ -138,9 +138,9 @@ class ParquetFiles(Corpus):
             ) from None
         except FileNotFoundError as error:  # also said of a README that the hub could not send
             raise error if self.local else ConnectionError(str(error)) from error
-        if getattr(found.features.get("text"), "dtype", None) not in ("string", "large_string"):
+        if getattr(dataset.features.get("text"), "dtype", None) not in ("string", "large_string"):
             raise ValueError("it has no column named text that holds strings")
-        return found
+        return dataset
 
     @functools.cached_property
     def _row_groups(self):
