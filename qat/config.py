@@ -39,7 +39,7 @@ CHOICES = {
     "benchmark.split": ("test", "validation"),
 }
 
-STREAM_ORDER = 2  # version of the rule by which `qat.data.sources.Stream` orders documents; part of a run's name
+STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
 
 
 @dataclass
@@ -71,7 +71,7 @@ class DataConfig:
     tokenizer_threads: int = 1  # threads that tokenize
     shuffle_buffer: int = 10_000  # documents that are shuffled together; streamed sources only
     retry_hours: float = 12.0  # how long a hub that cannot be reached is waited for; streamed sources only
-    cache: bool = False  # keep tokens on disk, for all runs that read them in this order; streamed sources only
+    cache: bool = False  # keep tokens on disk, for all runs that read the same text; streamed sources only
 
     @property
     def named(self) -> str:

@@ -1,4 +1,4 @@
-"""Text never trained on, as packed sequences that know their document."""
+"""Cut text that is never trained on into sequences that know their document."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ HELDOUT_LENGTH = 128  # tokens a held-out sequence
 
 
 class Heldout(NamedTuple):
-    """Text never trained on. tokens: int64 [sequences >= 1, HELDOUT_LENGTH + 1]; documents: int64 [sequences], which
-    one each is of; hash: of the tokens."""
+    """Text never trained on. tokens: int64 [sequences >= 1, HELDOUT_LENGTH + 1]; documents: int64 [sequences], the
+    number of the document that a sequence is of; hash: of the tokens."""
 
     tokens: torch.Tensor
     documents: torch.Tensor
@@ -32,26 +32,27 @@ class Heldout(NamedTuple):
 
 
 def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
-    """About `wanted` held-out tokens of as many documents as possible, as neighbours say nothing new about the noise:
-    the first sequence of each, then the second of each, and so on. Errors: UserError when no document has one."""
+    """Return about `wanted` held-out tokens of as many documents as possible: the first sequence of each, then the
+    second of each, and so on. Neighbours in one document would say nothing new about the noise. Errors: UserError when
+    no document has a sequence."""
     length, count = HELDOUT_LENGTH + 1, max(1, wanted // HELDOUT_LENGTH)
     separator = document_token(tokenizer)
     encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
     texts = list(itertools.islice((text for text in encoded if len(text) >= length), count))
     if not texts:
         raise UserError(f"{cfg.named}: no held-out document has the {length} tokens of a sequence; name another text")
-    found = [
+    rows = [
         (text[start : start + length], number)
         for start in range(0, max(map(len, texts)), length)
         for number, text in enumerate(texts)
         if len(text) >= start + length
     ][:count]
-    tokens, documents = (torch.tensor(column) for column in zip(*found, strict=True))
+    tokens, documents = (torch.tensor(column) for column in zip(*rows, strict=True))
     return Heldout(tokens, documents, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12])
 
 
 def _heldout(cfg: DataConfig) -> Iterator[str]:
-    """Documents never trained on, in a fixed order. A MediaWiki dump has no others."""
+    """Yield documents never trained on, in a fixed order; of a MediaWiki dump, all."""
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
         return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(files.expand(cfg.path)))
     return open_corpus(cfg, seed=0).heldout()

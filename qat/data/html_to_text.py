@@ -1,4 +1,4 @@
-"""Prose out of a page of an HTML manual, as Sphinx and DocBook write them."""
+"""Turn a page of an HTML manual, as Sphinx and DocBook write them, into prose."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LEAST_PROSE = 0.5  # of a page: the share of its characters that are in such pa
 
 
 def document(page: bytes) -> str:
-    """The paragraphs of a page in UTF-8, blank lines between them; empty for a page that is mostly something else, as
-    indexes and lists of names are."""
-    found = "\n\n".join(paragraphs(page))
-    return found if in_sentences(found) >= _LEAST_PROSE * len(found) else ""
+    """Return the paragraphs of a page in UTF-8, blank lines between them; nothing for a page that is mostly no prose,
+    such as an index or a list of names."""
+    text = "\n\n".join(paragraphs(page))
+    return text if prose_size(text) >= _LEAST_PROSE * len(text) else ""
 
 
 def paragraphs(page: bytes) -> list[str]:
-    """Headings, paragraphs and items of lists, each on one line, without code, tables and navigation."""
+    """Return headings, paragraphs and items of lists, one line each, without code, tables and navigation."""
     root = html.document_fromstring(page, parser=html.HTMLParser(encoding="utf-8"))
     body = next(iter(root.xpath("//*[@role='main']")), root.body)  # Sphinx's, else the whole
     for element in list(body.iter(html.etree.Element)):
@@ -39,8 +39,8 @@ def paragraphs(page: bytes) -> list[str]:
     return [line for line in lines if line]
 
 
-def in_sentences(document: str) -> int:
-    """How many of a document's characters are in sentences of words, not in headings, signatures or data."""
+def prose_size(document: str) -> int:
+    """Return how many of a document's characters are in sentences, not in headings, signatures or data."""
     return sum(len(paragraph) for paragraph in document.split("\n\n") if _is_prose(paragraph))
 
 

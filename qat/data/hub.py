@@ -1,8 +1,8 @@
-"""Reading from the Hugging Face hub without losing heart: outages are waited for, hangs end, what is final is said.
+"""Read from the Hugging Face hub through outages: wait and say so, end what hangs, refuse at once what is final.
 
 Three layers retry by themselves: the hub's client (five quick tries after broken connections, which stay), its way with
 status codes (it would sleep as long as the server says, in silence) and `datasets` (20 tries, up to a minute apart).
-The last two are turned off here, so that `insist` alone decides how long to wait and says so.
+The last two are turned off here, so that `retry` alone decides how long to wait.
 """
 
 from __future__ import annotations
@@ -16,31 +16,20 @@ from typing import TypeVar
 
 import httpx
 import pyarrow
-from huggingface_hub import set_client_factory
+from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils._http import default_client_factory
 
 from qat.config import DataConfig
 from qat.errors import UserError
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries: doubled each time, and jittered
-SILENCE = 30.0  # seconds without a byte after which a request has failed, where the hub's client sets no limit
+SILENCE = 30.0  # seconds without a byte after which a request has failed; the hub's client waits for ever
 _UNAVAILABLE = (408, 429, 500, 502, 503, 504)
 _FINAL = (401, 403, 404)
 _Result = TypeVar("_Result")
 _reached = threading.Event()  # this process has read something from a hub: it is no offline machine
-
-
-class Shutdown(Exception):
-    """The main thread has ended, and no thread of ours may keep the process."""
-
-
-def alive() -> None:
-    """Raise `Ending` in a background thread whose process wants to end."""
-    if not threading.main_thread().is_alive():
-        raise Shutdown
 
 
 @functools.cache
@@ -55,31 +44,25 @@ def prepare() -> None:
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     hub_logging.set_verbosity_error()
 
-    def before(request: httpx.Request) -> None:
-        alive()
-        limits = request.extensions.get("timeout", {})  # listing files has none, and would wait for ever
-        request.extensions["timeout"] = {
-            kind: limits.get(kind) or SILENCE for kind in ("connect", "read", "write", "pool")
-        }
+    def limit_time(request: httpx.Request) -> None:
+        limits = request.extensions["timeout"]  # None where a caller asks to wait for ever, as listing files does
+        request.extensions["timeout"] = {kind: limit or SILENCE for kind, limit in limits.items()}
 
-    def after(response: httpx.Response) -> None:
+    def raise_outage(response: httpx.Response) -> None:
         if response.status_code in _UNAVAILABLE and "/datasets/" in response.url.path:
             response.read()
             hf_raise_for_status(response)
 
-    def client() -> httpx.Client:
-        made = default_client_factory()
-        hooks = made.event_hooks
-        made.event_hooks = {"request": [*hooks["request"], before], "response": [*hooks["response"], after]}
-        return made
-
-    set_client_factory(client)
+    own = get_session().event_hooks["request"]  # refuses in offline mode
+    hooks = {"request": [*own, limit_time], "response": [raise_outage]}
+    set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=SILENCE))
 
 
 def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result:
-    """What `attempt` returns, tried again for `data.retry_hours` while the hub cannot be reached.
+    """Return attempt(), tried again for `data.retry_hours` while the hub cannot be reached.
 
-    A machine that never reached it is taken to be offline. Errors: UserError, at once when waiting would not help.
+    A machine that never reached it is taken to be offline. Errors: UserError, at once when waiting would not help;
+    OSError of a local file.
     """
     began = None
     wait = FIRST_WAIT
@@ -87,7 +70,9 @@ def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result
         try:
             result = attempt()
         except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-            if _final(error):
+            if getattr(error, "filename", None):  # of this machine: a full disk is no outage
+                raise
+            if _is_final(error):
                 raise unusable(cfg, error) from error
             reason = _reason(error)
             began = began or time.monotonic()
@@ -97,10 +82,10 @@ def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result
                     f"{cfg.named}: {what} could not be read for {cfg.retry_hours:g} hours ({reason}); the "
                     f"same command continues from the last checkpoint"
                 ) from error
-            pause = min(max(wait * random.uniform(0.5, 1), _asked(error)), left)
+            pause = min(max(wait * random.uniform(0.5, 1), _retry_after(error)), left)
             again = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
             print(f"\nwarning: {cfg.path}: {what} could not be read ({reason}); next try at {again}", flush=True)
-            _pause(pause)
+            time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT)
         else:
             _reached.set()
@@ -110,12 +95,13 @@ def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result
 
 
 def unusable(cfg: DataConfig, error: Exception) -> UserError:
+    """Return the refusal of a data set that waiting will not mend."""
     instead = f"or use {cfg.group}={cfg.packaged}"
     return UserError(f"{cfg.named}: cannot be streamed ({_reason(error)}); {instead}")
 
 
-def _final(error: Exception) -> bool:
-    """Whether the same request would fail for ever."""
+def _is_final(error: Exception) -> bool:
+    """Return whether the same request would fail for ever."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _FINAL
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
@@ -130,14 +116,7 @@ def _reason(error: Exception) -> str:
     return str(root).strip().split("\n")[0] or type(root).__name__
 
 
-def _asked(error: Exception) -> float:
-    """Seconds that the server asks to wait."""
+def _retry_after(error: Exception) -> float:
+    """Return the seconds that the server asks to wait."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(asked) if asked.isdigit() else 0.0
-
-
-def _pause(seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        alive()
-        time.sleep(min(left, 0.5))

@@ -1,4 +1,4 @@
-"""Texts that are prepared once and kept in the cache: plain .txt files, one a document.
+"""Prepare texts once and keep them in the cache: plain .txt files, one a document.
 
 `manuals` is the State of the Union speeches and what Debian's documentation packages of Python, PostgreSQL and Linux
 say in prose, English and whole; the packages are unpacked, never installed.
@@ -58,8 +58,8 @@ _PATIENCE = ("-o", "Acquire::Retries=3", "-o", "Acquire::http::Timeout=20")  # s
 
 
 def folder(cfg: DataConfig) -> Path:
-    """The text that `cfg` names, prepared where the cache has none: in a minute or two. Errors: UserError, naming all
-    packages that cannot be had (there is no text of fewer), or a revision that cannot."""
+    """Return the folder of the text that `cfg` names, prepared in a minute or two where the cache has none. Errors:
+    UserError, naming all packages that cannot be had (there is no text of fewer), or a revision that cannot."""
     name, base = _known(cfg), _base()
     wanted = base / f"{name}-{cfg.revision}"
     found = _newest(name) if cfg.revision is None else wanted if _whole(wanted) else None
@@ -75,8 +75,8 @@ def folder(cfg: DataConfig) -> Path:
 
 
 def revision(cfg: DataConfig, make: bool) -> str | None:
-    """What belongs to the name of a run: of a prepared text a hash of all it holds, None where there is none yet and
-    `make` does not ask for it; of other sources what the configuration says."""
+    """Return what belongs to the name of a run: of a prepared text a hash of all it holds, None where there is none yet
+    and `make` does not ask for it; of other sources what the configuration says."""
     if cfg.source != "prepared" or cfg.revision:
         return cfg.revision
     found = folder(cfg) if make else _newest(_known(cfg))
@@ -84,13 +84,13 @@ def revision(cfg: DataConfig, make: bool) -> str | None:
 
 
 def manifest(text: Path) -> dict:
-    """{"revision", "parts": {package: {"version", "licence", "documents", "characters", "prose" (characters in
+    """Return {"revision", "parts": {package: {"version", "licence", "documents", "characters", "prose" (characters in
     sentences)}}}."""
     return json.loads((text / "manifest.json").read_text(encoding="utf-8"))
 
 
 def described(text: Path) -> str:
-    """A prepared text in lines for people."""
+    """Describe a prepared text in lines for people."""
     lines = [str(text)]
     for package, part in manifest(text)["parts"].items():
         share = f"{part['prose'] / part['characters']:.0%} of them in sentences"
@@ -114,12 +114,12 @@ def _newest(name: str) -> Path | None:
 
 
 def _whole(text: Path) -> bool:
-    """Whether a text is there and holds what it is named by."""
-    return text.is_dir() and _as_named(text, text.stat().st_mtime_ns)
+    """Return whether a text is there and holds what it is named by."""
+    return text.is_dir() and _has_named_hash(text, text.stat().st_mtime_ns)
 
 
 @functools.cache
-def _as_named(text: Path, _: int) -> bool:
+def _has_named_hash(text: Path, _: int) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if text.name.endswith(f"-{manifest(text)['revision']}") and manifest(text)["revision"] == _hash(text):
             return True
@@ -154,7 +154,7 @@ def _make(name: str) -> Path:
 
 
 def _write(text: Path, part: Part) -> dict:
-    """A file for each document of a part, and its entry in the manifest."""
+    """Write a file for each document of a part; return its entry in the manifest."""
     row = {"version": part.version, "licence": part.licence, "documents": 0, "characters": 0, "prose": 0}
     for name, document in part.documents:
         # Led by a hash, the order of names mixes all parts: so do the held-out files, which are taken in that order.
@@ -162,7 +162,7 @@ def _write(text: Path, part: Part) -> dict:
         (text / f"{mixed}-{part.package}-{name}.txt").write_text(document, encoding="utf-8")
         row["documents"] += 1
         row["characters"] += len(document)
-        row["prose"] += html_to_text.in_sentences(document)
+        row["prose"] += html_to_text.prose_size(document)
     if not row["documents"]:
         raise UserError(f"{part.package} {part.version} has no pages where they are looked for; use data=embedded")
     return row
@@ -175,7 +175,7 @@ def _speeches() -> Part:
 
 
 def _manuals(name: str, making: Path) -> Iterator[Part]:
-    """Each package as a part. Errors: UserError that names all those that cannot be had."""
+    """Yield each package as a part. Errors: UserError that names all those that cannot be had."""
     found = {package: _root_of(package, making) for package in PACKAGES[name]}
     lacking = {package.name: reason for package, (root, reason) in found.items() if root is None}
     if lacking:
@@ -188,7 +188,7 @@ def _manuals(name: str, making: Path) -> Iterator[Part]:
 
 
 def _documents(pages: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each page that is mostly prose and in English."""
+    """Yield (name, text) of each page that is mostly prose and in English."""
     for page in sorted(pages.rglob("*.html")):
         where = page.relative_to(pages).with_suffix("").parts
         document = "" if _TRANSLATED in where else html_to_text.document(page.read_bytes())
@@ -197,8 +197,8 @@ def _documents(pages: Path) -> Iterator[tuple[str, str]]:
 
 
 def _root_of(package: Package, making: Path) -> tuple[Path | None, str]:
-    """(root of the file system, version) of a package, installed or else loaded and unpacked; (None, the reason) where
-    Debian's tools cannot have it."""
+    """Return (root of the file system, version) of a package, installed or else loaded and unpacked; (None, the reason)
+    where Debian's tools cannot have it."""
     root = making / package.name
     try:
         if (_ROOT / package.pages).is_dir():

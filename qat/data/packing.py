@@ -1,61 +1,87 @@
-"""Tokens -> packed sequences. Documents are separated by one token, concatenated, and cut into chunks.
+"""Pack tokens into sequences: documents, each led by one separator token, are joined and cut.
+
+    sources, streaming (documents in a seeded order) -> tokenize (-> token_cache) -> sequences -> micro-batches
 
 The order of tokens depends on the seed and on nothing else, and a cursor of a few numbers restores it exactly.
-
-    qat.data.sources (documents in blocks) -> qat.data.tokenize (-> qat.data.token_cache, a cache that runs share) ->
-    packed sequences
 """
 
 from __future__ import annotations
 
+import numpy
 import torch
 
 from qat.config import DataConfig
-from qat.data import token_cache
-from qat.data.sources import Corpus, Files, Stream
-from qat.data.tokenize import Tokens
+from qat.data.sources import Corpus, TextFiles
+from qat.data.streaming import ParquetFiles
+from qat.errors import UserError
 
 
 def open_corpus(cfg: DataConfig, seed: int, state: dict | None = None) -> Corpus:
-    """The documents to train on. state: of a stream that stays on the data set's revision it has begun with."""
+    """Return the documents to train on. state: of a run that stays on the revision it has begun with."""
     if cfg.source != "hub":
-        return Files(cfg, seed)
-    if cfg.cache:
-        return token_cache.source(cfg, seed)
-    return Stream(cfg, seed, (state or {}).get("of", {}).get("revision"))
+        return TextFiles(cfg, seed)
+    return ParquetFiles(cfg, seed, (state or {}).get("corpus", {}).get("revision"))
 
 
 class TokenStream:
-    """An endless stream of packed training sequences with a cursor.
+    """An endless stream of packed training sequences.
 
-    state: that of its tokens, "repeats" and "last" (only with duplicate_workers > 1), JSON-able.
+    state: {"corpus": its `Corpus.facts`, "epoch", "block", "document", "token": where the next micro-batch begins,
+    "repeats": how often it has still to come when `duplicates` are under way, else 0}, JSON-able.
     """
 
-    def __init__(self, tokens: Tokens | token_cache.CachedTokens, duplicates: int = 1, state: dict | None = None):
+    def __init__(self, corpus: Corpus, tokenizer, duplicates: int = 1, state: dict | None = None):
         """duplicates: every micro-batch occurs so often in a row."""
-        self.tokens, self.duplicates = tokens, duplicates
-        self.repeats, last = (state["repeats"], state["last"]) if state else (0, None)
-        self.last = torch.tensor(last) if last else None
+        self.corpus, self.duplicates = corpus, duplicates
+        start = _checked(state, corpus) if state else {"epoch": 0, "block": 0, "document": 0, "token": 0, "repeats": 0}
+        self.place = (start["epoch"], start["block"], start["document"])
+        self.token, self.repeats = start["token"], start["repeats"]
+        self.documents = corpus.documents(tokenizer, self.place)
+        self.tokens, self.begun = None, None  # of the document at `place`; place and token of the last micro-batch
 
     @property
     def epoch(self) -> int:
-        return self.tokens.epoch
+        return self.place[0]
 
     def state(self) -> dict:
-        return self.tokens.state() | {"repeats": self.repeats, "last": self.last.tolist() if self.repeats else None}
+        (epoch, block, document), token = self.begun if self.repeats and self.begun else (self.place, self.token)
+        where = {"epoch": epoch, "block": block, "document": document, "token": token}
+        return {"corpus": self.corpus.facts, **where, "repeats": self.repeats}
 
     def micro_batch(self, sequences: int, seq_len: int) -> torch.Tensor:
-        """The next int64 tokens [sequences, seq_len + 1]; chunks do not overlap."""
-        if not self.repeats:
-            length = seq_len + 1
-            taken = [torch.as_tensor(self.tokens.take(length), dtype=torch.int64) for _ in range(sequences)]
-            self.last = torch.stack(taken)
-            self.repeats = self.duplicates
+        """Return the next int64 tokens [sequences, seq_len + 1]; sequences do not overlap."""
+        if not self.repeats or self.begun is None:  # a resume between duplicates takes the same tokens again
+            self.begun = self.place, self.token
+            self.last = torch.from_numpy(self._take(sequences * (seq_len + 1))).view(sequences, seq_len + 1)
+            self.repeats = self.repeats or self.duplicates
         self.repeats -= 1
         return self.last.clone()
 
+    def _take(self, count: int) -> numpy.ndarray:
+        taken, done = numpy.empty(count, numpy.int64), 0
+        if self.tokens is None:
+            self.place, self.tokens = next(self.documents)
+        while done < count:
+            if self.token == len(self.tokens):
+                (self.place, self.tokens), self.token = next(self.documents), 0
+            piece = self.tokens[self.token : self.token + count - done]
+            taken[done : done + len(piece)] = piece
+            self.token, done = self.token + len(piece), done + len(piece)
+        return taken
+
+
+def _checked(state: dict, corpus: Corpus) -> dict:
+    """Return a cursor. Errors: UserError when it is one into another text or order."""
+    then, now = state.get("corpus", {"": "unknown"}), corpus.facts
+    if then != now:
+        then, now = (", ".join(map(str, facts.values())) for facts in (then, now))
+        raise UserError(
+            f"{corpus.cfg.named}: the text or its order has changed since the checkpoint ({then}; now {now}); bring it "
+            f"back, or delete the run folder to train it anew"
+        )
+    return state
+
 
 def training_stream(cfg: DataConfig, seed: int, tokenizer, state: dict | None = None) -> TokenStream:
-    """The training sequences of a run, from the beginning or from a cursor on. Errors: UserError."""
-    kind = token_cache.CachedTokens if cfg.cache else Tokens
-    return TokenStream(kind(open_corpus(cfg, seed, state), tokenizer, state), cfg.duplicate_workers, state)
+    """Return the training sequences of a run, from the beginning or from a cursor on. Errors: UserError."""
+    return TokenStream(open_corpus(cfg, seed, state), tokenizer, cfg.duplicate_workers, state)

@@ -1,4 +1,4 @@
-"""Text out of a MediaWiki dump: the openings of its articles, without markup."""
+"""Read a MediaWiki dump: the openings of its articles, without markup."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qat.errors import UserError
 
 
 def openings(dump: Path) -> Iterator[str]:
-    """What each article of a bzip2-compressed XML dump says before its first heading, in the dump's order: prose, where
-    the rest is full of lists, tables and references. Errors: UserError when the file is no such dump."""
+    """Yield the text of each article before its first heading, in the dump's order: prose, where the rest is full of
+    lists, tables and references. dump: XML, compressed by bzip2. Errors: UserError when it is no such file."""
     try:
         with bz2.open(dump) as file:
             for _, page in ElementTree.iterparse(file):
@@ -31,9 +31,9 @@ def openings(dump: Path) -> Iterator[str]:
 
 
 def plain(wikitext: str) -> str:
-    """Wikitext without templates, tables, references, files and categories; a template's text goes with it."""
+    """Return wikitext without templates (and their text), tables, references, files and categories."""
     code = mwparserfromhell.parse(wikitext)
-    for node in code.filter(matches=_unread):
+    for node in code.filter(matches=_is_no_prose):
         with contextlib.suppress(ValueError):  # it was inside of one that is gone
             code.remove(node)
     # A pronunciation or a name in another script is a template, and leaves its parentheses.
@@ -41,7 +41,7 @@ def plain(wikitext: str) -> str:
     return text.replace(" ()", "").strip()
 
 
-def _unread(node: Node) -> bool:
+def _is_no_prose(node: Node) -> bool:
     if isinstance(node, Wikilink):
         return re.match(r"\s*(file|image|category)\s*:", str(node.title), re.IGNORECASE) is not None
     return isinstance(node, Tag) and node.tag in ("ref", "table")

@@ -76,11 +76,17 @@ class _Session:
         self.state = TrainState(cfg, run, self.trainer)
         cursor = self.state.restore()
         self.log = RunLog(run, self.state.done, cfg.steps)
-        self.stream, self.batch = None, None  # batch: hash of the tokens of the step
-        if environment.is_main_process() and not self.state.final:  # the others are given theirs
-            self.stream = packing.training_stream(cfg.data, cfg.seed, tokenizer, cursor)
+        self.stream = None if self.state.final else self._open_stream(tokenizer, cursor)
+        self.batch = None  # hash of the tokens of the step
         self.history = None if self.bank is None else monitor.History(self.bank)
         self.validator = None if self.state.final else Validator(self.trainer, tokenizer, cfg)
+
+    def _open_stream(self, tokenizer, cursor: dict | None) -> packing.TokenStream:
+        """Open the text on every rank: the first decides which revision of it is read, the others refuse another."""
+        arguments = self.cfg.data, self.cfg.seed, tokenizer
+        stream = packing.training_stream(*arguments, cursor) if environment.is_main_process() else None
+        cursor = distributed.broadcast_object(stream and stream.state())
+        return stream or packing.training_stream(*arguments, cursor)
 
     def steps(self, mirror) -> Iterator[int]:
         """Run the steps that are left and finish; yields the number of each when it is done and written."""
@@ -144,11 +150,12 @@ class _Session:
         return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step)]
 
     def _batches(self) -> list[torch.Tensor]:
-        """Return this rank's micro-batches of a step, int64 [sequences, length + 1]."""
-        (micro, accumulation), length = self.cfg.batch, self.cfg.budget.seq_len
-        batches = [self.stream.micro_batch(micro, length) for _ in range(accumulation)] if self.stream else None
-        self.batch = batches and hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
-        return distributed.scatter_batches(batches, accumulation, (micro, length + 1))
+        """Return this rank's slice of a step's micro-batches, int64 [sequences, length + 1]."""
+        micro, accumulation = self.cfg.batch
+        batches = [self.stream.micro_batch(micro, self.cfg.budget.seq_len) for _ in range(accumulation)]
+        self.batch = hashlib.blake2b(torch.cat(batches).numpy(), digest_size=4).hexdigest()
+        share = accumulation // environment.world_size()
+        return batches[environment.rank() * share :][:share]
 
     def _row(self, step: int, result: StepResult, started: float) -> dict:
         loss = float(result.loss)
@@ -167,7 +174,7 @@ class _Session:
             "tokens": result.tokens * step,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(result.tokens / seconds, 1),
-            "epoch": self.stream.epoch if self.stream else None,
+            "epoch": self.stream.epoch,
             "batch": self.batch,
             "quantized": quantized,
             "overshoot_max": None if overshoot is None else float(overshoot.max()),

@@ -187,18 +187,6 @@ def all_gather_object(value) -> list:
     return values
 
 
-def scatter_batches(
-    batches: list[torch.Tensor] | None, accumulation: int, shape: tuple[int, int]
-) -> list[torch.Tensor]:
-    """This rank's share of a step's micro-batches, int64 of `shape`, which the first rank alone has."""
-    if world_size() == 1:
-        return batches
-    share = torch.empty(accumulation // world_size(), *shape, dtype=torch.int64, device=get_device())
-    parts = list(torch.stack(batches).to(get_device()).chunk(world_size())) if is_main_process() else None
-    dist.scatter(share, parts)
-    return list(share)
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Return the sum over ranks."""
     if world_size() > 1:

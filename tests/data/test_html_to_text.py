@@ -62,4 +62,4 @@ def test_a_page_counts_when_half_of_it_is_in_sentences():
     assert html_to_text.document(page("Title", SENTENCE)) == f"Title\n\n{SENTENCE}"
     assert html_to_text.document(page(SENTENCE, NAMES[:60])) and not html_to_text.document(page(SENTENCE, NAMES))
     assert html_to_text.document(page("Index", "alpha, 1", "beta, 2")) == html_to_text.document(page()) == ""
-    assert html_to_text.in_sentences(f"A heading\n\n{SENTENCE}\n\n{NAMES}") == len(SENTENCE)
+    assert html_to_text.prose_size(f"A heading\n\n{SENTENCE}\n\n{NAMES}") == len(SENTENCE)

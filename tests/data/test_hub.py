@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import threading
+import time
 
 import httpx
 import pytest
@@ -10,7 +12,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 
 from qat.config import DataConfig
-from qat.data import hub, sources
+from qat.data import hub, streaming
 from qat.errors import UserError
 
 
@@ -20,9 +22,9 @@ def refusal(status: int, **headers: str) -> HfHubHTTPError:
 
 
 def tries(monkeypatch, *errors: Exception, hours: float = 1.0) -> list[float]:
-    """The pauses that `insist` makes when attempts end with these errors before one succeeds."""
+    """Return the pauses that `retry` makes when attempts end with these errors before one succeeds."""
     pauses = []
-    monkeypatch.setattr(hub, "_pause", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     left = list(errors)
 
     def attempt() -> str:
@@ -39,7 +41,7 @@ def test_an_outage_of_any_data_set_is_raised_at_once():
     """The client itself would sleep through them in silence; models are left to it."""
     names = ("a/corpus", "another/probe")
     for name in names:
-        sources.Stream(DataConfig(name="streamed", source="hub", path=name), seed=0)
+        streaming.ParquetFiles(DataConfig(name="streamed", source="hub", path=name), seed=0)
     after = get_session().event_hooks["response"][-1]
     for path in ("api/datasets/{}/tree/main", "datasets/{}/resolve/main/0.parquet"):
         for name in names:
@@ -54,6 +56,11 @@ def test_pauses_double_to_five_minutes_and_are_as_long_as_the_server_asks(monkey
     assert all(2**n <= pause <= 2 ** (n + 1) for n, pause in enumerate(pauses[:7]))
     assert all(150 <= pause <= 300 for pause in pauses[8:]) and len(pauses) == 12
     assert tries(monkeypatch, refusal(429, **{"Retry-After": "77"})) == [77]
+
+
+def test_a_full_disk_is_no_outage(monkeypatch):
+    with pytest.raises(OSError, match="No space left on device"):
+        tries(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "tokens.npz"))
 
 
 def test_a_machine_that_never_reached_the_hub_is_offline_and_another_waits(monkeypatch):

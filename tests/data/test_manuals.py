@@ -100,7 +100,7 @@ def test_a_text_is_made_once_of_every_page_of_prose_in_english(debs, monkeypatch
 
 def test_the_order_of_names_from_which_files_are_held_out_mixes_the_parts(debs):
     corpus = packing.open_corpus(CFG, 0)
-    assert len(corpus.kept) == 1 and not set(corpus.kept) & set(corpus.train)
+    assert len(corpus.held_out) == 1 and not set(corpus.held_out) & set(corpus.trained)
     order = [file.name.split("-", 1)[1].startswith("sotu") for file in sorted(manuals.folder(CFG).glob("*.txt"))]
     assert order != sorted(order) and order != sorted(order, reverse=True)
 
@@ -209,7 +209,7 @@ def test_a_text_that_is_not_whole_is_not_read_but_made_again(debs, capsys, patte
     folder = manuals.folder(CFG)
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}
     damage(next(folder.glob(pattern)))
-    manuals._as_named.cache_clear()  # another process
+    manuals._has_named_hash.cache_clear()  # another process
     capsys.readouterr()
     assert manuals.revision(CFG, make=False) is None
     assert capsys.readouterr().out == f"warning: {folder} is damaged and not read\n"

@@ -38,9 +38,10 @@ def stream(texts, tokenizer, state=None, seed=0, **changes) -> packing.TokenStre
 
 
 def trained_on(source: Corpus, epoch: int = 0) -> list[str]:
-    """The training documents of one epoch in order."""
-    blocks = itertools.takewhile(lambda block: block.epoch == epoch, source.blocks(epoch))
-    return [document for block in blocks for document in block.documents]
+    """Return the training documents of one epoch in order."""
+    tokenizer = byte_tokenizer()
+    found = itertools.takewhile(lambda found: found[0][0] == epoch, source.documents(tokenizer, (epoch, 0, 0)))
+    return [tokenizer.decode(tokens[1:]) for _, tokens in found]
 
 
 def take(source: packing.TokenStream, count: int) -> list[list[list[int]]]:
@@ -68,7 +69,7 @@ def epoch_batches(texts, epochs: int = 1) -> int:
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_every_token_occurs_exactly_once_for_any_number_of_threads(texts, tokenizer, small_groups, threads):
     source = stream(texts, tokenizer, tokenizer_threads=threads)
-    expected = [text for epoch in (0, 1) for text in trained_on(source.tokens.corpus, epoch)]
+    expected = [text for epoch in (0, 1) for text in trained_on(source.corpus, epoch)]
     found = documents_of(take(source, epoch_batches(texts, 2)), tokenizer)
     assert found[: len(expected)] == expected
     assert len(expected) == 44 and len(set(expected)) == 22
@@ -166,7 +167,7 @@ def test_the_embedded_speeches_are_there():
     documents = trained_on(corpus)
     assert 2500 < len(documents) < 3500 and 11e6 < sum(map(len, documents)) < 12.5e6
     assert "Congress" in documents[0] + documents[1] + documents[2]
-    assert len(corpus.kept) == 13
+    assert len(corpus.held_out) == 13
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def parquet(tmp_path_factory):
 
 @pytest.fixture
 def streamed(parquet, monkeypatch):
-    monkeypatch.setattr("qat.data.sources.HELDOUT_DOCUMENTS", 10)
+    monkeypatch.setattr("qat.data.streaming.HELDOUT_DOCUMENTS", 10)
     return DataConfig(name="fineweb", source="hub", path=str(parquet), shuffle_buffer=20)
 
 
@@ -275,7 +276,7 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
     assert complaint(few, tokenizer, 256).endswith(
         "no held-out document has the 129 tokens of a sequence; name another text"
     )
-    monkeypatch.setattr("qat.data.sources.HELDOUT_DOCUMENTS", 60)
+    monkeypatch.setattr("qat.data.streaming.HELDOUT_DOCUMENTS", 60)
     assert complaint(streamed, tokenizer).endswith("holds no documents to train on")
 
 

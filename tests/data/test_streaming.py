@@ -10,8 +10,7 @@ from collections import Counter
 
 import pytest
 
-from qat.config import DataConfig
-from qat.data import sources, token_cache
+from qat.data import token_cache
 from qat.data.heldout import HELDOUT_LENGTH
 from qat.models.tokenizer import byte_tokenizer
 from tests.helpers.hub import COMMIT, FAULTS, Hub, Request
@@ -229,8 +228,8 @@ def test_a_run_stays_on_the_revision_it_has_begun_with(whole, hub, ask):
     assert done["batches"] == whole["batches"][9:12]
     assert not any("f" * 40 in request.path for request in hub.requests)
     fresh = ask(batches=1)
-    assert fresh["states"][1]["of"]["revision"] == "f" * 40
-    assert ask({"revision": COMMIT}, batches=1)["states"][1]["of"]["revision"] == COMMIT
+    assert fresh["states"][1]["corpus"]["revision"] == "f" * 40
+    assert ask({"revision": COMMIT}, batches=1)["states"][1]["corpus"]["revision"] == COMMIT
 
 
 # -------------------------------------------------------------------------------------------------------- the cache
@@ -248,8 +247,6 @@ def test_processes_share_a_cache_that_reads_each_row_group_once(whole, hub, stre
 
 
 def test_what_is_cached_needs_no_hub(whole, hub, streamers, cache):
-    while any(cache.glob("tokens/*/*/wanted/*")):  # the block after the last one that was read
-        time.sleep(0.01)
     hub.fault = lambda request: "denied"
     for each in streamers:
         done = each.answer(cfg=CACHED, batches=EPOCH - 15, heldout=1000)
@@ -266,60 +263,67 @@ def test_a_run_may_turn_to_the_cache_and_away_from_it(whole, ask, number):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("change", ["of", "order", "version"])
+@pytest.mark.parametrize("change", [{"shards": 23}, {"order": 1}, None])
 def test_a_cursor_into_another_text_or_order_is_refused(whole, ask, change, cached):
-    changed = {
-        "of": whole["states"][9] | {"of": {"revision": COMMIT, "shards": 23}},
-        "order": whole["states"][9] | {"order": 1},
-        "version": {"epoch": 0, "document": 9, "pending": [], "repeats": 0, "last": None},  # of the first version
-    }
-    done = ask({"cache": cached}, batches=1, state=changed[change])
+    state = dict(whole["states"][9])
+    if change:
+        state["corpus"] = state["corpus"] | change
+    else:  # of an earlier version, which did not say
+        del state["corpus"]
+    done = ask({"cache": cached}, batches=1, state=state)
     assert done["error"].startswith(f"data.path={NAME}: the text or its order has changed since the checkpoint (")
     assert "\n" not in done["error"] and done["batches"] == []
 
 
-def test_a_damaged_block_is_made_again(whole, hub, ask, cache):
-    damaged = sorted(cache.glob("tokens/*/seed0-*/*.npy"))[2]
+def test_runs_of_other_seeds_and_orders_read_what_is_cached(whole, hub, ask):
+    assert ask({"cache": True}, batches=BATCHES)["error"] is None  # the rest of the epoch
+    hub.requests.clear()
+    done = ask({"cache": True, "shuffle_buffer": 40}, batches=EPOCH - 15, seed=1)
+    assert hub.requests == [] and done["error"] is None
+    known = set(documents(whole["batches"]))
+    found = documents(done["batches"])
+    assert found != documents(whole["batches"])[: len(found)]
+    assert len(set(found)) == len(found) > 100 and set(found) <= known
+
+
+@pytest.mark.parametrize("damage", ["cut", "directory", "middle", "empty"])
+def test_a_damaged_block_is_made_again(whole, hub, ask, cache, damage):
+    damaged = sorted(cache.glob(f"tokens/*/{COMMIT}/*/*.npz"))[2]
     content = damaged.read_bytes()
-    damaged.write_bytes(content[:-40] + bytes(40))
-    done = ask({"cache": True}, batches=EPOCH - 15)
-    assert done["batches"] == whole["batches"][: EPOCH - 15]
-    assert done["said"].count("is damaged and made again") == 1 and damaged.read_bytes() == content
-    assert sum(row_groups(hub).values()) < 12
-    damaged.with_suffix(".json").write_text('{"checksum"')
-    assert ask({"cache": True}, batches=EPOCH - 15)["batches"] == whole["batches"][: EPOCH - 15]
+    half = len(content) // 2
+    damages = {"cut": content[:half], "directory": content[:-40] + bytes(40), "empty": b""}
+    damages["middle"] = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+    damaged.write_bytes(damages[damage])
+    done = ask({"cache": True}, batches=EPOCH)
+    assert done["batches"] == whole["batches"][:EPOCH]
+    assert done["said"].count(f"{damaged} is damaged and made again") == 1 and damaged.read_bytes() == content
+    assert sum(row_groups(hub).values()) == 1
 
 
-@pytest.mark.parametrize("content", ["", '{"revision": "abc', "[]"])
-def test_a_source_of_the_cache_that_is_cut_is_asked_for_again(tmp_path, monkeypatch, capsys, content):
-    class Stream:
-        local = False
+@pytest.mark.parametrize("content", ["", '{"newest": "abc', "[]"])
+def test_facts_of_the_cache_that_are_cut_are_asked_for_again(tmp_path, capsys, content):
+    def ask() -> str:
+        return token_cache.fact(tmp_path, "newest", lambda: "a commit", "it")
 
-        def __init__(self, cfg, seed, revision="a commit", kept=("a text",)):
-            self.revision, self.kept = revision, list(kept)
-
-    monkeypatch.setenv("HIF8_CACHE", str(tmp_path))
-    monkeypatch.setattr(sources, "Stream", Stream)
-    cfg = DataConfig(source="hub", **CACHED)
-    token_cache.source(cfg, 0)
-    (file,) = tmp_path.glob("tokens/*/source.json")
+    assert ask() == "a commit" == token_cache.fact(tmp_path, "newest", pytest.fail, "it")
+    file = tmp_path / "facts.json"
     whole = file.read_text()
     file.write_text(content)
-    known = token_cache.source(cfg, 0)
-    assert (known.revision, known.kept) == ("a commit", ["a text"]) and file.read_text() == whole
+    assert ask() == "a commit" and file.read_text() == whole
     assert capsys.readouterr().out == f"warning: {file} is damaged and made again\n"
 
 
-def test_a_hub_that_refuses_is_said_by_a_run_that_fills_the_cache(hub, ask):
+def test_a_hub_that_refuses_is_said_by_a_run_that_fills_the_cache(hub, ask, cache, tmp_path):
     hub.fault = lambda request: "denied" if request.start is not None else None
-    done = ask({"cache": True, "shuffle_buffer": 26}, batches=1)
+    done = ask({"cache": True}, batches=1, cache=str(tmp_path))
     assert "cannot be streamed (Client error '403" in done["error"] and "\n" not in done["error"]
     hub.fault = lambda request: None
-    assert len(ask({"cache": True, "shuffle_buffer": 26}, batches=1)["batches"]) == 1
+    assert len(ask({"cache": True}, batches=1)["batches"]) == 1
+    assert ask({"cache": True}, batches=1, cache=str(cache))["error"] is None
 
 
-def test_another_process_fills_on_when_the_first_is_stopped_in_an_outage(hub, streamers):
-    work = {"cfg": CACHED | {"shuffle_buffer": 24}, "batches": 1}  # no block yet: whoever comes first makes them
+def test_another_process_fills_on_when_the_first_is_stopped_in_an_outage(hub, streamers, tmp_path):
+    work = {"cfg": CACHED, "batches": 1, "cache": str(tmp_path)}  # empty: whoever comes first fills it
     first, second = streamers
     done = first.answer(**work)
     hub.requests.clear()

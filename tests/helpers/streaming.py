@@ -19,7 +19,7 @@ from pathlib import Path
 from huggingface_hub import HfFileSystem, constants
 
 from qat.config import DataConfig
-from qat.data import hub, packing, sources
+from qat.data import hub, packing, streaming
 from qat.data.heldout import load_heldout
 from qat.errors import UserError
 from qat.models import tokenizer
@@ -57,8 +57,12 @@ class Streamer:
         return self.process.wait(60)
 
 
-def _work(cfg: dict, batches: int = 0, state: dict | None = None, heldout: int = 0) -> dict:
-    """{"batches", "states" (before each and after the last), "heldout", "error", "said"} of a stream of cfg."""
+def _work(
+    cfg: dict, batches: int = 0, state: dict | None = None, heldout: int = 0, seed: int = 0, cache: str | None = None
+) -> dict:
+    """Return {"batches", "states" (before each and after the last), "heldout", "error", "said"} of a stream of cfg.
+    cache: its $HIF8_CACHE, from now on."""
+    os.environ["HIF8_CACHE"] = cache or os.environ["HIF8_CACHE"]
     HfFileSystem.clear_instance_cache()
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     hub._reached.clear()
@@ -68,7 +72,7 @@ def _work(cfg: dict, batches: int = 0, state: dict | None = None, heldout: int =
         try:
             if heldout:
                 done["heldout"] = load_heldout(config, tokenizer.byte_tokenizer(), heldout)[0].tolist()
-            stream = packing.training_stream(config, 0, tokenizer.byte_tokenizer(), state)
+            stream = packing.training_stream(config, seed, tokenizer.byte_tokenizer(), state)
             for _ in range(batches):
                 done["states"].append(stream.state())
                 done["batches"].append(stream.micro_batch(SEQUENCES, LENGTH).tolist())
@@ -84,7 +88,7 @@ def main() -> None:
     time.sleep = lambda seconds: nap(min(seconds, 0.01))  # the hub's own retries, too
     hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.01, 0.02
     hub.SILENCE = constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.2
-    sources.HELDOUT_DOCUMENTS, sources._AHEAD, sources._LEAST_READ = 15, 1, 256
+    streaming.HELDOUT_DOCUMENTS, streaming._AHEAD, streaming._LEAST_READ = 15, 1, 256
     for line in sys.stdin:
         print(json.dumps(_work(**json.loads(line))), flush=True)
 

@@ -26,7 +26,7 @@ RANKS, PARALLEL = (1, 2, 4), ("ddp", "fsdp")
 
 # The operations by the profiler's names, and which of a call's shapes is that of the whole tensor.
 _SHAPED = {"c10d::_allgather_base_": ("all_gather", 0), "c10d::_reduce_scatter_base_": ("reduce_scatter", 1)}
-_GLOO = {"gloo:all_reduce": "all_reduce", "gloo:broadcast": "broadcast", "gloo:scatter": "scatter"}
+_GLOO = {"gloo:all_reduce": "all_reduce", "gloo:broadcast": "broadcast"}
 
 
 def calls(events) -> list[tuple[str, int]]:
@@ -46,7 +46,7 @@ def calls(events) -> list[tuple[str, int]]:
     return found
 
 
-_KNOWN = ("c10d::allreduce_", "c10d::broadcast_", "c10d::scatter_")
+_KNOWN = ("c10d::allreduce_", "c10d::broadcast_")
 
 
 def work(rank: int, size: int, texts: str, folder: str) -> None:

@@ -24,7 +24,7 @@ _BUCKET = 25 * 2**20  # bytes, after which DDP begins another all-reduce
 class Traffic:
     """All calls of one collective operation in a step. size: bytes of whole tensors, of all calls together."""
 
-    operation: str  # all_reduce, all_gather, reduce_scatter, scatter, broadcast
+    operation: str  # all_reduce, all_gather, reduce_scatter, broadcast
     calls: int
     size: float
 
@@ -38,9 +38,8 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     """Return what is sent in a step of `calls` micro-batches a rank."""
     if ranks == 1:
         return []
-    text = ranks * calls * cfg.batch[0] * (cfg.budget.seq_len + 1) * 8  # int64, from the first rank
-    # The loss, and whether anyone was told to stop; the amaxes.
-    small = [Traffic("all_reduce", 2, 8), Traffic("scatter", 1, text)]
+    # The loss, and whether anyone was told to stop; the amaxes. Every rank reads its own text.
+    small = [Traffic("all_reduce", 2, 8)]
     if shape.scales and cfg.scaling.sync == "max":
         ticks = 1 if cfg.scaling.tick == "step" else calls
         small.append(Traffic("all_reduce", ticks, 4 * ticks * shape.scales))

@@ -211,7 +211,7 @@ def _disk(plan: Plan) -> list[str]:
         )
         cached = costs.cached_tokens(cfg, plan.shape)
         if cached:
-            lines.append(_row("token cache", size(cached), "in $HIF8_CACHE, one a seed, shared by its runs"))
+            lines.append(_row("token cache", size(cached), "in $HIF8_CACHE, shared by all runs"))
     return [*lines, _row("samples", size(costs.samples(cfg, plan.scored)), f"of {plan.scored} models")]
 
 
