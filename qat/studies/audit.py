@@ -1,4 +1,4 @@
-"""The switches between the paper's text and its released code (experiments/paper.yaml), thrown one at a time.
+"""Throw the switches between the paper's text and its released code (experiments/paper.yaml), one at a time.
 
 Every cell is exp8 or exp3 under protocol=paper with one change. What a switch does is the difference between the cell
 with it and the cell without, each less its own matched baseline: a switch that changes training itself (labels, master
@@ -33,8 +33,7 @@ _ALL = 'quant.scope=["mlp.*","self_attn.*"]'
 
 @dataclass(frozen=True)
 class Switch:
-    """One change: its name, its row in the table of disagreements (None: it has none), what it changes, and what it is
-    changed from."""
+    """Name a change, its row in the table of disagreements (None: it has none), its overrides, what they change."""
 
     name: str
     row: int | None
@@ -62,7 +61,7 @@ SCOPES = (PLAIN, "MLP of all blocks", "attention too", "attention too, all block
 
 
 def design(words: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str, str]]:
-    """The cells under command-line words, and {switch: why it is left out}. A key is (base, switch)."""
+    """Return the cells under command-line words, and {switch: why it is left out}. A key is (base, switch)."""
     own = {word.partition("=")[0] for switch in SWITCHES for word in switch.words}
     refuse(words, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
     if any(word.startswith("protocol=") and word != "protocol=paper" for word in words):
@@ -84,7 +83,7 @@ def design(words: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str
 
 
 def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """Those cells that can be trained here or have been trained, and {label: why it is left out}."""
+    """Return those cells that can be trained here or have been trained, and {label: why it is left out}."""
     alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and environment.world_size() == 1]
     left_out = [cell for cell in alone if not Run.of(cell.cfg).finished]
     why = "one rank has nobody to synchronize with; train it with RANKS=2 or more, a divisor of budget.accumulation"
@@ -92,7 +91,7 @@ def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
 
 
 def _split(cfg: Config) -> list[str] | None:
-    """What makes a step of several calls, on the same sequences; nothing where it is, None where it cannot be."""
+    """Return what makes a step several calls, on the same sequences; nothing where it is, None where it cannot be."""
     micro, accumulation = cfg.batch
     if accumulation > 1:
         return []
@@ -105,7 +104,7 @@ def _split(cfg: Config) -> list[str] | None:
 
 
 def effects(measured: Sequence[Measured]) -> list[dict]:
-    """One row a switch and base: its effect on each response, with Holm's correction over switches; JSON-able."""
+    """Estimate every switch's effect on each response, a row a base, with Holm's correction over switches."""
     keys = list(dict.fromkeys(m.key for m in measured if m.key[1] != PLAIN))
     found = responses(measured)
     columns = {}
@@ -128,7 +127,7 @@ def effects(measured: Sequence[Measured]) -> list[dict]:
 
 
 def responses(measured: Sequence[Measured]) -> dict[str, Response]:
-    """What a switch may change, by the heading of its column."""
+    """Return what a switch may change, by the heading of its column."""
     return {
         "Held-out loss, W8A8": measures.heldout(measured, "w8a8"),
         "Held-out loss, BF16 weights": measures.heldout(measured, "bf16"),
@@ -156,8 +155,7 @@ def _effect(measured: Sequence[Measured], name: str, response: Response, key: Ke
 
 
 def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
-    """The questions of the paper's disagreements, each judged (`qat.studies.contrasts.Claim`); cfg: of exp8 by the
-    text."""
+    """Judge the questions of the paper's disagreements (`qat.studies.contrasts.Claim`); cfg: of exp8 by the text."""
     if not measured:
         return []
     held = measures.heldout(measured, "w8a8")
@@ -193,8 +191,10 @@ def _labels(measured: Sequence[Measured]) -> Claim:
 
 
 def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Estimate | None:
-    """1 - once / twice: the share of what twice-shifted labels forget that sound labels do not, with the interval of
-    its linearization (delta method). None where it is not clear that anything is forgotten."""
+    """Estimate 1 - once / twice, the share of what twice-shifted labels forget that sound labels do not.
+
+    The interval is that of its linearization (delta method). None where it is not clear that anything is forgotten.
+    """
     sides = [forgetting.contrast({key: 1}) for key in (once, twice)]
     if any(side is None or side.high is None for side in sides) or sides[1].high >= 0:
         return None
@@ -254,9 +254,9 @@ def _linears(measured: Sequence[Measured]) -> Claim:
 
 
 def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | None:
-    """b of APE = a * linears ^ b by least squares on the logarithms, the factor a of each base and seed its own; None
-    with fewer than two scopes.
+    """Estimate b of APE = a * linears ^ b by least squares on the logarithms, `a` of each base and seed its own.
 
+    None with fewer than two scopes.
     Which linears a scope adds matters beside their number, alike for every base and seed: so the noise is that between
     scopes, in their means over the bases and seeds that have all of them, and more runs do not make it smaller.
     """

@@ -1,4 +1,4 @@
-"""A study as Markdown, JSON and a picture, in a folder that stands alone."""
+"""Write a study as Markdown, JSON and a picture, in a folder that stands alone."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _write(out: Path, name: str, parts: Sequence[str], content: Mapping) -> Path
 
 
 def _json(value):
-    """JSON has no infinity and no NaN."""
+    """Replace infinities and NaN, which JSON has not, by None."""
     if isinstance(value, Mapping):
         return {key: _json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -168,7 +168,7 @@ def _claims(claims: Sequence[Mapping]) -> list[str]:
 
 
 def _cells(measured: Sequence[Measured]) -> tuple[list[list[str]], list[str]]:
-    """One row a cell, over its seeds."""
+    """Return a row a cell, over its seeds, and their header."""
     found = factorial.responses(measured)
     rows = [
         [*key, *(response.cell(response.contrast({key: 1})) for response in found.values())]
@@ -183,7 +183,7 @@ def _rates(measured: Sequence[Measured]) -> str:
 
 
 def _rows(rows: Mapping[str, Weights], responses: Iterable[Response]) -> str:
-    """A table of a contrast a row, a response a column."""
+    """Write a table of a contrast a row, a response a column."""
     responses = list(responses)
     cells = [[label, *(each.cell(each.contrast(weights)) for each in responses)] for label, weights in rows.items()]
     return markdown(["", *(f"{each.name}, {each.unit}" for each in responses)], cells)
@@ -207,7 +207,7 @@ def _with_p(text: str, p: float | None) -> str:
 
 
 def _runs(measured: Sequence[Measured]) -> list[dict]:
-    """The folders that everything was read from, with their plain numbers."""
+    """List the folders that everything was read from, with their plain numbers."""
     return [
         {"cell": m.key, "seed": m.seed, "run": m.run, "baseline": m.baseline, "ape_percent": m.ape}
         | {"overshoot": m.overshoot, "clipped": m.clipped, "linears": m.linears}
@@ -220,7 +220,7 @@ def _runs(measured: Sequence[Measured]) -> list[dict]:
 
 
 def _interactions(measured: Sequence[Measured]) -> list[dict]:
-    """Every cell's mean and interval in two responses, as `qat.report.studies.interaction` draws them."""
+    """Return every cell's mean and interval in two responses, as `qat.report.studies.interaction` draws them."""
     responses = {
         "Held-out loss in W8A8, run less BF16 (nats)": measures.heldout(measured, "w8a8"),
         "Loss APE (%)": measures.ape(measured),
@@ -246,7 +246,7 @@ def _shown(value: float | None, response: Response) -> float | None:
 
 
 def _forest(effects: Sequence[Mapping], height: float) -> Panel:
-    """The effect of every switch on the held-out loss in W8A8."""
+    """Draw the effect of every switch on the held-out loss in W8A8."""
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=BASE, linewidth=1.4)
@@ -269,7 +269,7 @@ def _forest(effects: Sequence[Mapping], height: float) -> Panel:
 
 
 def _scopes(measured: Sequence[Measured], height: float) -> Panel:
-    """Loss APE against the number of quantized linears."""
+    """Draw the loss APE against the number of quantized linears."""
 
     def draw(axes: Axes) -> None:
         for base, colour in (("exp8", ACCENT), ("exp3", WARM)):

@@ -15,6 +15,7 @@ from qat.analysis.stats import (
     half_width,
     holm,
     mcnemar,
+    paired_mean,
     tang,
     tango,
 )
@@ -137,6 +138,19 @@ def test_holm_is_that_of_statsmodels():
 
 
 # ------------------------------------------------------------------------------------- runs crossed with units
+
+
+def test_the_mean_of_one_run_is_a_paired_t_test_and_of_several_is_crossed():
+    changes = np.random.default_rng(3).normal(0.2, 1, (3, 12))
+    one, test = paired_mean(changes[:1]), ttest_1samp(changes[0], 0)
+    assert one.interval(0.9) == pytest.approx(list(test.confidence_interval(0.9)))
+    assert one.p_value() == pytest.approx(test.pvalue)
+    assert paired_mean(changes) == crossed(changes)
+    assert paired_mean(changes[:, :1]) is None and paired_mean(changes[:1, :1]) is None
+
+
+def test_an_interval_of_answers_ends_where_all_of_them_would_have_moved():
+    assert paired_mean(np.zeros((2, 1)), reach=1.0).interval() == [-1, 1]
 
 
 def test_without_any_change_by_one_of_both_ways_the_other_ones_t_test_is_left():
