@@ -127,29 +127,29 @@ def test_a_resume_between_the_duplicates_yields_the_second_one(texts, tokenizer)
 
 def test_held_out_files_are_never_trained_on(texts):
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    kept, trained = list(packing.open_corpus(cfg, 0).heldout()), trained_on(packing.open_corpus(cfg, 0))
+    held_out, trained = list(packing.open_corpus(cfg, 0).heldout()), trained_on(packing.open_corpus(cfg, 0))
     everything = {path.read_text() for path in texts.glob("*.txt")}
-    assert len(kept) == 2 and not set(kept) & set(trained)
-    assert set(kept) | set(trained) == everything
+    assert len(held_out) == 2 and not set(held_out) & set(trained)
+    assert set(held_out) | set(trained) == everything
 
 
 def test_held_out_tokens_are_of_as_many_documents_as_possible_and_the_same_for_every_seed(texts, tokenizer):
     cfg = DataConfig(name="texts", source="files", path=str(texts))
-    kept = [text for text in packing.open_corpus(cfg, 0).heldout() if len(text) >= 128]
+    held_out = [text for text in packing.open_corpus(cfg, 0).heldout() if len(text) >= 128]
     tokens, documents, text_hash = heldout.load_heldout(cfg, tokenizer, 256)
-    assert tokens.shape == (2, 129) and documents.tolist() == [0, 1] and len(kept) == 2
-    assert [tokenizer.decode(row[1:]) for row in tokens.tolist()] == [text[:128] for text in kept]
+    assert tokens.shape == (2, 129) and documents.tolist() == [0, 1] and len(held_out) == 2
+    assert [tokenizer.decode(row[1:]) for row in tokens.tolist()] == [text[:128] for text in held_out]
     assert text_hash == heldout.load_heldout(cfg, tokenizer, 256).hash != heldout.load_heldout(cfg, tokenizer, 128).hash
     assert heldout.load_heldout(cfg, tokenizer, 1).tokens.shape == (1, 129)
     everything = heldout.load_heldout(cfg, tokenizer, 10**9)
-    assert everything.documents.bincount().tolist() == [(len(text) + 1) // 129 for text in kept]
+    assert everything.documents.bincount().tolist() == [(len(text) + 1) // 129 for text in held_out]
     second = everything.tokens[everything.documents == 1].flatten().tolist()  # in the document's own order
-    assert tokenizer.decode(second[1:]) == kept[1][: len(second) - 1]
+    assert tokenizer.decode(second[1:]) == held_out[1][: len(second) - 1]
 
 
 def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
     paragraphs = [f"{number} " + "x" * 990 for number in range(30)]
-    for name in ("kept.txt", "trained.txt"):
+    for name in ("held_out.txt", "trained.txt"):
         (tmp_path / name).write_text("\n\n".join(paragraphs))
     passages = trained_on(packing.open_corpus(DataConfig(name="t", source="files", path=str(tmp_path)), 0))
     assert sorted("\n\n".join(passages).split("\n\n")) == sorted(paragraphs)
@@ -191,12 +191,12 @@ def streamed(parquet, monkeypatch):
 
 def test_a_stream_shuffles_each_epoch_and_keeps_its_first_documents_out(streamed, parquet):
     corpus = packing.open_corpus(streamed, 0)
-    kept = list(corpus.heldout())
+    held_out = list(corpus.heldout())
     first, again, second = (trained_on(corpus, epoch) for epoch in (0, 0, 1))
-    assert [text.split()[1] for text in kept] == [str(number) for number in range(10)]
+    assert [text.split()[1] for text in held_out] == [str(number) for number in range(10)]
     assert first == again != second
     assert sorted(first) == sorted(second) and len(set(first)) == 50
-    assert not set(first) & set(kept)
+    assert not set(first) & set(held_out)
     assert trained_on(packing.open_corpus(streamed, 1)) not in (first, second)
 
 
@@ -268,7 +268,7 @@ def test_missing_or_too_little_text_is_said_in_one_line(tmp_path, tokenizer, str
         key = instead.partition("=")[0]
         assert line.startswith(f"{key}.path={nowhere}: cannot be streamed") and line.endswith(f"or use {instead}")
 
-    (tmp_path / "0.txt").write_text("kept")
+    (tmp_path / "0.txt").write_text("held_out")
     assert complaint(DataConfig(name="t", source="files", path=str(tmp_path)), tokenizer).endswith("found 1")
     (tmp_path / "1.txt").write_text(" ")
     few = DataConfig(name="t", source="files", path=str(tmp_path))

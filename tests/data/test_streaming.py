@@ -25,7 +25,7 @@ configs:
 ---
 """
 FILES, GROUPS, ROWS = 2, 12, 10
-KEPT = 15  # documents held out, by `tests.helpers.streaming`
+HELDOUT = 15  # documents held out, by `tests.helpers.streaming`
 EPOCH = 60  # micro-batches, about
 BATCHES = 66  # more than an epoch has
 CFG = {"path": NAME, "subset": SUBSET, "shuffle_buffer": 25}
@@ -136,11 +136,11 @@ def once_each(kind: str | None, seen: set):
 
 def test_an_epoch_has_every_document_once_but_for_those_held_out_and_their_copies(whole):
     everything = {text(number) for number in range(FILES * GROUPS * ROWS)}
-    kept = {text(number) for number in range(KEPT)}
+    held_out = {text(number) for number in range(HELDOUT)}
     found = documents(whole["batches"])
-    epoch = len(everything - kept)
-    assert epoch == FILES * GROUPS * ROWS - KEPT - 1
-    assert set(found[:epoch]) == everything - kept and len(set(found[epoch:])) == len(found[epoch:])
+    epoch = len(everything - held_out)
+    assert epoch == FILES * GROUPS * ROWS - HELDOUT - 1
+    assert set(found[:epoch]) == everything - held_out and len(set(found[epoch:])) == len(found[epoch:])
     assert found[:epoch] != sorted(found[:epoch], key=lambda each: int(each.split()[1]))
     heldout = documents([whole["heldout"]])
     assert heldout == [text(number)[:HELDOUT_LENGTH] for number in range(len(heldout))] and len(heldout) > 3
@@ -336,6 +336,6 @@ def test_another_process_fills_on_when_the_first_is_stopped_in_an_outage(hub, st
     hub.fault = lambda request: None
     rest = second.answer(**work | {"batches": BATCHES})
     assert rest["batches"][0] == done["batches"][0] and len(rest["batches"]) == BATCHES
-    epoch = documents(rest["batches"])[: FILES * GROUPS * ROWS - KEPT - 1]
+    epoch = documents(rest["batches"])[: FILES * GROUPS * ROWS - HELDOUT - 1]
     assert len(set(epoch)) == len(epoch)
     assert second.close() == 0
