@@ -73,7 +73,7 @@ def test_the_differences_of_two_runs_are_printed(main, folders):
     ("word", "wanted"),
     [
         ("runs=[]", "runs=[]: name at least one run folder, as in runs=[runs/a,runs/b]"),
-        ("runs=exp8", "runs=exp8: must be a list, as in runs=[exp8]"),
+        ("runs=exp8", "Error merging override runs=exp8 Invalid value assigned: str is not a ListConfig"),
         ("runs=[exp8,nowhere]", "nowhere is not a run folder (no config.yaml); see `ls "),
         ("runs=[exp8,exp8/samples]", "samples is not a run folder (no config.yaml); see `ls "),
         ("runs=[exp8,copy/exp8]", "copy/exp8 have one name; list one of them, or rename one"),
