@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ from qat.cli import runner
 from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
-from qat.train import checkpoint, loop
+from qat.train import checkpoint, loop, run_log
 from qat.train.schedule import learning_rate
 from qat.train.step import Trainer
 from qat.utils import signals
@@ -196,7 +197,8 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, 
 def test_no_checkpoint_outlives_the_rows_before_it(config, monkeypatch):
     """Not even if the machine fails: they are on the disk when the last one takes the place of the others."""
     done, real = [], checkpoint.save
-    monkeypatch.setattr(loop, "flush", lambda path: done.append((path.name, len(path.read_text().splitlines()))))
+    noted = SimpleNamespace(flush=lambda path: done.append((path.name, len(path.read_text().splitlines()))))
+    monkeypatch.setattr(run_log, "files", noted)
     monkeypatch.setattr(checkpoint, "save", lambda *rest, **how: done.append("saved") or real(*rest, **how))
     cfg = config(*PAPER)
     loop.train(cfg)
