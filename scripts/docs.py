@@ -32,7 +32,7 @@ _SECTION = re.compile(r"(<!-- (\w+) of (\S+): written by `make docs` -->\n).*?(<
 
 
 def findings(record: Path) -> str:
-    """What a record found: a row an experiment with the question it asks, and three sentences."""
+    """Return what a record found: a row an experiment with the question it asks, and three sentences."""
     report, factorial = (record / "report.md").read_text(), studies.results(record)["factorial"]
     columns = ["", "It asks", "Loss APE %: paper", "Loss APE %: here", "Held-out loss, nats: W8A8 minus BF16"]
     rows = [[name, asks, *cells[:3]] for name, asks, _, *cells in _experiments(report)]
@@ -45,7 +45,7 @@ def findings(record: Path) -> str:
 
 
 def results(record: Path) -> str:
-    """What a record found: a row an experiment, with the paper's recipe and what PTQ costs."""
+    """Return what a record found: a row an experiment, with the paper's recipe and what PTQ costs."""
     columns = ["", "Question", "The paper's recipe", "Loss APE %"]
     columns += ["Held-out loss, nats: W8A8 minus BF16", "W8A8 by PTQ minus BF16"]
     rows = [
@@ -56,7 +56,7 @@ def results(record: Path) -> str:
 
 
 def claims(study: Path) -> str:
-    """The verdicts of a study, a claim a row, and what each rests on."""
+    """Return the verdicts of a study, a claim a row, and what each rests on."""
     name, found = study.stem, json.loads(study.read_text())
     about = "; ".join(found["facts"][key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
     link = f"[all of it]({study.with_suffix('.md').relative_to(ROOT / 'experiments')})"
@@ -64,12 +64,12 @@ def claims(study: Path) -> str:
 
 
 def disagreements(paper: Path) -> str:
-    """Where the paper's text and its released code part, with the switch for each."""
+    """Return where the paper's text and its released code part, with the switch for each."""
     return tables.disagreements(yaml.safe_load(paper.read_text())).markdown() + "\n"
 
 
 def costs(record: Path) -> str:
-    """The ratios of a recorded benchmark but for those of kernels; of what was measured twice, the later ones."""
+    """Return the ratios of a recorded benchmark without kernels; of what was measured twice, the later ones."""
     files = [json.loads((record / name).read_text()) for name in ("bench.json", "steps.json")]
     rows = {row["what"]: row for file in files for row in file["rows"]}
     cells = [
@@ -86,7 +86,7 @@ def costs(record: Path) -> str:
 
 
 def groups(folder: Path) -> str:
-    """The groups of conf/, their defaults and their other options."""
+    """Return the groups of conf/, their defaults and their other options."""
     rows = []
     for each in yaml.safe_load((folder / "train.yaml").read_text())["defaults"]:
         group, default = next(iter(each.items())) if isinstance(each, dict) else (each, None)
@@ -97,7 +97,7 @@ def groups(folder: Path) -> str:
 
 
 def keys(source: Path) -> str:
-    """Every key of the configuration by group, with its type, default and meaning: the comment beside it."""
+    """Return every key of the configuration by group, with its type, default and meaning: the comment beside it."""
     text = source.read_text()
     lines = text.split("\n")
     classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
@@ -134,7 +134,7 @@ def _default(name: str, key: str) -> str:
 
 
 def _experiments(report: str) -> Iterator[list[str]]:
-    """Of each experiment: name, question, recipe; loss APE of the paper and here; held-out loss in W8A8 and by PTQ."""
+    """Yield name, question, recipe, loss APE (paper, here) and held-out loss (W8A8, PTQ) of each experiment."""
     overview = _rows(report, "Loss APE %, paper")
     for name, entry in published()["experiments"].items():
         own = {row[""].removeprefix(name).strip(): row for row in overview if row[""].split()[0] == name}
@@ -147,7 +147,7 @@ def _experiments(report: str) -> Iterator[list[str]]:
 
 
 def _of_bf16(report: str, name: str) -> str:
-    """By learning rate, how far BF16 training has moved the held-out loss from the pretrained model's."""
+    """Return by learning rate, how far BF16 training has moved the held-out loss from the pretrained model's."""
     start, *rows = _rows(report, "Learning rate")
     steps, found = _length(report, name).split()[0], []
     for rate in map(scientific, published()["experiments"][name]["lr"]):
@@ -159,7 +159,7 @@ def _of_bf16(report: str, name: str) -> str:
 
 
 def _sentences(report: str, factorial: dict) -> str:
-    """What the numbers come to: loss, claims, benchmarks."""
+    """Return what the numbers come to: loss, claims, benchmarks."""
     rows = {row["ours"] + row["Held-out loss, nats"]: row for row in _rows(report, "Loss APE %, paper")}.values()
     apes, held, ptq = ([_numbers(row[column]) for row in rows] for column in ("ours", "Held-out loss, nats", "PTQ"))
     limit, verdicts = published()["paper"]["thresholds"]["ape"], [claim["verdict"] for claim in factorial["claims"]]
@@ -184,14 +184,14 @@ def _sentences(report: str, factorial: dict) -> str:
 
 
 def _span(triples: Collection[Sequence[float]]) -> str:
-    """The smallest and largest of several estimates, and how many of their intervals exclude zero."""
+    """Return the smallest and largest of several estimates, and how many of their intervals exclude zero."""
     low, high = (signed(end(value for value, *_ in triples), 4) for end in (min, max))
     sure = sum(low * high > 0 for _, low, high in triples)
     return f"{low} to {high} nats ({sure} of {len(triples)} intervals exclude 0)"
 
 
 def _unbroken(table: str) -> str:
-    """A table whose intervals stay on one line."""
+    """Return a table whose intervals stay on one line."""
     return re.sub(r"(\[[+\-.\d]+,) ", "\\1\N{NO-BREAK SPACE}", table)
 
 
@@ -210,14 +210,14 @@ def _length(report: str, name: str) -> str:
 
 
 def _rows(report: str, column: str) -> list[dict[str, str]]:
-    """The first table that has a column, a dictionary a row."""
+    """Return the first table that has a column, a dictionary a row."""
     table = re.search(rf"^\|[^\n]*\| {re.escape(column)} .*?(?=\n\n)", report, re.DOTALL | re.MULTILINE)[0]
     header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n"))
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
 def written(text: str) -> str:
-    """A page with each of its sections as its source has it."""
+    """Return a page with each of its sections as its source has it."""
     return _SECTION.sub(lambda found: found[1] + WRITERS[found[2]](ROOT / found[3]) + found[4], text)
 
 

@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(items):
 
 @atexit.register
 def _let_triton_end_in_silence():
-    """Where torch.compile was used, its C++ side fills pages with what it did not free."""
+    """Keep the C++ side of torch.compile from filling pages with what it did not free."""
     if "triton" in sys.modules:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -110,7 +110,7 @@ def _session(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def arithmetic(request):
-    """What `budget.arithmetic=auto` is in these tests and the processes they start, whatever the processor."""
+    """Set what `budget.arithmetic=auto` is in these tests and the processes they start, whatever the processor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HIF8_ARITHMETIC", request.param)
         yield request.param

@@ -36,7 +36,7 @@ class Package(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one package gives to a text. documents: (name, text) of each."""
+    """The part of a text that one package gives. documents: (name, text) of each."""
 
     package: str
     version: str

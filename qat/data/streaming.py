@@ -108,7 +108,7 @@ class ParquetFiles(Corpus):
 
     @property
     def _folder(self) -> Path | None:
-        """Where the cache keeps this revision."""
+        """Return where the cache keeps this revision."""
         return self.cache and self.cache / self.revision
 
     @functools.cached_property

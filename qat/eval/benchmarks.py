@@ -45,7 +45,7 @@ _HASH = 16  # hexadecimal digits kept of a SHA-256
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model scored.
+    """The scores of one model.
 
     tasks: a row a task: metric, score and stderr (shares, 0 to 1), n (questions), chance (the score of guessing),
         shots, version (of the official definition), task_hash (equal for scores that may be compared) and truncated

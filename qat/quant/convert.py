@@ -24,7 +24,7 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass
 class Coverage:
-    """What a conversion quantizes.
+    """The linears that a conversion quantizes, and their share of the model.
 
     FLOPs are those of the model's products with weights, 2 a weight and token, attention scores left out; so a share
     of the FLOPs is a share of `matmul_parameters`.

@@ -41,7 +41,7 @@ class Rounded(NamedTuple):
 
 
 class Matmul:
-    """How the linears of one configuration multiply."""
+    """The products of rounded operands, as one configuration has them made."""
 
     def __init__(self, cfg: QuantConfig):
         self.format = cfg.format

@@ -43,7 +43,7 @@ _OF_COMMANDS = re.compile(r"(runs?|record|runs_dir|retrain|experiment)$|(report|
 
 
 def published() -> dict:
-    """The paper's results and where its text and code disagree (experiments/paper.yaml)."""
+    """Return the paper's results and where its text and code disagree (experiments/paper.yaml)."""
     return yaml.safe_load(PAPER.read_text(encoding="utf-8"))
 
 
@@ -62,8 +62,8 @@ class Experiment:
 
     @cached_property
     def typed(self) -> dict[str, Config]:
-        """The configuration of each of its runs whose folder exists, read once; {run id: config}. An option that came
-        after a run is at its default."""
+        """Return the configuration of each of its runs whose folder exists, read once; {run id: config}. An option that
+        came after a run is at its default."""
         found = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
         for config in found.values():
             config.benchmark = self.benchmark or config.benchmark
@@ -71,7 +71,7 @@ class Experiment:
 
     @cached_property
     def configs(self) -> dict[str, dict]:
-        """The same as plain dictionaries."""
+        """Return the same as plain dictionaries."""
         return {name: OmegaConf.to_container(OmegaConf.structured(config)) for name, config in self.typed.items()}
 
     @cached_property
@@ -108,7 +108,7 @@ class Experiment:
         return found
 
     def _quantized(self, run: Run) -> bool | None:
-        """None for a run that does not exist yet."""
+        """Return whether a run is quantized; None where it does not exist yet."""
         return self.configs[run.id]["quant"]["format"] != "none" if run.id in self.configs else None
 
     def _pair(self, run: Run, label: str) -> Pair:
@@ -177,7 +177,7 @@ class Recipe:
 
     @property
     def missing(self) -> str | None:
-        """What stands in the way of a mean over seeds."""
+        """Return what stands in the way of a mean over seeds."""
         return self._comparison[1]
 
     @cached_property
@@ -195,7 +195,7 @@ class Recipe:
 
 
 def distinct(experiments: Sequence[Experiment]) -> dict[str, Recipe]:
-    """The recipes of experiments by label, those that several share once, under all their labels."""
+    """Return the recipes of experiments by label, those that several share once, under all their labels."""
     labels, found = defaultdict(list), {}
     for recipe in (recipe for e in experiments for recipe in e.recipes):
         labels[recipe.identity].append(recipe.label)
@@ -218,7 +218,7 @@ class Curve:
         return cls(np.array([r["step"] for r in rows], int), np.array([r["loss"] for r in rows], float), start)
 
     def relative_to(self, other: Curve) -> tuple[np.ndarray, np.ndarray]:
-        """(steps both have, difference in percent of the other's loss)."""
+        """Return (steps both have, difference in percent of the other's loss)."""
         steps, mine, theirs = np.intersect1d(self.steps, other.steps, return_indices=True)
         return steps, 100 * (self.loss[mine] / other.loss[theirs] - 1)
 
@@ -237,7 +237,7 @@ class Telemetry:
                 self.texts[row["text"]].append(row)
 
     def overshoot(self, role: str) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """(steps, blocks, the largest overshoot of a block's linears at a step; NaN where none was recorded)."""
+        """Return (steps, blocks, the largest overshoot of a block's linears at a step; NaN where none was recorded)."""
         rows = [row for row in self.tensors[role] if row["overshoot"] is not None]
         steps, blocks = sorted({row["step"] for row in rows}), sorted({_block(row["layer"]) for row in rows})
         column, line = {s: i for i, s in enumerate(steps)}, {b: i for i, b in enumerate(blocks)}
@@ -263,14 +263,14 @@ class Telemetry:
         return {"steps": steps, "layers": dict(layers)}
 
     def worst(self) -> dict[str, float]:
-        """The largest overshoot of each layer of `histories`, over its roles and all logged steps."""
+        """Return the largest overshoot of each layer of `histories`, over its roles and all logged steps."""
         worst = {}
         for row in (row for rows in self.tensors.values() for row in rows if row["overshoot"]):
             worst[row["layer"]] = max(row["overshoot"], worst.get(row["layer"], 0.0))
         return worst
 
     def shares(self, role: str) -> tuple[list[str], dict[str, np.ndarray]]:
-        """(blocks, {each of the `SHARES`: its mean over a block's linears and the logged steps})."""
+        """Return (blocks, {each of the `SHARES`: its mean over a block's linears and the logged steps})."""
         rows = defaultdict(list)
         for row in self.tensors[role]:
             rows[_block(row["layer"])].append(row)
@@ -280,7 +280,8 @@ class Telemetry:
         return [name for _, name in sorted(rows)], means
 
     def drift(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, change of the loss on a held-out text since the first, in nats a token; NaN where it has none)."""
+        """Return (steps, change of the loss on a held-out text since the first, in nats a token; NaN where it has
+        none)."""
         rows = self.texts[text]
         loss = np.array([row["loss"] for row in rows], float)
         return np.array([row["step"] for row in rows], int), loss - loss[:1]
@@ -294,7 +295,7 @@ class Telemetry:
 
 
 def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:
-    """The dotted settings in which configs differ: {key: {name: value}}; null where a config has none."""
+    """Return the dotted settings in which configs differ: {key: {name: value}}; null where a config has none."""
     flat = {name: {key: value for key, (_, value) in differences({}, c).items()} for name, c in configs.items()}
     keys = [key for key in dict.fromkeys(key for each in flat.values() for key in each) if not _OF_COMMANDS.match(key)]
     rows = {key: {name: each.get(key) for name, each in flat.items()} for key in keys}
@@ -302,7 +303,7 @@ def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:
 
 
 def told_apart(configs: Mapping[str, Mapping]) -> dict[str, str]:
-    """What tells configs apart: the first settings that suffice, the usual ones first, or else their names."""
+    """Return what tells configs apart: the first settings that suffice, the usual ones first, or else their names."""
     labels, rows = dict.fromkeys(configs, ""), unlike(configs)
     for key in [*(key for key in _SAID if key in rows), *(key for key in rows if key not in _SAID)]:
         if len(set(labels.values())) == len(labels):
@@ -313,13 +314,13 @@ def told_apart(configs: Mapping[str, Mapping]) -> dict[str, str]:
 
 
 def tasks_of(records) -> list[str]:
-    """Every task named in `records`, the four of the paper first."""
+    """Return every task named in `records`, the four of the paper first."""
     found = dict.fromkeys(task for record in records for task in record)
     return [*(task for task in TASKS if task in found), *(task for task in found if task not in TASKS)]
 
 
 def scientific(number: float) -> str:
-    """A learning rate as it is written: 1e-4."""
+    """Return a learning rate as it is written: 1e-4."""
     mantissa, exponent = f"{number:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 

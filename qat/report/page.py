@@ -28,8 +28,8 @@ TITLE = "HiF8 W8A8 training against matched BF16 baselines"
 def render(
     experiments: Sequence[Experiment], paper: Mapping, context: Mapping, images: Mapping, studies: Sequence[Mapping]
 ) -> tuple[str, str]:
-    """The report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}; `studies` are of
-    `studies_in`."""
+    """Return the report as (HTML, Markdown). `images` are the README's pictures, {file name: what it shows}; `studies`
+    are of `studies_in`."""
     folder = Path(__file__).parent
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
@@ -66,7 +66,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
 
 
 def _lead(experiments: Sequence[Experiment]) -> list[str]:
-    """The verdict: loss, benchmarks, and what is not known."""
+    """Return the verdict: loss, benchmarks, and what is not known."""
     if not _compared(experiments):
         return ["No quantized run has been compared with its BF16 baseline yet."]
     recipes = {label: recipe for label, recipe in distinct(experiments).items() if recipe.comparison}
@@ -89,7 +89,7 @@ def _lead(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def _loss_verdict(comparisons: Collection[Mapping], runs: int) -> str:
-    """A sentence on the loss APE of recipes that so many runs were compared of."""
+    """Return a sentence on the loss APE of recipes that so many runs were compared of."""
     apes = [comparison["loss"]["ape"] for comparison in comparisons]
     if not apes:
         return ""
@@ -103,7 +103,7 @@ def _loss_verdict(comparisons: Collection[Mapping], runs: int) -> str:
 
 
 def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """{run id: label}; a run that several experiments share is under all their names."""
+    """Return {run id: label}; a run that several experiments share is under all their names."""
     labels = {}
     for pair in (pair for e in experiments for pair in e.pairs):
         labels[pair.run.id] = f"{labels[pair.run.id]}/{pair.label}" if pair.run.id in labels else pair.label
@@ -112,13 +112,13 @@ def _labels(experiments: Sequence[Experiment]) -> dict[str, str]:
 
 
 def _compared(experiments: Sequence[Experiment]) -> dict[str, dict]:
-    """{label: comparison}, each run once."""
+    """Return {label: comparison}, each run once."""
     labels = _labels(experiments)
     return {labels[pair.run.id]: pair.comparison for e in experiments for pair in e.pairs if pair.comparison}
 
 
 def _caveats(experiments: Sequence[Experiment]) -> list[str]:
-    """What a reader must know before believing a number."""
+    """Return what a reader must know before believing a number."""
     rows = [row for comparison in _compared(experiments).values() for row in comparison["tasks"]]
     found = _near_chance(experiments)
     seeds = {label: len(recipe.compared) for label, recipe in distinct(experiments).items() if recipe.compared}
@@ -146,7 +146,7 @@ def _caveats(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def _near_chance(experiments: Sequence[Experiment]) -> list[str]:
-    """A sentence on each task that BF16 runs answer no better than by guessing, and on which runs those are."""
+    """Return a sentence on each task that BF16 runs answer no better than by guessing, and on which runs those are."""
     labels, scores = _labels(experiments), {}
     for comparison in _compared(experiments).values():
         for row in comparison["tasks"]:
@@ -168,7 +168,7 @@ def _near_chance(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def _warnings(run: Run) -> list[str]:
-    """What the run itself noticed while it trained."""
+    """Return what the run itself noticed while it trained."""
     skipped = [str(row["step"]) for row in run.metrics() if row.get("skipped")]
     lines = [f"{run.id} skipped steps without a finite gradient: {', '.join(skipped)}."] if skipped else []
     # It repeats itself only to say that something became twice as bad: the last of a kind is the worst.
@@ -177,7 +177,7 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """What the runs' own configs say; several values where they differ."""
+    """Return what the runs' own configs say; several values where they differ."""
     configs = [config for e in experiments for config in e.configs.values()]
     runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines)}
     environments = [environment for run in runs.values() for environment in run.environments()]
@@ -256,7 +256,7 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
 
 
 def _amax(pair: Pair) -> dict | None:
-    """What the page's script draws, and its layers with their largest overshoot; None for current scaling, which
+    """Return what the page's script draws, and its layers with their largest overshoot; None for current scaling, which
     predicts nothing."""
     worst = pair.telemetry.worst()
     if pair.config["scaling"]["algo"] == "current" or not worst or not len(pair.curve.steps):
@@ -281,13 +281,13 @@ def _details(run: Run, config: Mapping) -> str:
 
 
 def _command(line: str) -> Markup:
-    """A line that ends in "make it: <command>" or the like, its command set as code."""
+    """Return a line that ends in "make it: <command>" or the like, its command set as code."""
     text, colon, command = line.rpartition(" it: ")
     return escape(text + colon) + Markup("<code>{}</code>").format(command) if colon else escape(line)
 
 
 def _minus(text) -> str:
-    """A hyphen that stands for a minus becomes one; exponents and names keep theirs."""
+    """Put minus signs for the hyphens that stand for one; exponents and names keep theirs."""
     return re.sub(r"(?<![\w.)])-(?=\d)", "−", str(text))
 
 

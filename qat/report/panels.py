@@ -38,7 +38,7 @@ def losses(curves: Mapping[str, Curve], title: str) -> Panel:
 
 
 def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) -> Panel:
-    """Loss of a run relative to its baseline's, in percent, beside the threshold of the mean of its size."""
+    """Return the loss of a run relative to its baseline's, in percent, beside the threshold of the mean of its size."""
 
     def draw(axes: Axes) -> None:
         steps, percent = run.relative_to(baseline)
@@ -138,7 +138,7 @@ def mantissa_bits(telemetry: Telemetry) -> Panel:
 
 
 def mantissa_bits_by_block(telemetry: Telemetry, role: str) -> Panel:
-    """The shares of `mantissa_bits` in each block, for one role."""
+    """Return the shares of `mantissa_bits` in each block, for one role."""
     blocks, means = telemetry.shares(role)
 
     def draw(axes: Axes) -> None:
@@ -155,12 +155,13 @@ def mantissa_bits_by_block(telemetry: Telemetry, role: str) -> Panel:
 
 
 def share_legend() -> dict[str, str]:
-    """What the colours of `mantissa_bits` mean, {colour: meaning}."""
+    """Return what the colours of `mantissa_bits` mean, {colour: meaning}."""
     return dict(zip(SHARES, _SHARE_NAMES, strict=True))
 
 
 def updates(telemetry: Telemetry) -> Panel:
-    """Share of the weights that an optimizer step changed, before and after rounding to BF16 and to the format."""
+    """Return the share of the weights that an optimizer step changed, before and after rounding to BF16 and to the
+    format."""
 
     def draw(axes: Axes) -> None:
         steps = [step for step, _ in telemetry.updates]
@@ -217,7 +218,7 @@ def forest(
 
 
 def score_legend() -> dict[str, str]:
-    """What the marks of `forest` mean."""
+    """Return what the marks of `forest` mean."""
     return {
         **{mark: f"{MODES[mode]}, 95 % interval" for mode, (mark, _, _) in _MODE_MARKS.items()},
         "✕": "paper",
@@ -265,7 +266,7 @@ def _mark_start(axes: Axes, curve: Curve) -> None:
 
 
 def _legend_above(axes: Axes, handlelength: float) -> None:
-    """One line between the title and the axes."""
+    """Draw the legend in one line between the title and the axes."""
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 0.99),

@@ -27,7 +27,7 @@ def of_loss(pair: Pair, prefix: str = "") -> list[Panel]:
 
 
 def of_forgetting(pair: Pair) -> list[Panel]:
-    """Loss on held-out texts while the run and its baseline trained."""
+    """Return the loss on held-out texts while the run and its baseline trained."""
     baseline = Telemetry(pair.baseline.telemetry()) if pair.baseline else None
     return [panels.forgetting(pair.telemetry, baseline, "Held-out loss")] if pair.telemetry.texts else []
 
@@ -85,7 +85,7 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
 
 
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
-    """A forest plot a task: every recipe in all modes, beside the paper's difference."""
+    """Return a forest plot a task: every recipe in all modes, beside the paper's difference."""
     compared = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
     limits = [abs(limit) for _, recipe in compared for row in recipe.comparison["tasks"] for limit in row["ci"]]
     found = []

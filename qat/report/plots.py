@@ -79,7 +79,7 @@ class Panel:
 
 
 def svg(panel: Panel, number: int) -> str:
-    """The panel as an `<svg>` element for a page; `number` makes its ids unique there."""
+    """Return the panel as an `<svg>` element for a page; `number` makes its ids unique there."""
     with mpl.rc_context(_STYLE):
         figure = Figure((panel.width / 72, panel.height / 72))
         FigureCanvasSVG(figure)
@@ -103,7 +103,7 @@ def png(panels: Sequence[Panel], columns: int, path: Path, note: str = "") -> No
 
 
 def _inline(text: str, panel: Panel, number: int) -> str:
-    """A stand-alone SVG file cut down to an element whose colours and font are the page's."""
+    """Return a stand-alone SVG file cut down to an element whose colours and font are the page's."""
     body = text[text.index("<g id=") : text.rindex("</svg>")]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     used = set(re.findall(r"url\(#(\w+)\)", body)) | set(re.findall(r'href="#(\w+)"', body))

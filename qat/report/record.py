@@ -28,7 +28,7 @@ _COLUMNS = ("seed", "quant.format", "scaling.algo", "scaling.window", "optim.lr"
 
 
 def of_studies(report: Path) -> set[str]:
-    """The runs and baselines of the studies in a report's folder, by name."""
+    """Return the runs and baselines of the studies in a report's folder, by name."""
     return {row[key] for study in results(report).values() for row in study["runs"] for key in ("run", "baseline")}
 
 
@@ -101,7 +101,8 @@ def _row(run: Run, cfg: Config, others: str) -> dict:
 
 
 def _other_settings(configs: Mapping[str, Config]) -> dict[str, str]:
-    """By run, the settings without a column in which it is unlike most trained runs of its kind, quantized or not."""
+    """Return, by run, the settings without a column in which it is unlike most trained runs of its kind, quantized or
+    not."""
     found = dict.fromkeys(configs, "")
     for quantized in (True, False):
         kind = {name: cfg for name, cfg in configs.items() if cfg.budget.steps and cfg.quantized == quantized}
@@ -114,7 +115,7 @@ def _other_settings(configs: Mapping[str, Config]) -> dict[str, str]:
 
 
 def _text(value) -> str:
-    """A setting's value as the command line takes it."""
+    """Return a setting's value as the command line takes it."""
     if isinstance(value, list):
         return f"[{','.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -18,7 +18,7 @@ OF_NONE = "custom"  # runs of no experiment
 
 
 def selected(folders: Sequence[str]) -> list[Experiment]:
-    """The runs in `folders`, of any experiments or none, the quantized ones with their BF16 baselines.
+    """Return the runs in `folders`, of any experiments or none, the quantized ones with their BF16 baselines.
 
     Errors: ConfigError for none, for what is no run folder, and for two of one name.
     """
@@ -37,7 +37,7 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
 
 
 def run_folders(folders: Sequence[str]) -> list[Run]:
-    """The run folders, each once. Errors: as of `selected`."""
+    """Return the run folders, each once. Errors: as of `selected`."""
     runs = {}
     for path in dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders):
         if not (path / "config.yaml").is_file():
@@ -51,7 +51,7 @@ def run_folders(folders: Sequence[str]) -> list[Run]:
 
 
 def _baselines(run: Run, config: Config, listed: dict[Run, Config]) -> list[Run]:
-    """The listed BF16 runs that match `run`, else the one in the folder beside it, else all, which says what is
+    """Return the listed BF16 runs that match `run`, else the one in the folder beside it, else all, which says what is
     wrong with them."""
     beside = Run(run.path.parent / run_id(baseline_of(config)))
     matching = [baseline for baseline, other in listed.items() if not mismatches(config, other)]

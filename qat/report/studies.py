@@ -19,7 +19,7 @@ TITLES = {
 
 
 def results(out: Path) -> dict[str, dict]:
-    """What the studies in `out`, a report's folder, have found, by name. Errors: UserError for a damaged file."""
+    """Return the results of the studies in `out`, a report's folder, by name. Errors: UserError for a damaged file."""
     found = {}
     for name in TITLES:
         path = out / name / f"{name}.json"
@@ -39,7 +39,7 @@ def claims_table(claims: Sequence[Mapping]) -> Table:
 
 
 def studies_in(out: Path) -> list[dict]:
-    """The studies whose result lies in `out`, a report's folder: name, title, facts, claims as a table, panels."""
+    """Return the studies with a result in `out`, a report's folder: name, title, facts, claims as a table, panels."""
     found = []
     for name, result in results(out).items():
         # The audit has no interactions.
@@ -51,7 +51,8 @@ def studies_in(out: Path) -> list[dict]:
 
 
 def interaction(response: Mapping, legend: bool) -> Panel:
-    """Every cell's mean and interval over the scalings, a line for each learning rate and warmup, and what PTQ costs.
+    """Return every cell's mean and interval over the scalings, a line for each learning rate and warmup, and what PTQ
+    costs.
 
     response: {"title", "around_zero": whether 0 is no effect, "cells": [{"scaling", "lr", "warmup", "value", "low" and
     "high" (null without noise)}], "ptq": {learning rate: value}, where PTQ has one}.

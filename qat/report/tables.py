@@ -50,7 +50,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
     def markdown(self) -> str:
-        """The table in Markdown."""
+        """Return the table in Markdown."""
         return markdown(self.header, [[str(cell).replace("|", "\\|") for cell in row] for row in self.rows])
 
 
@@ -77,8 +77,8 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
 
 
 def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """One row a recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and that of
-    PTQ and of the pretrained checkpoint, where any was scored), points a task."""
+    """Return one row a recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and
+    that of PTQ and of the pretrained checkpoint, where any was scored), points a task."""
     recipes = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
     beside = {key: [_beside(recipe.comparison, key) for _, recipe in recipes] for key in ("PTQ", "pretrained")}
     beside = {key: cells for key, cells in beside.items() if any(cell.text != "–" for cell in cells)}
@@ -150,7 +150,7 @@ def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -
 
 
 def _pretrained_drop(row: Mapping) -> Cell:
-    """What the checkpoint lacks of the score that BF16 training led to."""
+    """Return what the checkpoint lacks of the score that BF16 training led to."""
     start, trained = row["pretrained"], row["baseline"]
     return Cell(signed(100 * (trained - start) / trained, plus="") if trained else "–", f"{trained:.2f} → {start:.2f}")
 
@@ -168,23 +168,23 @@ def _mark(passes: bool, sure: bool = True) -> str:
 
 
 def tasks(comparison: Mapping) -> Table:
-    """Every task of a comparison in every mode, and all questions together."""
+    """Return every task of a comparison in every mode, and all questions together."""
     return _table(TASK_HEADER, task_rows(comparison))
 
 
 def heldout(comparison: Mapping) -> Table:
-    """Loss on text never trained on, and the divergence from the baseline's predictions."""
+    """Return the loss on text never trained on, and the divergence from the baseline's predictions."""
     return _table(HELDOUT_HEADER, heldout_rows(comparison))
 
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
-    """The settings in which the configs of a run and its baseline differ."""
+    """Return the settings in which the configs of a run and its baseline differ."""
     found = differences(run, baseline)
     return _table(["Setting", "Run", "Baseline"], [[key, *map(_value, values)] for key, values in found.items()])
 
 
 def configurations(configs: Mapping[str, Mapping]) -> Table:
-    """The settings in which any of the configs {label: config} differ, a column each."""
+    """Return the settings in which any of the configs {label: config} differ, a column each."""
     rows = unlike(configs)
     return _table(["Setting", *configs], [[key, *map(_value, row.values())] for key, row in rows.items()])
 
@@ -226,7 +226,7 @@ def _listed(value) -> list:
 
 
 def resolution(experiments: Sequence[Experiment]) -> Table:
-    """What the benchmark can tell: for each task the W8A8 row with the widest interval, beside 1 % in points.
+    """Return what the benchmark can tell: for each task the W8A8 row with the widest interval, beside 1 % in points.
 
     The last column is the n at which half of the interval would equal the threshold at this flip rate:
     z^2 * flips / threshold^2.
@@ -270,7 +270,8 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
 
 
 def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
-    """What a mode changes from the baseline, out of a comparison's rows; the pretrained checkpoint has no interval."""
+    """Return what a mode changes from the baseline, out of a comparison's rows; the pretrained checkpoint has no
+    interval."""
     row = next((row for row in rows if row["mode"] == (mode if mode in MODES else "w8a8")), None)
     if row is None or mode in MODES:
         return row
@@ -279,7 +280,7 @@ def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
 
 
 def rerun_noise(experiments: Sequence[Experiment]) -> Table:
-    """Every run and baseline that was repeated, beside its repetitions; or why they cannot be compared."""
+    """Return every run and baseline that was repeated, beside its repetitions; or why they cannot be compared."""
     runs = {
         run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
     }
@@ -316,6 +317,6 @@ def _round_up(number: float) -> int:
 
 
 def disagreements(paper: Mapping) -> Table:
-    """Where the paper's text and its released code or logs part."""
+    """Return where the paper's text and its released code or logs part."""
     rows = [[str(i), row["says"], row["did"], row["switch"]] for i, row in enumerate(paper["disagreements"], start=1)]
     return _table(["", "The text", "The released code and logs", "Our switch: the text's value, the code's"], rows)

@@ -17,8 +17,8 @@ RERUN_HEADER += ["Answers flipped", "In words"]
 
 
 def task_cells(row: dict) -> list[str]:
-    """One row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`. Detectable is the
-    smallest change that the test finds in about 80 % of samples."""
+    """Return one row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`. Detectable
+    is the smallest change that the test finds in about 80 % of samples."""
     drop = "-" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
     if row.get("relative_drop_ci"):
         drop += f" {interval(row['relative_drop_ci'])}"
@@ -31,12 +31,12 @@ def task_cells(row: dict) -> list[str]:
 
 
 def task_rows(comparison: Mapping) -> list[list[str]]:
-    """Every task in every mode, and all questions together, as `task_cells`."""
+    """Return every task in every mode, and all questions together, as `task_cells`."""
     return [task_cells(row) for row in (*comparison["tasks"], *comparison["pooled"])]
 
 
 def heldout_rows(comparison: Mapping) -> list[list[str]]:
-    """Every held-out text in every mode as text, a cell for each entry of `HELDOUT_HEADER`."""
+    """Return every held-out text in every mode as text, a cell for each entry of `HELDOUT_HEADER`."""
     return [
         [
             row["text"],
@@ -51,7 +51,7 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
 
 
 def rerun_cells(row: Mapping) -> list[str]:
-    """What a run and its repetition differ by (`qat.analysis.rerun_noise.rerun_noise`), a cell for each entry of
+    """Return what a run and its repetition differ by (`qat.analysis.rerun_noise.rerun_noise`), a cell for each entry of
     `RERUN_HEADER`."""
     heldout = "; ".join(
         f"{each['text']} {signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"]
@@ -63,8 +63,8 @@ def rerun_cells(row: Mapping) -> list[str]:
 
 
 def resolved(row: dict) -> bool:
-    """Whether the whole interval of the relative drop lies on one side of the 1 % threshold. Of several seeds there is
-    none, and that of `points` stands for it."""
+    """Return whether the whole interval of the relative drop lies on one side of the 1 % threshold. Of several seeds
+    there is none, and that of `points` stands for it."""
     if row.get("relative_drop_ci"):
         low, high = row["relative_drop_ci"]
         return not low <= DROP_THRESHOLD <= high
@@ -80,27 +80,27 @@ def remark(row: dict) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash where there is none."""
+    """Return a number, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float, digits: int = 2, plus: str = "+") -> str:
-    """A number with its sign, and without a negative zero."""
+    """Return a number with its sign, and without a negative zero."""
     return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
 
 
 def interval(ci: Sequence[float] | None, digits: int = 2, plus: str = "+") -> str:
-    """An interval as "[low, high]"."""
+    """Return an interval as "[low, high]"."""
     return "[-]" if ci is None else f"[{signed(ci[0], digits, plus)}, {signed(ci[1], digits, plus)}]"
 
 
 def p_text(p: float) -> str:
-    """A p-value in three digits at most."""
+    """Return a p-value in three digits at most."""
     return "< 0.001" if p < 0.001 else f"{p:.2f}" if p >= 0.1 else f"{p:.3f}"
 
 
 def loss_text(comparison: dict) -> str:
-    """One sentence on the training loss."""
+    """Return one sentence on the training loss."""
     loss = comparison["loss"]
     side = f"{'below' if loss['passes'] else 'over'} the {APE_THRESHOLD} % threshold"
     ends = f"final loss {loss['final']:.4f}, BF16 {loss['final_baseline']:.4f}"
@@ -111,7 +111,7 @@ def loss_text(comparison: dict) -> str:
 
 
 def heldout_verdict(comparisons: Iterable[Mapping]) -> str:
-    """A sentence a text on the held-out losses of several comparisons in W8A8; empty where there are none."""
+    """Return a sentence a text on the held-out losses of several comparisons in W8A8; empty where there are none."""
     rows = (row for comparison in comparisons for row in comparison["heldout"] if row["mode"] == "w8a8")
     return _text_by_text(rows, _cost)
 
@@ -125,8 +125,8 @@ def _cost(rows: list[Mapping], text: str) -> str:
 
 
 def qat_verdict(comparisons: Iterable[Mapping]) -> str:
-    """Whether QAT was needed, a sentence a text: held-out loss in W8A8 with it and without (PTQ of the baseline). Empty
-    where no PTQ was scored."""
+    """Return whether QAT was needed, a sentence a text: held-out loss in W8A8 with it and without (PTQ of the
+    baseline). Empty where no PTQ was scored."""
     return _text_by_text((row for comparison in comparisons for row in comparison["qat"]), _recovered)
 
 
@@ -144,7 +144,7 @@ def _recovered(rows: list[Mapping], text: str) -> str:
 
 
 def _parts(rows: Sequence[Mapping]) -> str:
-    """What QAT minus PTQ is made of, where all runs were scored under PTQ's scales, too; begins with a space."""
+    """Return what QAT minus PTQ is made of, where all runs were scored under PTQ's scales, too; begins with a space."""
     if not all("weights" in row for row in rows):
         return ""
     weights, scales = (_part([row[part] for row in rows]) for part in ("weights", "scales"))
@@ -164,7 +164,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _text_by_text(rows: Iterable[Mapping], say: Callable[[list[Mapping], str], str]) -> str:
-    """What `say` says of the rows of each held-out text, the data's own first; where there are several, by name."""
+    """Return what `say` says of the rows of each held-out text, the data's own first; of several, by name."""
     texts: dict[str, list[Mapping]] = {}
     for row in rows:
         texts.setdefault(row["text"], []).append(row)
@@ -189,8 +189,8 @@ def _recovered_once(row: Mapping, text: str) -> str:
 
 
 def verdict(comparisons: Mapping[str, dict]) -> str:
-    """What the benchmarks of {label: comparison} show, after Holm's correction over all their tests; a comparison of
-    several seeds has Student's. Runs of one baseline share its PTQ, which is tested once."""
+    """Return what the benchmarks of {label: comparison} show, after Holm's correction over all their tests; a
+    comparison of several seeds has Student's. Runs of one baseline share its PTQ, which is tested once."""
     tests = {}
     for label, comparison in comparisons.items():
         for row in comparison["tasks"]:
@@ -227,7 +227,7 @@ def _relation(p: float) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal."""
+    """Return a Markdown table, padded so that it also reads well in a terminal."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
@@ -235,7 +235,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(comparison: dict) -> str:
-    """A comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
+    """Return a comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
     parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
     parts += [markdown(TASK_HEADER, task_rows(comparison)), ""]
     parts += [markdown(HELDOUT_HEADER, heldout_rows(comparison)), ""] if comparison["heldout"] else []

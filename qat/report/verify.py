@@ -18,8 +18,9 @@ HEADER = ["Run", "Held-out text", "W8A8 less BF16, nats: the record [95 % CI ove
 
 
 def verify(record: Path, runs: Path) -> tuple[str, int]:
-    """Every run of a record that is in `runs`, too: what it differs by from the record's, and whether its difference
-    from its baseline lies inside the record's interval; (Markdown, how many lie outside or cannot be compared).
+    """Return every run of a record that is in `runs`, too: what it differs by from the record's, and whether its
+    difference from its baseline lies inside the record's interval; (Markdown, how many lie outside or cannot be
+    compared).
 
     The interval is that of other text of the kind, so it is wide beside what a repetition on like hardware should show;
     the paired differences, in the first table, are the closer look. Errors: UserError where no run was repeated.
@@ -46,7 +47,7 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
 
 
 def _copied(first: Run, again: Run) -> bool:
-    """Whether the one was put back from the other: two runs never take the same time in every step."""
+    """Return whether the one was put back from the other: two runs never take the same time in every step."""
     return first.metrics() == again.metrics()
 
 
@@ -66,7 +67,8 @@ def _without(cells: Sequence[str], place: int) -> list[str]:
 
 
 def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
-    """A row a held-out text of a quantized run, one that says why where either cannot be compared with its baseline;
+    """Return a row a held-out text of a quantized run, one that says why where either cannot be compared with its
+    baseline;
     told: what the first table says of the run. Nothing of what it calls unlike or not scored, or identical without a
     baseline."""
     if not first.typed_config().quantized or told.startswith(_UNLIKE) or told.endswith("not scored"):

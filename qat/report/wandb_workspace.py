@@ -17,8 +17,8 @@ _SETTINGS = ("scaling.algo", "scaling.window", "warmup.bf16", "optim.lr")  # the
 
 
 def workspace(entity: str, project: str, tasks: Iterable[str]) -> ws.Workspace:
-    """The workspace of a W&B project whose runs are scored on the benchmark `tasks`. Runs are grouped by seed and
-    learning rate, with their baseline; the differences are columns, to sort and filter by."""
+    """Return the workspace of a W&B project whose runs are scored on the benchmark `tasks`. Runs are grouped by seed
+    and learning rate, with their baseline; the differences are columns, to sort and filter by."""
     tasks = list(tasks)
     sections = [_loss(), *(_scores(mode, tasks) for mode in MODES), _scales(), _settings(tasks)]
     differences = ["loss_ape_percent", *(f"w8a8/{task}/points" for task in tasks)]
@@ -40,7 +40,7 @@ def workspace(entity: str, project: str, tasks: Iterable[str]) -> ws.Workspace:
 
 
 def specification(workspace: ws.Workspace) -> str:
-    """The workspace as the JSON that W&B stores."""
+    """Return the workspace as the JSON that W&B stores."""
     return json.dumps(workspace._to_model().spec.model_dump(by_alias=True, exclude_none=True), indent=1)
 
 

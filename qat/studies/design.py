@@ -27,7 +27,7 @@ class Cell:
 
 
 def replicated(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:
-    """Every cell at every seed, one seed after the other."""
+    """Return every cell at every seed, one seed after the other."""
     found = []
     for seed in seeds:
         for cell in cells:

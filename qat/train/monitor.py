@@ -176,7 +176,7 @@ def _updates(cfg: Config, updated: dict, lr: float) -> dict | None:
 
 
 class History:
-    """Whether the amax history advances as often as the steps say."""
+    """Checks that the amax history advances as often as the steps say."""
 
     def __init__(self, bank: ScaleBank):
         self.bank, self.ticks = bank, int(bank.written)

@@ -24,9 +24,12 @@ from qat.utils import device, distributed, environment
 
 @dataclass
 class StepResult:
-    """Of one step over all ranks, as device tensors or plain numbers: mean loss in nats a token; gradient norm before
-    clipping; whether both were finite, without which nothing was changed; learning rate; tokens trained on; overshoot
-    of every quantized tensor ([tensors] FP32, None in BF16)."""
+    """The result of one step over all ranks.
+
+    loss: mean in nats a token. grad_norm: before clipping. finite: whether both are, without which nothing was changed;
+    these are 0-dim tensors on the device. lr: learning rate. tokens: trained on. overshoot: of every quantized tensor,
+    FP32 [tensors] on the device; None in BF16.
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -42,7 +45,7 @@ def eagerly():
 
 
 class Trainer:
-    """What a step needs beside the batch: model, optimizer, scale bank, and the configuration."""
+    """Trains a model step by step: holds model, optimizer, scale bank and configuration."""
 
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg

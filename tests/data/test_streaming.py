@@ -93,7 +93,7 @@ def ask(streamers):
 
 @pytest.fixture(scope="module")
 def whole(running, streamers):
-    """What an undisturbed stream yields."""
+    """Return what an undisturbed stream yields."""
     done = streamers[0].answer(cfg=CFG, batches=BATCHES, heldout=1000)
     assert done["error"] is None and done["said"] == ""
     assert done["states"][BATCHES]["epoch"] == 1
@@ -107,7 +107,7 @@ def documents(batches: list) -> list[str]:
 
 
 def row_groups(hub: Hub) -> Counter:
-    """How often the text of each row group was fetched by itself, as (file, first byte)."""
+    """Return how often the text of each row group was fetched by itself, as (file, first byte)."""
     import pyarrow.parquet
 
     begins = set()

@@ -192,7 +192,7 @@ def awkward(merges=(), added="$A", named=True):
 
 
 def pair(model, tokenizer, prompt, answer):
-    """How a prompt and an answer are encoded, as tokens."""
+    """Encode a prompt and an answer."""
     lm = benchmarks._language_model(model, tokenizer, 1, 2048, False)
     return tuple(map(tokenizer.convert_ids_to_tokens, lm._encode_pair(prompt, answer)))
 

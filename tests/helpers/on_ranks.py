@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 
 def unreduced(bank: ScaleBank) -> torch.Tensor:
-    """What `ScaleBank._take_amaxes` does, of this rank alone."""
+    """Do as `ScaleBank._take_amaxes`, of this rank alone."""
     amax = torch.cat(bank.amaxes)
     torch._foreach_zero_(bank.amaxes)
     return amax

@@ -40,7 +40,7 @@ def install(folder: Path) -> dict[str, str]:
 
 
 def submitted(folder: Path) -> list[dict[str, str]]:
-    """What every `sbatch` was told: its options, and as "script" what came after them."""
+    """Return what every `sbatch` was told: its options, and as "script" what came after them."""
     return [json.loads(line) for line in (folder / "submitted.jsonl").read_text().splitlines()]
 
 

@@ -41,7 +41,7 @@ def left(run: Run) -> dict:
 
 
 def differences(ours: Run, theirs: Run) -> list[str]:
-    """What differs between what two runs left, by name."""
+    """Return what differs between what two runs left, by name."""
     a, b = left(ours), left(theirs)
     names = sorted(a["files"].keys() | b["files"].keys())
     found = [name for name in names if a["files"].get(name) != b["files"].get(name)]

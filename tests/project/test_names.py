@@ -35,7 +35,7 @@ def members(file) -> set[str]:
 
 
 def exists(name: str) -> bool:
-    """Whether `qat.a.b.Thing.member` is a package, a module, or defined in one."""
+    """Return whether `qat.a.b.Thing.member` is a package, a module, or defined in one."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         place, rest = ROOT.joinpath(*parts[:end]), ".".join(parts[end:])

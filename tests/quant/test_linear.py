@@ -17,7 +17,7 @@ from qat.utils import device
 
 @pytest.fixture(autouse=True, params=["fp32", "bf16"])
 def arithmetic(request):
-    """What products are computed in, as in a training step."""
+    """Set what products are computed in, as in a training step."""
     with device.autocast(request.param):
         yield request.param
 

@@ -18,7 +18,7 @@ def make(algo="max", window=4, settle_steps=0, tensors=3, target=15.0, **scaling
 
 
 def record(bank: ScaleBank, index: int, amax: float) -> None:
-    """What a quantizer does with the amax it saw."""
+    """Record an amax as a quantizer does."""
     slot = bank.amax_slot(index)
     if slot is not None:
         dispatch.record_amax(torch.tensor([0.0, -amax]), slot)

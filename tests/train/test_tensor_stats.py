@@ -64,7 +64,7 @@ def hif8(value: float, overflow: str) -> float:
 
 
 def expected(tensors: list[torch.Tensor], scale: float, overflow: str) -> dict:
-    """What a row must hold, counted one number at a time."""
+    """Return what a row must hold, counted one number at a time."""
     scaled = [float(np.float32(v) * np.float32(scale)) for tensor in tensors for v in tensor.flatten().tolist()]
     scaled = [value for value in scaled if value]
     rounded = [hif8(value, overflow) for value in scaled]

@@ -160,8 +160,8 @@ def test_without_a_logger_wandb_is_not_even_imported(config, changes, monkeypatc
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What wandb.init was asked for. Online it fails, as without a key, and holds on to the run until a teardown;
-    `asked.faults[name]` is raised by that call of W&B's."""
+    """Return what wandb.init was asked for. Online it fails, as without a key, and holds on to the run until a
+    teardown; `asked.faults[name]` is raised by that call of W&B's."""
     busy = []
 
     class Calls(list):

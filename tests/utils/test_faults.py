@@ -100,7 +100,7 @@ class Disk:
         patch.setattr(files.os, "fsync", flushing)
 
     def full(self, path: Path, named: Path | None = None) -> bool:
-        """Whether the write to `path` fails, which is to be told by the name of `named`."""
+        """Return whether the write to `path` fails, which is to be told by the name of `named`."""
         self.written.append(path.name)
         full = self.room is not None and len(self.written) > self.room
         self.failed |= {(named or path).name} if full else set()
@@ -210,7 +210,7 @@ def scoring(monkeypatch):
 
 
 def results(cfg) -> dict:
-    """What scoring left, without the clock."""
+    """Return what scoring left, without the clock."""
     found = {}
     for each in (cfg, baseline_of(cfg), pretrained_of(cfg)):
         run = Run.of(each)
@@ -223,7 +223,7 @@ def results(cfg) -> dict:
 
 
 def training(cfg) -> dict:
-    """What training left."""
+    """Return what training left."""
     paths = [Run.of(each).path for each in (cfg, baseline_of(cfg))]
     kept = [file for path in paths for file in (*path.glob("checkpoints/*/*"), *path.glob("*.jsonl"))]
     return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in kept}
@@ -231,7 +231,7 @@ def training(cfg) -> dict:
 
 @pytest.fixture
 def wanted(trained, scoring, tmp_path):
-    """What an undisturbed evaluation leaves."""
+    """Return what an undisturbed evaluation leaves."""
     cfg = moved(trained, tmp_path / "undisturbed")
     evaluate(cfg)
     scoring.calls.clear()

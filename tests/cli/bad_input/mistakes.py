@@ -71,7 +71,7 @@ class World:
 
 
 def build(path: Path) -> World:
-    """What the mistakes are made in, in the folder `path`."""
+    """Make what the mistakes are made in, in the folder `path`."""
     world = World(path)
     draw = random.Random(0)
     (world / "texts").mkdir()
@@ -118,7 +118,7 @@ def flipped(file: Path) -> None:
 
 
 def unscored(run: Run) -> None:
-    """What is to be scored is W8A8, the last of four."""
+    """Leave W8A8, the last of four, to be scored."""
     found = run.evaluations()
     for modes in found.values():
         modes.pop("w8a8", None)

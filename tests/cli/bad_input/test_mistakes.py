@@ -19,7 +19,7 @@ CASES = [*words.CASES, *checkpoints.CASES, *folders.CASES, *sources.CASES]
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> World:
-    """What the mistakes are made in, built once and copied for each."""
+    """Return what the mistakes are made in, built once and copied for each."""
     return mistakes.build(tmp_path_factory.mktemp("world"))
 
 
@@ -52,7 +52,7 @@ def test_a_mistake_is_answered_in_one_line_and_harms_nothing(case, template, mai
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """What a folder holds: relative path -> hash of the content."""
+    """Return what a folder holds: relative path -> hash of the content."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != ".lock"]
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
