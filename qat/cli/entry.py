@@ -42,23 +42,15 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
     # Hydra prints its own multi-line account of an error unless it is told to raise; we say it in one line.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sweep.Sweep.folder = None
-    began = False
+    began = []
 
     def job(cfg: DictConfig) -> None:
-        nonlocal began
-        began = True
+        began.append(cfg)
         try:
             with signals.raise_on_signal():
                 sweep.run(lambda: _mendable(work, cfg, takes, reads_text))
         except UserError as error:  # of a single run; Hydra would say more if it saw it
-            # Of a bad configuration every rank knows; anything else may have befallen this one alone.
-            if environment.is_main_process() or not isinstance(error, ConfigError):
-                print(
-                    f"error: {error}"
-                    if environment.is_main_process()
-                    else f"rank {environment.rank()}: error: {error}",
-                    file=sys.stderr,
-                )
+            _say(error)
             sys.exit(2)
 
     try:
@@ -66,26 +58,40 @@ def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (),
     except ConfigError as error:  # said by every process: which rank it is, is what is wrong
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    code, line = 0, None
-    try:
-        with signals.raise_on_signal():
-            validate_surroundings(sys.argv[1:], os.environ)
-            hydra.main(version_base="1.3", config_path=CONF, config_name="train")(job)()
-    except ConfigError as error:
-        code, line = 2, f"error: {error}"
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
-        if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
-            raise
-        code, line = 2, f"error: {explain_error(error)}"
-    except signals.Preempted as stop:
-        code, line = signals.REQUEUE, f"\n{stop}: saved; the same command continues"
-    except KeyboardInterrupt:
-        code, line = 130, "\nstopped; the same command continues from the last checkpoint"
+    code, line = _compose_and_do(job, began)
     failed = sweep.report() if environment.is_main_process() else 0
     if line and environment.is_main_process():
         print(line, file=sys.stderr)
     if code or failed:
         sys.exit(code or failed)
+
+
+def _say(error: UserError) -> None:
+    """Print an error of a run. Of a bad configuration every rank knows, so the first one says it; anything else may be
+    one rank's alone."""
+    if environment.is_main_process():
+        print(f"error: {error}", file=sys.stderr)
+    elif not isinstance(error, ConfigError):
+        print(f"rank {environment.rank()}: error: {error}", file=sys.stderr)
+
+
+def _compose_and_do(job: Callable[[DictConfig], None], began: list) -> tuple[int, str | None]:
+    """Let Hydra compose and do `job`, which adds to `began` when it begins. Returns the exit code and the last line."""
+    try:
+        with signals.raise_on_signal():
+            validate_surroundings(sys.argv[1:], os.environ)
+            hydra.main(version_base="1.3", config_path=CONF, config_name="train")(job)()
+    except ConfigError as error:
+        return 2, f"error: {error}"
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RuntimeError) as error:
+        if began:  # not Hydra's, nor a launcher's: a defect of ours, to be seen whole
+            raise
+        return 2, f"error: {explain_error(error)}"
+    except signals.Preempted as stop:
+        return signals.REQUEUE, f"\n{stop}: saved; the same command continues"
+    except KeyboardInterrupt:
+        return 130, "\nstopped; the same command continues from the last checkpoint"
+    return 0, None
 
 
 def _mendable(
@@ -98,11 +104,8 @@ def _mendable(
                 return work(_accepted(typed_config(cfg, reads_text), takes), cfg)
             except signals.Preempted as stop:
                 signals.forward(stop)
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        OSError,
-    ) as error:  # also of another experiment, composed on the way
+    # Also of another experiment, composed on the way.
+    except (HydraException, OmegaConfBaseException, OSError) as error:
         raise UserError(explain_error(error)) from error
 
 

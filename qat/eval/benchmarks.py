@@ -8,7 +8,6 @@ natural logarithms.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.metadata
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerBase
 
 # Of each task: its definitions below lm_eval/tasks (MMLU has one a subject) and the metric the papers quote.
@@ -241,82 +239,16 @@ def _evaluate(
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
+    from qat.eval.language_model import LanguageModel
+
     with _quiet():
-        lm = _language_model(model, tokenizer, batch_size, max_length, progress)
+        lm = LanguageModel(model, tokenizer, batch_size, max_length, progress)
         for task in prepared.values():
             for leaf in task.leaves:
                 leaf.set_fewshot_seed(_FEWSHOT_SEED)
         items = [task.item for task in prepared.values()]
         results = evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
     return results, lm.truncated
-
-
-def _language_model(model, tokenizer, batch_size: int, max_length: int, progress: bool) -> HFLM:
-    """lm-eval's wrapper of a model, with one bar. `truncated`: pairs of context and choice that did not fit."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    from qat.models.tokenizer import document_token
-
-    added = _added_behind(tokenizer)
-
-    class LanguageModel(HFLM):
-        truncated = frozenset()
-
-        def tok_encode(self, string, add_special_tokens=None, **how):
-            """Encode as lm-eval does, less what the tokenizer adds behind a text: no answer follows an end of text."""
-            tokens = super().tok_encode(string, add_special_tokens, **how)
-            end = len(tokens) - len(added)
-            return tokens[:end] if added and add_special_tokens is None and tokens[end:] == added else tokens
-
-        def _encode_pair(self, context, continuation):
-            """Encode as lm-eval does, prompt and answer together, but apart where a token would span both."""
-            prompt, answer = super()._encode_pair(context, continuation)
-            if not answer or prompt + answer != self.tok_encode(context + continuation):
-                spaces = context[len(context.rstrip()) :]
-                answer = self.tok_encode(spaces + continuation, add_special_tokens=False)
-            return prompt, answer
-
-        def loglikelihood(self, requests, disable_tqdm=True):
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            self.longest = max(len(choice) for _, _, choice in requests)
-            self.truncated |= {
-                texts for texts, context, choice in requests if len(context) + len(choice) > max_length + 1
-            }
-            return super()._loglikelihood_tokens(requests, not progress, override_bs)
-
-        def _model_call(self, inps, attn_mask=None, labels=None):
-            """Logits of the choices' tokens only, which are all that lm-eval reads; it counts them from the end.
-
-            Rows are padded with 0 on the right; where 0 is a token of the text, a few positions more are kept.
-            """
-            padding = int((inps.flip(1).cumsum(1) == 0).sum(1).max())
-            with torch.no_grad():
-                return self.model(inps, logits_to_keep=min(self.longest + padding, inps.shape[1])).logits
-
-    named = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
-    own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, for which it may need one more
-    if own.pad_token_id is None and not named:
-        own.pad_token_id = document_token(tokenizer)
-    own.encode = functools.lru_cache(maxsize=2)(own.encode)  # the choices of a question share their prompt
-    return LanguageModel(
-        pretrained=model,
-        tokenizer=own,
-        prefix_token_id=None if named else document_token(tokenizer),
-        batch_size=batch_size,
-        max_length=max_length,
-        softmax_dtype="float32",  # BF16 log-probabilities of -100 lie 0.5 apart, and choices would tie
-    )
-
-
-def _added_behind(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that a tokenizer adds behind a text, as an end of text."""
-    text = "Question: 1 + 1?\nAnswer: 2"
-    whole, bare = (tokenizer.encode(text, add_special_tokens=special) for special in (True, False))
-    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
-    return whole[next(starts, len(whole)) + len(bare) :]
 
 
 def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:

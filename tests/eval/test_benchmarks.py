@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qat.config import BenchmarkConfig, ModelConfig, TaskConfig
 from qat.errors import ConfigError, UserError
 from qat.eval import benchmarks, questions
+from qat.eval.language_model import LanguageModel
 from qat.models.load import check_model
 from qat.models.tokenizer import byte_tokenizer
 from tests.conftest import composed
@@ -193,7 +194,7 @@ def awkward(merges=(), added="$A", named=True):
 
 def pair(model, tokenizer, prompt, answer):
     """Encode a prompt and an answer."""
-    lm = benchmarks._language_model(model, tokenizer, 1, 2048, False)
+    lm = LanguageModel(model, tokenizer, 1, 2048)
     return tuple(map(tokenizer.convert_ids_to_tokens, lm._encode_pair(prompt, answer)))
 
 
@@ -225,7 +226,7 @@ def test_tokens_are_those_of_lm_eval_where_its_way_works(model, cache, name, use
 
     config = ModelConfig(**composed(f"model={name}").model) if name != "byte" else None
     tokenizer = check_model(config, length=128)[1] if config else byte_tokenizer()
-    ours = benchmarks._language_model(model, tokenizer, 1, 2048, False)
+    ours = LanguageModel(model, tokenizer, 1, 2048)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer)
     pairs = [args for task in SMALL for args in prompts(task, cache, SMALL[task].shots, SMALL[task].limit)]
     assert len(pairs) > 12
