@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from qat.analysis.decisions import decide
+from qat.analysis.measures import MEASURES
 from qat.analysis.results import EvalResult, Outcomes
 from qat.analysis.stats import LEVEL, above_chance, detectable, mcnemar, paired_mean, student, tang, tango
 from qat.config import Config
@@ -178,6 +180,7 @@ def aggregate(matches: Sequence[Match]) -> dict:
         "qat": [_qat_gain(matches, text) for text in texts] if "ptq" in modes else [],
         "tasks": [_task(matches, task, mode) for task in tasks for mode in modes],
         "pooled": [{"mode": mode} | _answers(matches, tasks, mode) for mode in modes if len(tasks) > 1],
+        "measures": [row for mode in modes for row in _measures(matches, tasks, mode)],
     }
 
 
@@ -249,13 +252,15 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
 
 
 def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
-    """Return the mean difference of the losses on a text, one entry a seed, and its 95 % interval, in nats a token.
+    """Return the mean difference of the losses on a text, one entry a seed, with its noise, in nats a token.
 
-    The interval is None of a single document, which has no noise to be had.
+    ci: the 95 % interval; detectable: the smallest difference that is found in four of five cases. Both are None of a
+    single document, which has no noise to be had.
     """
     rows = np.array([change.losses[text] for change in changes])
     mean = paired_mean(rows)
-    return {"difference": float(rows.mean()), "ci": mean and mean.interval()}
+    noise = {"ci": mean and mean.interval(), "detectable": mean and mean.detectable()}
+    return {"difference": float(rows.mean())} | noise
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -274,8 +279,8 @@ def _heldout(matches: Sequence[Match], text: str, mode: str) -> dict:
     origin = [m.origin and m.origin.record["heldout"][text]["loss"] for m in matches]
     row = {"text": text, "mode": mode, "pretrained": _mean(origin), "baseline": _mean(reference)}
     row |= {"loss": _mean([record["loss"] for record in own]), "kl": _mean([record["kl"] for record in own])}
-    row |= {"documents": len(own[0]["document_losses"])}
-    return row | loss_change([m.changes[mode] for m in matches], text)
+    row |= {"documents": len(own[0]["document_losses"])} | loss_change([m.changes[mode] for m in matches], text)
+    return row | _decided(row, row["baseline"] * APE_THRESHOLD / 100)
 
 
 def _qat_gain(matches: Sequence[Match], text: str) -> dict:
@@ -289,9 +294,19 @@ def _qat_gain(matches: Sequence[Match], text: str) -> dict:
 
 
 def _task(matches: Sequence[Match], task: str, mode: str) -> dict:
+    """Return the answers to a task, and how unlike the baseline's they are for better or worse: flips and choice mass
+    as shares, choice KL in nats (`qat.analysis.measures`)."""
     row = {"task": task, "mode": mode} | _answers(matches, [task], mode)
     chance = 100 * matches[0].reference.record["tasks"][task]["chance"]
-    return row | {"chance": chance, "near_chance": _near_chance(row["baseline"], row["n"], chance)}
+    pairs = [(m.own[mode].answers[task], m.reference.answers[task]) for m in matches]
+    diagnosis = {
+        "flips": float(np.mean([own.flips(reference) for own, reference in pairs])),
+        "choice_kl": float(np.mean([own.kl(reference) for own, reference in pairs])),
+        "mass": float(np.mean([own.mass for own, _ in pairs])),
+        "baseline_mass": float(np.mean([reference.mass for _, reference in pairs])),
+    }
+    near_chance = _near_chance(row["baseline"], row["n"], chance)
+    return row | diagnosis | {"chance": chance, "near_chance": near_chance}
 
 
 def _near_chance(score: float, n: int, chance: float) -> bool:
@@ -317,7 +332,7 @@ def _answers(matches: Sequence[Match], tasks: Sequence[str], mode: str) -> dict:
     row |= {"relative_drop": drop, "passes": None if drop is None else drop < DROP_THRESHOLD}
     if len(matches) > 1:
         mean = paired_mean(100 * changes, reach=100.0)
-        return row | {"ci": mean.interval(), "p_value": mean.p_value()}
+        return row | {"ci": mean.interval(), "p_value": mean.p_value(), "detectable": mean.detectable()}
     ratio = tang(round(baseline * n / 100) - lost, lost, gained)
     return row | {
         "ci": [100 * end for end in tango(lost, gained, n)],
@@ -325,3 +340,68 @@ def _answers(matches: Sequence[Match], tasks: Sequence[str], mode: str) -> dict:
         "p_value": mcnemar(lost, gained),
         "detectable": 100 * detectable(lost + gained, n),
     }
+
+
+def _decided(row: Mapping, margin: float, more_is_worse: bool = True, can_move: bool = True) -> dict:
+    """Return the margin of a row's difference, in its unit, and what the difference says."""
+    harm, ci = row["difference"], row["ci"]
+    if not more_is_worse:
+        harm, ci = -harm, ci and [-end for end in reversed(ci)]
+    return {"margin": margin, "decision": decide(harm, ci, margin, row["detectable"], can_move)}
+
+
+def _measures(matches: Sequence[Match], tasks: Sequence[str], mode: str) -> list[dict]:
+    """Return what each of `MEASURES` says of every task, and of all that it can see as `pooled`, a row each.
+
+    value, baseline, difference, ci, margin and detectable are in the measure's unit, of several seeds means; n:
+    questions; tasks: which were pooled, those with skill where the measure is about skill.
+    """
+    rows = []
+    for name, measure in MEASURES.items():
+        own = [task for task in tasks if name in matches[0].reference.answers[task].measures]
+        rows += [{"task": task} | _measure(matches, [task], mode, name) for task in own]
+        seen = [task for task in own if not measure.of_skill or _has_skill(matches, task, name)] or own
+        if len(tasks) > 1 and own:
+            rows += [{"task": "pooled", "tasks": seen} | _measure(matches, seen, mode, name)]
+    return rows
+
+
+def _measure(matches: Sequence[Match], tasks: Sequence[str], mode: str, name: str) -> dict:
+    """Return one measure of the answers to the questions of some tasks."""
+    measure, row = MEASURES[name], {"mode": mode, "measure": name}
+    if name == "accuracy":
+        answers = _answers(matches, tasks, mode)
+        row |= {"value": answers["score"], "difference": answers["points"]}
+        row |= {key: answers[key] for key in ("baseline", "ci", "p_value", "detectable", "n")}
+        sides = [side for m in matches for side in (m.own[mode], m.reference)]
+        can_move = not all(side.answers[task].constant for side in sides for task in tasks)
+        return row | _decided(row, row["baseline"] * measure.margin / 100, measure.more_is_worse, can_move)
+    baseline, value = (
+        float(np.mean([result.outcomes.pooled(tasks, name) for result in results]))
+        for results in ([m.reference for m in matches], [m.own[mode] for m in matches])
+    )
+    mean = paired_mean(np.array([m.changes[mode].pooled(tasks, name) for m in matches]))
+    row |= {"value": value, "baseline": baseline, "difference": value - baseline}
+    row |= {"n": sum(len(matches[0].reference.answers[task].target) for task in tasks)}
+    row |= {
+        "ci": mean and mean.interval(),
+        "p_value": mean and mean.p_value(),
+        "detectable": mean and mean.detectable(),
+    }
+    if not measure.of_skill:
+        return row | _decided(row, baseline * measure.margin / 100)
+    skills = _skills(matches, tasks, name)
+    row["skill"] = float(skills.mean())
+    has_skill = any(_has_skill(matches, task, name) for task in tasks)
+    return row | _decided(row, max(0.0, row["skill"]) * measure.margin / 100, can_move=has_skill)
+
+
+def _skills(matches: Sequence[Match], tasks: Sequence[str], measure: str) -> np.ndarray:
+    """Return the baselines' skill, FP64 [seeds, questions]."""
+    return np.array([np.concatenate([m.reference.answers[task].skill(measure) for task in tasks]) for m in matches])
+
+
+def _has_skill(matches: Sequence[Match], task: str, measure: str) -> bool:
+    """Return whether the baselines know more than a guess, beyond the noise of questions and seeds (one-sided, 5 %)."""
+    mean = paired_mean(_skills(matches, [task], measure))
+    return mean is not None and mean.interval(1 - 2 * LEVEL)[0] > 0

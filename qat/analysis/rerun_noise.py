@@ -37,9 +37,9 @@ def rerun_noise(run: Run, repeat: Run, benchmark: str) -> dict:
     """Compare a finished run with its repetition, JSON-able.
 
     ape: of the training losses, percent; largest: |difference| over the steps, nats a token. Where both were scored
-    (quantized runs: in W8A8): heldout, a row for each text as `loss_change`; flipped and n, answers that changed and
-    questions; else empty and None. identical: whether every loss is equal, bit for bit. Errors: UserError when they
-    were trained on other text, or scored differently.
+    (quantized runs: in W8A8): heldout, a row for each text as `loss_change`; flipped, questions whose chosen answer
+    changed, of n; else empty and None. identical: whether every loss is equal, bit for bit. Errors: UserError when
+    they were trained on other text, or scored differently.
     """
     loss, cfg = training_loss(repeat, run), repeat.typed_config()
     mode = "w8a8" if cfg.quantized else "bf16"
@@ -49,7 +49,7 @@ def rerun_noise(run: Run, repeat: Run, benchmark: str) -> dict:
     if not (first.exists and again.exists):
         return result | {"heldout": [], "flipped": None, "n": None}
     changes = again.less(first)
-    flips = np.concatenate([*changes.answers.values(), []])
+    flips = np.concatenate([*(again.answers[task].flips(first.answers[task]) for task in first.answers), []])
     return result | {
         "heldout": [{"text": text} | loss_change([changes], text) for text in changes.losses],
         "flipped": int(np.count_nonzero(flips)),

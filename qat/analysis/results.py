@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from qat.analysis.measures import Answers
 from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import is_ptq
@@ -17,23 +18,28 @@ _TASK_IDENTITY = ("task_hash", "version", "metric", "shots", "n", "chance")
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Hold the losses and answers of one model, or of two as a difference.
+    """Hold the losses and the measures of the answers of one model, or of two as a difference.
 
-    losses: by held-out text, FP64 [documents], nats a token; answers: by task, FP64 [questions], 1 right and 0 wrong.
+    losses: by held-out text, FP64 [documents], nats a token; answers: by task and measure
+    (`qat.analysis.measures.MEASURES`), FP64 [questions].
     """
 
     losses: Mapping[str, np.ndarray]
-    answers: Mapping[str, np.ndarray]
+    answers: Mapping[str, Mapping[str, np.ndarray]]
 
     def __sub__(self, other: Outcomes) -> Outcomes:
         """Subtract unit by unit what both have: of PTQ's scales on QAT's weights there are no answers."""
         losses = {text: self.losses[text] - other.losses[text] for text in self.losses if text in other.losses}
-        answers = {task: self.answers[task] - other.answers[task] for task in self.answers if task in other.answers}
+        answers = {
+            task: {name: rows[name] - other.answers[task][name] for name in rows if name in other.answers[task]}
+            for task, rows in self.answers.items()
+            if task in other.answers
+        }
         return Outcomes(losses, answers)
 
-    def pooled(self, tasks: Sequence[str] | None = None) -> np.ndarray:
-        """Return the answers to several tasks (None: all) as one row."""
-        return np.concatenate([self.answers[task] for task in tasks or self.answers])
+    def pooled(self, tasks: Sequence[str] | None = None, measure: str = "accuracy") -> np.ndarray:
+        """Return a measure of the answers to several tasks (None: all) as one row."""
+        return np.concatenate([self.answers[task][measure] for task in tasks or self.answers])
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,12 @@ class EvalResult:
     def outcomes(self) -> Outcomes:
         """Return its losses by document and answers by question."""
         losses = {text: np.array(row["document_losses"]) for text, row in self.record["heldout"].items()}
-        answers = {
-            task: np.array([float(sample["correct"]) for sample in self._samples(task)])
-            for task in self.record.get("tasks", {})
-        }
-        return Outcomes(losses, answers)
+        return Outcomes(losses, {task: answers.measures for task, answers in self.answers.items()})
+
+    @cached_property
+    def answers(self) -> dict[str, Answers]:
+        """Return its answers by task."""
+        return {task: Answers.of(self._samples(task)) for task in self.record.get("tasks", {})}
 
     @cached_property
     def qat_weights_ptq_scales(self) -> PtqScalesResult | None:

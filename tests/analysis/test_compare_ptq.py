@@ -87,7 +87,8 @@ def test_what_qat_does_is_told_apart_into_its_weights_and_its_scales(runs):
     weights, scales = [-0.1, -0.05, -0.1], [0, -0.05, -0.1]
     for part, changes in (("weights", weights), ("scales", scales)):
         mean, half = np.mean(changes), half_width(changes)
-        assert qat[part] == {"difference": pytest.approx(mean), "ci": pytest.approx([mean - half, mean + half])}
+        assert qat[part]["difference"] == pytest.approx(mean)
+        assert qat[part]["ci"] == pytest.approx([mean - half, mean + half])
     assert qat["weights"]["difference"] + qat["scales"]["difference"] == pytest.approx(-qat["recovered"])
     assert qat_verdict([result]).endswith(
         "Of QAT minus PTQ, its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales "

@@ -40,8 +40,8 @@ def invent(
     text, found = 3 + 0.3 * rng.random(sequences), []
     for seed in seeds:
         for key in keys:
-            before = {task: np.ones(n) for task, n in TASKS.items()}
-            after = {task: (np.arange(n) >= lost(key) * n).astype(float) for task, n in TASKS.items()}
+            before = {task: {"accuracy": np.ones(n)} for task, n in TASKS.items()}
+            after = {task: {"accuracy": (np.arange(n) >= lost(key) * n).astype(float)} for task, n in TASKS.items()}
             swing = 0.001 * np.cos(np.arange(sequences))
             losses = {"baseline": text - 0.05, "pretrained": text, "ptq": text - 0.05 + ptq(key) + swing}
             for mode in ("w8a8", "bf16"):
@@ -74,5 +74,7 @@ def _write(cfg: Config, losses: Sequence[float], m: Measured, scored: dict[str, 
     if not run.path.exists():
         settings = OmegaConf.to_container(OmegaConf.structured(cfg))
         texts = {mode: {cfg.data.name: m.losses(name)} for mode, name in scored.items()}
-        write_run(run.path, settings, losses, {mode: m.scored[name].answers for mode, name in scored.items()}, texts)
+        answers = {mode: m.scored[name].answers for mode, name in scored.items()}
+        right = {mode: {task: rows["accuracy"] for task, rows in tasks.items()} for mode, tasks in answers.items()}
+        write_run(run.path, settings, losses, right, texts)
     return run

@@ -1,0 +1,37 @@
+"""Decide what a measured difference says, in five words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+DECISIONS = {
+    "harm": "worse, beyond noise",
+    "gain": "better, beyond noise",
+    "equivalent": "the whole interval lies inside the margin: whatever the difference is, it is too small to count",
+    "undecided": "noise hides a difference of the margin's size, here",
+    "powerless": "this measure could not have seen a difference of the margin's size",
+}
+
+
+def decide(
+    difference: float,
+    interval: Sequence[float] | None,
+    margin: float,
+    detectable: float | None = None,
+    can_move: bool = True,
+) -> str:
+    """Return the word of `DECISIONS` for a difference, of which more is worse.
+
+    An interval inside the margin is `equivalent` even where it excludes zero: a difference that small is no harm,
+    however surely it is there. All in one unit. interval: of 95 %; None where there is none to be had. detectable: the
+    smallest difference that the measure finds in four of five cases; None: not known. can_move: False where nothing
+    could have changed the measure, as with one answer to all questions, or no skill to lose.
+    """
+    if not can_move or interval is None:
+        return "powerless"
+    low, high = interval
+    if -margin < low and high < margin:
+        return "equivalent"
+    if low > 0 or high < 0:
+        return "harm" if difference > 0 else "gain"
+    return "powerless" if detectable is not None and detectable > margin else "undecided"
