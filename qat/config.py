@@ -37,6 +37,7 @@ CHOICES = {
     "logger.name": ("wandb", "local"),
     "logger.mode": ("offline", "online", "disabled"),
     "benchmark.split": ("test", "validation"),
+    "benchmark.arithmetic": ("training", "export"),
 }
 
 STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
@@ -169,9 +170,10 @@ class TaskConfig:
 @dataclass
 class BenchmarkConfig:
     name: str = MISSING  # under which scores are kept
-    batch_size: int = 8  # questions at a time
+    batch_size: int = 8  # choices at a time, of a model that cannot encode shared prompts once
     split: str = "test"  # which questions
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # whose questions
+    arithmetic: str = "training"  # training: as the model was trained, with FP32 logits; export: BF16 throughout
 
 
 @dataclass

@@ -139,8 +139,10 @@ def match(run: Run, baseline: Run, benchmark: str, pretrained: Run | None) -> Ma
     origin = EvalResult(pretrained, benchmark, "bf16", command) if pretrained else None
     if origin:
         origin.refuse_unlike(reference)
+        origin.refuse_other_arithmetic(reference)
     fingerprint = baseline.fingerprint
     for result in own.values():
+        result.refuse_other_arithmetic(reference)
         result.refuse_other_baseline(baseline.id, fingerprint)
     return Match(loss, own, reference, origin, changes, _qat_changes(own))
 

@@ -113,6 +113,12 @@ class EvalResult:
                 for key in ("doc_hash", "prompt_hash"):
                     self._refuse_unequal(other, f"{task} question {number} {key}", a[key], b[key])
 
+    def refuse_other_arithmetic(self, other: EvalResult) -> None:
+        """Raise `UserError` where the other was scored in another arithmetic; older scores do not name theirs."""
+        ours, theirs = self.record.get("arithmetic"), other.record.get("arithmetic")
+        if None not in (ours, theirs) or "training" in (ours, theirs):
+            self._refuse_unequal(other, "the arithmetic of scoring", ours, theirs)
+
     def refuse_other_baseline(self, name: str, fingerprint: str) -> None:
         """Raise `UserError` where its KL divergence is from other weights than the baseline's.
 

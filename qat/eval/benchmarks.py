@@ -17,7 +17,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qat.config import BenchmarkConfig
 from qat.errors import ConfigError
@@ -29,12 +29,24 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from transformers import PreTrainedTokenizerBase
 
-# Of each task: its definitions below lm_eval/tasks (MMLU has one a subject) and the metric the papers quote.
+
+class Definition(NamedTuple):
+    """Name a task's definitions below lm_eval/tasks (MMLU has one a subject), the metric that papers quote, the group
+    of the subjects, and whether answers are text or letters."""
+
+    files: str
+    metric: str
+    group: str | None = None
+    text: bool = True
+
+
 TASKS = {
-    "mmlu": ("mmlu/default/mmlu_*.yaml", "acc"),
-    "hellaswag": ("hellaswag/hellaswag.yaml", "acc_norm"),
-    "arc_easy": ("arc/arc_easy.yaml", "acc_norm"),
-    "arc_challenge": ("arc/arc_challenge.yaml", "acc_norm"),
+    "mmlu": Definition("mmlu/default/mmlu_*.yaml", "acc", "mmlu/default/_mmlu.yaml", text=False),
+    "mmlu_continuation": Definition("mmlu/continuation/mmlu_*.yaml", "acc", "mmlu/continuation/_mmlu.yaml"),
+    "hellaswag": Definition("hellaswag/hellaswag.yaml", "acc_norm"),
+    "arc_easy": Definition("arc/arc_easy.yaml", "acc_norm"),
+    "arc_challenge": Definition("arc/arc_challenge.yaml", "acc_norm"),
+    "lambada": Definition("lambada/lambada_openai.yaml", "acc"),
 }
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
@@ -49,7 +61,8 @@ class Scores:
         shots, version (of the official definition), task_hash (equal for scores that may be compared) and truncated
         (questions whose prompt was cut from the left to fit `max_length`).
     samples: a row a question, in an order that never changes: subject (MMLU, else None), doc_hash, prompt_hash
-        (few-shot examples and all choices included), target, choice, correct (0 or 1) and logprobs (one a choice).
+        (few-shot examples and all choices included), target, choice, correct (0 or 1), logprobs (one a choice) and,
+        where answers are text, bytes (UTF-8, one a choice, with the space before it).
     lm_eval: the version of lm-eval.
     """
 
@@ -65,6 +78,7 @@ def score(
     cache: Path,
     max_length: int,
     progress: bool = False,
+    share_prefixes: bool = True,
 ) -> Scores:
     """Score a Hugging Face causal language model on the tasks of `benchmark`.
 
@@ -75,6 +89,8 @@ def score(
         cache: folder for the parsed ARC test questions (1.2 MB); made when missing.
         max_length: longest sequence the model is shown, in tokens. Longer prompts lose their beginning.
         progress: show one bar.
+        share_prefixes: encode what prompts have in common once (`qat.eval.prefixes`), if the model can; False: as
+            lm-eval does, every choice with its prompt.
 
     Raises:
         ConfigError, UserError: as `check`.
@@ -82,7 +98,8 @@ def score(
     prepared = check(benchmark, tokenizer, cache, max_length)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        results, truncated = _evaluate(model, tokenizer, benchmark.batch_size, max_length, prepared, progress)
+        lm = _language_model(model, tokenizer, benchmark.batch_size, max_length, progress, share_prefixes)
+        results = _evaluate(lm, prepared)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -90,7 +107,7 @@ def score(
         name: [_row(task, leaf, sample) for leaf in task.leaves for sample in results["samples"][leaf.task_name]]
         for name, task in prepared.items()
     }
-    tasks = {name: _summary(task, results, samples[name], truncated) for name, task in prepared.items()}
+    tasks = {name: _summary(task, results, samples[name], lm.truncated) for name, task in prepared.items()}
     return Scores(tasks, samples, importlib.metadata.version("lm-eval"))
 
 
@@ -136,18 +153,20 @@ class _Prepared:
     digest: str
 
     @property
-    def metric(self) -> str:
-        return TASKS[self.name][1]
+    def definition(self) -> Definition:
+        return TASKS[self.name]
 
     @functools.cached_property
     def answers(self) -> list[str]:
-        answers = (
-            f"{leaf.config.target_delimiter}{choice}"
-            for leaf in self.leaves
-            for doc in leaf.eval_docs
-            for choice in leaf.doc_to_choice(doc)
-        )
+        answers = (answer for leaf in self.leaves for doc in leaf.eval_docs for answer in _continuations(leaf, doc))
         return sorted(set(answers), key=lambda answer: (-len(answer), answer))
+
+
+def _continuations(leaf: ConfigurableTask, doc: dict[str, Any]) -> list[str]:
+    """Return what is scored behind the prompt of a question: its choices, or the one continuation."""
+    if leaf.OUTPUT_TYPE == "loglikelihood":
+        return [leaf.doc_to_target(doc)]
+    return [f"{leaf.config.target_delimiter}{choice}" for choice in leaf.doc_to_choice(doc)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -157,14 +176,14 @@ def _load(name: str, shots: int, limit: int | None, split: str, cache: Path) -> 
     from lm_eval.tasks._yaml_loader import load_yaml  # a TaskManager would index all tasks first: 5 s
 
     root = package_folder("lm_eval", "lm-eval") / "tasks"
-    definitions = [load_yaml(path) for path in sorted(root.glob(TASKS[name][0]))]
+    definitions = [load_yaml(path) for path in sorted(root.glob(TASKS[name].files))]
     with _quiet():
         leaves = [_leaf(name, definition, shots, limit, split, cache) for definition in definitions]
     resolved = [definitions, shots, limit, split, _FEWSHOT_SEED]
     digest = _digest(json.dumps(resolved, sort_keys=True, default=inspect.getsource))
-    if name != "mmlu":
+    if not TASKS[name].group:
         return _Prepared(name, leaves[0], leaves, shots, digest)
-    group = Group.from_config(load_yaml(root / "mmlu/default/_mmlu.yaml"))
+    group = Group.from_config(load_yaml(root / TASKS[name].group))
     for leaf in leaves:
         group.add(leaf)
     return _Prepared(name, group, leaves, shots, digest)
@@ -223,15 +242,15 @@ def _quiet():
             datasets.enable_progress_bars()
 
 
-def _evaluate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_length: int,
-    prepared: dict[str, _Prepared],
-    progress: bool,
-) -> tuple[dict[str, Any], set[tuple[str, str]]]:
-    """Return (lm-eval's results, the pairs of context and choice that were truncated).
+def _language_model(model, tokenizer, batch_size: int, max_length: int, progress: bool, share_prefixes: bool):
+    from qat.eval.language_model import LanguageModel
+
+    with _quiet():
+        return LanguageModel(model, tokenizer, batch_size, max_length, progress, share_prefixes)
+
+
+def _evaluate(lm, prepared: dict[str, _Prepared]) -> dict[str, Any]:
+    """Return lm-eval's results.
 
     This calls what `simple_evaluate` calls, which also reseeds all random states and spends seconds on facts about the
     machine.
@@ -239,16 +258,12 @@ def _evaluate(
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    from qat.eval.language_model import LanguageModel
-
     with _quiet():
-        lm = LanguageModel(model, tokenizer, batch_size, max_length, progress)
         for task in prepared.values():
             for leaf in task.leaves:
                 leaf.set_fewshot_seed(_FEWSHOT_SEED)
         items = [task.item for task in prepared.values()]
-        results = evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
-    return results, lm.truncated
+        return evaluate(lm, TaskManager(include_defaults=False).load(items), bootstrap_iters=0)
 
 
 def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:
@@ -256,18 +271,23 @@ def _row(task: _Prepared, leaf: ConfigurableTask, sample: dict[str, Any]) -> dic
 
     `acc_norm` divides by characters, as lm-eval does (its `acc_bytes` divides by bytes).
     """
+    choices = leaf.OUTPUT_TYPE == "multiple_choice"
     logprobs = [logprob for logprob, _ in sample["filtered_resps"]]
-    lengths = [len(choice) if task.metric == "acc_norm" else 1 for choice in leaf.doc_to_choice(sample["doc"])]
+    texts = leaf.doc_to_choice(sample["doc"]) if choices else [""]
+    lengths = [len(text) if task.definition.metric == "acc_norm" else 1 for text in texts]
     merit = [logprob / length for logprob, length in zip(logprobs, lengths, strict=True)]
-    return {
-        "subject": leaf.config.task_alias if task.name == "mmlu" else None,
+    row = {
+        "subject": leaf.config.dataset_name if task.definition.group else None,
         "doc_hash": sample["doc_hash"][:_HASH],
         "prompt_hash": _digest(json.dumps(sample["arguments"])),
-        "target": sample["target"],
+        "target": sample["target"] if choices else 0,
         "choice": merit.index(max(merit)),
-        "correct": int(sample[task.metric]),
+        "correct": int(sample[task.definition.metric]),
         "logprobs": [round(logprob, 5) for logprob in logprobs],
     }
+    if task.definition.text:
+        row["bytes"] = [len(text.encode("utf-8")) for text in _continuations(leaf, sample["doc"])]
+    return row
 
 
 def _summary(
@@ -278,15 +298,15 @@ def _summary(
     MMLU's score is lm-eval's group score, which weights subjects by size: the mean over all questions. Its standard
     error is that of this mean; lm-eval's own pools over subjects and does not exist for one question a subject.
     """
-    name = task.item.name if task.name == "mmlu" else task.item.task_name
-    mean = results["results"][name][f"{task.metric},none"]
+    name, metric = task.item.name if task.definition.group else task.item.task_name, task.definition.metric
+    mean = results["results"][name][f"{metric},none"]
     logged = (sample for leaf in task.leaves for sample in results["samples"][leaf.task_name])
     return {
-        "metric": task.metric,
+        "metric": metric,
         "score": mean,
         "stderr": math.sqrt(mean * (1 - mean) / max(len(rows) - 1, 1)),
         "n": len(rows),
-        "chance": sum(1 / len(row["logprobs"]) for row in rows) / len(rows),
+        "chance": sum(1 / len(row["logprobs"]) if len(row["logprobs"]) > 1 else 0 for row in rows) / len(rows),
         "shots": task.shots,
         "version": str(results["versions"][name]),
         "task_hash": task.digest,

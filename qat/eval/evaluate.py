@@ -3,7 +3,8 @@
 Five things are scored for a quantized run: the pretrained checkpoint, the matched BF16 baseline, that baseline in W8A8
 without QAT (`qat.quant.calibrate`), and the run both ways: its weights in BF16 without quantizers (`bf16`, what the
 paper reports), and W8A8 with frozen scales (`w8a8`), whose held-out loss is also taken under PTQ's scales. Every model
-is scored as it would be exported, with its parameters in BF16. Nothing is written into a checkpoint.
+is scored with its parameters in BF16, in the arithmetic that `qat.eval.arithmetic` names. Nothing is written into a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from qat.config import Config
 from qat.data import heldout, packing
 from qat.errors import ConfigError, UserError
-from qat.eval import benchmarks
+from qat.eval import arithmetic, benchmarks
 from qat.models.load import context_length, load_model
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears
@@ -55,26 +56,33 @@ class Subject:
         """Return (the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
         model, tokenizer = load_model(self.cfg.model, self.cfg.seed)
         tensors, facts = self._checkpoint() if self.trained else ({}, {})
-        # Parameters only: rotary frequencies must stay FP32, as they are in training.
-        stored = torch.bfloat16 if device.resolve_arithmetic(self.cfg.budget.arithmetic) == "bf16" else torch.float32
-        parameters = saved = dict(model.named_parameters())
         if self.trained:
+            # Parameters only: rotary frequencies must stay FP32, as they are in training.
+            parameters = dict(model.named_parameters())
             with checkpoint.restoring(self.run.checkpoints):
                 saved = checkpoint.matched(tensors, "model", parameters)
-        for name, parameter in parameters.items():
-            parameter.data = saved[name].detach().to(parameter.device).bfloat16().to(stored)
+            for name, parameter in parameters.items():
+                parameter.data = saved[name].detach().to(parameter.device)
+        how = arithmetic.name(self.cfg)
+        arithmetic.store(model, how)
         model.eval()
-        if self.mode == "bf16":
-            return model, tokenizer
+        if self.mode != "bf16":
+            self._quantize(model, tokenizer, how, tensors, facts)
+        if how != "export":
+            model.set_output_embeddings(arithmetic.FP32Head(model.get_output_embeddings()))
+        return model, tokenizer
+
+    def _quantize(self, model: nn.Module, tokenizer, how: str, tensors: dict, facts: dict) -> None:
+        """Swap in quantized linears, with the checkpoint's scales or calibrated ones, and weights rounded once."""
         bank, _ = convert(model, self.cfg)
         if self.calibrated:
-            calibrate(model, bank, calibration_batches(self.cfg, tokenizer))
+            with arithmetic.autocast(how):
+                calibrate(model, bank, calibration_batches(self.cfg, tokenizer))
         else:
             with checkpoint.restoring(self.run.checkpoints):
                 bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
         bank.freeze()
-        round_weights(quantized_linears(model).values(), stored)
-        return model, tokenizer
+        round_weights(quantized_linears(model).values(), arithmetic.products(how))
 
     def check(self) -> None:
         """Raise `UserError` when there is nothing to score yet, or no longer what it was made of."""
@@ -134,14 +142,17 @@ class _Scorer:
     """Scores subjects with one benchmark and the held-out texts, and writes the results to their folders."""
 
     def __init__(self, cfg: Config, reference: Subject):
-        self.cfg, self.reference = cfg, reference
+        self.cfg, self.reference, self.arithmetic = cfg, reference, arithmetic.name(cfg)
 
     def scored(self, subject: Subject) -> bool:
         """Return whether its folder has the scores of these weights, for what is asked."""
         done = self._done(subject)
         # Recorded runs may lack losses under PTQ's scales, and no longer have the weights to take them.
         mixed = done.get("qat_weights_ptq_scales") or {"sequences": CALIBRATION_SEQUENCES}
-        return done.get("request") == self._request(subject) and mixed["sequences"] == CALIBRATION_SEQUENCES
+        # What was scored before arithmetic had a name was scored as an export.
+        unnamed = self.arithmetic if self.cfg.benchmark.arithmetic == "export" else None
+        alike = done.get("arithmetic", unnamed) == self.arithmetic and done.get("request") == self._request(subject)
+        return alike and mixed["sequences"] == CALIBRATION_SEQUENCES
 
     def _done(self, subject: Subject) -> dict:
         """Return what its folder has of these weights."""
@@ -155,6 +166,7 @@ class _Scorer:
     def _request(self, subject: Subject) -> dict:
         """Return what is asked of a subject: a result counts only for its own questions, text and calibration."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
+        del benchmark["arithmetic"]  # named beside it, as what it came to
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
         heldout |= {"revision": data.revision} if data.revision else {}
         kind = self.cfg.validation
@@ -185,6 +197,7 @@ class _Scorer:
         seconds = round(time.perf_counter() - started, 1)
         record |= {
             "request": self._request(subject),
+            "arithmetic": self.arithmetic,
             "weights": self._weights(subject),
             "scored_on": environment.machine_summary(),
             "seconds": seconds,
@@ -209,13 +222,15 @@ class _Scorer:
         """Return (scores by task and lm-eval's version, samples by task to be written). Where only a text has changed,
         the answers that are there are still those to what is asked."""
         done, request = self._done(subject), self._request(subject)
-        if done and all(done["request"].get(key) == request.get(key) for key in ("benchmark", "calibration_sequences")):
+        asked = ("benchmark", "calibration_sequences")
+        if done.get("arithmetic") == self.arithmetic and all(done["request"].get(k) == request.get(k) for k in asked):
             return {key: done[key] for key in ("tasks", "lm_eval")}, {}
         limit = context_length(model.config)
-        with device.attention_of_any_length():
-            scores = benchmarks.score(
-                model, tokenizer, self.cfg.benchmark, environment.cache_dir(), limit, progress=True
-            )
+        # Current scaling measures a whole batch, so what stands in it matters.
+        alone = subject.mode != "w8a8" or self.cfg.scaling.algo != "current"
+        how = {"progress": True, "share_prefixes": alone}
+        with device.attention_of_any_length(), arithmetic.autocast(self.arithmetic):
+            scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, environment.cache_dir(), limit, **how)
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
     def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
@@ -238,11 +253,11 @@ class _Scorer:
         baseline = self._baseline if beside else None
         losses, divergence = [], []
         for batch in batches:
-            ours = _log_probabilities(model, batch)
+            ours = self._log_probabilities(model, batch)
             labels = batch[:, 1:].unsqueeze(-1)
             losses += (-ours.gather(-1, labels).squeeze(-1).mean(1)).tolist()
             if baseline is not None:
-                wanted = _log_probabilities(baseline, batch)
+                wanted = self._log_probabilities(baseline, batch)
                 kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
                 divergence += kl.mean(1).tolist()
         losses, divergence = (_means(each, text.documents) for each in (losses, divergence))
@@ -253,6 +268,12 @@ class _Scorer:
             "tokens": text.tokens[:, 1:].numel(),
             "text_hash": text.hash,
         }
+
+    @torch.inference_mode()
+    def _log_probabilities(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Map int64 [sequences, length + 1] to log-probabilities of next tokens, FP32 [sequences, length, vocab]."""
+        with arithmetic.autocast(self.arithmetic):
+            return model(input_ids=tokens[:, :-1], use_cache=False).logits.float().log_softmax(-1)
 
 
 def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:
@@ -271,9 +292,3 @@ def _means(values: list[float], groups: torch.Tensor) -> list[float]:
         return []
     sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(0, groups, torch.tensor(values).double())
     return (sums / groups.bincount()).tolist()
-
-
-@torch.inference_mode()
-def _log_probabilities(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """int64 [sequences, length + 1] -> FP32 log-probabilities [sequences, length, vocabulary] of the next tokens."""
-    return model(input_ids=tokens[:, :-1], use_cache=False).logits.float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""lm-eval's wrapper of a model: tokenizers as they are, only the logits that are read, one progress bar.
+"""lm-eval's wrapper of a model: tokenizers as they are, shared prompts once, only the logits that are read, one bar.
 
 Importing this imports lm-eval, which takes seconds.
 """
@@ -10,13 +10,17 @@ import functools
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from qat.eval import prefixes
 from qat.models.tokenizer import document_token
 
 
 class LanguageModel(HFLM):
     """A Hugging Face model as lm-eval asks it questions, of at most `max_length` tokens each.
+
+    share_prefixes: encode what sequences share once (`qat.eval.prefixes`), if the model can.
 
     truncated: pairs of context and choice that did not fit. longest: tokens of the longest choice.
     """
@@ -30,8 +34,10 @@ class LanguageModel(HFLM):
         batch_size: int,
         max_length: int,
         progress: bool = False,
+        share_prefixes: bool = True,
     ):
         self._added, self._progress = _added_behind(tokenizer), progress
+        self._share_prefixes = share_prefixes and prefixes.shareable(model)
         named = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
         own = copy.deepcopy(tokenizer)  # lm-eval gives it a pad token, for which it may need one more
         if own.pad_token_id is None and not named:
@@ -68,7 +74,13 @@ class LanguageModel(HFLM):
         self.longest = max(len(choice) for _, _, choice in requests)
         room = self.max_length + 1
         self.truncated |= {texts for texts, context, choice in requests if len(context) + len(choice) > room}
-        return super()._loglikelihood_tokens(requests, not self._progress, override_bs)
+        if not self._share_prefixes:
+            return super()._loglikelihood_tokens(requests, not self._progress, override_bs)
+        pairs = [(context, choice) for _, context, choice in requests]
+        scored = prefixes.log_likelihoods(self.model, pairs, self.max_length)
+        bar = tqdm(scored, total=len(requests), desc="Running loglikelihood requests", disable=not self._progress)
+        results = {place: (logprob, is_greedy) for place, logprob, is_greedy in bar}
+        return [results[place] for place in range(len(requests))]
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         """Return the logits of the choices' tokens only, which are all that lm-eval reads; it counts them from the end.

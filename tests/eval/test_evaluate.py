@@ -14,7 +14,7 @@ from qat.cli import runner
 from qat.cli.runner import evaluate_and_compare as score
 from qat.data.heldout import load_heldout
 from qat.errors import UserError
-from qat.eval import evaluate
+from qat.eval import arithmetic, evaluate
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.linear import Quantizer
@@ -121,6 +121,10 @@ def quantizers(model) -> list:
     ]
 
 
+def as_scored(cfg):
+    return arithmetic.autocast(arithmetic.name(cfg))
+
+
 def test_held_out_losses_are_those_of_the_exported_weights(scored):
     cfg = scored[0]
     saved = checkpoint.latest(Run.of(cfg).checkpoints)[0]
@@ -130,8 +134,9 @@ def test_held_out_losses_are_those_of_the_exported_weights(scored):
         assert not model.training and len(quantized_linears(model)) == (9 if rounded else 0)
         assert bool(quantizers(model)) == rounded
         tokens, _, _ = load_heldout(cfg.data, tokenizer, 256)
-        with torch.no_grad():
-            logits = model(input_ids=tokens[:, :-1]).logits.float()
+        with torch.no_grad(), as_scored(cfg):
+            logits = model(input_ids=tokens[:, :-1]).logits
+        assert logits.dtype == torch.float32
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
         subject = subjects(cfg)[name]
         heldout = subject.run.evaluations()["smoke"][subject.mode]["heldout"]["embedded"]
@@ -145,10 +150,10 @@ def test_the_losses_under_calibrated_scales_are_those_of_the_runs_own_weights(sc
     cfg = scored[0]
     model, tokenizer = subjects(cfg)["bf16"].build()
     bank, _ = convert(model, identity.ptq_of(cfg))
-    calibrate(model, bank, evaluate.calibration_batches(identity.ptq_of(cfg), tokenizer))
-    bank.freeze()
     tokens, _, _ = load_heldout(cfg.data, tokenizer, 256)
-    with torch.no_grad():
+    with torch.no_grad(), as_scored(cfg):
+        calibrate(model, bank, evaluate.calibration_batches(identity.ptq_of(cfg), tokenizer))
+        bank.freeze()
         logits = model(input_ids=tokens[:, :-1]).logits.float()
     record = Run.of(cfg).evaluations()["smoke"]["w8a8"]
     found = record["qat_weights_ptq_scales"]["heldout"]["embedded"]
@@ -162,7 +167,7 @@ def test_the_divergence_is_that_of_the_two_predictions(scored):
     cfg = scored[0]
     built = {name: subject.build() for name, subject in subjects(cfg).items()}
     tokens, _, _ = load_heldout(cfg.data, built["w8a8"][1], 256)
-    with torch.no_grad():
+    with torch.no_grad(), as_scored(cfg):
         ours, theirs = (built[n][0](input_ids=tokens[:, :-1]).logits.double().softmax(-1) for n in ("w8a8", "baseline"))
     divergence = (theirs * (theirs.log() - ours.log())).sum(-1).mean().item()
     heldout = Run.of(cfg).evaluations()["smoke"]["w8a8"]["heldout"]["embedded"]
@@ -183,7 +188,7 @@ def test_a_scored_model_leaves_its_scales_as_they_were(scored):
     model, _ = subjects(cfg)["w8a8"].build()
     bank = next(value for value in quantizers(model) if isinstance(value, ScaleBank))
     saved = checkpoint.latest(Run.of(cfg).checkpoints)[0]["scales"]
-    with torch.no_grad():
+    with torch.no_grad(), as_scored(cfg):
         model(input_ids=1000 * torch.ones(2, 64, dtype=torch.int64) % 257)
     assert all(torch.equal(value, saved[name]) for name, value in bank.state_dict().items())
     assert not torch.cat(bank.amaxes).any() and bank.scale.unique().numel() > 9
@@ -227,8 +232,8 @@ def test_a_run_folder_can_be_named_instead_of_its_words(scored, main, monkeypatc
     (cfg,) = asked
     assert cfg.benchmark.name == "paper" and Run.of(cfg).path == run.path and cfg.optim == scored[0].optim
     assert cfg.logger == run.typed_config().logger and cfg.logger.name == "wandb"
-    assert main("eval.py", f"run={run.path}", "~benchmark.tasks.mmlu", "logger=local")[0] == 0
-    assert "mmlu" not in asked[-1].benchmark.tasks and asked[-1].logger.name == "local"
+    assert main("eval.py", f"run={run.path}", "~benchmark.tasks.lambada", "logger=local")[0] == 0
+    assert "lambada" not in asked[-1].benchmark.tasks and asked[-1].logger.name == "local"
     assert main("eval.py", f"run={run.path}", "benchmark.batch_size=3")[0] == 0
     own = run.typed_config().benchmark
     assert asked[-1].benchmark == dataclasses.replace(own, batch_size=3) and own.name == scored[0].benchmark.name
