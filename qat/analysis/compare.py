@@ -31,7 +31,14 @@ from qat.runs.identity import baseline_of, identity, pretrained_of, ptq_mode, ru
 
 APE_THRESHOLD = 0.5  # percent, paper section 1
 DROP_THRESHOLD = 1.0  # percent, paper section 1
-TASKS = {"mmlu": "MMLU", "hellaswag": "HellaSwag", "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
+TASKS = {
+    "mmlu": "MMLU",
+    "hellaswag": "HellaSwag",
+    "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge",
+    "mmlu_continuation": "MMLU (text)",
+    "lambada": "LAMBADA",
+}
 MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights"}
 
 _UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks

@@ -24,6 +24,7 @@ from qat.data import heldout, packing
 from qat.errors import ConfigError, UserError
 from qat.eval import arithmetic, benchmarks
 from qat.models.load import context_length, load_model
+from qat.models.loss import has_plain_head
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.linear import round_weights
@@ -143,6 +144,7 @@ class _Scorer:
 
     def __init__(self, cfg: Config, reference: Subject):
         self.cfg, self.reference, self.arithmetic = cfg, reference, arithmetic.name(cfg)
+        self._baseline_states: dict[tuple[str, int], torch.Tensor] = {}
 
     def scored(self, subject: Subject) -> bool:
         """Return whether its folder has the scores of these weights, for what is asked."""
@@ -175,9 +177,9 @@ class _Scorer:
         return request | ({"calibration_sequences": CALIBRATION_SEQUENCES} if subject.calibrated else {})
 
     @functools.cached_property
-    def _baseline(self) -> nn.Module:
-        """The matched baseline, built once for all that is compared with its predictions."""
-        return self.reference.build()[0]
+    def _baseline(self) -> tuple[nn.Module, object]:
+        """The matched baseline and its tokenizer, built once for all that is compared with its predictions."""
+        return self.reference.build()
 
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
@@ -188,7 +190,7 @@ class _Scorer:
             return
         print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
         started = time.perf_counter()
-        model, tokenizer = subject.build()
+        model, tokenizer = self._baseline if subject is self.reference else subject.build()
         answered, samples = self._questions(subject, model, tokenizer)
         record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.cfg.quantized)}
         del model  # before another one is built
@@ -249,15 +251,15 @@ class _Scorer:
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:
         """Return the loss on a text, and the KL divergence from the baseline's predictions: means over documents."""
-        batches = text.tokens.to(device.get_device()).split(_HELDOUT_BATCH)
-        baseline = self._baseline if beside else None
         losses, divergence = [], []
-        for batch in batches:
-            ours = self._log_probabilities(model, batch)
-            labels = batch[:, 1:].unsqueeze(-1)
+        for start in range(0, len(text.tokens), _HELDOUT_BATCH):
+            tokens = text.tokens[start : start + _HELDOUT_BATCH].to(device.get_device())
+            ours = self._log_probabilities(model, self._states(model, tokens, (text.hash, start)))
+            labels = tokens[:, 1:].unsqueeze(-1)
             losses += (-ours.gather(-1, labels).squeeze(-1).mean(1)).tolist()
-            if baseline is not None:
-                wanted = self._log_probabilities(baseline, batch)
+            if beside:
+                baseline, _ = self._baseline
+                wanted = self._log_probabilities(baseline, self._states(baseline, tokens, (text.hash, start)))
                 kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
                 divergence += kl.mean(1).tolist()
         losses, divergence = (_means(each, text.documents) for each in (losses, divergence))
@@ -270,10 +272,28 @@ class _Scorer:
         }
 
     @torch.inference_mode()
-    def _log_probabilities(self, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        """Map int64 [sequences, length + 1] to log-probabilities of next tokens, FP32 [sequences, length, vocab]."""
+    def _states(self, model: nn.Module, tokens: torch.Tensor, key: tuple[str, int]) -> torch.Tensor:
+        """Return what the head reads, [sequences, length, width], for int64 tokens [sequences, length + 1]; of a model
+        whose head is more than a product, its logits. Of the baseline they are made once for all that is compared."""
+        built = "_baseline" in vars(self)  # asking for it would build it
+        reference = built and model is self._baseline[0] and has_plain_head(model)
+        if reference and key in self._baseline_states:
+            return self._baseline_states[key]
         with arithmetic.autocast(self.arithmetic):
-            return model(input_ids=tokens[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+            if has_plain_head(model):
+                states = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+            else:
+                states = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        if reference:
+            self._baseline_states[key] = states
+        return states
+
+    @torch.inference_mode()
+    def _log_probabilities(self, model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """Return the log-probabilities of the next tokens, FP32 [sequences, length, vocabulary]."""
+        with arithmetic.autocast(self.arithmetic):
+            logits = model.get_output_embeddings()(states) if has_plain_head(model) else states
+        return logits.float().log_softmax(-1)
 
 
 def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:

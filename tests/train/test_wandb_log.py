@@ -136,14 +136,17 @@ def test_results_are_the_comparison_as_flat_numbers(config):
     run = Run.of(cfg)
     run.create(cfg)
     row = {"mode": "w8a8", "task": "mmlu", "score": 24.0, "points": -1.0, "relative_drop": 4.0, "p_value": 0.5}
-    own = {"text": "embedded", "mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02}
+    own = {"text": "embedded", "mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02, "decision": "equivalent"}
     wikipedia = own | {"text": "wikipedia", "loss": 2.0}
     other = row | {"task": "arc_easy", "relative_drop": None}  # the baseline had none right
+    bits = {"mode": "w8a8", "task": "pooled", "measure": "bits_per_byte", "difference": 0.1, "decision": "harm"}
     comparison = {"loss": {"ape": 0.2}, "tasks": [row, other], "pooled": [], "heldout": [own, wikipedia]}
+    comparison["measures"] = [bits, bits | {"task": "mmlu"}]
     mmlu = {f"w8a8/mmlu/{key}": row[key] for key in ("score", "points", "relative_drop", "p_value")}
     easy = {f"w8a8/arc_easy/{key}": row[key] for key in ("score", "points", "p_value")}
-    heldout = {f"w8a8/heldout/{key}": own[key] for key in ("loss", "difference", "kl")}
-    heldout |= {f"w8a8/heldout/wikipedia/{key}": wikipedia[key] for key in ("loss", "difference", "kl")}
+    heldout = {f"w8a8/heldout/{key}": own[key] for key in ("loss", "difference", "kl", "decision")}
+    heldout |= {f"w8a8/heldout/wikipedia/{key}": wikipedia[key] for key in ("loss", "difference", "kl", "decision")}
+    heldout |= {f"w8a8/pooled/bits_per_byte/{key}": bits[key] for key in ("difference", "decision")}
     assert wandb_log.results(run, cfg, comparison) == {"warnings": 0, "loss_ape_percent": 0.2} | mmlu | easy | heldout
 
 
