@@ -88,8 +88,8 @@ class HiF8Linear(nn.Module):
         scale, target = self.input_scale, c.target_activation
         if c.activation_scheme == "dynamic":
             scale = to_scale(dispatch.amax(rows), torch.full_like(scale, target), scale)
-        emit = "e4m3" if c.gemm == "fp8" else "values"
-        return Rounded(*dispatch.quantize(rows, scale, None, c.format, c.overflow, target, emit), scale)
+        output = "e4m3" if c.gemm == "fp8" else "values"
+        return Rounded(*dispatch.quantize(rows, scale, None, c.format, c.overflow, target, output), scale)
 
     def _weight(self, dtype: torch.dtype) -> Rounded:
         c = self.config
