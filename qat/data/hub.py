@@ -117,5 +117,5 @@ def _reason(error: Exception) -> str:
 
 def _retry_after(error: Exception) -> float:
     """Return the seconds that the server asks to wait."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return float(asked) if asked.isdigit() else 0.0
+    header = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(header) if header.isdigit() else 0.0

@@ -79,7 +79,7 @@ def _rendezvous() -> dist.Store:
 
 
 def _open_store(address: str, port: int) -> Future[dist.Store]:
-    """Open the store in a thread, which signals cannot interrupt, and register this rank in it.
+    """Open the store and register this rank in it, in a thread, so that the main thread can handle signals.
 
     After each restart by torchrun the ranks use other keys of it.
     """

@@ -73,26 +73,21 @@ def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:
 
     on_gpus: on a GPU each, else on this machine's processor. Errors: ConfigError for a run that could not be trained.
     """
-    source, unknown, architecture, shape, coverage = "", None, None, None, None
+    architecture, source, unknown = None, "", None
     try:
         architecture, source = _architecture(cfg, machine)
     except UserError as error:
         unknown = str(error)
-    if architecture is not None:
-        shape, coverage = flops.model_shape(architecture, cfg)
-    runs = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
-    trainings = [_training(run, architecture, ranks, machine, on_gpus) for run in runs]
+    trainings, shape, coverage = [], None, None
+    for one in [baseline_of(cfg), cfg] if cfg.quantized else [cfg]:
+        run, parts, rates = Run.of(one), None, None
+        if architecture is not None:
+            shape, coverage = flops.model_shape(architecture, one)
+            kind = costs.scope(coverage.kinds()) if one.quantized else None
+            parts = memory.training(shape, coverage, one, ranks, on_gpus)
+            rates = costs.rates(one, shape, kind, machine, on_gpus)
+        trainings.append(Training(run.id, run.status().get("step", 0), one.quantized, parts, rates))
     return Plan(cfg, ranks, machine, on_gpus, shape, coverage, source, unknown, trainings)
-
-
-def _training(cfg: Config, architecture, ranks: int, machine: Machine, on_gpus: bool) -> Training:
-    run, parts, rates = Run.of(cfg), None, None
-    if architecture is not None:
-        shape, coverage = flops.model_shape(architecture, cfg)
-        kind = costs.scope(coverage.kinds()) if cfg.quantized else None
-        parts = memory.training(shape, coverage, cfg, ranks, on_gpus)
-        rates = costs.rates(cfg, shape, kind, machine, on_gpus)
-    return Training(run.id, run.status().get("step", 0), cfg.quantized, parts, rates)
 
 
 def _architecture(cfg: Config, machine: Machine):
