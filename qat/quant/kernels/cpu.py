@@ -192,12 +192,7 @@ def _use_threads_of_torch() -> None:
 
 
 def quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    slot: torch.Tensor | None,
-    clip: float,
-    overflow_value: float,
-    output: str,
+    x: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor | None, clip: float, overflow_value: float, output: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as `qat.quant.kernels.dispatch.quantize`.
 

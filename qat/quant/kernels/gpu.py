@@ -97,12 +97,7 @@ def _float_bits(value: float) -> int:
 
 
 def quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    slot: torch.Tensor | None,
-    clip: float,
-    overflow_value: float,
-    output: str,
+    x: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor | None, clip: float, overflow_value: float, output: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as `qat.quant.kernels.cpu.quantize`; nothing is copied to the host."""
     values = x.new_empty(0) if output == "e4m3" else torch.empty_like(x)
