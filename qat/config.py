@@ -275,10 +275,10 @@ class Config:
 
     def nearest_accumulation(self, ranks: int = 1) -> int:
         """The `budget.accumulation` nearest to this one whose calls so many ranks can share evenly."""
-        asked = self.budget.accumulation
-        calls = {each: self.calls(each) for each in range(1, asked + ranks * self.batch_factor.denominator + 1)}
-        fitting = (each for each, count in calls.items() if count is not None and count % ranks == 0)
-        return min(fitting, key=lambda each: (abs(each - asked), -each))
+        wanted = self.budget.accumulation
+        calls = {n: self.calls(n) for n in range(1, wanted + ranks * self.batch_factor.denominator + 1)}
+        fitting = (n for n, count in calls.items() if count is not None and count % ranks == 0)
+        return min(fitting, key=lambda n: (abs(n - wanted), -n))
 
     @property
     def batch_factor(self) -> Fraction:

@@ -1,4 +1,4 @@
-"""Cut text that is never trained on into sequences that know their document."""
+"""Cut held-out text, which is never trained on, into sequences; record the document of each."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ HELDOUT_LENGTH = 128  # tokens a held-out sequence
 
 
 class Heldout(NamedTuple):
-    """Text never trained on. tokens: int64 [sequences >= 1, HELDOUT_LENGTH + 1]; documents: int64 [sequences], the
-    number of the document that a sequence is of; hash: of the tokens."""
+    """Held-out text.
+
+    tokens: int64 [sequences >= 1, HELDOUT_LENGTH + 1]. documents: int64 [sequences], the number of each sequence's
+    document. hash: of the tokens.
+    """
 
     tokens: torch.Tensor
     documents: torch.Tensor
@@ -32,9 +35,11 @@ class Heldout(NamedTuple):
 
 
 def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
-    """Return about `wanted` held-out tokens of as many documents as possible: the first sequence of each, then the
-    second of each, and so on. Neighbours in one document would say nothing new about the noise. Errors: UserError when
-    no document has a sequence."""
+    """Return about `wanted` held-out tokens: the first sequence of each document, then the second of each, and so on.
+
+    Many documents are better than few: neighbouring sequences of one document are correlated. Errors: UserError when
+    every document is shorter than a sequence.
+    """
     length, count = HELDOUT_LENGTH + 1, max(1, wanted // HELDOUT_LENGTH)
     separator = document_token(tokenizer)
     encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
@@ -52,7 +57,7 @@ def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
 
 
 def _heldout(cfg: DataConfig) -> Iterator[str]:
-    """Yield documents never trained on, in a fixed order; of a MediaWiki dump, all."""
+    """Yield the held-out documents in a fixed order; those of a MediaWiki dump are all its articles."""
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
         return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(files.expand(cfg.path)))
     return open_corpus(cfg, seed=0).heldout()

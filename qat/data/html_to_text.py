@@ -1,4 +1,4 @@
-"""Turn a page of an HTML manual, as Sphinx and DocBook write them, into prose."""
+"""Turn a page of an HTML manual, as Sphinx and DocBook write them, into plain prose."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import re
 
 from lxml import html
 
-# What is not read aloud: code, tables, lists of contents, marks beside headings.
-_UNREAD_TAGS = {"script", "style", "pre", "table", "nav", "svg", "form"}
-_UNREAD_CLASSES = {"toc", "toctree-wrapper", "contents", "headerlink", "indexterm", "navheader", "navfooter"}
+# Left out: code, tables, lists of contents, marks beside headings.
+_DROPPED_TAGS = {"script", "style", "pre", "table", "nav", "svg", "form"}
+_DROPPED_CLASSES = {"toc", "toctree-wrapper", "contents", "headerlink", "indexterm", "navheader", "navfooter"}
 _BLOCKS = ("p", "li", "dt", "dd", "div", "section", "blockquote", "br", *(f"h{level}" for level in range(1, 7)))
 _BREAK = "\u2029"  # Unicode's paragraph separator, which no page has
 
-_SENTENCE = 8  # words: anything shorter is a heading, a name or a signature
+# A paragraph is prose if it has at least so many parts, and this share of them look like words.
+_SENTENCE = 8
+_LEAST_WORDS = 0.7
 _WORD = re.compile(r"[(\"'“‘]*[A-Za-z][a-z’'-]*[.,;:!?)\"'”’]*")
-_LEAST_WORDS = 0.7  # of a paragraph: the share that are words of a language
-_LEAST_PROSE = 0.5  # of a page: the share of its characters that are in such paragraphs
+_LEAST_PROSE = 0.5  # a page is prose if this share of its characters is in such paragraphs
 
 
 def document(page: bytes) -> str:
-    """Return the paragraphs of a page in UTF-8, blank lines between them; nothing for a page that is mostly no prose,
-    such as an index or a list of names."""
+    """Return the paragraphs of a page in UTF-8, separated by blank lines; "" for a page that is mostly not prose."""
     text = "\n\n".join(paragraphs(page))
     return text if prose_size(text) >= _LEAST_PROSE * len(text) else ""
 
 
 def paragraphs(page: bytes) -> list[str]:
-    """Return headings, paragraphs and items of lists, one line each, without code, tables and navigation."""
+    """Return headings, paragraphs and list items, one line each, without code, tables and navigation."""
     root = html.document_fromstring(page, parser=html.HTMLParser(encoding="utf-8"))
-    body = next(iter(root.xpath("//*[@role='main']")), root.body)  # Sphinx's, else the whole
+    body = next(iter(root.xpath("//*[@role='main']")), root.body)  # of Sphinx, else the whole page
     for element in list(body.iter(html.etree.Element)):
-        if element.tag in _UNREAD_TAGS or not _UNREAD_CLASSES.isdisjoint(element.classes):
+        if element.tag in _DROPPED_TAGS or not _DROPPED_CLASSES.isdisjoint(element.classes):
             element.drop_tree()
     for element in body.iter(_BLOCKS):
         element.text = _BREAK + (element.text or "")
@@ -40,7 +40,7 @@ def paragraphs(page: bytes) -> list[str]:
 
 
 def prose_size(document: str) -> int:
-    """Return how many of a document's characters are in sentences, not in headings, signatures or data."""
+    """Return how many characters of a document are in sentences, not in headings, signatures or data."""
     return sum(len(paragraph) for paragraph in document.split("\n\n") if _is_prose(paragraph))
 
 

@@ -1,8 +1,8 @@
-"""Read from the Hugging Face hub through outages: wait and say so, end what hangs, refuse at once what is final.
+"""Read from the Hugging Face hub through outages: wait and print so, end hanging requests, refuse final errors at once.
 
-Three layers retry by themselves: the hub's client (five quick tries after broken connections, which stay), its way with
-status codes (it would sleep as long as the server says, in silence) and `datasets` (20 tries, up to a minute apart).
-The last two are turned off here, so that `retry` alone decides how long to wait.
+Three layers retry by themselves: the hub's client after broken connections (five quick tries), the same client after
+status codes (it sleeps silently as long as the server says) and `datasets` (20 tries, up to a minute apart). The last
+two are turned off here, so that `retry` alone decides how long to wait.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from qat.config import DataConfig
 from qat.errors import UserError
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries: doubled each time, and jittered
-SILENCE = 30.0  # seconds without a byte after which a request has failed; the hub's client waits for ever
+SILENCE = 30.0  # seconds without a byte after which a request fails; the hub's client would wait for ever
 _UNAVAILABLE = (408, 429, 500, 502, 503, 504)
 _FINAL = (401, 403, 404)
 _Result = TypeVar("_Result")
-_reached = threading.Event()  # this process has read something from a hub: it is no offline machine
+_reached = threading.Event()  # set once this process has read from a hub: the machine is not offline
 
 
 @functools.cache
 def prepare() -> None:
-    """Give this process's hub client limits of time, and make it raise at once when the hub cannot serve a data set."""
+    """Give this process's hub client time limits, and let it raise at once when the hub cannot serve a data set."""
     import datasets
 
     config = datasets.config
@@ -45,7 +45,7 @@ def prepare() -> None:
     hub_logging.set_verbosity_error()
 
     def limit_time(request: httpx.Request) -> None:
-        limits = request.extensions["timeout"]  # None where a caller asks to wait for ever, as listing files does
+        limits = request.extensions["timeout"]  # None means to wait for ever; the listing of files asks for that
         request.extensions["timeout"] = {kind: limit or SILENCE for kind, limit in limits.items()}
 
     def raise_outage(response: httpx.Response) -> None:
@@ -53,30 +53,30 @@ def prepare() -> None:
             response.read()
             hf_raise_for_status(response)
 
-    own = get_session().event_hooks["request"]  # refuses in offline mode
-    hooks = {"request": [*own, limit_time], "response": [raise_outage]}
+    offline_hooks = get_session().event_hooks["request"]  # the client's own: they refuse in offline mode
+    hooks = {"request": [*offline_hooks, limit_time], "response": [raise_outage]}
     set_client_factory(lambda: httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=SILENCE))
 
 
 def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result:
-    """Return attempt(), tried again for `data.retry_hours` while the hub cannot be reached.
+    """Return attempt(), repeated for up to `data.retry_hours` while the hub cannot be reached.
 
-    A machine that never reached it is taken to be offline. Errors: UserError, at once when waiting would not help;
-    OSError of a local file.
+    Errors: UserError, at once when waiting would not help, as on a machine that has never reached the hub; OSError of a
+    local file.
     """
-    began = None
+    start = None  # of the outage
     wait = FIRST_WAIT
     while True:
         try:
             result = attempt()
         except (OSError, ValueError, TypeError, httpx.HTTPError) as error:
-            if getattr(error, "filename", None):  # of this machine: a full disk is no outage
+            if getattr(error, "filename", None):  # an error of a local file, such as a full disk
                 raise
             if _is_final(error):
                 raise unusable(cfg, error) from error
             reason = _reason(error)
-            began = began or time.monotonic()
-            left = began + 3600 * cfg.retry_hours - time.monotonic()
+            start = start or time.monotonic()
+            left = start + 3600 * cfg.retry_hours - time.monotonic()
             if left <= 0:
                 raise UserError(
                     f"{cfg.named}: {what} could not be read for {cfg.retry_hours:g} hours ({reason}); the "
@@ -89,34 +89,33 @@ def retry(attempt: Callable[[], _Result], cfg: DataConfig, what: str) -> _Result
             wait = min(2 * wait, LONGEST_WAIT)
         else:
             _reached.set()
-            if began:
-                print(f"\n{cfg.path}: {what} is read, after {time.monotonic() - began:.0f} s", flush=True)
+            if start:
+                print(f"\n{cfg.path}: {what} is read, after {time.monotonic() - start:.0f} s", flush=True)
             return result
 
 
 def unusable(cfg: DataConfig, error: Exception) -> UserError:
-    """Return the refusal of a data set that waiting will not mend."""
-    instead = f"or use {cfg.group}={cfg.packaged}"
-    return UserError(f"{cfg.named}: cannot be streamed ({_reason(error)}); {instead}")
+    """Return the error for a data set that cannot be used, however long one waits."""
+    return UserError(f"{cfg.named}: cannot be streamed ({_reason(error)}); or use {cfg.group}={cfg.packaged}")
 
 
 def _is_final(error: Exception) -> bool:
-    """Return whether the same request would fail for ever."""
+    """Return whether the same request would always fail."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _FINAL
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
         return not _reached.is_set()
-    if isinstance(error, pyarrow.ArrowInvalid):  # a ValueError: what was read is not Parquet, as a part of it is not
+    if isinstance(error, pyarrow.ArrowInvalid):  # a ValueError, raised too when only a part of a file arrived
         return False
     return isinstance(error, (ValueError, TypeError, FileNotFoundError, OfflineModeIsEnabled))
 
 
 def _reason(error: Exception) -> str:
-    root = error.__cause__ or error  # `datasets` says "Server Disconnected" to everything
+    root = error.__cause__ or error  # `datasets` itself says "Server Disconnected" whatever happened
     return str(root).strip().split("\n")[0] or type(root).__name__
 
 
 def _retry_after(error: Exception) -> float:
     """Return the seconds that the server asks to wait."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return float(asked) if asked.isdigit() else 0.0
+    header = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(header) if header.isdigit() else 0.0

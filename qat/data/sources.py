@@ -1,4 +1,4 @@
-"""Sources of text: documents in an order that the seed decides, from any place on."""
+"""Sources of text: documents in an order that depends on the seed, from any place on."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from qat.errors import UserError
 from qat.utils import files
 from qat.utils.environment import package_path
 
-PASSAGE = 4000  # characters: a speech is cut into documents of about the length of a web page
-HELDOUT_EVERY = 20  # of the files, one in so many is never trained on
+PASSAGE = 4000  # characters: texts are cut into documents of about the length of a web page
+HELDOUT_EVERY = 20  # one file in so many is never trained on
 
 Place = tuple[int, int, int]  # of a document: epoch, block (shards before it in the epoch), number in the block
 
 
 class Corpus:
-    """Documents in a seeded order, apart from those held out.
+    """Documents in a seeded order, and held-out documents that are not among them.
 
-    A block is a part of an epoch whose documents are shuffled together. It can be read without what comes before it.
+    A block is a part of an epoch whose documents are shuffled together. It can be read without the blocks before it.
     """
 
-    facts: dict  # what tells this text, and the rule of its order, from other ones; JSON-able
+    facts: dict  # identifies this text and the rule of its order; JSON-able
 
     def __init__(self, cfg: DataConfig, seed: int):
         self.cfg, self.seed = cfg, seed
 
     def documents(self, tokenizer, place: Place = (0, 0, 0)) -> Iterator[tuple[Place, Sequence[int]]]:
-        """Yield (place, tokens) of each document from this place on, epoch after epoch, for ever. An epoch has every
-        document once. Errors: UserError."""
+        """Yield (place, tokens) of each document from a place on, without end. An epoch has every document once.
+
+        Errors: UserError.
+        """
         epoch, *start = place
         while True:
             empty = True
@@ -45,11 +47,11 @@ class Corpus:
             epoch, start = epoch + 1, (0, 0)
 
     def _epoch(self, tokenizer, epoch: int, block: int, number: int) -> Iterator[tuple[int, int, Sequence[int]]]:
-        """Yield (block, number, tokens) of an epoch's documents from one on."""
+        """Yield (block, number, tokens) of an epoch's documents from a block and number on."""
         raise NotImplementedError
 
     def heldout(self) -> Iterator[str]:
-        """Yield the documents that no epoch has, in a fixed order."""
+        """Yield the held-out documents in a fixed order."""
         raise NotImplementedError
 
     def _shuffle(self, items: list, *place: int) -> None:
@@ -57,8 +59,10 @@ class Corpus:
 
 
 class TextFiles(Corpus):
-    """The .txt files of a folder and those below it; an epoch is one block of passages. Files, not passages, are held
-    out, so that no held-out text has trained neighbours."""
+    """The .txt files in a folder and its subfolders. An epoch is one block of passages.
+
+    Whole files are held out, not passages, so that no held-out text is next to text that was trained on.
+    """
 
     def __init__(self, cfg: DataConfig, seed: int):
         super().__init__(cfg, seed)
@@ -68,17 +72,17 @@ class TextFiles(Corpus):
         if len(texts) < 2:
             raise UserError(f"{cfg.named}: needs a folder with at least two .txt files, found {len(texts)}")
         self.held_out = texts[::HELDOUT_EVERY]
-        self.trained = [f for place, f in enumerate(texts) if place % HELDOUT_EVERY]
+        self.trained = [f for number, f in enumerate(texts) if number % HELDOUT_EVERY]
         self.facts = {"order": 1, "revision": inventory(folder, texts)}
 
     def _epoch(self, tokenizer, epoch: int, block: int, number: int) -> Iterator[tuple[int, int, Sequence[int]]]:
         passages = [passage for file in self.trained for passage in self._passages(file)]
         self._shuffle(passages, epoch)
         encoded = tokenize.encode_all(tokenizer, passages[number:], self.cfg.tokenizer_threads)
-        yield from ((0, place, tokens) for place, tokens in enumerate(encoded, number))
+        yield from ((0, position, tokens) for position, tokens in enumerate(encoded, number))
 
     def heldout(self) -> Iterator[str]:
-        # One passage of each file in turn: a short measurement still sees every held-out file.
+        # One passage of each file in turn, so that even a short measurement sees every held-out file.
         columns = itertools.zip_longest(*map(self._passages, self.held_out))
         return (passage for row in columns for passage in row if passage is not None)
 

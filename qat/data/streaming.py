@@ -17,23 +17,22 @@ from qat.data.sources import Corpus, inventory
 from qat.models.tokenizer import document_token
 from qat.utils import files
 
-HELDOUT_DOCUMENTS = 1000  # so many leading documents are never trained on
+HELDOUT_DOCUMENTS = 1000  # the first so many documents are never trained on
 _AHEAD = 16  # row groups read ahead: about a block and a half of FineWeb, 50 MB
-_ROWS = 1000  # read at once; left to itself, `datasets` takes as many as the file's first row group has: maybe none
-_LEAST_READ = 2**16  # bytes a request: more is asked for only where it is wanted
+_ROWS = 1000  # rows read at once; by default `datasets` takes the size of the file's first row group, which may be 0
+_LEAST_READ = 2**16  # bytes of the smallest request to the hub
 
 
 class ParquetFiles(Corpus):
-    """The `text` column of a Hugging Face data set of Parquet files, or of a local folder of such.
+    """The `text` column of a Hugging Face data set of Parquet files, or of a local folder of such files.
 
-    A shard is a row group: a thousand documents of FineWeb. Each epoch permutes the shards; those that follow each
-    other make up blocks of at least `data.shuffle_buffer` documents. Reading a shard fetches its text and its file's
-    footer, and nothing that comes before it. With `data.cache` its tokens, and what is known of the data set, stay on
-    disk for all runs, whatever their seed.
+    A shard is a row group: a thousand documents of FineWeb. Each epoch permutes the shards; consecutive ones form
+    blocks of at least `data.shuffle_buffer` documents. Reading a shard fetches its text and its file's footer, and
+    nothing before it. With `data.cache`, tokens and facts of the data set stay on disk for all runs and seeds.
     """
 
     def __init__(self, cfg: DataConfig, seed: int, revision: str | None = None):
-        """revision: a commit to stay on, whatever the branch has come to."""
+        """revision: a commit to stay on even if the branch moves."""
         super().__init__(cfg, seed)
         self.path = files.expand(cfg.path)
         self.local = Path(self.path).is_dir()
@@ -51,20 +50,22 @@ class ParquetFiles(Corpus):
             return inventory(folder, sorted(f for f in folder.rglob("*") if f.is_file()))
         from huggingface_hub import HfApi
 
-        known = functools.partial(HfApi().dataset_info, self.cfg.path, revision=self.cfg.revision, timeout=hub.SILENCE)
-        return self._known(self.cache, self.cfg.revision or "newest", lambda: known().sha, "the data set")
+        def ask() -> str:
+            return HfApi().dataset_info(self.cfg.path, revision=self.cfg.revision, timeout=hub.SILENCE).sha
+
+        return self._fact(self.cache, self.cfg.revision or "newest", ask, "the data set")
 
     @functools.cached_property
     def held_out(self) -> list[str]:
         """The held-out documents."""
-        return self._known(
+        return self._fact(
             self._folder, "heldout", lambda: _texts(self._files.take(HELDOUT_DOCUMENTS)), "its held-out text"
         )
 
     @functools.cached_property
     def shards(self) -> int:
         """The number of row groups."""
-        return self._known(self._folder, "shards", lambda: self._row_groups.num_shards, "the list of row groups")
+        return self._fact(self._folder, "shards", lambda: self._row_groups.num_shards, "the list of row groups")
 
     @property
     def facts(self) -> dict:
@@ -77,21 +78,21 @@ class ParquetFiles(Corpus):
         order = list(range(self.shards))
         self._shuffle(order, epoch)
         read = self._reader(tokenizer)
-        readers = self.cfg.tokenizer_threads + 1  # one waits for the network, most of the time
+        threads = self.cfg.tokenizer_threads + 1  # one of them usually waits for the network
         documents = []
-        shards = tokenize.in_background(read, order[block:], readers, _AHEAD)
-        for after, (shard, first_try) in enumerate(shards, block + 1):
-            # Waiting for the hub is left to the thread that asks; what a failed try has read is thrown away.
+        shards = tokenize.in_background(read, order[block:], threads, _AHEAD)
+        for next_block, (shard, first_try) in enumerate(shards, block + 1):
+            # Where the background thread failed, this thread waits for the hub and reads the whole shard again.
             tries = itertools.chain([first_try.result], itertools.repeat(functools.partial(read, shard)))
-            documents += self._retried(lambda tries=tries: next(tries)(), f"row group {shard}")
-            if len(documents) >= self.cfg.shuffle_buffer or after == len(order):
+            documents += self._retry(lambda tries=tries: next(tries)(), f"row group {shard}")
+            if len(documents) >= self.cfg.shuffle_buffer or next_block == len(order):
                 self._shuffle(documents, epoch, block)
-                yield from ((block, place, tokens) for place, tokens in enumerate(documents[number:], number))
-                block, number, documents = after, 0, []
+                yield from ((block, position, tokens) for position, tokens in enumerate(documents[number:], number))
+                block, number, documents = next_block, 0, []
 
     def _reader(self, tokenizer) -> Callable[[int], list[numpy.ndarray]]:
-        """Return what reads the tokens of a row group's documents."""
-        held_out, kind = set(self.held_out), token_cache.dtype(tokenizer)
+        """Return a function that returns the tokens of each document of a row group."""
+        held_out, dtype = set(self.held_out), token_cache.dtype(tokenizer)
         encode = functools.partial(tokenize.encode, tokenizer, separator=document_token(tokenizer))
         folder = self._folder and self._folder / token_cache.key(tokenizer)
 
@@ -100,7 +101,7 @@ class ParquetFiles(Corpus):
                 row_groups = self._row_groups
             rows = row_groups.shard(num_shards=row_groups.num_shards, index=shard)
             texts = [text for text in _texts(rows) if text not in held_out]
-            return [numpy.array(tokens, kind) for group in tokenize.groups(texts) for tokens in encode(group)]
+            return [numpy.array(tokens, dtype) for group in tokenize.groups(texts) for tokens in encode(group)]
 
         if folder is None:
             return make
@@ -108,7 +109,7 @@ class ParquetFiles(Corpus):
 
     @property
     def _folder(self) -> Path | None:
-        """Return where the cache keeps this revision."""
+        """The cache folder of this revision; None without a cache."""
         return self.cache and self.cache / self.revision
 
     @functools.cached_property
@@ -130,13 +131,13 @@ class ParquetFiles(Corpus):
         except datasets.exceptions.FileNotFoundDatasetsError:
             raise
         except ValueError as error:
-            if "doesn't have a '" not in str(error):  # these options are those of Parquet alone
+            if "doesn't have a '" not in str(error):  # said of our options, which only Parquet has
                 raise
             raise ValueError(
                 f"its files are not Parquet; make them so by `datasets.load_dataset('{self.cfg.path}', split='train')"
                 f".to_parquet('text.parquet')`, or for .txt set data.source=files"
             ) from None
-        except FileNotFoundError as error:  # also said of a README that the hub could not send
+        except FileNotFoundError as error:  # also raised when the hub could not send the README
             raise error if self.local else ConnectionError(str(error)) from error
         if getattr(dataset.features.get("text"), "dtype", None) not in ("string", "large_string"):
             raise ValueError("it has no column named text that holds strings")
@@ -144,15 +145,16 @@ class ParquetFiles(Corpus):
 
     @functools.cached_property
     def _row_groups(self):
-        """The same split into row groups: this reads the footer of every file."""
+        """The data set with row groups as its shards. This reads the footer of every file."""
         return self._files.reshard()
 
-    def _known(self, folder: Path | None, name: str, ask: Callable, what: str):
-        """Return a fact of the data set, asked for once for all runs that share a cache."""
-        ask = functools.partial(self._retried, ask, what)
+    def _fact(self, folder: Path | None, name: str, ask: Callable, what: str):
+        """Return a fact of the data set, asked for once by all runs that share a cache."""
+        ask = functools.partial(self._retry, ask, what)
         return ask() if folder is None else token_cache.fact(folder, name, ask, self.cfg.path)
 
-    def _retried(self, attempt: Callable, what: str):
+    def _retry(self, attempt: Callable, what: str):
+        """Return attempt(), repeated while a hub cannot be reached. Errors: UserError."""
         if not self.local:
             return hub.retry(attempt, self.cfg, what)
         try:
@@ -161,8 +163,7 @@ class ParquetFiles(Corpus):
             raise hub.unusable(self.cfg, self._damage() or error) from error
 
     def _damage(self) -> Exception | None:
-        """Return what is wrong with the first file of a local folder that is not Parquet; `datasets` does not say which
-        it is."""
+        """Return an error that names the first damaged Parquet file of a local folder, which `datasets` does not."""
         for file in sorted(Path(self.path).rglob("*.parquet")):
             try:
                 pyarrow.parquet.read_metadata(file)

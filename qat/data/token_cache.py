@@ -1,11 +1,11 @@
-"""Keep tokens on disk, so that the runs of a suite read the network once.
+"""Keep tokens on disk, so that the runs of a suite read from the network once.
 
-$HIF8_CACHE/tokens/<data set>/   facts.json       {"newest" or what `data.revision` says: the commit it is}
+$HIF8_CACHE/tokens/<data set>/   facts.json       {`data.revision`, or "newest": its commit}
     <commit>/                    facts.json       its number of row groups and its held-out documents
         <tokenizer>/             <number>.npz     tokens of a row group, and where each document ends
 
-A row group is read and tokenized by the first process that wants it; those that want it meanwhile wait. A .npz has
-checksums of its own: a damaged one is made again.
+The first process that needs a row group reads and tokenizes it; others wait for that. A .npz file has checksums, and a
+damaged one is made again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from qat.utils import files
 from qat.utils.environment import cache_dir
 
 _POLL = 0.05  # seconds between two tries to take a lock
-_LOCKS = 64  # files in a folder: two row groups that share one wait for each other
+_LOCKS = 64  # lock files in a folder; row groups that share one wait for each other
 
 
 def load(path: Path, make: Callable[[], list[numpy.ndarray]]) -> list[numpy.ndarray]:
-    """Return the tokens of each document in a file of the cache, written out of make() where it is missing."""
+    """Return the tokens of each document in a cache file. A missing or damaged file is written from make()."""
     documents = _read(path)
     if documents is None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def load(path: Path, make: Callable[[], list[numpy.ndarray]]) -> list[numpy.ndar
 
 
 def fact(folder: Path, name: str, ask: Callable[[], Any], what: str) -> Any:
-    """Return an entry of a folder's facts.json, from ask() where it is missing. what: said to a process that waits."""
+    """Return an entry of a folder's facts.json, from ask() where it is missing. what: printed to waiting processes."""
     with files.lock(folder, what):
         facts = files.cached_json(folder / "facts.json") or {}
         if name not in facts:
@@ -59,18 +59,21 @@ def fact(folder: Path, name: str, ask: Callable[[], Any], what: str) -> Any:
 
 
 def folder(cfg: DataConfig, heldout: int) -> Path:
-    """Return the folder of a data set. heldout: how many of its documents are never trained on."""
+    """Return the folder of a data set. heldout: how many of its documents are held out."""
     name = "-".join(filter(None, [cfg.path.strip("/").replace("/", "_"), cfg.subset]))
     return cache_dir() / "tokens" / f"{name}-{_hash(cfg.path, cfg.subset, heldout)}"
 
 
 def key(tokenizer) -> str:
-    """Return a name for all that decides which tokens a text becomes."""
+    """Return a hash of everything that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else [type(tokenizer).__name__, tokenizer.get_vocab()]
-    if isinstance(tokenizer, SentencePiece):  # pieces alone do not tell how text is cut into them
-        words = hashlib.sha256(tokenizer.sp_model.serialized_model_proto()).hexdigest()
-    return _hash(document_token(tokenizer), words)
+    if isinstance(tokenizer, SentencePiece):  # its vocabulary does not tell how text is cut
+        definition = hashlib.sha256(tokenizer.sp_model.serialized_model_proto()).hexdigest()
+    elif backend is not None:
+        definition = backend.to_str()
+    else:
+        definition = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    return _hash(document_token(tokenizer), definition)
 
 
 def dtype(tokenizer) -> type:
@@ -96,7 +99,7 @@ def _read(path: Path) -> list[numpy.ndarray] | None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file. The system takes it from a process that ends in whatever way."""
+    """Hold a lock file. The system releases it when the process ends, however it ends."""
     with path.open("w") as file, files.naming(path):
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Turn documents into tokens, in background threads whose results are taken in order."""
+"""Turn documents into tokens, in background threads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ _Item, _Result = TypeVar("_Item"), TypeVar("_Result")
 
 
 def encode(tokenizer, documents: Iterable[str], separator: int) -> list[list[int]]:
-    """Return the token ids of each document, led by one separator. Errors: UserError for text that the tokenizer
-    refuses."""
+    """Return the token ids of each document, after one separator. Errors: UserError when the tokenizer fails."""
     try:
         encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -27,21 +26,21 @@ def encode(tokenizer, documents: Iterable[str], separator: int) -> list[list[int
 
 
 def encode_all(tokenizer, documents: list[str], threads: int) -> Iterator[list[int]]:
-    """Yield the token ids of each document (see `encode`), worked out a little ahead in background threads."""
+    """Yield the token ids of each document (see `encode`), computed a little ahead in background threads."""
     work = functools.partial(encode, tokenizer, separator=document_token(tokenizer))
     for _, tokens in in_background(work, groups(documents), threads, threads):
         yield from tokens.result()
 
 
 def groups(documents: list[str]) -> Iterator[list[str]]:
-    """Cut documents into as many as the tokenizer takes at once: its results need a hundred times their memory."""
+    """Split documents into groups for one call of the tokenizer, whose results take a hundred times their memory."""
     return (documents[start : start + _GROUP] for start in range(0, len(documents), _GROUP))
 
 
 def in_background(
     work: Callable[[_Item], _Result], items: Iterable[_Item], threads: int, ahead: int
 ) -> Iterator[tuple[_Item, Future[_Result]]]:
-    """Yield (item, future of work(item)) in the order of the items, with so many more of them under way."""
+    """Yield (item, future of work(item)) in the order of the items, while work on the next `ahead` goes on."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
     waiting: deque[tuple[_Item, Future]] = deque()
     try:
@@ -51,5 +50,5 @@ def in_background(
                 yield waiting.popleft()
         while waiting:
             yield waiting.popleft()
-    finally:  # without waiting: the garbage collector may end this generator in one of the pool's own threads
+    finally:  # do not wait: the garbage collector may end this generator in one of the pool's own threads
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Read a MediaWiki dump: the openings of its articles, without markup."""
+"""Read the openings of the articles in a MediaWiki dump, without markup."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from qat.errors import UserError
 
 
 def openings(dump: Path) -> Iterator[str]:
-    """Yield the text of each article before its first heading, in the dump's order: prose, where the rest is full of
-    lists, tables and references. dump: XML, compressed by bzip2. Errors: UserError when it is no such file."""
+    """Yield the text of each article before its first heading, in the dump's order.
+
+    The rest of an article is full of lists, tables and references. dump: XML, compressed by bzip2. Errors: UserError
+    when it is no such file.
+    """
     try:
         with bz2.open(dump) as file:
             for _, page in ElementTree.iterparse(file):
@@ -31,17 +34,17 @@ def openings(dump: Path) -> Iterator[str]:
 
 
 def plain(wikitext: str) -> str:
-    """Return wikitext without templates (and their text), tables, references, files and categories."""
+    """Return wikitext as plain text, without templates, tables, references, files and categories."""
     code = mwparserfromhell.parse(wikitext)
-    for node in code.filter(matches=_is_no_prose):
-        with contextlib.suppress(ValueError):  # it was inside of one that is gone
+    for node in code.filter(matches=_is_not_prose):
+        with contextlib.suppress(ValueError):  # it was inside a node already removed
             code.remove(node)
-    # A pronunciation or a name in another script is a template, and leaves its parentheses.
+    # Pronunciations and names in other scripts are templates in parentheses, which are empty now.
     text = re.sub(r"(?<=\()[\s,;]+", "", code.strip_code())
     return text.replace(" ()", "").strip()
 
 
-def _is_no_prose(node: Node) -> bool:
+def _is_not_prose(node: Node) -> bool:
     if isinstance(node, Wikilink):
         return re.match(r"\s*(file|image|category)\s*:", str(node.title), re.IGNORECASE) is not None
     return isinstance(node, Tag) and node.tag in ("ref", "table")

@@ -1,12 +1,13 @@
-"""A finished run as a Hugging Face folder of 8-bit codes, and the way back from it.
+"""Export a finished run as a Hugging Face folder of 8-bit codes, and load such a folder.
 
     config.json         the model, and how its linears are coded (`qat.export.hf_quantizer.CodesConfig`)
-    model.safetensors   <linear>.weight as uint8 codes, .weight_scale and .input_scale in FP32, all else in BF16;
+    model.safetensors   <linear>.weight as uint8 codes, .weight_scale and .input_scale in FP32, everything else in BF16;
                         in several files above 5 GB
     README.md           the model card, with the run's results
-    SHA256SUMS          of the safetensors; beside it generation_config.json and the tokenizer
+    SHA256SUMS          checksums of the safetensors
+    and generation_config.json and the tokenizer's files
 
-What is loaded from it computes what W8A8 evaluation computed (`qat.eval.evaluate.Subject`), bit for bit.
+The loaded model equals the one that W8A8 evaluation scored (`qat.eval.evaluate.Subject`), bit for bit.
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ _ARITHMETIC = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export(cfg: Config) -> Path:
-    """Write the finished run that `cfg` describes to `export.out`, by default `<run folder>/export`; returns that.
+    """Write the finished run that `cfg` describes to `export.out`, by default `<run folder>/export`; return the folder.
 
-    It appears whole or not at all, and only an earlier export of the same run is replaced. Errors: UserError for a run
-    that has no codes or is not finished, and for a folder that is something else.
+    The write is atomic, and only an earlier export of the same run is replaced. Errors: UserError for a run that is not
+    finished or has no codes, and for a folder that holds something else.
     """
     run = Run.of(cfg)
     subject = Subject(cfg, run, "w8a8")
-    _refuse(cfg, subject)
+    _check_run(cfg, subject)
     out = Path(cfg.export.out) if cfg.export.out else run.path / "export"
-    _refuse_foreign(out, run)
+    _check_folder(out, run)
     model, tokenizer = subject.build()
-    config = _coded(model, cfg, run)
+    config = _encode_linears(model, cfg, run)
     temporary = out.absolute().with_name(f".{out.absolute().name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)  # a kill left it
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     try:
         with files.naming(temporary):
             temporary.mkdir(parents=True)
             model.save_pretrained(temporary, max_shard_size=_LARGEST_FILE)
-            tokenizer.init_kwargs.pop("auto_map", None)  # openPangu's names code that does not come along
+            tokenizer.init_kwargs.pop("auto_map", None)  # openPangu's names remote code, which is not exported
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(model_card.card(cfg, run, model, config), encoding="utf-8")
-            (temporary / _SUMS).write_text(_sums(temporary))
+            (temporary / _SUMS).write_text(_checksums(temporary))
         for file in temporary.iterdir():
             files.flush(file)
-        _put(temporary, out)
+        _move(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"export: {out} ({model_card.sizes(model)})", flush=True)
@@ -67,46 +68,46 @@ def export(cfg: Config) -> Path:
 
 
 def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.Module, object]:
-    """Return an exported model, in eval mode on the device, and its tokenizer. Needs neither the run nor its
-    configuration, reads no pickle and runs no remote code.
+    """Return an exported model, in eval mode on the device, and its tokenizer.
 
-    folder: what `export` wrote.
-    arithmetic: what is computed between the roundings, and so the dtype of everything but codes and scales: "bf16",
-        "fp32", or "auto" for BF16 where the processor has it. None: what the run was evaluated in. With that, logits on
-        the same machine equal those of the evaluated W8A8 model bit for bit; other arithmetic, another processor or
-        another PyTorch rounds sums otherwise.
+    The run and its configuration are not needed; no pickle is read and no remote code runs. In memory, too, linears
+    hold a byte for each weight, and are decoded in each call.
 
-    Linears keep a byte a weight in memory, too, and are decoded for each call. Errors: UserError when the folder is no
-    export, is damaged, or is of a later version.
+    folder: written by `export`.
+    arithmetic: of everything between the roundings, and the dtype of everything but codes and scales: "bf16", "fp32",
+        or "auto" for BF16 where the processor has it. None: the one that the run was evaluated in. Then logits equal
+        those of the evaluated W8A8 model bit for bit, on the same machine and PyTorch; others round sums differently.
+
+    Errors: UserError when the folder is no export, is damaged, or is of a later version.
     """
     choices = CHOICES["budget.arithmetic"]
     if arithmetic not in (None, *choices):
         raise UserError(f"arithmetic={arithmetic}: unknown value; {nearest(arithmetic, choices)}")
     source = {"pretrained_model_name_or_path": folder, "trust_remote_code": False, "local_files_only": True}
-    found = _config_of(folder)
-    if found is None:
+    config = _read_config(folder)
+    if config is None:
         raise UserError(
             f"{folder}: no export (quant_method {hf_quantizer.METHOD} is not in its config.json); run scripts/export.py"
         )
     try:
-        if (Path(folder) / _SUMS).exists() and (Path(folder) / _SUMS).read_text() != _sums(Path(folder)):
+        if (Path(folder) / _SUMS).exists() and (Path(folder) / _SUMS).read_text() != _checksums(Path(folder)):
             raise ValueError(f"its weights are not those of {_SUMS}")
-        wanted = device.resolve_arithmetic(arithmetic or found["arithmetic"])
+        arithmetic = device.resolve_arithmetic(arithmetic or config["arithmetic"])
         device.round_sums_once()
         model, info = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=_ARITHMETIC[wanted], use_safetensors=True, output_loading_info=True
+            **source, dtype=_ARITHMETIC[arithmetic], use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        amiss = sorted([*info["missing_keys"], *info["unexpected_keys"]])
-        if amiss:
-            raise ValueError(f"missing or superfluous: {amiss[0]}, the first of {len(amiss)}")
+        wrong = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+        if wrong:
+            raise ValueError(f"missing or superfluous: {wrong[0]}, the first of {len(wrong)}")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder} cannot be loaded ({reason}); export it, or fetch it, again") from error
     return model.to(device.get_device()).eval(), tokenizer
 
 
-def _refuse(cfg: Config, subject: Subject) -> None:
+def _check_run(cfg: Config, subject: Subject) -> None:
     if environment.world_size() > 1:
         raise ConfigError("export is one process's work: start scripts/export.py without torchrun")
     if not cfg.quantized:
@@ -119,26 +120,29 @@ def _refuse(cfg: Config, subject: Subject) -> None:
     subject.check()
 
 
-def _refuse_foreign(out: Path, run: Run) -> None:
+def _check_folder(out: Path, run: Run) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.exists() and (_config_of(out) or {}).get("run") != run.id:
+    if out.exists() and (_read_config(out) or {}).get("run") != run.id:
         raise ConfigError(f"export.out={out}: exists and is not an export of {run.id}; name another folder")
 
 
-def _config_of(folder: Path | str) -> dict | None:
-    """Return the `quantization_config` of an exported folder; None for any other folder, and for none."""
+def _read_config(folder: Path | str) -> dict | None:
+    """Return the `quantization_config` of an exported folder; None where there is no export."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    found = getattr(config, "quantization_config", None)
-    return found if isinstance(found, dict) and found.get("quant_method") == hf_quantizer.METHOD else None
+    quantization = getattr(config, "quantization_config", None)
+    is_ours = isinstance(quantization, dict) and quantization.get("quant_method") == hf_quantizer.METHOD
+    return quantization if is_ours else None
 
 
-def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
-    """Replace the quantized linears of an evaluated model by coded ones, and round all other parameters to BF16 (which
-    they are already, in one dtype or the other); returns what config.json says about it."""
+def _encode_linears(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
+    """Replace the quantized linears of an evaluated model by `HiF8Linear`; returns the entry for config.json.
+
+    All other parameters become BF16, which loses nothing: evaluation rounds them to BF16 too.
+    """
     linears = quantized_linears(model)
     config = CodesConfig(
         **vars(cfg.quant),
@@ -163,17 +167,17 @@ def _coded(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
     return config
 
 
-def _sums(folder: Path) -> str:
+def _checksums(folder: Path) -> str:
     """Return the checksums of a folder's weights."""
     return files.checksums(folder.glob("*.safetensors"))
 
 
-def _put(temporary: Path, out: Path) -> None:
-    """Rename a whole new export to its place."""
+def _move(temporary: Path, out: Path) -> None:
+    """Rename a complete new export to its place, where an older one may be."""
     if out.exists():
-        strange = {path.name for path in out.iterdir()} - {path.name for path in temporary.iterdir()}
-        if strange:
-            raise ConfigError(f"export.out={out}: has {min(strange)}, which is not of the export; move it elsewhere")
+        foreign = {path.name for path in out.iterdir()} - {path.name for path in temporary.iterdir()}
+        if foreign:
+            raise ConfigError(f"export.out={out}: has {min(foreign)}, which is not of the export; move it elsewhere")
         files.remove(out)
     os.rename(temporary, out)
     files.flush(out.parent)

@@ -1,10 +1,10 @@
-"""Models whose linears are held in 8-bit codes, as transformers' quantization method `hif8`.
+"""Models with linears in 8-bit codes, as transformers' quantization method `hif8`.
 
     y = round(x * input_scale) @ decode(weight)^T / (input_scale * weight_scale) + bias
 
-Scales multiply before rounding, so a weight is worth decode(code) / weight_scale. The products are those of W8A8
-evaluation (`qat.quant.matmul`), bit for bit. Once this module is imported, `AutoModelForCausalLM.from_pretrained` reads
-an exported folder like any other; `qat.export.export` writes them.
+Scales multiply before rounding, so the value of a weight is decode(code) / weight_scale. The products are those of W8A8
+evaluation (`qat.quant.matmul`), bit for bit. Once this module is imported, `AutoModelForCausalLM.from_pretrained` loads
+a folder that `qat.export.export` wrote.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SCHEMES = ("static", "dynamic")
 @register_quantization_config(METHOD)
 @dataclass(kw_only=True)
 class CodesConfig(QuantConfig, QuantizationConfigMixin):
-    """`quantization_config` of an exported config.json: the `quant` group of the run, and what the codes are.
+    """The `quantization_config` of an exported config.json: the run's `quant` group, and what describes the codes.
 
-    modules: the linears that are quantized; activation_scheme: "static", each input has its frozen `input_scale`, or
-    "dynamic", each scales by its own amax, and `input_scale` serves those that are all zero or not finite;
-    arithmetic: "bf16" or "fp32", what the run was evaluated in; run: its id.
+    modules: names of the quantized linears. activation_scheme: "static": inputs have a fixed `input_scale`; "dynamic":
+    they scale by their own amax, and by `input_scale` where that is 0 or not finite. arithmetic: "bf16" or "fp32", as
+    the run was evaluated. run: its id.
     """
 
     quant_method: str = METHOD
@@ -53,11 +53,12 @@ class CodesConfig(QuantConfig, QuantizationConfigMixin):
 
 
 class HiF8Linear(nn.Module):
-    """The linear of an exported model, for inference: no gradient flows through it.
+    """The linear of an exported model, for inference only.
 
-    weight: uint8 codes [out, in], decoded anew for each call: a byte each in memory, and a slower generation, token by
-    token, than with values; with quant.weights=false the parameter of `linear`. weight_scale, input_scale: 0-dim FP32.
-    Blank until they are loaded.
+    weight: uint8 codes [out, in], or with quant.weights=false the parameter of `linear`. Codes are decoded in each
+        call, which takes a byte a weight in memory, but makes generation, token by token, slower.
+    weight_scale, input_scale: 0-dim FP32.
+    Codes and scales are placeholders until they are loaded.
     """
 
     def __init__(self, linear: nn.Linear, config: CodesConfig):
@@ -88,8 +89,8 @@ class HiF8Linear(nn.Module):
         scale, target = self.input_scale, c.target_activation
         if c.activation_scheme == "dynamic":
             scale = to_scale(dispatch.amax(rows), torch.full_like(scale, target), scale)
-        emit = "e4m3" if c.gemm == "fp8" else "values"
-        return Rounded(*dispatch.quantize(rows, scale, None, c.format, c.overflow, target, emit), scale)
+        output = "e4m3" if c.gemm == "fp8" else "values"
+        return Rounded(*dispatch.quantize(rows, scale, None, c.format, c.overflow, target, output), scale)
 
     def _weight(self, dtype: torch.dtype) -> Rounded:
         c = self.config
@@ -99,7 +100,7 @@ class HiF8Linear(nn.Module):
         return Rounded(values, to_e4m3(values) if c.gemm == "fp8" else None, self.weight_scale)
 
     def _apply(self, fn, recurse=True):
-        """Keep scales FP32 whatever dtype a model is moved to: in BF16 they would be off by up to 0.4 %."""
+        """Keep scales in FP32 whatever dtype the model is converted to: BF16 would change them by up to 0.4 %."""
         scales = {k: b for k, b in self._buffers.items() if b.dtype is torch.float32 and not b.is_meta}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -111,8 +112,10 @@ class HiF8Linear(nn.Module):
 
 
 def swap_linears(model: nn.Module, config: CodesConfig) -> dict[str, HiF8Linear]:
-    """Put a blank `HiF8Linear` in the place of each linear that `config` names; returns them by name. Errors:
-    ValueError for a name that is not of a linear."""
+    """Replace the linears that `config` names by empty `HiF8Linear`s; returns these by name.
+
+    Errors: ValueError for a name without a linear.
+    """
     swapped = {}
     for name in config.modules:
         try:
@@ -128,9 +131,9 @@ def swap_linears(model: nn.Module, config: CodesConfig) -> dict[str, HiF8Linear]
 
 @register_quantizer(METHOD)
 class CodesQuantizer(HfQuantizer):
-    """Lets transformers load, and save again, what `qat.export.export` wrote."""
+    """Let transformers load, and save again, what `qat.export.export` wrote."""
 
-    requires_calibration = True  # codes come out of a run, never out of an unquantized checkpoint
+    requires_calibration = True  # transformers cannot quantize a checkpoint by this method, only load one
     is_trainable = False
 
     def is_serializable(self) -> bool:
@@ -141,6 +144,6 @@ class CodesQuantizer(HfQuantizer):
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model, **_) -> None:
-        for name, tensor in model.state_dict().items():  # transformers takes any shape where a model is quantized
+        for name, tensor in model.state_dict().items():  # transformers does not check shapes of quantized models
             if tensor.shape != self._shapes[name]:
                 raise ValueError(f"{name} is {list(tensor.shape)}, config.json makes it {list(self._shapes[name])}")

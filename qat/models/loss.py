@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in nats, without holding the logits of all tokens where they are many."""
+"""Next-token cross-entropy in nats. Where there are many logits, they are computed in pieces to save memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class TokenLosses(nn.Module):
-    """`token_losses` of one model as a module: what is compiled, and what DDP and FSDP wrap."""
+    """`token_losses` of one model as a module, which can be compiled and wrapped by DDP or FSDP."""
 
     def __init__(self, model: nn.Module, label_shift: str, largest_logits: int):
         super().__init__()
         self.model, self.label_shift, self.largest_logits = model, label_shift, largest_logits
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        label_shift = self.label_shift if self.training else "once"  # what is measured is language, however trained
+        label_shift = self.label_shift if self.training else "once"  # always evaluate next-token prediction
         return token_losses(self.model, tokens, label_shift, self.largest_logits)
 
 
@@ -27,8 +27,8 @@ def token_losses(
 
     tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
     mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
-    largest_logits: more logits than this are made in pieces, in the forward pass and again in the backward pass, of a
-    multiple of 128 rows where so many fit, which keeps the products aligned.
+    largest_logits: more logits than this are computed in pieces, in the forward pass and again in the backward pass. A
+    piece has a multiple of 128 rows where possible, which keeps the products aligned.
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if label_shift == "twice":
@@ -46,7 +46,7 @@ def token_losses(
 
 
 def has_plain_head(model: nn.Module) -> bool:
-    """Return whether the logits are known to be the output embedding of the last hidden state and nothing else."""
+    """Return whether the logits are only the output embedding applied to the last hidden state."""
     return model.config.model_type in ("llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: openPangu's SentencePiece, bytes for random models, and the token between documents."""
+"""Tokenizers: openPangu's SentencePiece, single bytes for random models, and the token between documents."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from qat.errors import UserError
 
 
 def document_token(tokenizer) -> int:
-    """Return the token put before every document: a BOS where the vocabulary has a proper one. SmolLM2's GGUF names
-    `<|im_start|>` as its BOS, but the model was trained with `<|endoftext|>` between documents."""
+    """Return the token to put before every document: the BOS, else `<|endoftext|>` or the EOS.
+
+    SmolLM2's GGUF names `<|im_start|>` as its BOS, but the model was trained with `<|endoftext|>` between documents.
+    """
     vocabulary, bos = tokenizer.get_vocab(), tokenizer.bos_token_id
     if bos is not None and bos != vocabulary.get("<|im_start|>"):
         return bos
@@ -28,24 +30,24 @@ def document_token(tokenizer) -> int:
 
 
 def load_tokenizer(folder: Path | str, pangu: bool, kwargs: dict):
-    """Load the tokenizer of a folder or hub id; openPangu's is its SentencePiece model."""
+    """Load the tokenizer of a folder or hub id."""
     # AutoTokenizer insists on openPangu's remote class, which only wraps a SentencePiece model.
     tokenizer = (SentencePiece if pangu else AutoTokenizer).from_pretrained(folder, trust_remote_code=False, **kwargs)
-    tokenizer.encode("")  # some mistakes in its files show only then
+    tokenizer.encode("")  # some faults in its files show only in use
     return tokenizer
 
 
 class SentencePiece(SentencePieceBackend):
-    """The tokenizer of a `tokenizer.model`, by SentencePiece itself: text that spells a control token is text.
+    """The tokenizer of a `tokenizer.model` file, run by SentencePiece. Text that spells a control token stays text.
 
-    transformers' LlamaTokenizer rebuilds such a file as byte-pair encoding and leaves out what the file says of
-    normalizing text, squeezing spaces, leading spaces and symbols of its own: for many files it gives other tokens.
+    transformers' LlamaTokenizer converts such a file to byte-pair encoding and ignores its rules for normalization,
+    spaces and user-defined symbols: for many files it gives other tokens.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012  where transformers looks for it
 
     def __init__(self, add_bos_token: bool = True, **kwargs):
-        # legacy: else the base class overrules what the file says of a leading space.
+        # legacy: otherwise the base class overrules the file's rule for a leading space.
         pattern = "bos" if add_bos_token else None
         super().__init__(add_bos_token=add_bos_token, **kwargs | {"legacy": True, "special_tokens_pattern": pattern})
 
@@ -53,7 +55,7 @@ class SentencePiece(SentencePieceBackend):
         return self.sp_model.encode(text, out_type=str)
 
     def convert_tokens_to_ids(self, tokens):
-        """Do as the base class, which goes through Python properties for every single token: several times slower."""
+        """Do as the base class, but several times faster: that looks up Python properties for every token."""
         if isinstance(tokens, str):
             return super().convert_tokens_to_ids(tokens)
         unknown = self.unk_token_id
@@ -67,7 +69,7 @@ class SentencePiece(SentencePieceBackend):
         return self.sp_model.decode(tokens)
 
 
-REGISTERED_TOKENIZER_CLASSES[SentencePiece.__name__] = SentencePiece  # AutoTokenizer finds it in what we have saved
+REGISTERED_TOKENIZER_CLASSES[SentencePiece.__name__] = SentencePiece  # so that AutoTokenizer loads what we have saved
 
 
 def byte_tokenizer():

@@ -1,7 +1,7 @@
-"""Post-training quantization (PTQ): the matched baseline's weights in W8A8 without QAT, to show what QAT is good for.
+"""Post-training quantization (PTQ): the baseline's weights in W8A8 without QAT, to show what QAT gains.
 
-Static max calibration: the first training text passes through the unquantized model, the largest absolute value of each
-tensor counts, and target / amax is its scale from then on, whatever scaling the run has that it is compared with.
+Static max calibration: training text passes through the unquantized model, and each tensor's scale is target / amax
+from then on, whatever scaling rule the compared run has.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from qat.quant.scaling import ScaleBank
 
 @torch.no_grad()
 def calibrate(model: nn.Module, bank: ScaleBank, batches: Iterable[torch.Tensor]) -> None:
-    """Set the scales of a new bank of a converted model, which is in eval mode and not quantizing yet.
+    """Set the scales of weights and activations of a converted model in eval mode.
 
-    bank: one that observes while it is off (`qat.runs.identity.with_ptq_scales`). batches: int64 tokens [sequences,
-    length] on the model's device. Only weights and activations are seen: there is no backward pass.
+    bank: new, and one that records while it does not quantize (`qat.runs.identity.with_ptq_scales`). batches: int64
+    tokens [sequences, length] on the model's device.
     """
     for tokens in batches:
         model.get_decoder()(input_ids=tokens, use_cache=False)  # the head is never quantized

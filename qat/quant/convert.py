@@ -1,4 +1,4 @@
-"""Which linears are quantized: scope patterns within a block, minus the blocks that stay BF16; and what that covers."""
+"""Choose the linears to quantize by scope patterns and blocks, swap them, and report what that covers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qat.quant.linear import QuantizedLinear, Quantizer
 from qat.quant.matmul import Matmul
 from qat.quant.scaling import ScaleBank
 
-# `model.layers.3.mlp.gate_proj` -> block 3, `mlp.gate_proj`. `layers`, `h` and `blocks` are what model families use.
+# `model.layers.3.mlp.gate_proj` -> block 3, kind `mlp.gate_proj`. Model families call blocks `layers`, `h` or `blocks`.
 _BLOCK = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.(.+)$")
-# Siblings that read the same tensor, as model families name them: it gets one scale and is rounded once.
+# Linears of a block that read the same tensor: it has one scale and is rounded once.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -26,8 +26,8 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Coverage:
     """The linears that a conversion quantizes, and their share of the model.
 
-    FLOPs are those of the model's products with weights, 2 a weight and token, attention scores left out; so a share
-    of the FLOPs is a share of `matmul_parameters`.
+    FLOPs count products with weights, 2 a weight and token, and not attention scores. So a share of the FLOPs is a
+    share of `matmul_parameters`.
     """
 
     linears: dict[str, int]  # name of each quantized linear -> its parameters
@@ -37,12 +37,12 @@ class Coverage:
 
     def kinds(self) -> dict[str, tuple[int, int]]:
         """Return {`mlp.gate_proj`: (linears, parameters)} of what is quantized."""
-        found: dict[str, tuple[int, int]] = {}
+        kinds: dict[str, tuple[int, int]] = {}
         for name, size in self.linears.items():
             kind = _BLOCK.match(name)[2]
-            count, total = found.get(kind, (0, 0))
-            found[kind] = count + 1, total + size
-        return found
+            count, total = kinds.get(kind, (0, 0))
+            kinds[kind] = count + 1, total + size
+        return kinds
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -66,11 +66,10 @@ def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
     ConfigError when a scope pattern matches no linear, no block is left to quantize, or quant.gemm=fp8 cannot run.
     """
     linears = _select(model, cfg) if cfg.quantized else {}
-    bank = None
-    if linears:
-        if cfg.quant.gemm == "fp8":
-            _check_fp8(linears)
-        bank = _swap(model, linears, cfg)
+    if cfg.quant.gemm == "fp8":
+        _check_fp8(linears)
+    bank = _swap(model, linears, cfg) if linears else None
+    # By identity: the head may share its weight.
     weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)}
     return bank, Coverage(
         linears={name: linear.weight.numel() for name, linear in linears.items()},
@@ -82,13 +81,13 @@ def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
 
 def _check_fp8(linears: dict[str, nn.Linear]) -> None:
     """Raise `ConfigError` where FP8 products cannot run: on an older GPU, or with sizes that they do not take."""
-    device = next(iter(linears.values())).weight.device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError(
-            f"quant.gemm=fp8: {torch.cuda.get_device_name(device)} has no FP8 tensor cores (compute capability 8.9 and "
-            f"above have); set quant.gemm=bf16"
-        )
     for name, linear in linears.items():
+        device = linear.weight.device
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ConfigError(
+                f"quant.gemm=fp8: {torch.cuda.get_device_name(device)} has no FP8 tensor cores (compute capability 8.9 "
+                f"and above have); set quant.gemm=bf16"
+            )
         if linear.in_features % 16 or linear.out_features % 16:
             raise ConfigError(
                 f"quant.gemm=fp8: {name} is {linear.in_features} -> {linear.out_features}, and FP8 products take "
@@ -97,12 +96,13 @@ def _check_fp8(linears: dict[str, nn.Linear]) -> None:
 
 
 def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
-    inside = {}  # name -> (block, name within the block, linear)
+    """Return {name: linear} of what to quantize: in a block of the chosen range, of a kind that the scope names."""
+    candidates = {}  # name -> (block, kind, linear)
     for name, module in model.named_modules():
-        found = _BLOCK.match(name)
-        if found and isinstance(module, nn.Linear):
-            inside[name] = int(found[1]), found[2], module
-    kinds = sorted({kind for _, kind, _ in inside.values()})
+        match = _BLOCK.match(name)
+        if match and isinstance(module, nn.Linear):
+            candidates[name] = int(match[1]), match[2], module
+    kinds = sorted({kind for _, kind, _ in candidates.values()})
     if not kinds:
         raise ConfigError(
             f"model.name={cfg.model.name}: has no linears in blocks named layers, h or blocks; give another model"
@@ -112,21 +112,23 @@ def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
             raise ConfigError(
                 f"quant.scope={pattern}: matches no linear of {cfg.model.name}; {nearest(pattern, kinds)}"
             )
-    blocks = 1 + max(block for block, _, _ in inside.values())
-    keep = cfg.quant.bf16_blocks
-    first, last = -(-keep // 2), blocks - keep // 2
-    if first >= last:
+    blocks = 1 + max(block for block, _, _ in candidates.values())
+    in_bf16 = cfg.quant.bf16_blocks
+    first, end = -(-in_bf16 // 2), blocks - in_bf16 // 2
+    if first >= end:
         raise ConfigError(
-            f"quant.bf16_blocks={keep}: {cfg.model.name} has {blocks} blocks; the largest valid value is {blocks - 1}"
+            f"quant.bf16_blocks={in_bf16}: {cfg.model.name} has {blocks} blocks; the largest valid value is "
+            f"{blocks - 1}"
         )
     return {
         name: linear
-        for name, (block, kind, linear) in inside.items()
-        if first <= block < last and any(fnmatchcase(kind, pattern) for pattern in cfg.quant.scope)
+        for name, (block, kind, linear) in candidates.items()
+        if first <= block < end and any(fnmatchcase(kind, pattern) for pattern in cfg.quant.scope)
     }
 
 
 def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> ScaleBank:
+    """Put quantized linears in the place of `linears`; returns the bank of their scales, an entry a tensor."""
     q = cfg.quant
     enabled = {"activation": q.activations, "weight": q.weights, "gradient": q.gradients}
     target = {role: getattr(q, f"target_{role}") for role in ROLES}
@@ -144,8 +146,7 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
         quantizers = {
             role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES
         }
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(linear, bank, quantizers, matmul))
+        model.set_submodule(name, QuantizedLinear(linear, bank, quantizers, matmul))
     for name in linears:
         if owner[name] != name:
             model.get_submodule(name).share_input(model.get_submodule(owner[name]))
@@ -153,11 +154,12 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
 
 
 def _owner_of_input(name: str, linears: dict[str, nn.Linear]) -> str:
-    """Return the first quantized linear that reads the same tensor as linear `name`; itself when there is none."""
+    """Return the first quantized linear that reads the same tensor as linear `name`, which may be itself."""
     parent, _, child = name.rpartition(".")
     siblings = next((group for group in _SAME_INPUT if child in group), (child,))
     return next(f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in linears)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """Return the quantized linears of a converted model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

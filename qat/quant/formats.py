@@ -1,9 +1,8 @@
 """The 8-bit formats a tensor can be rounded to, under one interface.
 
-HiF8 is ours; the two FP8 formats (OCP 8-bit floating point, 2023) are comparators and use PyTorch's own casts.
-To add a format: write its `round`, name its largest finite value and its mantissa bits, and put it in `FORMATS`:
-`quant.format=<its name>` then names it. PyTorch is imported within functions only, because a command line is checked
-against the names here before it is.
+HiF8 is ours; the two FP8 formats (OCP 8-bit floating point, 2023) are for comparison and use PyTorch's own casts. To
+add a format, put a `Format` into `FORMATS`; `quant.format=<its name>` then selects it. PyTorch is imported only within
+functions, because the check of a command line reads the names here and must not wait for it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# amax * (target / amax) can exceed the target by a rounding of FP32: only what is larger by more is beyond it.
+# In FP32, amax * (target / amax) can exceed the target by a rounding error: only more than that counts as beyond it.
 TOLERANCE = 1 + 1e-6
 
 
@@ -23,8 +22,9 @@ TOLERANCE = 1 + 1e-6
 class Format:
     """An 8-bit floating-point format.
 
+    largest: the largest finite value.
     round(x, overflow): same shape and dtype as `x`; overflow is "inf" or "saturate".
-    mantissa_bits(x): int32 tensor, the mantissa bits that the format spends at each magnitude.
+    mantissa_bits(x): int32, how many mantissa bits the format has at each magnitude.
     encode(x), decode(codes): values of the format (BF16 or FP32) to uint8 codes and back to FP32, both exact.
     """
 
@@ -54,7 +54,9 @@ def _hif8() -> Format:
         distance = _exponent(x).abs()
         return 3 - (distance >= 4).int() - (distance >= 8).int() - (distance >= 16).int()
 
-    def of_module(name: str) -> Callable:
+    def lazy(name: str) -> Callable:
+        """Return the function `name` of `qat.quant.hif8`, imported when it is called."""
+
         def call(*arguments):
             from qat.quant import hif8
 
@@ -62,14 +64,14 @@ def _hif8() -> Format:
 
         return call
 
-    return Format(2.0**15, of_module("fake_quantize"), mantissa_bits, of_module("encode"), of_module("decode"))
+    return Format(2.0**15, lazy("fake_quantize"), mantissa_bits, lazy("encode"), lazy("decode"))
 
 
 def _fp8(name: str, largest: float, fraction_bits: int, smallest_exponent: int, last: float, past: float) -> Format:
-    """Make an FP8 format of PyTorch's dtype `name`, by its cast, to nearest, ties to even.
+    """Make an FP8 format from PyTorch's dtype `name`, whose cast rounds to nearest, ties to even.
 
-    last: the largest FP32 number that rounds down to a finite value; overflow "inf" makes `past` of anything larger
-    (spelled out, as PyTorch's casts differ there).
+    last: the largest FP32 number that rounds to a finite value. past: what larger ones become under overflow "inf";
+    written out here, because PyTorch's casts differ in that.
     """
 
     def dtype() -> torch.dtype:
@@ -104,10 +106,11 @@ FORMATS = {
     "fp8_e5m2": _fp8("float8_e5m2", 57344.0, 2, -14, 61440.0 - 2**-8, float("inf")),
 }
 
-# 16 times a HiF8 value v is an E4M3 value if 2^-12 <= |v| <= 15; below, E4M3's spacing is 2^-13 in units of v.
+# FP8 products carry a HiF8 value v as the E4M3 value 16 v. That is exact for 2^-12 <= |v| <= 15; smaller v are rounded
+# to multiples of 2^-13.
 E4M3_FACTOR = 16.0
 
 
 def to_e4m3(values: torch.Tensor) -> torch.Tensor:
-    """Return the E4M3 bytes, uint8, of `E4M3_FACTOR` times HiF8 values of at most 28 in size, for FP8 products."""
+    """Return the E4M3 bytes, uint8, of `E4M3_FACTOR` times HiF8 values, for FP8 products; |values| <= 28."""
     return FORMATS["fp8_e4m3"].encode(values.detach().float() * E4M3_FACTOR)

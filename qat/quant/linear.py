@@ -4,9 +4,10 @@ Forward   y  = round(x * s_x) @ round(w * s_w)^T / (s_x * s_w)
 Backward  dx = round(g * s_g) @ round(w * s_w)   / (s_g * s_w)
           dw = round(g * s_g)^T @ round(x * s_x) / (s_g * s_x)
 
-The rounded values themselves are multiplied, and the product is unscaled, as hardware would (`qat.quant.matmul`). The
-straight-through estimator passes gradients through the rounding; `masked` stops them where a value was beyond the
-target. Until the backward pass, activations are kept as 8-bit codes, and on a CPU weights within a step.
+The rounded values themselves are multiplied and the product is divided by the scales, as hardware would do
+(`qat.quant.matmul`). The straight-through estimator lets gradients pass through the rounding; `quant.ste=masked` stops
+them where a value was beyond the target. To save memory, activations wait for the backward pass as 8-bit codes; so do
+weights on a CPU.
 """
 
 from __future__ import annotations
@@ -25,30 +26,29 @@ from qat.quant.scaling import ScaleBank
 
 
 class Quantizer:
-    """Rounds one role (activation, weight or gradient) of one linear with its scale from the bank."""
+    """Round one role (activation, weight or gradient) of one linear with its scale from the bank."""
 
     def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig):
         self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
-        # Of compiled steps on a GPU: they round within the kernels that make `x`.
+        # Compiled steps on a GPU round by this table, in the same kernel that computes `x`.
         self.table = dispatch.table(bank.scale.device, cfg.format, cfg.overflow, target) if enabled else None
-        self.observer = None  # of `qat.train.tensor_stats`: called with (index, x, scale) while it is attached
+        self.observer = None  # `qat.train.tensor_stats` attaches one: it is called with (index, x, scale)
 
-    def __call__(self, x: torch.Tensor, emit: str = "values") -> Rounded:
-        """Round `x`, BF16 or FP32 in any shape, and record its amax in the bank. emit: "values", or "codes" beside
-        them."""
+    def __call__(self, x: torch.Tensor, output: str = "values") -> Rounded:
+        """Round `x`, BF16 or FP32 in any shape, and record its amax. output: "values", or "codes" for both."""
         x = x.detach()
         if not self.enabled:
             return Rounded(x)
         c, scale, slot = self.cfg, self.bank.scale_of(self.index, x), self.bank.amax_slot(self.index)
-        emit = "e4m3" if c.gemm == "fp8" else emit
+        output = "e4m3" if c.gemm == "fp8" else output
         if self.table is not None and torch.compiler.is_compiling():
-            values, codes = lookup.quantize(x, scale, slot, self.table, emit)
+            values, codes = lookup.quantize(x, scale, slot, self.table, output)
         else:
-            values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, emit)
+            values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, output)
         if self.observer is not None:
             self.observer(self.index, x, scale)
         mask = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
-        return Rounded(None if emit == "e4m3" else values, None if emit == "values" else codes, scale, mask)
+        return Rounded(None if output == "e4m3" else values, None if output == "values" else codes, scale, mask)
 
     def record(self, x: torch.Tensor) -> None:
         """Record the amax of `x` without rounding it."""
@@ -57,31 +57,34 @@ class Quantizer:
 
 
 class Input:
-    """Rounds what enters a linear; linears that read the same tensor share one, and it is rounded once for them all."""
+    """Round the input of a linear. Linears that read the same tensor share one `Input`, which rounds it once for all.
+
+    users: how many linears share it. The rounded tensor is held until all of them have read it.
+    """
 
     def __init__(self, quantizer: Quantizer):
         self.quantizer, self.users = quantizer, 1
-        self._source, self._emit, self._left, self._rounded = None, "", 0, None
+        self._source, self._output, self._reads_left, self._rounded = None, "", 0, None
 
     def __call__(self, x: torch.Tensor, dtype: torch.dtype) -> Rounded:
         """Round `x`, of any shape, in `dtype`."""
-        emit = "codes" if torch.is_grad_enabled() else "values"  # codes are for the backward pass
+        output = "codes" if torch.is_grad_enabled() else "values"  # codes are for the backward pass
         if self.users == 1:
-            return self.quantizer(x.to(dtype), emit)
-        if self._source is not x or self._emit != emit:
-            self._source, self._emit, self._left = x, emit, self.users
-            self._rounded = self.quantizer(x.to(dtype), emit)
-        rounded, self._left = self._rounded, self._left - 1
-        if not self._left:
+            return self.quantizer(x.to(dtype), output)
+        if self._source is not x or self._output != output:
+            self._source, self._output, self._reads_left = x, output, self.users
+            self._rounded = self.quantizer(x.to(dtype), output)
+        rounded, self._reads_left = self._rounded, self._reads_left - 1
+        if not self._reads_left:
             self._source = self._rounded = None
         return rounded
 
 
 class _QuantizedMatmul(torch.autograd.Function):
-    """(x [..., in], weight [out, in]) -> [..., out], with both gradients from rounded operands.
+    """Multiply x [..., in] by weight [out, in] to [..., out]; product and both gradients use rounded operands.
 
-    `x` and `weight` take part only to receive their gradients; `rounded` holds the fields of the two `Rounded` that
-    stand for them, the weight's packed.
+    `x` and `weight` are arguments only to receive their gradients. The products use `rounded`: the fields of two
+    `Rounded`, of `x` and of the packed weight.
     """
 
     @staticmethod
@@ -94,7 +97,7 @@ class _QuantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        saved = ctx.saved_tensors  # once: with activation checkpointing a second look is an error
+        saved = ctx.saved_tensors  # read once: with activation checkpointing a second read is an error
         a, w = Rounded(*saved[:4]), Rounded(*saved[4:])
         matmul, dtype = ctx.matmul, ctx.dtype
         g = ctx.round_gradient(gradient.reshape(-1, gradient.shape[-1]))
@@ -109,7 +112,7 @@ class _QuantizedMatmul(torch.autograd.Function):
 
 
 class _Record(torch.autograd.Function):
-    """The identity, whose gradient a quantizer records the amax of."""
+    """The identity; its backward pass records the amax of the gradient."""
 
     @staticmethod
     def forward(ctx, y, quantizer):
@@ -123,9 +126,9 @@ class _Record(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """`nn.Linear` whose product runs on rounded operands while the bank says so; it shares the original's parameters.
+    """A linear that multiplies rounded operands while the bank quantizes. It shares the original's parameters.
 
-    While the bank does not quantize it is `nn.Linear`, bit for bit, forward and backward.
+    While the bank does not quantize, it equals `nn.Linear` bit for bit, forward and backward.
     """
 
     def __init__(self, linear: nn.Linear, bank: ScaleBank, quantizers: dict[str, Quantizer], matmul: Matmul):
@@ -134,10 +137,10 @@ class QuantizedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.bank, self.quantizers, self.matmul = bank, quantizers, matmul
         self.input = Input(quantizers["activation"])
-        self.rounded_weight: Rounded | None = None  # ahead of forward passes; None: each rounds it anew
+        self.rounded_weight: Rounded | None = None  # rounded ahead by `round_weights`; None: every forward pass rounds
 
     def share_input(self, other: QuantizedLinear) -> None:
-        """Round what enters this linear together with what enters another one, which reads the same tensor."""
+        """Share the rounded input of another linear, which reads the same tensor."""
         self.input, self.quantizers["activation"] = other.input, other.quantizers["activation"]
         self.input.users += 1
 
@@ -152,9 +155,9 @@ class QuantizedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _round_weight(self, dtype: torch.dtype) -> Rounded:
-        # As codes while it trains on a CPU: of 1,000 tokens, a product takes a hundred times as long as decoding them.
-        emit = "codes" if self.weight.device.type == "cpu" and self.bank.recording else "values"
-        return self.quantizers["weight"](self.weight.to(dtype), emit).packed()
+        # In training on a CPU as codes, to save memory: decoding takes a hundredth of a product with 1,000 tokens.
+        output = "codes" if self.weight.device.type == "cpu" and self.bank.recording else "values"
+        return self.quantizers["weight"](self.weight.to(dtype), output).packed()
 
     def _unquantized(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self.weight, self.bias)
@@ -167,12 +170,12 @@ class QuantizedLinear(nn.Linear):
 
 @torch.no_grad()
 def round_weights(linears: Iterable[QuantizedLinear], dtype: torch.dtype) -> None:
-    """Round weights ahead of the forward passes, in the dtype of these; to be called again when they have changed."""
+    """Round weights ahead of the forward passes, in the dtype of these. Call again when weights have changed."""
     for linear in linears:
         linear.rounded_weight = linear._round_weight(dtype)
 
 
 def forget_rounded_weights(linears: Iterable[QuantizedLinear]) -> None:
-    """Let forward passes round the weights themselves, as they are then."""
+    """Drop the weights rounded ahead: from now on forward passes round them."""
     for linear in linears:
         linear.rounded_weight = None

@@ -7,8 +7,8 @@ With the history a(t-1), a(t-2), ... the predicted amax of step t is
     exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
     max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
 
-To add a rule, write a decorated function here: `scaling.algo=<its name>` then names it. Nothing here imports PyTorch,
-because the names of runs and the check of a command line depend on this file.
+To add a rule, write a decorated function here; `scaling.algo=<its name>` then selects it. Nothing here imports PyTorch,
+which takes seconds: naming a run and checking a command line need only this file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Rule(NamedTuple):
     """A scaling rule.
 
     predict: (history, scaling) -> predicted amax, FP32 [tensors]. history: FP32 [entries, tensors], the newest entry
-        first, zeros where nothing was seen yet.
-    entries: how many of the history it reads; None: `scaling.window` of them.
+        first, zeros where nothing was recorded yet.
+    entries: how many entries of the history it reads; None: `scaling.window`.
     reads: the fields of `ScalingConfig` that change its result; they are part of a run's id.
     """
 
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
     reads: tuple[str, ...]
 
     def length(self, scaling: ScalingConfig) -> int:
-        """Return how many entries of the history to keep: a longer ring would change nothing."""
+        """Return how many entries the history needs."""
         return self.entries or scaling.window
 
 
@@ -55,7 +55,7 @@ def rule(entries: int | None = 1, reads: tuple[str, ...] = ()):
 
 @rule()
 def current(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
-    """Use the tensor's own amax. The bank knows; the last amax serves evaluation and telemetry only."""
+    """Use the tensor's own amax: the bank does that itself. This last amax is for evaluation and telemetry."""
     return history[0]
 
 

@@ -2,9 +2,8 @@
 
     scale = target / predicted_amax                                   (paper, section 3: s = max_val / amax_hat)
 
-The rule that predicts (`qat.quant.rules`) reads the amaxes of earlier steps. A tensor without a history scales by its
-own amax, and its scale is not held. An amax of 0, Inf or NaN says nothing
-about a tensor: its previous entry stands in for it.
+A rule (`qat.quant.rules`) predicts from the amaxes of earlier steps. A tensor without a history scales by its own amax.
+An amax of 0, Inf or NaN is no use for a scale: the history repeats its previous entry instead.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ FP32_MAX = torch.finfo(torch.float32).max
 
 
 def to_scale(amax: torch.Tensor, target: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Return scales for amaxes, element-wise in FP32, by four cases as in Transformer Engine: a normal amax gives
-    target / amax; an amax so small that this overflows gives the largest FP32 number; 0, Inf and NaN say nothing about
-    the tensor and keep the previous scale."""
+    """Return the scales of amaxes, element-wise in FP32, in the cases of Transformer Engine.
+
+    A normal amax gives target / amax. One so small that this overflows gives the largest FP32 number. 0, Inf and NaN
+    keep the previous scale.
+    """
     usable = (amax > 0) & amax.isfinite()
     scale = (target / amax).clamp(max=FP32_MAX)
     return torch.where(usable, scale, previous)
@@ -37,16 +38,15 @@ class ScaleBank:
     names: `<linear>/<role>` of each tensor. targets: what each predicted amax is mapped to. settle_steps: steps run as
     most_recent, with an update a tick, before the rule of `scaling` takes over.
 
-    amaxes: FP32 [1] a tensor, the largest absolute value recorded since the last tick; NaN stays. Each is a tensor of
-        its own, so that a compiled kernel writes it without copying the others.
-    history: FP32 [entries, tensors], a ring. written: int64 [1], entries that were ever written to it.
+    amaxes: FP32 [1] for each tensor, the largest absolute value recorded since the last tick; a NaN stays. They are
+        separate tensors so that a compiled kernel writes one without copying the others.
+    history: FP32 [entries, tensors], a ring buffer. written: int64 [1], how many entries were ever written to it.
     scale: FP32 [tensors]; scales: its elements, as views.
     quantizing: whether quantizers round now. recording: whether they record amaxes now.
-    unseen: tensors without a history, by index; kept on the host, which reads it back only while there are any.
+    unseen: indices of tensors without a history, on the host; empty after the first steps, which saves a device sync.
     updates: ticks since quantization began.
 
-    Only `tick` changes history and scales. A training step calls it; and so does calibration, once, on a bank that no
-    step has.
+    Only `tick` changes history and scales. The training step calls it, and PTQ calibration once on a bank of its own.
     """
 
     def __init__(
@@ -75,27 +75,26 @@ class ScaleBank:
     # In the forward and backward pass -------------------------------------------------------------------------
 
     def scale_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """Return the scale to quantize tensor `index`, of values `x`, with: 0-dim FP32 on the device."""
+        """Return the scale of tensor `index`, which now has the values `x`: 0-dim FP32 on the device."""
         if self.scaling.algo == "current" or index in self.unseen:
             return to_scale(dispatch.amax(x), self.targets[index], self.scales[index])
         return self.scales[index]
 
     def amax_slot(self, index: int) -> torch.Tensor | None:
-        """Return where to record the amax of tensor `index`, FP32 [1]; None: nowhere."""
+        """Return where to record the amax of tensor `index`, FP32 [1]; None while nothing is recorded."""
         return self.amaxes[index] if self.recording else None
 
     # In the training step -------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, first_quantized_step: int) -> None:
-        """Say which step (1-based) begins, and so whether it quantizes and records. A warmup whose history is to be
-        discarded records none."""
+        """Begin a step (1-based): decide whether it quantizes and records. A warmup records only what is to be used."""
         self.step, self.quantizing = step, step >= first_quantized_step
         self.recording = self.quantizing or self._record_in_warmup
 
     def tick(self, finite: torch.Tensor | None = None) -> torch.Tensor:
         """Write the recorded amaxes of all ranks into the history and derive the next scales.
 
-        finite: 0-dim bool on the device; where it is false, history and scales stay as they are.
+        finite: 0-dim bool on the device; if false, history and scales stay as they are.
         Returns the overshoot, amax now / predicted amax, FP32 [tensors]: 0 where nothing was recorded, 1 where a tensor
         scaled by its own amax.
         """
@@ -104,16 +103,15 @@ class ScaleBank:
         amax = self._take_amaxes()
         overshoot = self._overshoot(amax)
         advance = torch.ones_like(self.written) if finite is None else finite.to(self.written.dtype)
-        first = self._without_history() if self.unseen else None
+        is_new = self._without_history() if self.unseen else None
         self._write(amax, advance)
-        self._update_scale(advance, first)
-        self._look_for_unseen()
+        self._update_scale(advance, is_new)
+        self._update_unseen()
         self.updates += self.quantizing
         return overshoot
 
     def _take_amaxes(self) -> torch.Tensor:
-        """Return what was recorded, FP32 [tensors], the largest of all ranks unless each keeps its own; and forget
-        it."""
+        """Return and reset the recorded amaxes, FP32 [tensors]: the largest over all ranks, or with sync=none ours."""
         amax = torch.cat(self.amaxes)
         torch._foreach_zero_(self.amaxes)
         return distributed.all_reduce_max(amax) if self.scaling.sync == "max" else amax
@@ -126,39 +124,40 @@ class ScaleBank:
         return torch.where(self._without_history(), own, over) if self.unseen else over
 
     def _without_history(self) -> torch.Tensor:
-        """Return whether nothing was seen yet of each tensor, bool [tensors]."""
+        """Return which tensors have no history yet, bool [tensors]."""
         return self.history.amax(0) == 0
 
-    def _look_for_unseen(self) -> None:
-        if self.unseen:  # else the host need not wait for the device
+    def _update_unseen(self) -> None:
+        if self.unseen:  # otherwise the host need not wait for the device
             self.unseen = frozenset(self._without_history().nonzero().flatten().tolist())
 
     def _write(self, amax: torch.Tensor, advance: torch.Tensor) -> None:
-        """Write one entry and move on by `advance`, 0 or 1. Not moving on leaves no trace: the entry is out of use, or
-        in a full ring the oldest, which then stays as it is."""
+        """Write one entry to the ring and move on by `advance`; if that is 0, the ring stays as it is."""
         place = self.written % len(self.history)
-        # An Inf or NaN would sit in a window of 64 for 64 steps, and the 0 of an idle tensor is no prediction.
+        # An Inf or NaN would stay in a window of 64 for 64 steps, and the 0 of an unused tensor is no prediction.
         previous = self.history.index_select(0, (place - 1) % len(self.history))
         entry = torch.where(amax.isfinite() & (amax > 0), amax, previous)
         oldest = self.history.index_select(0, place)
         self.history.index_copy_(0, place, torch.where(advance > 0, entry, oldest))
         self.written.add_(advance)
 
-    def _update_scale(self, advance: torch.Tensor, first: torch.Tensor | None) -> None:
-        """Derive the scales from the history. first: bool [tensors], those that had none, and whose scale is not held;
-        None when all had."""
+    def _update_scale(self, advance: torch.Tensor, is_new: torch.Tensor | None) -> None:
+        """Derive the scales from the history, unless they are held until `scaling.update_every` ticks have passed.
+
+        is_new: bool [tensors], those that had no history until now, which are never held; None: there are none.
+        """
         settling = self.step <= self.settle_steps
-        held = self.updates % self.scaling.update_every and not settling  # a skipped step counts, too
-        if held and first is None:
+        held = self.updates % self.scaling.update_every and not settling  # skipped steps count too
+        if held and is_new is None:
             return
         rule = RULES["most_recent" if settling else self.scaling.algo]
         age = torch.arange(len(self.history), device=self.history.device)
         newest_first = self.history[(self.written - 1 - age) % len(self.history)]
         predicted = rule.predict(newest_first, self.scaling)
-        changes = (advance > 0) & first if held else advance > 0
+        changes = (advance > 0) & is_new if held else advance > 0
         self.scale.copy_(torch.where(changes, to_scale(predicted, self.targets, self.scale), self.scale))
 
-    # Outside of it --------------------------------------------------------------------------------------------
+    # Outside of the training step ------------------------------------------------------------------------------
 
     def freeze(self) -> None:
         """Quantize with the scales as they are and record nothing, until a step begins."""
@@ -166,7 +165,7 @@ class ScaleBank:
 
     @contextlib.contextmanager
     def paused(self):
-        """Record nothing within this context; what is quantized stays quantized."""
+        """Record nothing within this context."""
         recording, self.recording = self.recording, False
         try:
             yield
@@ -176,35 +175,36 @@ class ScaleBank:
     # In a checkpoint ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return history, scale and, as int64 [3], entries in use, the place of the next one, and updates."""
+        """Return history, scale and counters, int64 [3]: entries in use, the next entry's place, and updates."""
         written, entries = self.written[0], len(self.history)
         counters = [written.clamp(max=entries), written % entries, torch.full_like(written, self.updates)]
         return {"history": self.history, "scale": self.scale, "counters": torch.stack(counters)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], names: list[str] | None = None) -> None:
-        """Restore a saved bank: exactly, or from another window its newest entries. names: those of its tensors, where
-        they are known. Errors: UserError when it belongs to other tensors or holds what no bank does."""
-        self._refuse(state, names)
+        """Restore a saved bank: exactly, or the newest entries of one with another window.
+
+        names: of the saved tensors, where known. Errors: UserError for a bank of other tensors or with invalid values.
+        """
+        self._check(state, names)
         history, (filled, position, updates) = state["history"], state["counters"].tolist()
         window = len(history)
         if window != len(self.history):
-            kept = min(filled, len(self.history))
-            print(f"  amax history of window {window}: the newest {kept} of {filled} entries are kept", flush=True)
-            oldest_first = history[(position - kept + torch.arange(kept)) % window]
+            count = min(filled, len(self.history))
+            print(f"  amax history of window {window}: the newest {count} of {filled} entries are kept", flush=True)
+            oldest_first = history[(position - count + torch.arange(count)) % window]
             history = torch.zeros(self.history.shape)
-            history[:kept] = oldest_first
-            filled, position = kept, kept % len(self.history)
+            history[:count] = oldest_first
+            filled, position = count, count % len(self.history)
         self.history.copy_(history)
         self.scale.copy_(state["scale"])
         self.written.fill_(filled if filled < len(self.history) else filled + position)
         self.unseen, self.updates = frozenset(range(len(self))), updates
-        self._look_for_unseen()
+        self._update_unseen()
 
-    def _refuse(self, state: dict[str, torch.Tensor], names: list[str] | None) -> None:
-        wanted = self.state_dict()
-        for key, ours in wanted.items():
-            theirs = state.get(key)
-            if theirs is None or (theirs.dtype, theirs.dim()) != (ours.dtype, ours.dim()):
+    def _check(self, state: dict[str, torch.Tensor], names: list[str] | None) -> None:
+        for key, own in self.state_dict().items():
+            saved = state.get(key)
+            if saved is None or (saved.dtype, saved.dim()) != (own.dtype, own.dim()):
                 raise UserError(f"the saved scales have no {key} of this version")
         tensors = state["history"].shape[1]
         if tensors != len(self):
@@ -212,8 +212,8 @@ class ScaleBank:
         if names is not None and names != self.names:
             first = next(pair for pair in zip(names, self.names, strict=True) if pair[0] != pair[1])
             raise UserError(f"the saved scales are of other tensors: {first[0]} where this run has {first[1]}")
-        filled, position, ticks = state["counters"].tolist()
+        filled, position, updates = state["counters"].tolist()
         if not (state["scale"].isfinite() & (state["scale"] > 0)).all() or not state["history"].isfinite().all():
             raise UserError("the saved scales are not all finite and positive")
-        if not (0 <= filled <= len(state["history"]) and 0 <= position < len(state["history"]) and ticks >= 0):
+        if not (0 <= filled <= len(state["history"]) and 0 <= position < len(state["history"]) and updates >= 0):
             raise UserError(f"the saved scales count {filled} of {len(state['history'])} entries, the next {position}")

@@ -4,8 +4,8 @@
            runs.csv (a row a run)  runs-seed<n>.tar.xz (the run folders of a seed, less weights and mirrors)
 
 An archive holds `<id>/<file>` in the order of these names, without times and owners: the same runs give the same bytes.
-What their files have in common, as environments, is compressed away. `restore` puts the runs into a folder, and the
-suite goes on where it stood. Where weights are wanted after all, `retrain=true` trains that run again.
+`restore` puts the runs back into a folder, where a suite continues from them. Weights are not kept; `retrain=true`
+trains a run again to have them.
 """
 
 from __future__ import annotations
@@ -32,34 +32,36 @@ Contents = dict[str, dict[str, bytes]]  # of an archive: {run id: {file: content
 
 
 def named(cfg: Config) -> Path:
-    """Return the record that a command names. Errors: ConfigError for none."""
+    """Return the folder of `record=...`. Errors: ConfigError without it."""
     if not cfg.record:
         raise ConfigError("record=null: name a folder, as in record=experiments/records/2026-01-31_laptop")
     return Path(cfg.record)
 
 
 def keep(runs: Iterable[Run], record: Path) -> tuple[list[str], list[str]]:
-    """Put `runs` into the archives of a record; (names kept, names left out as unfinished). What the record has besides
-    stays. Errors: UserError for an archive that is damaged."""
-    kept, unfinished, by_seed = [], [], defaultdict(dict)
+    """Add `runs` to the archives of a record; returns (ids archived, ids left out as unfinished).
+
+    Other runs in the archives stay. Errors: UserError for a damaged archive.
+    """
+    archived, unfinished, by_seed = [], [], defaultdict(dict)
     for run in runs:
-        if run.config() and (run.finished or not run.status()):  # the pretrained checkpoint has no status
+        if run.config() and (run.finished or not run.status()):  # the pretrained model's folder has no status
             by_seed[run.typed_config().seed][run.id] = _read_run(run.path)
-            kept.append(run.id)
+            archived.append(run.id)
         else:
             unfinished.append(run.id)
     for seed, contents in by_seed.items():
         archive = record / f"runs-seed{seed}.tar.xz"
         before = _read(archive) if archive.exists() else {}
         record.mkdir(parents=True, exist_ok=True)
-        files.replace(archive, _packed(before | contents))
-    return kept, unfinished
+        files.replace(archive, _pack(before | contents))
+    return archived, unfinished
 
 
 def restore(record: Path, runs: Path) -> tuple[list[str], list[str]]:
-    """Put the runs of a record back into the folder `runs`; (names put back, names that were there already).
+    """Put the runs of a record back into the folder `runs`; returns (ids restored, ids that were there already).
 
-    Errors: UserError for what is no record, or is damaged: then nothing is put back.
+    Errors: UserError for a folder that is no record, or a damaged one; then nothing is restored.
     """
     archives = sorted(record.glob("runs-seed*.tar.xz"))
     if not archives:
@@ -68,26 +70,22 @@ def restore(record: Path, runs: Path) -> tuple[list[str], list[str]]:
     for row in table(record):
         if row["run"] not in contents:
             raise UserError(f"{record}/runs-seed{row['seed']}.tar.xz lacks {row['run']}; take it from git again")
-    put, there = [], []
-    for name in sorted(contents):
-        if (runs / name).exists():
-            there.append(name)
-        else:
-            _write_run(runs / name, contents[name])
-            put.append(name)
-    return put, there
+    present = [name for name in sorted(contents) if (runs / name).exists()]
+    restored = [name for name in sorted(contents) if name not in present]
+    for name in restored:
+        _write_run(runs / name, contents[name])
+    return restored, present
 
 
 def table(record: Path) -> list[dict[str, str]]:
-    """Return the rows of a record's runs.csv (`qat.report.record`), of which this reads `run` and `seed`; [] without
-    one."""
+    """Return the rows of a record's runs.csv (`qat.report.record`); [] without one."""
     path = record / "runs.csv"
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
 def _read_run(folder: Path) -> dict[str, bytes]:
-    found = sorted(path for pattern in _FILES for path in folder.glob(pattern))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    paths = sorted(path for pattern in _FILES for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def _write_run(folder: Path, contents: dict[str, bytes]) -> None:
@@ -99,14 +97,14 @@ def _write_run(folder: Path, contents: dict[str, bytes]) -> None:
     os.rename(temporary, folder)
 
 
-def _packed(contents: Contents) -> bytes:
+def _pack(contents: Contents) -> bytes:
     members = {f"{run}/{name}": content for run, of_run in contents.items() for name, content in of_run.items()}
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=9) as tar:
         for name, content in sorted(members.items()):
-            about = tarfile.TarInfo(name)
-            about.size = len(content)
-            tar.addfile(about, io.BytesIO(content))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     return packed.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Hashes of the files that a run is made of. A run is named by their paths, which may come to hold other files."""
+"""Hash the model and texts that a run is made from: its id has only their paths, where files may change."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from qat.config import Config, DataConfig, ModelConfig
 from qat.utils import files
 from qat.utils.environment import package_path
 
-_OF_MODELS = (".json", ".safetensors", ".model", ".txt", ".jinja")
+_MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
 def hashes(cfg: Config) -> dict[str, str]:
-    """Return {"model.path=...": hash} of the model and both texts; of a hub model its commit. Random models and
-    texts of a hub, or named by their revision, are left out. Errors: UserError where there is nothing."""
-    found = {} if cfg.model.source == "random" else {f"model.path={cfg.model.path}": _of_model(cfg.model)}
+    """Return {"model.path=...": hash} for the model and both texts; for a hub model its commit.
+
+    Random models are left out, and texts whose revision is part of the run's id: those of a hub, and prepared ones.
+    Errors: UserError for a missing path.
+    """
+    model = {} if cfg.model.source == "random" else {f"model.path={cfg.model.path}": _hash_model(cfg.model)}
     texts = (text for text in (cfg.data, cfg.validation) if text is not None and text.source != "prepared")
-    return found | {text.named: _of_text(text) for text in texts if text.source != "hub" or _path(text).is_dir()}
+    return model | {text.named: _hash_text(text) for text in texts if text.source != "hub" or _path(text).is_dir()}
 
 
-def _of_model(cfg: ModelConfig) -> str:
+def _hash_model(cfg: ModelConfig) -> str:
     if cfg.source == "package":
-        return _together([package_path(cfg.path)])
+        return _hash_files([package_path(cfg.path)])
     if _path(cfg).is_dir():
-        return _together(file for file in _path(cfg).iterdir() if file.suffix in _OF_MODELS)
-    from qat.models.load import resolve_commit  # transformers takes seconds to import, and only a hub's models need it
+        return _hash_files(file for file in _path(cfg).iterdir() if file.suffix in _MODEL_SUFFIXES)
+    from qat.models.load import resolve_commit  # imports transformers, which takes seconds
 
     return resolve_commit(cfg)
 
 
-def _of_text(cfg: DataConfig) -> str:
+def _hash_text(cfg: DataConfig) -> str:
     path = package_path(cfg.path) if cfg.source == "package" else _path(cfg)
-    return _together([path] if path.is_file() else path.rglob("*"))
+    return _hash_files([path] if path.is_file() else path.rglob("*"))
 
 
 def _path(cfg: ModelConfig | DataConfig) -> Path:
     return Path(files.expand(cfg.path))
 
 
-def _together(paths: Iterable[Path]) -> str:
-    """Return one hash of files and their names."""
-    whole = hashlib.blake2b(digest_size=8)
+def _hash_files(paths: Iterable[Path]) -> str:
+    """Return one hash of all files and their names."""
+    digest = hashlib.blake2b(digest_size=8)
     for file in sorted(path for path in paths if path.is_file()):
         status = file.stat()
-        whole.update(f"{file.name} {_of_file(file, status.st_size, status.st_mtime_ns)}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{file.name} {_hash_file(file, status.st_size, status.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
 
 
 @functools.cache
-def _of_file(file: Path, size: int, modified: int) -> str:
-    """Return the hash of a file; of Parquet, of its footer, which has the place, size and range of every column."""
+def _hash_file(file: Path, size: int, modified: int) -> str:
+    """Return the hash of a file; of Parquet only its footer, which has the place, size and range of every column."""
     with file.open("rb") as content:
         if file.suffix == ".parquet" and size > 8:
             content.seek(-8, 2)

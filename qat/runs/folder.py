@@ -26,7 +26,7 @@ from qat.utils import environment, files
 
 @contextlib.contextmanager
 def _readable(path: Path):
-    """Turn whatever a damaged file makes its parser raise into one line that names the file."""
+    """Turn a parser's errors about a damaged file into a `UserError` that names the file."""
     try:
         yield
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -34,7 +34,7 @@ def _readable(path: Path):
         raise UserError(f"{path} is damaged ({reason}); delete the run folder to make it again") from error
 
 
-@functools.lru_cache(1024)  # a report asks for each configuration many times, and a tenth of a second adds up
+@functools.lru_cache(1024)  # parsing takes a tenth of a second, and a report reads every configuration many times
 def _parsed(text: str) -> dict:
     return _mapping(OmegaConf.to_container(OmegaConf.create(text)))
 
@@ -58,7 +58,7 @@ def _json_lines(rows: Iterable[dict]) -> str:
 
 
 class Run:
-    """Reads and writes one run folder. Readers return what is there; a missing file reads as empty."""
+    """Read and write one run folder. A missing file reads as empty."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -98,18 +98,18 @@ class Run:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of its training losses and batches: trained again with the same one, it has the same weights."""
+        """A hash of its training losses and batches. A run trained again with the same hash has the same weights."""
         return digest([(row.get("loss"), row.get("batch")) for row in self.metrics()])
 
     def status(self) -> dict:
         return self._json("status.json", "state", "step", "steps")
 
     def environment(self) -> dict:
-        """That of the process that worked on it last."""
+        """Return the environment of the process that last worked on the run."""
         return self._json("environment.json")
 
     def environments(self) -> list[dict]:
-        """Return those of all processes that worked on it, the last one's last."""
+        """Return the environments of all processes that worked on the run, the last one's last."""
         last = self.environment()
         return [*last.get("earlier", []), last] if last else []
 
@@ -147,7 +147,7 @@ class Run:
             return []
         with _readable(path):
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A line without its end was cut off by a kill; the resume writes it again.
+            # The process was killed while it wrote a line without an end; after a resume it is written again.
             return [_mapping(json.loads(line), *required) for line in lines if line.endswith("\n")]
 
     # Writing --------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Run:
         self.write_json("environment.json", now | ({"earlier": earlier} if earlier else {}))
 
     def check_sources(self, cfg: Config) -> None:
-        """Raise `UserError` when a path that the run was made of has come to hold another model or text."""
+        """Raise `UserError` when the model or text in a path has changed since the run was made from it."""
         before = self._json("sources.json")
         for path, now in fingerprints.hashes(cfg).items() if before else ():
             if before.get(path, now) != now:
@@ -173,7 +173,7 @@ class Run:
                 )
 
     def keep_sources(self, cfg: Config) -> None:
-        """Write down what the paths hold of which nothing is known yet, as of a recorded run."""
+        """Record the hashes of models and texts that sources.json does not have yet."""
         before = self._json("sources.json")
         now = fingerprints.hashes(cfg) | before
         self.path.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ class Run:
 
     @contextlib.contextmanager
     def append(self, name: str):
-        """Return a function that appends rows to a JSON-lines file and hands them to the system at once."""
+        """Yield a function that appends rows to a JSON-lines file, without buffering them."""
         path = self.path / name
         file = path.open("a", encoding="utf-8")
 
@@ -205,7 +205,7 @@ class Run:
         try:
             yield write
         finally:
-            with files.naming(path):  # what a full disk did not take is tried once more
+            with files.naming(path):  # closing writes what could not be written before, and may fail as well
                 file.close()
 
     def keep_rows(self, name: str, last_step: int) -> None:
@@ -217,13 +217,12 @@ class Run:
         files.replace(self.path / name, text)
 
     def lock(self):
-        """Hold the folder for writing, as a context. Jobs of a sweep that run side by side share their baseline, so
-        another process may hold it, and is waited for."""
+        """Lock the folder for writing, as a context. Parallel jobs of a sweep wait for each other's shared baseline."""
         return files.lock(self.path, self.id)
 
 
 class ReadOnlyRun(Run):
-    """A run folder as ranks other than the first see it: they read it and never write."""
+    """A run folder for ranks other than the first: they read it and never write."""
 
     def create(self, cfg: Config) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Sizes of a model, the FLOPs of a training token, and what GPUs reach at best."""
+"""Count a model's sizes and the FLOPs of a training token; the peak rates of GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: parameters, and features of the tensors that a backward pass needs."""
+    """Sizes of a model: parameters, and features of the tensors that are kept for the backward pass."""
 
     parameters: int
     linears: int  # parameters of all linears, the head too
@@ -27,17 +27,17 @@ class Shape:
     inner: int  # of the MLP
     attended: int  # query heads x head size
     vocabulary: int
-    tensors: int  # that the parameters are
+    tensors: int  # of parameters
     buffers: int  # elements
-    scales: int  # of quantized tensors
+    scales: int  # quantized tensors
 
     def flops(self, length: int) -> float:
-        """Return the FLOPs of training, a token: 6 a weight of a linear, and causal attention over `length` tokens."""
+        """Return the FLOPs of training on a token: 6 a weight of linears, and causal attention over `length` tokens."""
         return 6.0 * self.linears + 6.0 * self.blocks * self.attended * length
 
 
 def model_shape(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]:
-    """Return a model's sizes and what `cfg` quantizes of it, without memory for its weights. Errors: ConfigError."""
+    """Return a model's sizes and what `cfg` quantizes, from a model on the meta device. Errors: ConfigError."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     bank, coverage = convert(model, cfg)

@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors and JSON only, written to a temporary folder and renamed, so that a reader never sees half.
+"""Checkpoints: safetensors and JSON, written to a temporary folder and renamed, so that no reader sees half of one.
 
-A checkpoint holds parameters (the FP32 master weights), Adam moments, the scale bank, the RNG state, the data cursor
-and the step: everything that the rest of the run depends on. The last one of a run holds parameters and scales.
+A checkpoint holds everything that the rest of the run depends on: parameters (the FP32 master weights), Adam moments,
+the scale bank, the RNG state, the data cursor and the step. The last one of a run holds only parameters and scales.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ VERSION = 2
 
 
 class Damaged(UserError):
-    """A checkpoint that does not hold what was written."""
+    """A checkpoint that is incomplete or has changed since it was written."""
 
 
 class Writer:
-    """Saves checkpoints in the background, one at a time. What goes wrong is raised by the next call of any method."""
+    """Save checkpoints in the background, one at a time. An error is raised by the next call of any method."""
 
     def __init__(self, folder: Path):
         self.folder, self._pending = folder, None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
-        """Start `save` of a copy of `tensors`, which may change when this returns; the one before is waited for.
-        `tensors` is
-        emptied on the way: gathered from ranks, they are there for this alone, and need not be there twice."""
+        """Copy `tensors`, wait for the checkpoint before, and start to save the copy.
+
+        `tensors` is emptied on the way: tensors gathered from many ranks would otherwise take memory twice.
+        """
         self.wait()
         copies = {
             name: {key: group.pop(key).detach().to("cpu", copy=True) for key in list(group)}
@@ -48,7 +49,7 @@ class Writer:
         self._pending = self._thread.submit(save, self.folder, step, copies, facts)
 
     def check(self) -> None:
-        """Raise what has gone wrong until now; wait for nothing."""
+        """Raise the error of a save that has failed by now, without waiting."""
         if self._pending and self._pending.done():
             self.wait()
 
@@ -62,27 +63,28 @@ class Writer:
         return self
 
     def __exit__(self, *error) -> None:
-        self._thread.shutdown()  # whoever reads the folder next finds nothing half done
+        self._thread.shutdown()  # wait: the folder may be read next
         self.wait()
 
 
 def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict, keep: int = 2) -> Path:
     """Write `folder/step-<step>/`: a safetensors file for each entry of `tensors`, and `facts` as JSON with checksums.
 
-    Then all but the newest `keep` checkpoints go: the one before the newest stays in case the newest is damaged.
-    Errors: OSError that names the file; what was there before stays.
+    Then remove all but the newest `keep` checkpoints; the second newest is for the case that the newest is damaged.
+    Errors: OSError that names the file; earlier checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".writing-*"):  # a kill left it
+    for unfinished in folder.glob(".writing-*"):  # left by a killed process
         files.remove(unfinished)
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
     try:
         _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
-        for later in (each for each in folder.glob("step-*") if each.name >= target.name):
-            files.remove(later)  # this step's, or a damaged one, without which this one would not have been made
+        for path in folder.glob("step-*"):
+            if path.name >= target.name:  # damaged: otherwise the run would have continued from it
+                files.remove(path)
         os.rename(temporary, target)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # what is left of it would fill a full disk further
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk may be full: do not leave half a checkpoint on it
         raise
     files.flush(folder)
     keep_newest(folder, keep)
@@ -90,7 +92,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], f
 
 
 def keep_newest(folder: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints, and what did not go before."""
+    """Remove all but the newest `count` checkpoints, and what could not be removed before."""
     for leftover in folder.glob(f"{files.REMOVING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for old in sorted(folder.glob("step-*"))[:-count]:
@@ -113,8 +115,8 @@ def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]
 def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:
     """Return the newest undamaged checkpoint in `folder` as (tensors, facts), or None when there is none yet.
 
-    Damaged ones are named and skipped. Errors: UserError when all are damaged, rather than a silent start from zero,
-    and when one is of another run than `run` or of a later version of the format.
+    For a damaged one, print a warning and take the one before. Errors: UserError when all are damaged, or when one
+    belongs to another run than `run` or to a later version of the format.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is not a folder; delete the run folder to train it again")
@@ -134,8 +136,7 @@ def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, to
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-    """Read one checkpoint. Errors: Damaged when it is incomplete or its checksums do not agree; UserError when it is of
-    a later version of the format."""
+    """Read one checkpoint. Errors: Damaged; UserError for a later version of the format."""
     try:
         facts = _facts(path)
         for name, checksum in facts["checksums"].items():
@@ -161,7 +162,7 @@ def _facts(path: Path) -> dict:
 
 @contextlib.contextmanager
 def restoring(folder: Path) -> Iterator[None]:
-    """Say of what is refused within this context that it is the checkpoint in `folder`."""
+    """Let a `UserError` within this context name the checkpoints in `folder`."""
     try:
         yield
     except UserError as error:
@@ -180,19 +181,22 @@ def matched(
             raise UserError(f"{group}.safetensors lacks {name}")
         if name not in wanted:
             raise UserError(f"{group}.safetensors has {name}, which this run does not have")
-        ours, theirs = _kind(wanted[name]), _kind(saved[name])
-        if ours != theirs:
-            raise UserError(f"{group}.safetensors has {name} as {theirs}, this run has it as {ours}")
+        expected, actual = _describe(wanted[name]), _describe(saved[name])
+        if expected != actual:
+            raise UserError(f"{group}.safetensors has {name} as {actual}, this run has it as {expected}")
     return saved
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _describe(tensor: torch.Tensor) -> str:
+    """Return dtype and shape, as in "float32[2, 3]"."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str]) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as flat tensors, `<parameter>/<state>`, gathered on the first rank
-    (`qat.utils.distributed.full_tensor_on_main`); zeros of a parameter that had no gradient yet."""
+    """Return the optimizer's state as {`<parameter>/<state>`: tensor}, gathered on the first rank.
+
+    Parameters without a gradient until now have zeros.
+    """
     return {
         f"{name}/{key}": distributed.full_tensor_on_main(
             optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like)
@@ -205,17 +209,16 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, st
 def load_optimizer(
     optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str], tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, from the group `optimizer`. Errors: UserError when it is of another
-    model's optimizer."""
+    """Restore the tensors of `optimizer_tensors`, the group `optimizer`. Errors: UserError if of another model."""
     wanted = {f"{name}/{key}": like for p, name in names.items() for key, like in _moments(p).items()}
     saved = matched(tensors, "optimizer", wanted)
     for p, name in names.items():
-        # Copied: what is loaded is mapped to its file, which NFS and FUSE could not remove while the run goes on.
+        # Cloned, because loaded tensors are mapped to their file, and NFS and FUSE cannot remove a mapped file.
         optimizer.state[p] = {key: distributed.shard_like(saved[f"{name}/{key}"], p).clone() for key in _moments(p)}
 
 
 def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what AdamW keeps of a parameter, as tensors of the same shapes and types."""
+    """Return AdamW's state of a parameter, as tensors of the same shapes and types."""
     return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
 
 

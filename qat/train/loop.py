@@ -1,4 +1,4 @@
-"""Train one run from its configuration to a finished folder, from wherever it stands."""
+"""Train one run until its folder is finished: from the start, or on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ from qat.utils import device, distributed, environment, signals
 
 
 def train(cfg: Config) -> Run:
-    """Train, resume or skip the run of `cfg`, all ranks together. Errors: UserError; the folder's status says why it
-    failed."""
+    """Train the run of `cfg`, or resume it, or skip it when it is finished. All ranks call this together.
+
+    Errors: UserError. The folder's status records why a run stopped.
+    """
     distributed.init()
     run = Run.of(cfg)
     with run.lock():
@@ -47,13 +49,13 @@ def train(cfg: Config) -> Run:
             session = _Session(cfg, run)
             step = session.state.done
             with wandb_log.mirror(run, cfg) as mirror:
-                for step in session.steps(mirror):  # noqa: B007  `step` is what the status says after an error
+                for step in session.steps(mirror):  # noqa: B007  after an error, the status records `step`
                     pass
         except BaseException as error:
             distributed.abort()
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            with contextlib.suppress(OSError):  # a full disk must not hide what happened first
+            with contextlib.suppress(OSError):  # on a full disk, raise the first error and not this one
                 if not run.finished:
                     run.set_status(state, step, cfg.steps, reason=reason)
             raise
@@ -61,15 +63,15 @@ def train(cfg: Config) -> Run:
 
 
 class _Session:
-    """One process's work on a run, from wherever it stands to its end."""
+    """One process's work on a run: build everything, restore the last checkpoint, run the steps that are left."""
 
     def __init__(self, cfg: Config, run: Run):
         self.cfg, self.run = cfg, run
         device.prepare()
         torch.manual_seed(cfg.seed)
-        if cfg.budget.compile:  # a sweep trains many runs in one process, and graphs of one code are limited
-            torch._dynamo.reset()
-            gc.collect()  # compiled modules refer to themselves: the model of the run before is still there
+        if cfg.budget.compile:  # in a sweep, a run before this one may have been compiled in this process
+            torch._dynamo.reset()  # the number of graphs for the same code is limited
+            gc.collect()  # compiled modules refer to themselves, so the model before may still be in memory
         self.model, tokenizer = load_model(cfg.model, cfg.seed)
         self.bank, self.coverage = convert(self.model, cfg)
         self.trainer = Trainer(self.model, self.bank, cfg)
@@ -82,16 +84,16 @@ class _Session:
         self.validator = None if self.state.final else Validator(self.trainer, tokenizer, cfg)
 
     def _open_stream(self, tokenizer, cursor: dict | None) -> packing.TokenStream:
-        """Open the text on every rank: the first decides which revision of it is read, the others refuse another."""
+        """Open the text on every rank. The first chooses its revision; on the others, a different text is an error."""
         arguments = self.cfg.data, self.cfg.seed, tokenizer
         stream = packing.training_stream(*arguments, cursor) if environment.is_main_process() else None
         cursor = distributed.broadcast_object(stream and stream.state())
         return stream or packing.training_stream(*arguments, cursor)
 
     def steps(self, mirror) -> Iterator[int]:
-        """Run the steps that are left and finish; yields the number of each when it is done and written."""
+        """Run the steps that are left and finish the run; yields each step's number once its rows are written."""
         cfg, state = self.cfg, self.state
-        self._introduce()
+        self._print_start()
         self.run.set_status("running", state.done, cfg.steps)
         with (
             self.log.opened(mirror),
@@ -115,10 +117,10 @@ class _Session:
                     break
             if state.done == cfg.steps:
                 self._finish(writer)
-            if distributed.any_rank(bool(signalled())):  # after the last step, too: other runs are to begin elsewhere
+            if distributed.any_rank(bool(signalled())):  # also after the last step: this process shall start no other
                 raise signals.Preempted(f"{signalled() or 'another rank'} after step {state.done} of {cfg.steps}")
 
-    def _introduce(self) -> None:
+    def _print_start(self) -> None:
         print(f"\n{self.run.id}")
         print(self.coverage)
         self.run.write_json("coverage.json", self.coverage.as_dict())
@@ -132,21 +134,23 @@ class _Session:
             self.log.say(f"  step {step}: quantization starts ({self.cfg.quant.format}, {self.cfg.scaling.algo})")
 
     def _step(self, step: int) -> tuple[dict, list[dict]]:
-        """Run one step. Returns its row of metrics, and its telemetry where that is due: at the first, every k-th and
-        the last quantized step."""
-        started = time.perf_counter()
+        """Run one step. Returns its row of metrics and its telemetry, [] where none is due.
+
+        Telemetry is due at the first quantized step, every k-th after it, and the last.
+        """
+        start = time.perf_counter()
         batches = self._batches()
         first = self.trainer.first_quantized_step if self.bank is not None else 1
         due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
-            return self._row(step, self.trainer.step(step, batches), started), []
+            return self._row(step, self.trainer.step(step, batches), start), []
         updates = UpdateStats(self.model, self.bank, self.cfg)
         if self.bank is None:
-            return self._row(step, self.trainer.step(step, batches), started), [updates.row(step)]
+            return self._row(step, self.trainer.step(step, batches), start), [updates.row(step)]
         tensors = TensorStats(self.model, self.bank, self.cfg)
         with tensors.attached():
             result = self.trainer.step(step, batches, observed=True)
-        row = self._row(step, result, started)
+        row = self._row(step, result, start)
         return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step)]
 
     def _batches(self) -> list[torch.Tensor]:
@@ -157,12 +161,13 @@ class _Session:
         share = accumulation // environment.world_size()
         return batches[environment.rank() * share :][:share]
 
-    def _row(self, step: int, result: StepResult, started: float) -> dict:
-        loss = float(result.loss)
-        seconds = time.perf_counter() - started
+    def _row(self, step: int, result: StepResult, start: float) -> dict:
+        """Return a step's row of metrics. Errors: UserError after too many skipped steps."""
+        loss = float(result.loss)  # waits for the device
+        seconds = time.perf_counter() - start
         finite = bool(result.finite)
         if not finite:
-            self._refuse_too_many_skipped(step, loss)
+            self._report_skipped(step, loss)
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
         overshoot = result.overshoot if quantized and finite else None
         return {
@@ -181,33 +186,32 @@ class _Session:
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }
 
-    def _refuse_too_many_skipped(self, step: int, loss: float) -> None:
-        """Say that a step changed nothing; raise `UserError` when so many did in a row that they will not mend
-        themselves."""
-        said = f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed"
+    def _report_skipped(self, step: int, loss: float) -> None:
+        """Warn of a step that changed nothing; raise `UserError` after more than `optim.max_skipped` in a row."""
+        message = f"step {step}: the gradient is not finite (loss {loss:.4g}), weights were not changed"
         in_a_row = self.log.skipped + 1
         if in_a_row > self.cfg.optim.max_skipped:
             raise UserError(
-                f"{said}, {in_a_row} in a row; lower optim.lr={self.cfg.optim.lr:g} or change "
+                f"{message}, {in_a_row} in a row; lower optim.lr={self.cfg.optim.lr:g} or change "
                 f"quant.overflow={self.cfg.quant.overflow}"
             )
-        print(f"\nwarning: {said}", flush=True)
+        print(f"\nwarning: {message}", flush=True)
 
     def _watch(self, step: int, row: dict, telemetry: list[dict]) -> list[dict]:
-        """Return the warnings of a step: rows of warnings.jsonl."""
-        cfg, found = self.cfg, []
+        """Return the new warnings of a step, as rows of warnings.jsonl."""
+        cfg, warnings = self.cfg, []
         if step == 1 and row["loss"] is not None:
-            found += monitor.first_loss(cfg, self.model.config.vocab_size, row["loss"])
+            warnings += monitor.first_loss(cfg, self.model.config.vocab_size, row["loss"])
         if self.history is not None and row["quantized"] and not row["skipped"]:
             if step == self.trainer.first_quantized_step:
                 self.history.begin()
             self.history.advance(1 if cfg.scaling.tick == "step" else cfg.batch[1] // environment.world_size())
         if telemetry:
             self.state.check_agreement()
-            found += monitor.telemetry(cfg, telemetry, row["lr"])
-            found += monitor.forgetting(cfg, telemetry, self.log.pretrained)
-            found += self.history.check() if self.history is not None else []
-        return [{"step": step, **each} for each in monitor.new_warnings(found, self.log.warned)]
+            warnings += monitor.telemetry(cfg, telemetry, row["lr"])
+            warnings += monitor.forgetting(cfg, telemetry, self.log.pretrained)
+            warnings += self.history.check() if self.history is not None else []
+        return [{"step": step, **warning} for warning in monitor.new_warnings(warnings, self.log.warned)]
 
     def _save(self, writer: checkpoint.Writer) -> None:
         """Write a checkpoint to resume from, in the background."""
@@ -219,11 +223,11 @@ class _Session:
             self.run.set_status("running", self.state.done, self.cfg.steps)
 
     def _finish(self, writer: checkpoint.Writer) -> None:
-        """Leave the trained weights and scales; what only a resume needs goes."""
+        """Write the last checkpoint, of weights and scales only, and remove the others."""
         tensors, folder = self.state.trained(), self.run.checkpoints
         writer.wait()
         if environment.is_main_process():
-            if self.state.final:  # stopped while the others went: there may be no other, so it stays as it is
+            if self.state.final:  # already written by a process that was stopped while it removed the others
                 checkpoint.keep_newest(folder, 1)
             else:
                 self.log.flush()

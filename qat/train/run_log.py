@@ -1,4 +1,4 @@
-"""What a run writes while it trains: rows of metrics, telemetry and warnings, the mirror in W&B, a progress bar."""
+"""Write a run's rows of metrics, telemetry and warnings while it trains, mirror them in W&B, and show progress."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FILES = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
 
 
 class RunLog:
-    """The rows of a run, continued after `done` steps: those of later steps are dropped, for they come again.
+    """The rows of a run, continued after `done` steps. Rows of later steps are dropped: these steps are run again.
 
-    skipped: steps in a row, until now, whose gradient was not finite. pretrained: telemetry from before the first step.
-    warned: the warnings so far. Errors: UserError when rows are missing.
+    skipped: how many steps in a row, up to now, had a gradient that was not finite. pretrained: telemetry from before
+    the first step. warned: the warnings so far. Errors: UserError when rows are missing.
     """
 
     def __init__(self, run: Run, done: int, steps: int):
@@ -33,20 +33,19 @@ class RunLog:
         for row in rows:
             self.skipped = self.skipped + 1 if row["skipped"] else 0
         for name in _FILES:
-            run.keep_rows(name, done or -1)  # what was seen before the first step comes again, too
+            run.keep_rows(name, done or -1)  # a run that starts again also measures step 0 again
         self.pretrained = [row for row in run.telemetry() if row["step"] == 0]
         self.warned = [row for row in run.warnings() if row["step"] <= done]
 
     @contextlib.contextmanager
     def opened(self, mirror: Callable) -> Iterator[None]:
         """Write rows within this context, and hand each step to `mirror` (`qat.train.wandb_log.mirror`)."""
-        look = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
+        options = {"desc": "  training", "unit": "step", "dynamic_ncols": True, "mininterval": 1.0}
+        options["disable"] = not environment.is_main_process()
         with contextlib.ExitStack() as stack:
             self._append = [stack.enter_context(self.run.append(name)) for name in _FILES]
             self._mirror = mirror
-            self._bar = stack.enter_context(
-                tqdm(total=self.steps, initial=self.done, disable=not environment.is_main_process(), **look)
-            )
+            self._bar = stack.enter_context(tqdm(total=self.steps, initial=self.done, **options))
             yield
 
     def begin(self, telemetry: list[dict]) -> None:
@@ -62,8 +61,8 @@ class RunLog:
         for append, rows in zip(self._append, ([row], telemetry, warnings), strict=True):
             append(rows)
         self._mirror(row, telemetry)
-        for each in warnings:
-            self.say(f"warning: step {row['step']}: {each['warning']}")
+        for warning in warnings:
+            self.say(f"warning: step {row['step']}: {warning['warning']}")
         loss = "skipped" if row["skipped"] else f"{row['loss']:.4f}"
         self._bar.set_postfix_str(f"loss {loss}, {row['tokens_per_second']:.0f} tokens/s")
         self._bar.update()
@@ -73,6 +72,6 @@ class RunLog:
         self._bar.write(line)
 
     def flush(self) -> None:
-        """Have the rows on the disk: a checkpoint must not outlive those before it."""
+        """Write the rows out to the disk: after a crash, a checkpoint without the rows before it would be no use."""
         for name in _FILES:
             files.flush(self.run.path / name)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how it is put back: weights, scales, Adam's moments, random numbers."""
+"""Collect the state of a run for a checkpoint, and restore it: weights, scales, Adam moments, random numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.utils import device, distributed, environment
 class TrainState:
     """The state of a run on this rank.
 
-    done: steps behind it. final: whether its last checkpoint is there, which has no need of a resume.
+    done: how many steps are done. final: whether the last checkpoint of the run is written.
     """
 
     def __init__(self, cfg: Config, run: Run, trainer: Trainer):
@@ -23,19 +23,19 @@ class TrainState:
         self.done, self.final = 0, False
 
     def restore(self) -> dict | None:
-        """Continue from the newest sound checkpoint, or start. Returns the cursor of the data."""
-        found = checkpoint.latest(self.run.checkpoints, self.run.id)
-        if found is not None:
+        """Load the newest undamaged checkpoint, if there is one. Returns its cursor of the data."""
+        tensors, facts = checkpoint.latest(self.run.checkpoints, self.run.id) or (None, {})
+        if tensors is not None:
             with checkpoint.restoring(self.run.checkpoints):
-                self._load(*found)
+                self._load(tensors, facts)
         distributed.check_agreement("the step to continue from", torch.tensor([self.done]))
-        return found[1].get("data") if found else None
+        return facts.get("data")
 
     @torch.no_grad()
     def _load(self, tensors: dict[str, dict[str, torch.Tensor]], facts: dict) -> None:
-        saved = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
+        weights = checkpoint.matched(tensors, "model", {name: parameter for parameter, name in self.names.items()})
         for parameter, name in self.names.items():
-            parameter.copy_(distributed.shard_like(saved[name], parameter))
+            parameter.copy_(distributed.shard_like(weights[name], parameter))
         if self.bank is not None:
             scales = tensors.get(_of_rank("scales", environment.rank()), tensors.get("scales", {}))
             self.bank.load_state_dict(scales, facts.get("scales"))
@@ -48,7 +48,7 @@ class TrainState:
         device.set_rng_state(tensors.get(_of_rank("rng", environment.rank()), {}))
 
     def resumable(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return all that a resume needs, gathered from all ranks on the first."""
+        """Return everything that a resume needs, gathered on the first rank."""
         tensors = self.trained() | {"optimizer": checkpoint.optimizer_tensors(self.trainer.optimizer, self.names)}
         own = {"rng": device.rng_state()}
         if self.bank is not None and self.cfg.scaling.sync == "none":
@@ -58,21 +58,21 @@ class TrainState:
         return tensors
 
     def trained(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return weights and scales, gathered from all ranks on the first."""
+        """Return weights and scales, gathered on the first rank."""
         weights = {name: distributed.full_tensor_on_main(parameter) for parameter, name in self.names.items()}
         return {"model": weights} | ({} if self.bank is None else {"scales": self.bank.state_dict()})
 
     def facts(self, **more) -> dict:
-        """Return what a checkpoint says of itself: whose it is, and of what its scales are."""
+        """Return what a checkpoint records beside tensors: its run, the names of its scales, the number of ranks."""
         names = self.bank.names if self.bank is not None else None
         return {"run": self.run.id, "scales": names, "ranks": environment.world_size(), **more}
 
     def check_agreement(self) -> None:
-        """Raise `UserError` when the ranks do not hold the same scales, unless each is to have its own."""
+        """Raise `UserError` when the ranks have different scales, unless `scaling.sync=none` allows that."""
         if self.bank is not None and self.cfg.scaling.sync == "max":
             distributed.check_agreement("scales", self.bank.scale)
 
 
 def _of_rank(name: str, rank: int) -> str:
-    """Return what a checkpoint calls a group of tensors that every rank has its own of."""
+    """Return the name in a checkpoint of a group of tensors that differs between ranks."""
     return f"{name}.{rank}" if rank else name

@@ -1,7 +1,7 @@
 """One optimizer step in four acts: accumulate gradients, clip them, update weights, update scales.
 
-Nothing in a step waits for the device: whether its gradient is finite is decided there, and if not, the step leaves
-weights, moments and (with a tick a step) scales as they were. Who reads the result, waits.
+Nothing in a step waits for the device; only reading the result does. Whether the gradient is finite is decided on the
+device. If it is not, weights, Adam moments and (with a tick a step) scales stay as they were.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from qat.utils import device, distributed, environment
 class StepResult:
     """The result of one step over all ranks.
 
-    loss: mean in nats a token. grad_norm: before clipping. finite: whether both are, without which nothing was changed;
-    these are 0-dim tensors on the device. lr: learning rate. tokens: trained on. overshoot: of every quantized tensor,
-    FP32 [tensors] on the device; None in BF16.
+    loss: mean in nats a token. grad_norm: before clipping. finite: whether both are; if not, nothing was changed. These
+        three are 0-dim tensors on the device.
+    lr: learning rate. tokens: how many were trained on.
+    overshoot: of every quantized tensor, FP32 [tensors] on the device; None in BF16.
     """
 
     loss: torch.Tensor
@@ -40,12 +41,12 @@ class StepResult:
 
 
 def eagerly():
-    """Return a context in which nothing compiled runs, and nothing is compiled."""
+    """Return a context in which compiled functions run eagerly and nothing is compiled."""
     return torch.compiler.set_stance("force_eager")
 
 
 class Trainer:
-    """Trains a model step by step: holds model, optimizer, scale bank and configuration."""
+    """Train a model step by step: model, optimizer, scale bank and configuration."""
 
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
@@ -67,17 +68,20 @@ class Trainer:
         self._store()
 
     def _compile(self, losses: TokenLosses) -> None:
-        """Compile the whole forward pass, or block by block what FSDP gathers block by block."""
-        parts, sharded = [losses], environment.world_size() > 1 and self.cfg.budget.parallel == "fsdp"
-        if sharded:
+        """Compile the whole forward pass, or with FSDP, which gathers parameters block by block, every block."""
+        parts = [losses]
+        if environment.world_size() > 1 and self.cfg.budget.parallel == "fsdp":
             parts = transformer_blocks(self.model)
-            torch._dynamo.config.recompile_limit = 4 * len(parts)  # each is another graph of the same code
+            torch._dynamo.config.recompile_limit = 4 * len(parts)  # every block is another graph of the same code
         for part in parts:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
 
     def step(self, number: int, micro_batches: list[torch.Tensor], observed: bool = False) -> StepResult:
-        """Run step `number` (1-based) on this rank's int64 micro-batches [sequences, length + 1], as many on every
-        rank. observed: tensor statistics look on, so nothing may be compiled."""
+        """Run step `number` (1-based).
+
+        micro_batches: this rank's, int64 [sequences, length + 1]; every rank has as many. observed: run eagerly,
+        because tensor statistics are collected.
+        """
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
         loss, tokens, overshoot = self._accumulate(micro_batches, observed)
@@ -89,11 +93,13 @@ class Trainer:
         return StepResult(loss, grad_norm, finite, lr, tokens, overshoot)
 
     def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool):
-        """Add up the gradients of the mean loss over all tokens of the step, however these are spread over
-        micro-batches and ranks. Returns (loss, tokens, with a tick a call the largest overshoot)."""
+        """Accumulate the gradients of the mean loss over all tokens of the step, of all micro-batches and ranks.
+
+        Returns (loss, tokens, with a tick a call the largest overshoot).
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        lost = 1 if self.cfg.data.label_shift == "twice" else 0
-        tokens = environment.world_size() * sum(batch.shape[0] * (batch.shape[1] - 1 - lost) for batch in micro_batches)
+        shift = 2 if self.cfg.data.label_shift == "twice" else 1
+        tokens = environment.world_size() * sum(batch.shape[0] * (batch.shape[1] - shift) for batch in micro_batches)
         tick_a_call = self.bank is not None and self.cfg.scaling.tick == "call"
         total, overshoot = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):
@@ -109,8 +115,11 @@ class Trainer:
         return distributed.all_reduce_sum(total), tokens, overshoot
 
     def _stance(self, observed: bool):
-        """Say whether what is compiled runs so. Tensors without a history, as in the first quantized step, take other
-        operations: one step is not worth a compilation."""
+        """Return the context of a forward and backward pass: eager where compiled code cannot be used.
+
+        Tensors without a history, as in the first quantized step, need other operations: compiling them for one step is
+        not worth it.
+        """
         unseen = self.bank is not None and self.bank.quantizing and self.bank.unseen
         return eagerly() if observed or unseen else contextlib.nullcontext()
 
@@ -119,17 +128,19 @@ class Trainer:
             return self.losses(tokens)
 
     def round_weights(self) -> None:
-        """Round the weights once for all forward passes until they change. Sharded ones are whole within a pass only,
-        and are rounded there."""
+        """Round the weights once for all forward passes until they change.
+
+        Sharded weights are whole only within a pass, and are rounded there.
+        """
         if self.bank is not None and self.bank.quantizing and not distributed.is_sharded(self.losses):
             round_weights(self._linears, torch.bfloat16 if self.arithmetic == "bf16" else torch.float32)
 
     def _update_weights(self, number: int, finite: torch.Tensor) -> float:
-        """Update the weights where the step is finite; returns the learning rate."""
+        """Update the weights if the step is finite; returns the learning rate."""
         lr = learning_rate(self.cfg, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # What GradScaler tells a fused optimizer: skip this step on the device.
+        # A fused optimizer reads this on the device and skips the step; GradScaler uses it in the same way.
         self.optimizer.found_inf = (~finite).to(torch.float32)
         self.optimizer.step()
         self._store()
@@ -138,7 +149,7 @@ class Trainer:
 
     @torch.no_grad()
     def _store(self) -> None:
-        """Without master weights, parameters and Adam moments keep only what BF16 can hold, as in the released code."""
+        """Without master weights, round parameters and Adam moments to BF16, as in the released code."""
         if self.cfg.optim.master_weights:
             return
         moments = (state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))

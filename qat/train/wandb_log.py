@@ -1,9 +1,8 @@
-"""Weights & Biases as a mirror of the run folder: offline by default, never in the way of a run.
+"""Mirror the run folder to Weights & Biases: offline by default, and never a reason for a run to fail.
 
-One W&B run stands for one run folder: training, every resume and every evaluation share its id. W&B numbers the rows
-of a run by their order; a session that continues at another step, or repeats one, would put its rows over others when
-it is sent. So every session begins with all that the folder holds: the newest is always the whole run, each step once,
-and sending it again replaces row by row what was sent before.
+One W&B run stands for one run folder: training, every resume and every evaluation share its id. W&B numbers the rows of
+a run by their order, so a session that continued at some step would overwrite the rows of other steps. Therefore every
+session sends the whole folder again: the newest session is the whole run, every step once, and replaces the one before.
 """
 
 from __future__ import annotations
@@ -26,28 +25,29 @@ from qat.utils import environment, files
 
 @contextlib.contextmanager
 def mirror(run: Run, cfg: Config, comparison: dict | None = None, required: bool = False):
-    """Return a function log(row, probed) that mirrors a step, its row of metrics and its telemetry, after those that
-    the folder has already; at the end, the results of the folder and of its comparison. Nothing with logger=local.
-    Where W&B fails, a warning says so and the run goes on without it; if `required`, it is a UserError."""
+    """Mirror the folder and yield a function log(row, telemetry) that mirrors one more step.
+
+    At the end, the results of the folder and of its comparison are sent. With logger=local nothing is. Where W&B fails,
+    print a warning and go on without it, or if `required` raise a UserError.
+    """
     if cfg.logger.name == "local" or cfg.logger.mode == "disabled" or not environment.is_main_process():
-        yield lambda row, probed: None
+        yield lambda row, telemetry: None
         return
     session = _Session(run, cfg, required)
     try:
-        yield _replayed(session, run, cfg)
+        yield _replay(session, run, cfg)
     finally:
         session.finish(results(run, cfg, comparison), exit_code=0 if run.finished else 1)
 
 
 def send(run: Run, cfg: Config, comparison: dict | None = None, required: bool = False) -> None:
-    """Mirror what the folder holds, and its comparison with the baseline. With logger.mode=offline, `wandb sync` sends
-    the result."""
+    """Mirror the folder and its comparison with the baseline. With logger.mode=offline, `wandb sync` sends that."""
     with run.lock(), mirror(run, cfg, comparison, required):
         pass
 
 
 class _Session:
-    """A session of W&B that anything may go wrong with: the first failure ends it."""
+    """A session of W&B. Its first failure, of whatever kind, ends it."""
 
     def __init__(self, run: Run, cfg: Config, required: bool):
         self.run, self.required, self.failed = run, required, False
@@ -60,12 +60,12 @@ class _Session:
         self._attempt(lambda: self.session.summary.update(summary))
         self._attempt(lambda: self.session.finish(exit_code=exit_code))
 
-    def _attempt(self, work: Callable, *given):
+    def _attempt(self, work: Callable, *arguments):
         if self.failed:
             return None
         try:
-            return work(*given)
-        except Exception as error:  # W&B's errors share no base, and pydantic's and the system's come through
+            return work(*arguments)
+        except Exception as error:  # any: W&B's own have no common base, and it passes on others
             self.failed = True
             _teardown()
             if self.required:
@@ -78,7 +78,7 @@ class _Session:
 
 
 def _teardown() -> None:
-    """End what W&B has begun: else its process would hold on to the run, and the next run would get its session."""
+    """End W&B's process: otherwise it would keep the run, and the next run would get its session."""
     with contextlib.suppress(Exception, SystemExit):
         sys.modules["wandb"].teardown()
 
@@ -88,12 +88,12 @@ def _reason(error: Exception) -> str:
 
 
 def _start(run: Run, cfg: Config):
-    """Return a session of W&B; offline where the server is out of reach."""
+    """Start a session of W&B; an offline one where the server cannot be reached."""
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
     for older in (run.path / "wandb").glob("offline-run-*"):
-        files.remove(older)  # one that stays is sent before the newer one, which replaces it
+        files.remove(older)  # the new session replaces it
     if cfg.logger.mode == "online":
         try:
             return _init(wandb, run, cfg, "online")
@@ -108,7 +108,7 @@ def _start(run: Run, cfg: Config):
 
 def _init(wandb, run: Run, cfg: Config, mode: str):
     settings = {"console": "off", "silent": True, "x_disable_stats": True}
-    # A server that is gone would be waited for for hours; what it has not got stays on disk.
+    # By default W&B waits for hours for a server that is gone. What was not sent stays on disk.
     settings |= {"finish_timeout": 600, "finish_timeout_raises": True}
     return wandb.init(
         project=cfg.logger.project,
@@ -120,7 +120,7 @@ def _init(wandb, run: Run, cfg: Config, mode: str):
         config=run.config(),
         dir=str(Path(run.path).resolve()),
         mode=mode,
-        resume=None,  # what is there is written over; "allow" would append, and `wandb sync` does not know of it
+        resume=None,  # overwrite; "allow" would append, and `wandb sync` does not support it
         settings=wandb.Settings(**settings),
     )
 
@@ -128,47 +128,47 @@ def _init(wandb, run: Run, cfg: Config, mode: str):
 def _tags(cfg: Config) -> list[str]:
     quantization = [cfg.quant.format, cfg.scaling.algo] if cfg.quantized else ["bf16"]
     tags = [cfg.protocol, cfg.budget.name, cfg.model.name, *quantization, f"seed{cfg.seed}"]
-    return [tag[:64] for tag in tags]  # W&B takes no longer ones
+    return [tag[:64] for tag in tags]  # W&B's limit
 
 
-def _replayed(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]], None]:
-    """Return `session.log` for a step, after the steps of the folder."""
+def _replay(session, run: Run, cfg: Config) -> Callable[[dict, Sequence[dict]], None]:
+    """Log the steps of the folder; returns a function that logs another."""
     baseline = Run.of(baseline_of(cfg)).metrics() if cfg.quantized else []
     losses = {row["step"]: row["loss"] for row in baseline}
-    telemetry = defaultdict(list)
-    for each in run.telemetry():
-        telemetry[each["step"]].append(each)
+    telemetry_of = defaultdict(list)
+    for row in run.telemetry():
+        telemetry_of[row["step"]].append(row)
 
-    def log(row: dict, probed: Sequence[dict]) -> None:
-        session.log(_points(row, probed, losses.get(row["step"])), step=row["step"])
+    def log(row: dict, telemetry: Sequence[dict]) -> None:
+        session.log(_points(row, telemetry, losses.get(row["step"])), step=row["step"])
 
-    for row in ([{"step": 0}] if 0 in telemetry else []) + run.metrics():
-        log(row, telemetry[row["step"]])
+    for row in ([{"step": 0}] if 0 in telemetry_of else []) + run.metrics():
+        log(row, telemetry_of[row["step"]])
     return log
 
 
 # What is shown ------------------------------------------------------------------------------------------------------
 
 
-def _points(row: dict, probed: Sequence[dict], reference: float | None) -> dict[str, float]:
-    """Return a step as flat numbers: its metrics, its loss against `reference`, the baseline's, and its telemetry. Step
-    0 has only the latter."""
+def _points(row: dict, telemetry: Sequence[dict], baseline_loss: float | None) -> dict[str, float]:
+    """Return a step as flat numbers: metrics, loss against the baseline's, and telemetry. Step 0 has only the last."""
     flat = {f"train/{key}": value for key, value in row.items() if key != "step"}
-    if reference is not None and row["loss"] is not None:
-        difference = row["loss"] - reference
-        flat |= {"compare/loss_difference": difference, "compare/loss_error_percent": 100 * abs(difference) / reference}
-    for role in sorted({each["role"] for each in probed if "role" in each}):
-        of_role = _telemetry([each for each in probed if each.get("role") == role])
-        flat |= {f"telemetry/{role}/{key}": value for key, value in of_role.items()}
-    for updated in (each["updated"] for each in probed if "updated" in each):
+    if baseline_loss is not None and row["loss"] is not None:
+        difference = row["loss"] - baseline_loss
+        flat["compare/loss_difference"] = difference
+        flat["compare/loss_error_percent"] = 100 * abs(difference) / baseline_loss
+    for role in sorted({entry["role"] for entry in telemetry if "role" in entry}):
+        summary = _summarize([entry for entry in telemetry if entry.get("role") == role])
+        flat |= {f"telemetry/{role}/{key}": value for key, value in summary.items()}
+    for updated in (entry["updated"] for entry in telemetry if "updated" in entry):
         flat |= {f"telemetry/lost_updates/{key}": 1 - share for key, share in updated.items() if share is not None}
-    flat |= {f"validation/{each['text']}": each["loss"] for each in probed if "text" in each}
+    flat |= {f"validation/{entry['text']}": entry["loss"] for entry in telemetry if "text" in entry}
     return {key: value for key, value in flat.items() if value is not None}
 
 
-def _telemetry(rows: list[dict]) -> dict[str, float | None]:
-    """Return all tensors of a role in a few numbers: the worst of each fault, the share of tensors that overshoot, and
-    the mean share of values in each tier."""
+def _summarize(rows: list[dict]) -> dict[str, float | None]:
+    """Return the tensors of a role in a few numbers: the worst values, the share of tensors that overshoot, and the
+    mean share of values in each tier."""
     flat = {f"{key}_max": max(row[key] for row in rows) for key in ("overshoot", "beyond", "underflow")}
     flat["overshoot_share"] = fmean(row["overshoot"] > TOLERANCE for row in rows)
     flat["sqnr_db_min"] = min((row["sqnr_db"] for row in rows if row["sqnr_db"] is not None), default=None)
@@ -176,9 +176,12 @@ def _telemetry(rows: list[dict]) -> dict[str, float | None]:
 
 
 def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float | str]:
-    """Return what a folder comes to, flat, for dashboards to sort and filter by: how often it warned; of a compared run
-    loss APE, held-out differences and KL, scores, points, relative drops and p-values by task and mode, and the pooled
-    measures of the answers, with what is decided (`qat.analysis.decisions`); of a baseline its scores."""
+    """Return the results of a folder as flat values, which dashboards sort and filter by.
+
+    All runs have the number of warnings. A compared run has loss APE, held-out differences and KL, scores, points,
+    relative drops and p-values by task and mode, and the pooled measures of the answers with what is decided
+    (`qat.analysis.decisions`). A baseline has its scores.
+    """
     flat = {"warnings": len(run.warnings())}
     if comparison:
         flat["loss_ape_percent"] = comparison["loss"]["ape"]

@@ -27,13 +27,16 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def resolve_arithmetic(wanted: str) -> str:
-    """Return "bf16" or "fp32", what products are computed in. "auto" is what $HIF8_ARITHMETIC says, so that unlike
-    machines train the same runs; else BF16 where the processor has instructions for it: emulated, it is several times
-    slower than FP32."""
-    wanted = os.environ.get("HIF8_ARITHMETIC") or "auto" if wanted == "auto" else wanted
-    if wanted != "auto":
-        return wanted
-    return "bf16" if has_bf16() else "fp32"
+    """Return the arithmetic of products, "bf16" or "fp32".
+
+    "auto" is $HIF8_ARITHMETIC where that is set, so that different machines can train the same run. Else it is BF16
+    where the hardware has instructions for it, and FP32 elsewhere: emulated BF16 is several times slower.
+    """
+    if wanted == "auto":
+        wanted = os.environ.get("HIF8_ARITHMETIC") or "auto"
+    if wanted == "auto":
+        wanted = "bf16" if has_bf16() else "fp32"
+    return wanted
 
 
 def has_bf16() -> bool:
@@ -45,34 +48,37 @@ def has_bf16() -> bool:
 
 
 def autocast(arithmetic: str):
-    """Return the context in which forward passes run: products in BF16, or everything in FP32."""
+    """Return the context of forward passes: products in BF16, or everything in FP32."""
     if arithmetic == "bf16":
-        # With the cache, all pieces of the loss would read one BF16 copy of the head, and add their gradients in BF16.
+        # With autocast's cache, all pieces of the loss would share one BF16 copy of the head's weight, and their
+        # gradients would be summed in BF16.
         return torch.autocast(get_device().type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext()
 
 
 def attention_of_any_length():
-    """Return the context to score questions in. It leaves out cuDNN, which plans attention for each length anew."""
+    """Return the context to score questions in: attention without cuDNN, which plans anew for every length."""
     kernels = torch.nn.attention.SDPBackend
     return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
 
 
 def prepare() -> None:
-    """Set up this process to train or score, which must compute alike. Call before the first large allocation."""
+    """Set up this process to train or to score: both must compute alike. Call before the first large allocation."""
     round_sums_once()
     keep_freed_memory()
 
 
 def round_sums_once() -> None:
-    """Let a GPU round sums of BF16 products when they are complete, and not their parts."""
+    """Let a GPU add BF16 products in FP32 and round the complete sum, not its parts."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks instead of returning them to the kernel after each tensor: page faults on fresh
-    memory cost a third of a CPU training step otherwise. The few as large as an embedding or all logits are returned:
-    kept, they cut the heap into pieces, and the peak is a twentieth higher."""
+    """Let glibc reuse freed blocks instead of returning them to the kernel.
+
+    Otherwise page faults on fresh memory take a third of a CPU training step. Blocks as large as an embedding or all
+    logits are still returned: reused, they fragment the heap, and peak memory is 5 % higher.
+    """
     if get_device().type != "cpu" or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -89,7 +95,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` gave; what is missing stays as it was seeded. Errors: UserError for another size."""
+    """Restore a state of `rng_state`; a missing generator stays as it is. Errors: UserError for another size."""
     try:
         if "cpu" in state:
             torch.set_rng_state(state["cpu"])

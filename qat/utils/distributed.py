@@ -1,8 +1,7 @@
-"""Many processes, one a device, as `torchrun` starts them: PyTorch's DDP and FSDP2, and the few collectives of a run.
+"""Train on many processes, one a device, as `torchrun` starts them: start-up, collectives, DDP and FSDP2.
 
-Every rank computes on its share of a step's micro-batches, with the same weights and the same scales. The first rank
-alone reads the data, writes the run folder and logs. Without `torchrun` there is one rank, and nothing here does
-anything.
+Every rank computes on its share of a step's micro-batches, with the same weights and the same scales. Only the first
+rank writes the run folder and logs. Without `torchrun` there is one rank, and everything here is a no-op.
 """
 
 from __future__ import annotations
@@ -29,19 +28,18 @@ from qat.errors import ConfigError, UserError
 from qat.utils.device import get_device
 from qat.utils.environment import is_main_process, rank, world_size
 
-TIMEOUT = datetime.timedelta(days=1)  # how long ranks wait for one another: the first may wait for a network for hours
-INIT_TIMEOUT = datetime.timedelta(minutes=10)  # how long ranks wait for all to be there: they may start minutes apart
-_NOTICE = 5.0  # seconds after which a rank says whom it waits for
+TIMEOUT = datetime.timedelta(days=1)  # of a collective: the first rank may wait for a network for hours
+INIT_TIMEOUT = datetime.timedelta(minutes=10)  # of the start: ranks may start minutes apart
+_NOTICE = 5.0  # seconds after which a rank prints which ranks it waits for
 
 
 def init() -> None:
-    """Let the ranks talk to each other from now on; all but the first fall silent. Errors: UserError when some do not
-    come, or it is not said where to."""
+    """Connect the ranks, and silence all but the first. Errors: UserError when ranks or the address are missing."""
     if world_size() == 1 or dist.is_initialized():
         return
     if get_device().type == "cuda":
         torch.cuda.set_device(get_device())
-    # Named, or PyTorch starts NCCL alone where there is a GPU.
+    # Both, because by default PyTorch starts NCCL alone where there is a GPU.
     backend = "cpu:gloo,cuda:nccl" if get_device().type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_rendezvous(), rank=rank(), world_size=world_size(), timeout=TIMEOUT)
     atexit.register(dist.destroy_process_group)
@@ -50,8 +48,11 @@ def init() -> None:
 
 
 def _rendezvous() -> dist.Store:
-    """Return a store that all ranks have come to. PyTorch's own rendezvous is deaf to signals while it waits, and after
-    a restart of torchrun's finds the addresses of ranks that are gone."""
+    """Return a store that all ranks have connected to.
+
+    PyTorch's own rendezvous ignores signals while it waits, and after a restart by torchrun it finds the addresses of
+    ranks that are gone.
+    """
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if absent:
         raise UserError(
@@ -61,45 +62,48 @@ def _rendezvous() -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT={port}: must be the number of a free port, as in MASTER_PORT=29500")
-    opened, began, told = _open_store(address, int(port)), time.monotonic(), False
-    while missing := _missing_ranks(opened):
-        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {world_size()}"
-        waited, limit = time.monotonic() - began, INIT_TIMEOUT.total_seconds()
+    store, start, printed = _open_store(address, int(port)), time.monotonic(), False
+    while missing := _missing_ranks(store):
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {world_size()}"
+        waited, limit = time.monotonic() - start, INIT_TIMEOUT.total_seconds()
         if waited > limit:
             raise UserError(
-                f"{who} did not come to {address}:{port} within {limit / 60:g} minutes; start them all with the same "
+                f"{ranks} did not come to {address}:{port} within {limit / 60:g} minutes; start them all with the same "
                 f"MASTER_ADDR and MASTER_PORT (torchrun does), or unset WORLD_SIZE to train with one process"
             )
-        if waited > _NOTICE and not told:
-            print(f"rank {rank()}: waiting for {who} at {address}:{port}; Ctrl-C stops waiting", flush=True)
-            told = True
+        if waited > _NOTICE and not printed:
+            print(f"rank {rank()}: waiting for {ranks} at {address}:{port}; Ctrl-C stops waiting", flush=True)
+            printed = True
         time.sleep(0.1)
-    return opened.result()
+    return store.result()
 
 
 def _open_store(address: str, port: int) -> Future[dist.Store]:
-    """Return the store of this start of the ranks with this one's name in it, once it can be reached."""
-    future = Future()
-    # Under torchrun its agent has the store, for all restarts; else the first rank.
-    hosts = is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
+    """Open the store and register this rank in it, in a thread, so that the main thread can handle signals.
 
-    def work() -> None:
+    After each restart by torchrun the ranks use other keys of it.
+    """
+    future = Future()
+    # Under torchrun its agent hosts the store, for all restarts; otherwise the first rank does.
+    is_host = is_main_process() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{world_size()}"
+
+    def connect() -> None:
         try:
-            until = time.monotonic() + INIT_TIMEOUT.total_seconds()
-            while not hosts and not _is_listening(address, port):  # the store's own tries fill a page each
-                if time.monotonic() > until:
+            deadline = time.monotonic() + INIT_TIMEOUT.total_seconds()
+            while not is_host and not _is_listening(address, port):  # TCPStore would print a page for each failed try
+                if time.monotonic() > deadline:
                     return
                 time.sleep(0.1)
-            how = {"timeout": 2 * INIT_TIMEOUT, "wait_for_workers": False, "multi_tenant": True}
-            store = dist.PrefixStore(start, dist.TCPStore(address, port, world_size(), hosts, **how))
+            options = {"timeout": 2 * INIT_TIMEOUT, "wait_for_workers": False, "multi_tenant": True}
+            store = dist.PrefixStore(prefix, dist.TCPStore(address, port, world_size(), is_host, **options))
             store.set_timeout(TIMEOUT)
             store.set(str(rank()), "here")
             future.set_result(store)
         except RuntimeError as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=connect, daemon=True).start()
     return future
 
 
@@ -109,12 +113,12 @@ def _is_listening(address: str, port: int) -> bool:
     return False
 
 
-def _missing_ranks(opened: Future[dist.Store]) -> list[int]:
+def _missing_ranks(future: Future[dist.Store]) -> list[int]:
     """Return the ranks that have not come to the store. Errors: UserError when it cannot be opened."""
-    if not opened.done():
+    if not future.done():
         return [0]
     try:
-        store, names = opened.result(), [str(rank) for rank in range(world_size())]
+        store, names = future.result(), [str(rank) for rank in range(world_size())]
         return [] if store.check(names) else [int(name) for name in names if not store.check([name])]
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
@@ -124,12 +128,12 @@ def _missing_ranks(opened: Future[dist.Store]) -> list[int]:
 
 
 def abort() -> None:
-    """Leave, as this rank fails while others may wait for it, without the farewell that NCCL's ranks wait for."""
+    """Let this failing rank end at once: in an orderly end NCCL's ranks would wait for each other."""
     atexit.unregister(dist.destroy_process_group)
 
 
 def check_world_size(cfg: Config) -> None:
-    """Raise `ConfigError` for what many ranks cannot do, and `UserError` on the rank that has no GPU."""
+    """Raise `ConfigError` when the ranks cannot share a step evenly, and `UserError` on a rank without a GPU."""
     gpus = torch.cuda.device_count()
     if get_device().type == "cuda" and get_device().index >= gpus:
         raise UserError(
@@ -147,23 +151,23 @@ def check_world_size(cfg: Config) -> None:
 
 
 def refuse_other_world_size(cfg: Config, before: int) -> None:
-    """Raise `UserError` when a run that `before` ranks began would go on otherwise with another number of them."""
-    found = _depends_on_world_size(cfg)
-    if found and world_size() != before:
-        raise UserError(f"{found}: its amax histories depend on the number of ranks, {before} until now")
+    """Raise `UserError` when resuming a run of `before` ranks on another number of ranks would change its numbers."""
+    setting = _world_size_setting(cfg)
+    if setting and world_size() != before:
+        raise UserError(f"{setting}: its amax histories depend on the number of ranks, {before} until now")
 
 
 def warn_other_world_size(cfg: Config, before: int) -> None:
-    """Say of a run that `before` ranks trained when this many would have had other numbers."""
-    found, now = _depends_on_world_size(cfg), world_size()
-    if found and now != before:
-        print(f"warning: {found}: its amax histories are those of {before} ranks, not of {now}", flush=True)
+    """Print a warning when a finished run of `before` ranks would have had other numbers on this many."""
+    setting, now = _world_size_setting(cfg), world_size()
+    if setting and now != before:
+        print(f"warning: {setting}: its amax histories are those of {before} ranks, not of {now}", flush=True)
 
 
-def _depends_on_world_size(cfg: Config) -> str | None:
-    """What, of a quantized run's scaling, makes its numbers depend on how many ranks there are."""
-    words = (("tick", "call"), ("sync", "none")) if cfg.quantized else ()
-    return next((f"scaling.{key}={value}" for key, value in words if getattr(cfg.scaling, key) == value), None)
+def _world_size_setting(cfg: Config) -> str | None:
+    """Return the setting that makes a run's numbers depend on the number of ranks; None when they do not."""
+    settings = (("tick", "call"), ("sync", "none")) if cfg.quantized else ()
+    return next((f"scaling.{key}={value}" for key, value in settings if getattr(cfg.scaling, key) == value), None)
 
 
 # Between ranks -----------------------------------------------------------------------------------------------------
@@ -207,12 +211,12 @@ def any_rank(flag: bool) -> bool:
 
 
 def check_agreement(what: str, tensor: torch.Tensor) -> None:
-    """Raise `UserError` on every rank when they do not hold the same values. NaN agrees with NaN."""
+    """Raise `UserError` on every rank when their values differ. NaN equals NaN."""
     if world_size() == 1:
         return
     bits = tensor.to(get_device()).float().contiguous().view(torch.int32).to(torch.int64)
-    extremes = all_reduce_max(torch.stack([bits, -bits]))
-    differing = int((extremes[0] != -extremes[1]).sum())
+    largest, minus_smallest = all_reduce_max(torch.stack([bits, -bits]))
+    differing = int((largest != -minus_smallest).sum())
     if differing:
         raise UserError(
             f"{what}: {differing} of {tensor.numel()} differ between {world_size()} ranks, so a reduction did not run "
@@ -224,33 +228,34 @@ def check_agreement(what: str, tensor: torch.Tensor) -> None:
 
 
 def distribute(module: nn.Module, blocks: list[nn.Module], kind: str) -> nn.Module:
-    """Return the module whose forward pass every rank calls on its share: as it is for one rank, else in DDP, or
-    sharded by FSDP2 block by block. Gradients are summed: each rank's loss is its share of the mean over all tokens of
-    the step."""
+    """Return the module in DDP, or sharded block by block by FSDP2; on one rank as it is.
+
+    Gradients are summed, not averaged: a rank's loss is its share of the mean over all tokens of the step.
+    """
     if world_size() == 1:
         return module
     if kind == "ddp":
-        # Dynamo would cut the graph at DDP's buckets, which it cannot do with checkpoints and gradients of our own.
+        # Dynamo would split the graph at DDP's buckets, which fails with checkpointing and custom gradients.
         torch._dynamo.config.optimize_ddp = False
         parallel = DistributedDataParallel(module, device_ids=[get_device()] if get_device().type == "cuda" else None)
         parallel.register_comm_hook(None, _sum_bucket)
         return parallel
-    for each in (*blocks, module):
-        fully_shard(each)
-        each.set_gradient_divide_factor(1.0)
-        each.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    for part in (*blocks, module):
+        fully_shard(part)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # the only one that gloo has
     return module
 
 
-def _sum_bucket(_, bucket):  # DDP looks at the annotations, and does not understand postponed ones
-    # DDP's own hook divides by the number of ranks first. A loss scaled up against that would scale the gradients that
-    # the quantizers see, and their amaxes would depend on the number of ranks.
+def _sum_bucket(_, bucket):  # no annotations: DDP checks them, and cannot read postponed ones
+    # DDP's own hook divides by the number of ranks first. Scaling up the loss against that would scale the gradients
+    # that the quantizers see, so their amaxes would depend on the number of ranks.
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 @contextlib.contextmanager
 def gradient_sync(module: nn.Module, last: bool):
-    """Forward and backward of one micro-batch: gradients travel between ranks with the last one of a step."""
+    """Run one micro-batch within this context; gradients are reduced over the ranks with the last one of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else contextlib.nullcontext():
@@ -258,26 +263,28 @@ def gradient_sync(module: nn.Module, last: bool):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Return whether parameters are whole only inside the forward and backward pass."""
+    """Return whether parameters are sharded, so that they are whole only inside a forward or backward pass."""
     return isinstance(module, FSDPModule)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a sharded tensor as one, gathered by all ranks together; others as they are."""
+    """Return a tensor whole: a sharded one is gathered, which all ranks must call together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor_on_main(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return a sharded tensor as one, in the memory of the first rank's CPU, where more of them fit than on a GPU; None
-    on the other ranks, all of which must ask. Others as they are."""
+    """Return a tensor whole; all ranks must call this together.
+
+    A sharded one goes to the first rank's CPU memory, where more fit than on a GPU; other ranks get None.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
-    gathered_here = tensor.detach().full_tensor()
-    return gathered_here.cpu() if is_main_process() else None
+    whole = tensor.detach().full_tensor()
+    return whole.cpu() if is_main_process() else None
 
 
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return `tensor`, whole and the same on every rank, on the parameter's device and sharded as it is."""
+    """Return a whole tensor, equal on every rank, on the parameter's device and sharded like the parameter."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

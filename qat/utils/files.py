@@ -1,5 +1,4 @@
-"""Files that are there whole or not at all, folders that one process at a time writes, and errors of the system that
-say which file they are about."""
+"""Atomic writes, locked folders, checksums, and system errors that name their file."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from qat.errors import UserError
 
 
 def expand(path: str) -> str:
-    """Return a path as users write it, with the home folder for `~`. Errors: UserError where that is not known."""
+    """Return a path with `~` replaced by the home folder. Errors: UserError where that is not known."""
     full = os.path.expanduser(path)
     if full.startswith("~"):
         raise UserError(f"{path}: the home folder is not known; set HOME, or write the path in full")
@@ -31,8 +30,7 @@ def expand(path: str) -> str:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees what it held or what it is to hold, whatever happens in between. One process
-    at a time may do so."""
+    """Write a file atomically: whatever happens, a reader sees the old content or the new. For one writer at a time."""
     temporary = path.with_name(f".{path.name}.writing")
     try:
         with naming(temporary):
@@ -40,15 +38,16 @@ def replace(path: Path, content: str | bytes) -> None:
         flush(temporary)
         os.replace(temporary, path)
     except OSError:
-        with contextlib.suppress(OSError):  # what is left of it would fill a full disk further
+        with contextlib.suppress(OSError):  # a disk may be full: do not leave half a file on it
             temporary.unlink(missing_ok=True)
         raise
 
 
 def cached_json(path: Path) -> Any:
-    """Return what a JSON file of the cache holds; None where it is missing, and, with a warning, where it is damaged or
-    holds
-    nothing: it is to be made again."""
+    """Return the content of a JSON file in the cache; None where it is to be made.
+
+    That is where it is missing and, with a warning, where it is damaged or empty.
+    """
     if not path.is_file():
         return None
     with contextlib.suppress(ValueError):
@@ -60,11 +59,10 @@ def cached_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def lock(folder: Path, name: str) -> Iterator[None]:
-    """Hold a folder, made when missing, for writing. While another process holds it, say which and wait; name: what the
-    folder is called then.
+    """Lock a folder, made when missing, for writing. While another process holds it, print which one and wait.
 
-    The system takes the lock from a process that ends in whatever way. NFS carries flock to its server, so that it
-    holds between machines; Lustre does when it is mounted with `flock`, and else raises OSError.
+    name: of the folder, in that message. The system releases the lock when the process ends, however it ends. On NFS
+    the lock also holds between machines; on Lustre too when mounted with `flock`, otherwise it raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
@@ -81,13 +79,13 @@ def lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder, or the one that is to hold it."""
+    """Return the folder, or its nearest parent that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def checksums(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 of files, as `sha256sum` writes and checks them."""
+    """Return the SHA-256 of files in the format of `sha256sum`."""
     lines = []
     for path in sorted(paths):
         with path.open("rb") as file:
@@ -96,7 +94,7 @@ def checksums(paths: Iterable[Path]) -> str:
 
 
 def flush(path: Path) -> None:
-    """Hand a file or folder to the disk."""
+    """Write a file or folder out to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -105,14 +103,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-REMOVING = ".removing-"  # what a folder's name begins with once it is to go
+REMOVING = ".removing-"  # beginning of the name of a folder that is being removed
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, renamed away first, so that nobody takes what is left of it for whole. What does not go is a
-    warning: on NFS and FUSE a file that a process has open stays in its folder."""
+    """Remove a folder. It is renamed first, so that nobody takes a half-removed folder for a whole one.
+
+    What cannot be removed is a warning, not an error: on NFS and FUSE an open file stays in its folder.
+    """
     try:
-        folder = folder.rename(folder.with_name(f"{REMOVING}{time.time_ns()}"))  # takes no room
+        folder = folder.rename(folder.with_name(f"{REMOVING}{time.time_ns()}"))  # needs no room on a full disk
         shutil.rmtree(folder)
     except OSError as error:
         print(f"\nwarning: {folder} cannot be removed yet ({error.strerror}); delete it if it stays", flush=True)
@@ -120,8 +120,10 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system within this context name `path`: where a write fails, Python does not say. Those that
-    safetensors tells of in words become what they are."""
+    """Let OSErrors within this context name `path`: for a failed write Python does not.
+
+    safetensors reports a system error as text in an error of its own; that becomes an OSError too.
+    """
     try:
         yield
     except OSError as error:

@@ -1,5 +1,8 @@
-"""Stops that a scheduler asks for. They act like Ctrl-C, but a training step that runs is finished and saved first.
-Then whoever handled the signal before gets it (submitit requeues its job); else the exit code says: try again."""
+"""Handle the signals by which a scheduler stops a job.
+
+They act like Ctrl-C, but the training step under way is finished and saved first. Then the handler that was installed
+before gets the signal (submitit's requeues the job); without one, the exit code asks to be tried again.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,26 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-REQUEUE = 75  # exit code: a temporary failure (EX_TEMPFAIL of sysexits.h), to be tried again
-# What SLURM sends before it takes a node away, and what users and submitit ask it to send (`sbatch --signal`).
+REQUEUE = 75  # exit code for a temporary failure (EX_TEMPFAIL of sysexits.h): try again
+# SLURM sends SIGTERM before it takes a node away; users and submitit ask for the others (`sbatch --signal`).
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preempted(KeyboardInterrupt):
-    """One of `SIGNALS` came and the run is saved. The message says which and after what step."""
+    """A run was stopped by one of `SIGNALS` and is saved. The message says by which and after which step."""
 
-    noticed: list[signal.Signals] | None = None  # all that came while the step ran and was saved
+    received: list[signal.Signals] | None = None  # all signals that came until the run was saved
 
 
 @contextlib.contextmanager
 def raise_on_signal() -> Iterator[None]:
-    """Let `SIGNALS` raise `Preempted` within this context, save those that somebody else handles already. When it
-    passes on, the file that $HIF8_REQUEUE names is made, for launchers that lose the exit code."""
-    free = [each for each in SIGNALS if _may_handle() and signal.getsignal(each) is signal.SIG_DFL]
-    for each in free:
-        signal.signal(each, _stop)
+    """Raise `Preempted` upon `SIGNALS` within this context, except for signals that already have a handler.
+
+    It also creates the file that $HIF8_REQUEUE names, for launchers that lose the exit code.
+    """
+    unhandled = [number for number in SIGNALS if _may_handle() and signal.getsignal(number) is signal.SIG_DFL]
+    for number in unhandled:
+        signal.signal(number, _stop)
     try:
         yield
     except Preempted:
@@ -36,12 +41,13 @@ def raise_on_signal() -> Iterator[None]:
             Path(os.environ["HIF8_REQUEUE"]).touch()
         raise
     finally:
-        for each in free:
-            signal.signal(each, signal.SIG_DFL)
+        for number in unhandled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _stop(number: int, _) -> None:
-    workers = multiprocessing.active_children()  # of the joblib launcher, which returns when each has saved its run
+    # The joblib launcher trains in child processes: pass the signal on, and return once each has saved its run.
+    workers = multiprocessing.active_children()
     for worker in workers:
         os.kill(worker.pid, number)
     if not workers:
@@ -50,36 +56,41 @@ def _stop(number: int, _) -> None:
 
 @contextlib.contextmanager
 def defer_signals() -> Iterator[Callable[[], str | None]]:
-    """Do nothing upon `SIGNALS` within this context but notice them; yields a function that names the first one that
-    came, or None."""
-    came: list[signal.Signals] = []
+    """Record `SIGNALS` within this context and do nothing else; yields a function that names the first, or None."""
+    received: list[signal.Signals] = []
     if not _may_handle():
         yield lambda: None
         return
-    before = {each: signal.signal(each, lambda number, _: came.append(signal.Signals(number))) for each in SIGNALS}
+
+    def record(number: int, _) -> None:
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
-        yield lambda: came[0].name if came else None
+        yield lambda: received[0].name if received else None
     except Preempted as stop:
-        stop.noticed = came
+        stop.received = received
         raise
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def forward(stop: Preempted) -> None:
-    """Give what was noticed to the handlers of before. submitit's for a preemption requeues the job and ends the
-    process; its handler of SIGTERM only returns, and the work may go on. Where there is none, the stop is raised again.
+    """Call the handlers that were installed before with the signals received. Errors: raises `stop` without a handler.
+
+    submitit's handler of a preemption requeues the job and ends the process; its handler of SIGTERM only returns, and
+    the work may go on.
     """
-    if not stop.noticed:
+    if not stop.received:
         raise stop
-    for each in stop.noticed:
-        handler = signal.getsignal(each)
+    for number in stop.received:
+        handler = signal.getsignal(number)
         if not callable(handler) or handler is _stop:
             raise stop
-        handler(each, None)
+        handler(number, None)
 
 
 def _may_handle() -> bool:
-    """Python sets handlers in the main thread only; in others, signals act as ever."""
+    """Return whether this is the main thread: Python allows handlers nowhere else."""
     return threading.current_thread() is threading.main_thread()

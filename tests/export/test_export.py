@@ -129,7 +129,7 @@ def test_every_way_of_quantizing_survives(config, words):
     bank.unseen = frozenset()  # as after training
     bank.freeze()
     wanted = logits(model.eval())
-    exporting._coded(model, cfg, Run.of(cfg))
+    exporting._encode_linears(model, cfg, Run.of(cfg))
     assert sum(isinstance(module, HiF8Linear) for module in model.modules()) == 9
     assert same(logits(model.float()), wanted)
 

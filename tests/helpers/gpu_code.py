@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qat.quant.kernels import gpu
-from qat.quant.kernels.dispatch import EMITS
+from qat.quant.kernels.dispatch import OUTPUTS
 
 WARPS = 4
 ELEMENTS = gpu._BLOCK / (32 * WARPS)  # of a thread
@@ -41,10 +41,10 @@ def instructions(kernel, capability: int, pointers: dict[str, str], constants: d
 
 def count(capability: int) -> dict[str, float]:
     found = {}
-    for emit, dtype in (*((emit, "bf16") for emit in EMITS), ("codes", "fp32")):
-        x, constants = f"*{dtype}", {"EMIT": emit, "BLOCK": gpu._BLOCK}
+    for output, dtype in (*((output, "bf16") for output in OUTPUTS), ("codes", "fp32")):
+        x, constants = f"*{dtype}", {"OUTPUT": output, "BLOCK": gpu._BLOCK}
         pointers = {"x": x, "scale": "*fp32", "amax": "*i32", "out": x, "codes": "*u8", "table": "*i32"}
-        found[f"{emit} {dtype}"] = instructions(gpu._quantize, capability, pointers, constants)
+        found[f"{output} {dtype}"] = instructions(gpu._quantize, capability, pointers, constants)
     pointers = {"codes": "*u8", "values": "*fp32", "out": "*bf16"}
     found["decode bf16"] = instructions(gpu._decode, capability, pointers, {"BLOCK": gpu._BLOCK})
     pointers = {"x": "*bf16", "scale": "*fp32", "rows": "*fp32", "table": "*i32"}

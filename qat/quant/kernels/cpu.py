@@ -22,7 +22,7 @@ from qat.quant import hif8
 from qat.quant.formats import to_e4m3
 from qat.utils.environment import cache_dir
 
-if not numba.config.CACHE_DIR:  # Numba's own choice is beside this file, which an installation may not let us write
+if not numba.config.CACHE_DIR:  # by default it is beside this file, where an installation may be read-only
     with contextlib.suppress(UserError):
         numba.config.CACHE_DIR = str(cache_dir() / "numba")
 
@@ -31,25 +31,26 @@ if numba.config.CPU_FEATURES is None and ll.get_host_cpu_features().get("avx512f
     numba.config.CPU_NAME = ll.get_host_cpu_name()
     numba.config.CPU_FEATURES = ll.get_host_cpu_features().flatten() + ",-prefer-256-bit"
 
-# Numba makes int64 of whatever two int32 come to. In what is to be vectorized each result is cut back at once, or a
-# vector holds half as many, and AVX2 lacks some operations on those: kernels would take four to five times as long.
+# In Numba, an operation on two int32 gives an int64. Vectorized code casts each result back at once: vectors of int64
+# hold half as many, and AVX2 lacks some operations on them, so that kernels would take four to five times as long.
 I = np.int32  # noqa: E741
 _CHUNK = 16384  # elements a task: large enough to hide scheduling, small enough to balance two cores
+# Bits of float32 numbers.
 _SIZE, _SIGN, _INF = I(0x7FFFFFFF), I(-0x80000000), I(0x7F800000)
 _SMALLEST, _HALF_SMALLEST = I(0x34800000), I(0x34000000)  # 2^-22 and 2^-23
 _OVERFLOW = I(0x47200000)  # 1.25 * 2^15
 _E4M3_EXACT, _E4M3_LARGEST = I(0x39800000), I(0x41E00000)  # 2^-12 and 28
-# The exponents of a tier, -3 to 3, -7 to 7 and -15 to 15, lie around the bits of 1.5: so far to either side.
+# The tiers' exponents, -3 to 3, -7 to 7 and -15 to 15, lie around the bits of 1.5, at most this far away.
 _MIDDLE, _TIER2, _TIER1, _TIER0 = I(0x3FC00000), I(7 << 22), I(15 << 22), I(31 << 22)
 
 
 class _Cache(FunctionCache):
-    """Numba's cache of a kernel; where it is damaged or cannot be written, the kernel is compiled again."""
+    """Numba's cache of a kernel. Where that is damaged or cannot be written, the kernel is compiled again."""
 
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # whatever unpickling makes of a file that was cut
+        except Exception:  # unpickling a truncated file can raise anything
             with contextlib.suppress(OSError):
                 self.flush()
 
@@ -59,9 +60,9 @@ class _Cache(FunctionCache):
 
 
 def _kernel(function):
-    """Compile a kernel for all threads, and keep it for other processes where Numba finds a place to."""
+    """Compile a kernel for all threads, and cache it on disk where Numba can."""
     kernel = njit(parallel=True, nogil=True, error_model="numpy")(function)
-    with contextlib.suppress(RuntimeError):  # no place
+    with contextlib.suppress(RuntimeError):  # no place for a cache
         kernel._cache = _Cache(function)
     return kernel
 
@@ -87,52 +88,51 @@ def _float(typing, value):
 
 
 @njit(error_model="numpy")
-def _round(bits, clip, beyond):
-    """Round float32 bits to HiF8: magnitudes are clipped to `clip` first, those that round above 2^15 become `beyond`;
-    NaN is lost.
+def _round(bits, clip, overflow_value):
+    """Round float32 bits to HiF8. `clip` and `overflow_value` as in `quantize`, as bits; NaN becomes some number.
 
-    The same integer arithmetic as `qat.quant.hif8.fake_quantize`, written as selects because branches stop
+    The same integer arithmetic as `qat.quant.hif8.fake_quantize`, written as selects because branches prevent
     vectorization.
     """
     size = I(bits & _SIZE)
     clipped = size if size < clip else clip
     offset = I(clipped - _MIDDLE)
-    distance = I(offset ^ I(offset >> I(31)))  # ones' complement: of the two ends of a tier the lower one is in it
+    distance = I(offset ^ I(offset >> I(31)))  # ones' complement: a tier includes its lower end and not its upper one
     lost = I(I(I(distance >= _TIER2) + I(distance >= _TIER1)) + I(distance >= _TIER0))  # of 3 mantissa bits
-    half, kept = I(I(1 << 19) << lost), I(I(-1 << 20) << lost)
-    rounded = I(I(clipped + half) & kept)
+    half, mask = I(I(1 << 19) << lost), I(I(-1 << 20) << lost)
+    rounded = I(I(clipped + half) & mask)
     rounded = rounded if rounded > _SMALLEST else _SMALLEST
-    rounded = beyond if clipped >= _OVERFLOW else rounded
+    rounded = overflow_value if clipped >= _OVERFLOW else rounded
     signed = I(rounded | I(bits & _SIGN))
     return signed if clipped >= _HALF_SMALLEST else I(0)
 
 
-def _quantizer(bf16: bool, codes: bool):
+def _quantizer(bf16: bool, with_codes: bool):
     """Return a kernel for one dtype, with or without codes."""
 
     @_kernel
-    def kernel(x, scale, clip, beyond, out, table, out_codes, amaxes):
+    def kernel(x, scale, clip, overflow_value, all_values, table, all_codes, amaxes):
         for task in prange(amaxes.size):
-            first, last = task * _CHUNK, (task + 1) * _CHUNK
-            source, target, coded = x[first:last], out[first:last], out_codes[first:last]
+            first, end = task * _CHUNK, (task + 1) * _CHUNK
+            source, values, codes = x[first:end], all_values[first:end], all_codes[first:end]
             amax = I(0)
             for i in range(source.size):
                 raw = I(I(source[i]) << I(16)) if bf16 else I(source[i])
                 size = I(raw & _SIZE)
                 amax = size if size > amax else amax
-                rounded = _round(_bits(_float(raw) * scale), clip, beyond)
-                target[i] = I(rounded >> I(16)) if bf16 else rounded
-            if codes:  # apart, as a look-up is not vectorized
+                rounded = _round(_bits(_float(raw) * scale), clip, overflow_value)
+                values[i] = I(rounded >> I(16)) if bf16 else rounded
+            if with_codes:  # in a loop of its own: a look-up is not vectorized
                 for i in range(source.size):
-                    coded[i] = table[np.uint16(target[i]) >> 4 if bf16 else np.uint32(target[i]) >> 20]
+                    codes[i] = table[np.uint16(values[i]) >> 4 if bf16 else np.uint32(values[i]) >> 20]
             amaxes[task] = amax
-            if amax > _INF:  # NaN bits are the largest of all: put back what rounding lost
+            if amax > _INF:  # there is a NaN, whose bits are larger than all others: write NaNs again
                 for i in range(source.size):
                     raw = I(I(source[i]) << I(16)) if bf16 else I(source[i])
                     if I(raw & _SIZE) > _INF:
-                        target[i] = I(raw >> I(16)) if bf16 else raw
-                        if codes:
-                            coded[i] = I(0x80)
+                        values[i] = I(raw >> I(16)) if bf16 else raw
+                        if with_codes:
+                            codes[i] = I(0x80)
 
     return kernel
 
@@ -146,7 +146,7 @@ def _decode(codes, table, out):
 
 
 @_kernel
-def _statistics(x, scale, clip, beyond, target, sums):
+def _statistics(x, scale, clip, overflow_value, target, sums):
     for task in prange(len(sums)):
         source, row = x[task * _CHUNK : (task + 1) * _CHUNK], sums[task]
         for i in range(source.size):
@@ -154,7 +154,7 @@ def _statistics(x, scale, clip, beyond, target, sums):
             size = _bits(scaled) & _SIZE
             if size == I(0):
                 continue
-            bits = _round(_bits(scaled), clip, beyond)
+            bits = _round(_bits(scaled), clip, overflow_value)
             rounded = _float(bits)
             row[0] += 1
             if rounded == np.float32(0):
@@ -163,7 +163,7 @@ def _statistics(x, scale, clip, beyond, target, sums):
                 distance = abs((min(size, clip) >> I(23)) - I(127))
                 row[1 + (distance >= 4) + (distance >= 8) + (distance >= 16)] += 1
             row[5] += size > target
-            spaced = rounded * np.float32(8192)  # E4M3's subnormals, 16 times a value: multiples of 2^-13
+            spaced = rounded * np.float32(8192)  # below 2^-12, E4M3 holds 16 times multiples of 2^-13
             row[7] += (bits & _SIZE) > _E4M3_LARGEST or ((bits & _SIZE) < _E4M3_EXACT and spaced != np.rint(spaced))
             row[8] += np.float64(scaled) * scaled
             row[9] += (np.float64(scaled) - rounded) ** 2
@@ -178,7 +178,7 @@ _INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 def _flat(tensor: torch.Tensor) -> np.ndarray:
-    # Not .numpy(), after which PyTorch may not take the memory away again, as FSDP does between uses of a parameter.
+    # Not .numpy(): after that PyTorch may not free the memory, as FSDP does between uses of a parameter.
     return np.from_dlpack(tensor.view(-1).view(_INTEGER.get(tensor.dtype, tensor.dtype)))
 
 
@@ -192,32 +192,29 @@ def _use_threads_of_torch() -> None:
 
 
 def quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    slot: torch.Tensor | None,
-    clip: float,
-    beyond: float,
-    emit: str,
+    x: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor | None, clip: float, overflow_value: float, output: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do as `qat.quant.kernels.dispatch.quantize`; clip: magnitudes above it become it before rounding (inf: none do);
-    beyond: what rounds above 2^15 becomes this."""
-    out = torch.empty_like(x)
-    codes = torch.empty(x.shape if emit == "codes" else 0, dtype=torch.uint8)
+    """Do as `qat.quant.kernels.dispatch.quantize`.
+
+    clip: magnitudes are clipped to this before rounding (inf: not). overflow_value: what rounds above 2^15 becomes it.
+    """
+    values = torch.empty_like(x)
+    codes = torch.empty(x.shape if output == "codes" else 0, dtype=torch.uint8)
     amaxes = np.empty(max(1, -(-x.numel() // _CHUNK)), np.int32)
     _use_threads_of_torch()
-    kernel = _KERNELS[x.dtype, emit == "codes"]
-    edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond)
-    kernel(_flat(x), *edges, _flat(out), _codes(), _flat(codes), amaxes)
+    kernel = _KERNELS[x.dtype, output == "codes"]
+    numbers = np.float32(scale.item()), _float_bits(clip), _float_bits(overflow_value)
+    kernel(_flat(x), *numbers, _flat(values), _codes(), _flat(codes), amaxes)
     if slot is not None:
-        # NaN bits are the largest of all, as integers.
+        # As integers, the bits of NaN are larger than all others.
         bits = slot.view(torch.int32)
         bits.fill_(max(int(bits), int(amaxes.max())))
-    return (x.new_empty(0), to_e4m3(out)) if emit == "e4m3" else (out, codes)
+    return (x.new_empty(0), to_e4m3(values)) if output == "e4m3" else (values, codes)
 
 
 @functools.cache
 def _codes() -> np.ndarray:
-    """Return the code of every HiF8 value, by the highest 12 of its float32 bits."""
+    """Return the code of every HiF8 value, indexed by the first 12 bits of the value in float32."""
     return _flat(hif8.encode((torch.arange(4096, dtype=torch.int32) << 20).view(torch.float32)))
 
 
@@ -236,11 +233,10 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float, target: float) -> torch.Tensor:
-    """Do as `qat.quant.kernels.dispatch.statistics`; clip and beyond as in `quantize`, target: what counts as beyond it
-    is larger."""
+def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, overflow_value: float, target: float) -> torch.Tensor:
+    """Do as `qat.quant.kernels.dispatch.statistics`; larger magnitudes than `target` count as beyond it."""
     source = x.float()
     sums = np.zeros((max(1, -(-source.numel() // _CHUNK)), 10))
-    edges = np.float32(scale.item()), _float_bits(clip), _float_bits(beyond), _float_bits(target)
-    _statistics(_flat(source), *edges, sums)
+    numbers = np.float32(scale.item()), *map(_float_bits, (clip, overflow_value, target))
+    _statistics(_flat(source), *numbers, sums)
     return torch.from_numpy(sums.sum(0))

@@ -1,8 +1,8 @@
 """HiF8 on a GPU, in Triton: scale, round, encode and amax in one pass over memory.
 
 Bit-identical to `qat.quant.hif8.fake_quantize(x.float() * scale)` followed by a cast back to the dtype of `x`. All
-tensors are contiguous. Rounding is a look-up (`qat.quant.kernels.lookup`): computed, value and code of an element took
-81 instructions, 63 of them on units of half the rate, several times what memory leaves time for. Tests run these
+tensors are contiguous. Rounding is a look-up (`qat.quant.kernels.lookup`): to compute value and code took 81
+instructions an element, 63 of them at half rate, several times as long as reading and writing memory. Tests run these
 kernels on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1) where there is none, and count their instructions.
 """
 
@@ -24,55 +24,58 @@ _CUT = tl.constexpr(lookup.CUT)
 
 @triton.jit
 def _rounded(scaled, table):
-    """Entries of the table (see `qat.quant.kernels.lookup`) for float32 values."""
+    """Return the table's entries (see `qat.quant.kernels.lookup`) for float32 values."""
     return tl.load(table + (scaled.to(tl.uint32, bitcast=True) >> _CUT))
 
 
 @triton.jit
 def _value(entries):
+    """Return the value in an entry, BF16."""
     return (entries >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _quantize(x, scale, amax, out, codes, table, elements, EMIT: tl.constexpr, BLOCK: tl.constexpr):
-    """amax: the float32 bits of one, or None; EMIT as in `qat.quant.kernels.dispatch.EMITS`."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < elements
-    wide = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+def _quantize(x, scale, amax, out, codes, table, elements, OUTPUT: tl.constexpr, BLOCK: tl.constexpr):
+    """amax: the float32 bits of a slot, or None; OUTPUT: one of `qat.quant.kernels.dispatch.OUTPUTS`."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < elements
+    wide = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     if amax is not None:
-        # NaN bits are the largest of all, as integers.
+        # As integers, the bits of NaN are larger than all others.
         tl.atomic_max(amax, tl.max(wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), sem="relaxed")
     entries = _rounded(wide * tl.load(scale), table)
-    if EMIT == "e4m3":
-        tl.store(codes + place, (entries >> 8).to(tl.uint8), mask=inside)
+    if OUTPUT == "e4m3":
+        tl.store(codes + offsets, (entries >> 8).to(tl.uint8), mask=mask)
     else:
-        tl.store(out + place, _value(entries).to(out.dtype.element_ty), mask=inside)
-    if EMIT == "codes":
-        tl.store(codes + place, entries.to(tl.uint8), mask=inside)
+        tl.store(out + offsets, _value(entries).to(out.dtype.element_ty), mask=mask)
+    if OUTPUT == "codes":
+        tl.store(codes + offsets, entries.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _decode(codes, values, out, elements, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < elements
-    code = tl.load(codes + place, mask=inside, other=0).to(tl.int32)
-    tl.store(out + place, tl.load(values + code).to(out.dtype.element_ty), mask=inside)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < elements
+    code = tl.load(codes + offsets, mask=mask, other=0).to(tl.int32)
+    tl.store(out + offsets, tl.load(values + code).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _statistics(x, scale, rows, table, elements, clip, target, BLOCK: tl.constexpr):
     """rows: FP32 [programs, 10], one row a program, in the order of `qat.quant.kernels.dispatch.statistics`; clip,
     target: float32 bits."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < elements
-    scaled = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * tl.load(scale)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < elements
+    scaled = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(scale)
     size = scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     rounded = _value(_rounded(scaled, table)).to(tl.float32)
     nonzero, lost = size != 0, (size != 0) & (rounded == 0.0)
     distance = tl.abs((tl.minimum(size, clip) >> 23) - 127)
     tier = (distance >= 4).to(tl.int32) + (distance >= 8).to(tl.int32) + (distance >= 16).to(tl.int32)
-    kept, spaced = tl.abs(rounded), rounded * 8192.0  # E4M3's subnormals, 16 times a value: multiples of 2^-13
-    inexact = (kept != kept) | (kept > 28.0) | ((kept < 0.000244140625) & (spaced != tl.floor(spaced)))  # 2^-12
+    magnitude = tl.abs(rounded)
+    spaced = rounded * 8192.0  # below 2^-12, E4M3 holds 16 times multiples of 2^-13
+    subnormal = magnitude < 0.000244140625  # 2^-12
+    inexact = (magnitude != magnitude) | (magnitude > 28.0) | (subnormal & (spaced != tl.floor(spaced)))
     row = rows + tl.program_id(0) * 10
     tl.store(row, tl.sum(nonzero.to(tl.float32), 0))
     for bits_less in tl.static_range(4):
@@ -94,20 +97,15 @@ def _float_bits(value: float) -> int:
 
 
 def quantize(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    slot: torch.Tensor | None,
-    clip: float,
-    beyond: float,
-    emit: str,
+    x: torch.Tensor, scale: torch.Tensor, slot: torch.Tensor | None, clip: float, overflow_value: float, output: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as `qat.quant.kernels.cpu.quantize`; nothing is copied to the host."""
-    out = x.new_empty(0) if emit == "e4m3" else torch.empty_like(x)
-    codes = torch.empty(0 if emit == "values" else x.shape, dtype=torch.uint8, device=x.device)
+    values = x.new_empty(0) if output == "e4m3" else torch.empty_like(x)
+    codes = torch.empty(0 if output == "values" else x.shape, dtype=torch.uint8, device=x.device)
     bits = None if slot is None else slot.view(torch.int32)
-    table = lookup.table(x.device, clip, beyond)
-    _quantize[_grid(x.numel())](x, scale, bits, out, codes, table, x.numel(), EMIT=emit, BLOCK=_BLOCK)
-    return out, codes
+    table = lookup.table(x.device, clip, overflow_value)
+    _quantize[_grid(x.numel())](x, scale, bits, values, codes, table, x.numel(), OUTPUT=output, BLOCK=_BLOCK)
+    return values, codes
 
 
 @functools.cache
@@ -123,10 +121,10 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, beyond: float, target: float) -> torch.Tensor:
+def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, overflow_value: float, target: float) -> torch.Tensor:
     """Do as `qat.quant.kernels.dispatch.statistics`, the powers summed in FP32 within a block."""
     grid = _grid(x.numel())
     rows = torch.empty((*grid, _STATISTICS), dtype=torch.float32, device=x.device)
-    table, edges = lookup.table(x.device, clip, beyond), (_float_bits(clip), _float_bits(target))
-    _statistics[grid](x, scale, rows, table, x.numel(), *edges, BLOCK=_BLOCK)
+    table, limits = lookup.table(x.device, clip, overflow_value), (_float_bits(clip), _float_bits(target))
+    _statistics[grid](x, scale, rows, table, x.numel(), *limits, BLOCK=_BLOCK)
     return rows.double().sum(0)

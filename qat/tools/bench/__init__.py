@@ -1,4 +1,4 @@
-"""What quantization costs, as ratios of things run in turn in one process: kernels, steps, memory, evaluation."""
+"""Measure what quantization costs, as ratios of works run in turn in one process."""
 
 from qat.tools.bench.table import measure
 

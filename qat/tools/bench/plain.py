@@ -1,7 +1,7 @@
-"""The method written down plainly, as a comparator: what a quantized step costs without any of our care.
+"""The method in plain PyTorch, to compare with: what a quantized step costs without optimization.
 
-Per tensor and call: amax and scale leave the device as Python numbers, rounding goes through log2 and pow, operands
-are descaled before the product, and weights are rounded anew in every forward pass.
+For every tensor and call, amax and scale are read on the host, rounding uses log2 and pow, operands are descaled before
+the product, and weights are rounded in every forward pass.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Training and evaluation steps to be measured: BF16, ours in several settings, and two comparators.
+"""The training and evaluation steps to measure: BF16, ours in several settings, and two comparators.
 
-All of them train the same parameters with one optimizer, so that only one copy of either is needed.
+They all train the same parameters with one optimizer, so that memory holds only one copy of each.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ OURS = ("mlp", "all", "all, current scaling", "all, fp8 products")
 
 
 def settings(cfg: Config) -> dict[str, Config]:
-    """Return {name: configuration} of what is measured: max-window delayed scaling, all three roles quantized."""
+    """Return {name: configuration} of what is measured: all three roles quantized, by the max window if not named."""
 
-    def quantized(scope: list[str], keep: int, **quant) -> Config:
+    def quantized(scope: list[str], bf16_blocks: int, algo: str = "max", **quant) -> Config:
         other = copy.deepcopy(cfg)
-        other.quant = QuantConfig(format="hif8", scope=scope, bf16_blocks=keep, **quant)
-        other.scaling = ScalingConfig(algo="max", window=64)
+        other.quant = QuantConfig(format="hif8", scope=scope, bf16_blocks=bf16_blocks, **quant)
+        other.scaling = ScalingConfig(algo=algo, window=64)
         return other
 
-    found = {"bf16": baseline_of(cfg), "mlp": quantized(MLP, 5), "all": quantized(ALL, 0)}
-    found["all, current scaling"] = quantized(ALL, 0)
-    found["all, current scaling"].scaling = ScalingConfig(algo="current")
+    configs = {
+        "bf16": baseline_of(cfg),
+        "mlp": quantized(MLP, 5),
+        "all": quantized(ALL, 0),
+        "all, current scaling": quantized(ALL, 0, algo="current"),
+    }
     if device.get_device().type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        found["all, fp8 products"] = quantized(ALL, 0, gemm="fp8")
-    return {name: each for name, each in found.items() if name == "bf16" or _wanted(cfg, name)}
+        configs["all, fp8 products"] = quantized(ALL, 0, gemm="fp8")
+    return {name: config for name, config in configs.items() if name == "bf16" or _wanted(cfg, name)}
 
 
 def check(cfg: Config) -> None:
-    """Raise `ConfigError` for a name in bench.steps that means nothing, or that no part of the benchmark measures."""
+    """Raise `ConfigError` for a name in bench.steps that is unknown, or that no part of the benchmark measures."""
     measured = {"memory": OURS, "steps": (*OURS, *COMPARATORS)}
     for name in cfg.bench.steps or []:
         if name not in measured["steps"]:
@@ -60,7 +63,7 @@ def _wanted(cfg: Config, name: str) -> bool:
 
 
 def tokens(cfg: Config, vocabulary: int, seed: int = 0) -> torch.Tensor:
-    """Random int64 [sequences, length + 1] of one micro-batch."""
+    """Return a random micro-batch, int64 [sequences, length + 1]."""
     shape = cfg.batch[0], cfg.budget.seq_len + 1
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -71,13 +74,13 @@ def copy_sharing_params(model: nn.Module) -> nn.Module:
 
 
 class Steps:
-    """Callables that train one step, by name: those of `settings`, and the comparators that can run here."""
+    """The steps of `settings`, and of the comparators that can run here, by name."""
 
     def __init__(self, cfg: Config, model: nn.Module):
         self.cfg, self.batch = cfg, tokens(cfg, model.config.vocab_size)
         self.trainers, self.coverage = {}, {}
-        for name, each in settings(cfg).items():
-            self._add(name, copy_sharing_params(model), each)
+        for name, config in settings(cfg).items():
+            self._add(name, copy_sharing_params(model), config)
         for name, make in COMPARATORS.items():
             other = make(copy_sharing_params(model)) if _wanted(cfg, name) else None
             if other is not None:
@@ -86,8 +89,7 @@ class Steps:
                 self._add(name, other, eager)
 
     def _add(self, name: str, model: nn.Module, cfg: Config) -> None:
-        # A learning rate far below any that trains: thousands of steps on random tokens must not wreck the weights.
-        cfg.optim.lr = 1e-12
+        cfg.optim.lr = 1e-12  # thousands of steps on random tokens must not change the weights
         bank, coverage = convert(model, cfg)
         trainer = Trainer(model, bank, cfg)
         first = next(iter(self.trainers.values()), trainer)
@@ -95,6 +97,7 @@ class Steps:
         self.trainers[name], self.coverage[name] = trainer, coverage
 
     def works(self) -> dict[str, Callable[[], object]]:
+        """Return {name: function that runs a training step}."""
         return {name: lambda trainer=trainer: self._step(trainer) for name, trainer in self.trainers.items()}
 
     def _step(self, trainer: Trainer) -> None:
@@ -114,37 +117,32 @@ class Steps:
 
 
 def one_model_alone(cfg: Config) -> None:
-    """Three steps of one configuration, whose peak memory is of interest."""
+    """Run three steps of one configuration, to measure their peak memory."""
     model, _ = load_model(cfg.model, cfg.seed)
     bank, _ = convert(model, cfg)
     trainer = Trainer(model, bank, cfg)
     batch = tokens(cfg, model.config.vocab_size)
     for number in (1, 2, 3):
-        if number == 3 and torch.cuda.is_available():  # the first step is eager, the second compiles
+        if number == 3 and torch.cuda.is_available():  # the first step runs eagerly, the second compiles
             torch.cuda.reset_peak_memory_stats()
         trainer.step(number, [batch])
 
 
 def _swap(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Replace all linears of all blocks."""
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(fnmatchcase(name, f"*.layers.*.{pattern}") for pattern in ALL)
-    ]
-    for name, linear in linears:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(linear))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and any(fnmatchcase(name, f"*.layers.*.{pattern}") for pattern in ALL):
+            model.set_submodule(name, make(module))
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """Return the model with the method written down plainly."""
+    """Return the model with linears of `PlainQuantizedLinear`."""
     _swap(model, PlainQuantizedLinear)
     return model
 
 
 def _torchao(model: nn.Module) -> nn.Module | None:
-    """Return the model with torchao's FP8 fake quantization of weights and activations alone; None without torchao."""
+    """Return the model with torchao's FP8 fake quantization, of weights and activations only; None without torchao."""
     try:
         from torchao.quantization import PerTensor
         from torchao.quantization.qat import FakeQuantizedLinear, Float8FakeQuantizeConfig
@@ -155,5 +153,5 @@ def _torchao(model: nn.Module) -> nn.Module | None:
     return model
 
 
-# Models with all linears quantized by others' means, made in place; None where the means are missing.
+# name -> function that quantizes all linears of a model in place by other means; it returns None where these miss.
 COMPARATORS = {"all, plain PyTorch": _plain, "all, torchao FP8 QAT": _torchao}

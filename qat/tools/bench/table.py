@@ -1,4 +1,4 @@
-"""The benchmark itself: measures everything in turn and writes one table, with hardware and versions."""
+"""Run the benchmark: measure everything in turn and write one table, with hardware and versions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from qat.tools.flops import PEAK_FLOPS, model_shape
 from qat.utils.device import get_device, prepare, resolve_arithmetic
 from qat.utils.environment import commit_name, describe_environment, hardware_name
 
-# Of a tensor that fits no cache, and on a GPU keeps the kernel busy for longer than its launch takes.
+# Elements of a tensor that fits no cache, and on a GPU keeps a kernel busy for longer than its launch takes.
 _ELEMENTS = {"cpu": 2**24, "cuda": 2**29}
 
 
 @dataclass
 class Row:
-    """One measured ratio: median, smallest and largest over the rounds; what it is of; what it ought to be."""
+    """A measured ratio: its name; median, smallest and largest value over the rounds; the target."""
 
     what: str
     median: float
@@ -39,7 +39,7 @@ class Row:
 
 def measure(cfg: Config) -> Path:
     """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
-    # In this order: what steps leave cached on a GPU, the measurement of memory would miss.
+    # Memory before steps: what steps leave in a GPU's cache would not be counted.
     parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows}
     for part in cfg.bench.parts:
         if part not in parts:
@@ -71,7 +71,7 @@ def _say(what: str) -> None:
 
 
 def _kernel_rows(cfg: Config) -> list[Row]:
-    """Bandwidth of the rounding kernels as a share of a copy's, each over the bytes it must read and write."""
+    """Measure the bandwidth of rounding kernels, over the bytes that they must read and write, against a copy's."""
     device, rows = get_device(), []
     for dtype in (torch.bfloat16, torch.float32):
         _say(f"kernels, {dtype}")
@@ -90,13 +90,13 @@ def _kernel_rows(cfg: Config) -> list[Row]:
 
 
 def _kernel_works(x: torch.Tensor):
-    """Return (works, bytes that each moves) for one tensor."""
+    """Return (works, bytes that each work moves) for one tensor."""
     scale, out = torch.tensor(3.0, device=x.device), torch.empty_like(x)
     slot = torch.zeros(1, device=x.device)
     codes = torch.randint(256, x.shape, dtype=torch.uint8, device=x.device)
 
-    def rounding(emit: str):
-        return lambda: dispatch.quantize(x, scale, slot, "hif8", "clip", 15.0, emit)
+    def rounding(output: str):
+        return lambda: dispatch.quantize(x, scale, slot, "hif8", "clip", 15.0, output)
 
     size = x.element_size() * x.numel()
     works = {
@@ -141,8 +141,7 @@ def _step_target(name: str) -> str:
 
 
 def _utilization(made: steps.Steps, tokens_per_second: float) -> str:
-    """Model FLOPs utilization of the BF16 step: its FLOP/s over the peak of the GPU, or of a measured FP32 product on a
-    CPU."""
+    """Return the model FLOPs utilization of the BF16 step: against a GPU's peak, or a measured FP32 product."""
     flops = _flops(made) * tokens_per_second
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -160,7 +159,7 @@ def _flops(made: steps.Steps) -> float:
 
 
 def _tick_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:
-    """Cost of one tick of 546 tensors (all linears of 26 blocks, three roles) with a window of 64."""
+    """Measure a tick of 546 tensors (all linears of 26 blocks, three roles) with a window of 64 against a step."""
     quantized, names = made.trainers["all"].cfg, [f"{i}/weight" for i in range(546)]
     bank = ScaleBank(names, [15.0] * 546, quantized.scaling, device=get_device())
     bank.begin_step(1, 1)
@@ -175,9 +174,9 @@ def _tick_row(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> Row:
 
 def _memory_rows(cfg: Config) -> list[Row]:
     peaks = {}
-    for name, each in steps.settings(cfg).items():
+    for name, config in steps.settings(cfg).items():
         _say(f"peak memory, {name}")
-        peaks[name] = timing.peak_memory(steps.one_model_alone, each)
+        peaks[name] = timing.peak_memory(steps.one_model_alone, config)
     rows = []
     for name, peak in peaks.items():
         if name != "bf16":

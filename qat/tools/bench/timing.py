@@ -1,4 +1,4 @@
-"""Seconds of things run in turn, so that a noisy machine is as noisy for each; and peak memory, alone in a process."""
+"""Time works in turn, so that noise of the machine affects all alike; measure peak memory in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat.utils import device
 
 
 def wait() -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -23,18 +23,17 @@ def wait() -> None:
 def seconds(work: Callable[[], object], repeats: int = 1) -> float:
     """Return the seconds of one call, on average over `repeats` in a row."""
     wait()
-    started = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(repeats):
         work()
     wait()
-    return (time.perf_counter() - started) / repeats
+    return (time.perf_counter() - start) / repeats
 
 
 def in_turn(
     works: dict[str, Callable[[], object]], rounds: int, repeats: int = 1, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Return the seconds of each of `works` in every round, all of them run once a round after `warmup` rounds
-    unmeasured."""
+    """Return the seconds of each of `works` in every round. Before, there are `warmup` rounds that are not measured."""
     for _ in range(warmup):
         for work in works.values():
             work()
@@ -52,15 +51,17 @@ def ratio(times: dict[str, list[float]], name: str, to: str) -> tuple[float, flo
 
 
 def peak_memory(work: Callable[..., object], *arguments) -> float:
-    """Return the largest memory in bytes that `work(*arguments)` needs in a process of its own: of the GPU where there
-    is one, else resident. Errors: RuntimeError when the process dies."""
+    """Return the peak memory in bytes of `work(*arguments)` in a process of its own: of the GPU, else resident.
+
+    Errors: RuntimeError when the process dies.
+    """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs, work, arguments))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, work, arguments))
     process.start()
-    theirs.close()
+    sender.close()
     try:
-        return ours.recv()
+        return receiver.recv()
     except EOFError as error:
         raise RuntimeError("a process died while its memory was measured, probably for want of memory") from error
     finally:
@@ -77,7 +78,7 @@ def _child(pipe, work, arguments) -> None:
 
 
 def _largest_resident() -> float:
-    """Bytes. Linux's getrusage would also count what the process was forked from."""
+    """Return the peak in bytes. On Linux not by getrusage, which also counts the process that this one started from."""
     status = Path("/proc/self/status")
     if status.exists():
         facts = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -1,8 +1,9 @@
-"""Tokens, hours, disk and downloads of a run, each with what it is derived from."""
+"""Estimate tokens, rates, disk and downloads of a run."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +16,25 @@ from qat.utils.environment import ROOT, package_path
 
 RECORDS = ROOT / "experiments" / "records"
 
-# Assumed where nothing is measured: a GPU, and the share of its peak that training reaches.
+# Assumed where nothing is measured: a GPU, and the share of its peak rate that training reaches.
 ASSUMED_GPU, ASSUMED_SHARE = "H100", (0.15, 0.40)
-# Share of a bare product's rate that a training step reaches: 73 % in experiments/records/2026-11-23_bench_cpu.
+# Share of a large product's rate that a training step reaches: 73 % in experiments/records/2026-11-23_bench_cpu.
 PRODUCT_SHARE = (0.35, 0.75)
-# A quantized step over a BF16 one: our CPU record, and the paper's released code by its own logs (all linears 4.0).
+# Seconds of a quantized step over those of a BF16 step: from our CPU record to the logs of the paper's released code.
 SLOWER = {"mlp": (1.1, 2.65), "all": (1.2, 4.0)}
 
-# Tokens that a question costs without examples, and for each: measured over 150 questions a task (MMLU: 4 of each
-# subject) with SmolLM2's tokenizer; lm-eval scores MMLU's four one-token choices at once.
+# Tokens of a question without examples, and of each example: measured over 150 questions a task (MMLU: 4 of each
+# subject) with SmolLM2's tokenizer. lm-eval scores MMLU's four one-token choices at once.
 _TOKENS = {"mmlu": (110, 104), "hellaswag": (321, 329), "arc_easy": (136, 134), "arc_challenge": (151, 156)}
-# By split; HellaSwag's is always the same one (`qat.eval.questions.splits`).
+# Questions by split; HellaSwag has only one (`qat.eval.questions.splits`).
 _QUESTIONS = {
     "test": {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172},
     "validation": {"mmlu": 1531, "hellaswag": 10042, "arc_easy": 570, "arc_challenge": 299},
 }
-_SUBJECTS = 57  # of MMLU: a limit counts for each
+_SUBJECTS = 57  # of MMLU; a limit is for each of them
 
-CHARACTERS = 4.5  # of English a token: 4.0 to 4.9 in the prompts above
-# Known sizes of texts, by path and subset: tokens, bytes, and what says so.
+CHARACTERS = 4.5  # characters of English in a token: 4.0 to 4.9 in the prompts above
+# Known sizes of texts, by path and subset: tokens, bytes, and the source of these.
 _KNOWN_DATA = {
     ("HuggingFaceFW/fineweb", "sample-10BT"): (10e9, 27.6e9, "its card, GPT-2's tokens"),
     ("manuals", None): (10.4e6, 43.1e6, f"measured, SmolLM2's tokens; one file in {HELDOUT_EVERY} is held out"),
@@ -49,14 +50,14 @@ _METRICS_ROW, _TELEMETRY_ROW, _SAMPLE_ROW = 350, 350, 400  # bytes, as runs writ
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens a second on one GPU or machine, from low to high, and what that is derived from."""
+    """Tokens a second on one GPU or machine, lowest and highest, and what they are derived from."""
 
     low: float
     high: float
     basis: str
 
 
-# Of openPangu-1B by the paper's own logs, 16 x 1024 tokens a call: BF16, 63 and 182 linears in HiF8.
+# Rates of openPangu-1B in the paper's own logs, 16 x 1024 tokens a call: BF16, 63 and 182 linears in HiF8.
 _PUBLISHED = {
     None: Rate(43e3, 45e3, "the paper's logs, a GPU of 8 (L20X)"),
     "mlp": Rate(17e3, 17e3, "the paper's logs, a GPU of 8 (L20X), 63 linears"),
@@ -85,13 +86,15 @@ def text(cfg: Config) -> tuple[float, float, str] | None:
 
 def questions(cfg: Config) -> tuple[int, float]:
     """Return (questions, tokens to score for one model) of the benchmark."""
-    count, total = 0, 0.0
+    total, tokens = 0, 0.0
     for name, task in cfg.benchmark.tasks.items():
-        there = _QUESTIONS[cfg.benchmark.split][name]
-        limit = there if task.limit is None else task.limit * (_SUBJECTS if name == "mmlu" else 1)
-        asked, (base, example) = min(limit, there), _TOKENS[name]
-        count, total = count + asked, total + asked * (base + example * task.shots)
-    return count, total
+        count = _QUESTIONS[cfg.benchmark.split][name]
+        if task.limit is not None:
+            count = min(count, task.limit * (_SUBJECTS if name == "mmlu" else 1))
+        base, example = _TOKENS[name]
+        total += count
+        tokens += count * (base + example * task.shots)
+    return total, tokens
 
 
 def heldout(cfg: Config) -> int:
@@ -101,62 +104,68 @@ def heldout(cfg: Config) -> int:
 
 
 def scope(kinds) -> str:
-    """Return the kind of quantized step that a benchmark's record calls so."""
+    """Return the kind of quantized step that these kinds of linears make, as benchmarks name it: mlp or all."""
     return "mlp" if all(kind.startswith("mlp.") for kind in kinds) else "all"
 
 
 def measured(model: str, kind: str) -> list[Rate]:
-    """Return what records of benchmarks say of a model's steps. kind: bf16, or a name of `qat.tools.bench.steps`."""
-    found = []
+    """Return a model's rates in the records of benchmarks. kind: bf16, or a name of `qat.tools.bench.steps`."""
+    rates = []
     for file in sorted(RECORDS.glob("*/bench.json")):
         record = json.loads(file.read_text())
         facts = record["facts"]
         if facts["model"].removesuffix("_random") != model.removesuffix("_random"):
             continue
         for row in record["rows"]:
-            words = row["note"].split()
-            if row["what"] == f"step: {kind} : bf16" and words[1:2] and words[1].startswith("tokens/s"):
-                rate = float(words[0].replace(",", ""))
-                found.append(Rate(rate, rate, f"measured on {facts['hardware']}, {facts['batch']}: {file.parent.name}"))
-    return found
+            rate = re.match(r"([\d,]+) tokens/s", row["note"])
+            if rate and row["what"] == f"step: {kind} : bf16":
+                number = float(rate[1].replace(",", ""))
+                basis = f"measured on {facts['hardware']}, {facts['batch']}: {file.parent.name}"
+                rates.append(Rate(number, number, basis))
+    return rates
 
 
 def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
-    """Return the rates of one rank, the one to reckon with first; kind: of the quantized steps, None for BF16."""
+    """Return the rates of one rank, first the one to plan with. kind: of the quantized steps, None for BF16."""
     step = f"{kind}, current scaling" if kind and cfg.scaling.algo == "current" else kind or "bf16"
-    found = measured(cfg.model.name, step)
-    alike = [rate for rate in found if machine.name in rate.basis]
-    if alike and bool(machine.gpus) == on_gpus:
-        return alike
-    flops = shape.flops(cfg.budget.seq_len)
+    records = measured(cfg.model.name, step)
+    here = [rate for rate in records if machine.name in rate.basis]
+    if here and bool(machine.gpus) == on_gpus:
+        return here
+    published = [_PUBLISHED[kind]] if "openpangu_1b" in cfg.model.name and on_gpus else []
+    return [_assumed(shape.flops(cfg.budget.seq_len), kind, machine, on_gpus), *published, *records]
+
+
+def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) -> Rate:
+    """Derive a rate from a token's FLOPs and a peak rate."""
     if machine.gpus or not on_gpus:
-        shares, peak, where = PRODUCT_SHARE, machine.flops, "of a large product's {:.3g} TFLOP/s here"
+        shares, peak = PRODUCT_SHARE, machine.flops
+        where = f"of a large product's {peak / 1e12:.3g} TFLOP/s here"
     else:
-        shares, peak, where = ASSUMED_SHARE, PEAK_FLOPS[ASSUMED_GPU], f"of an {ASSUMED_GPU}'s {{:.0f}} TFLOP/s"
-    basis = f"{shares[0]:.0%} to {shares[1]:.0%} {where.format(peak / 1e12)}: ASSUMED, nothing is measured"
+        shares, peak = ASSUMED_SHARE, PEAK_FLOPS[ASSUMED_GPU]
+        where = f"of an {ASSUMED_GPU}'s {peak / 1e12:.0f} TFLOP/s"
+    basis = f"{shares[0]:.0%} to {shares[1]:.0%} {where}: ASSUMED, nothing is measured"
     fast, slow = SLOWER[kind] if kind else (1.0, 1.0)
     if kind:
         basis += f"; {fast:g} (our CPU record) to {slow:g} (the released code) times slower"
-    reckoned = Rate(shares[0] * peak / flops / slow, shares[1] * peak / flops / fast, basis)
-    published = [_PUBLISHED[kind]] if "openpangu_1b" in cfg.model.name and on_gpus else []
-    return [reckoned, *published, *found]
+    return Rate(shares[0] * peak / flops / slow, shares[1] * peak / flops / fast, basis)
 
 
 def checkpoints(shape: Shape) -> tuple[float, float]:
-    """Return (largest, final) bytes of a run's checkpoints: parameters and moments, the two newest and one being
-    written."""
+    """Return (largest, final) bytes of a run's checkpoints: at most two and one being written; then only weights."""
     return 3 * 12.0 * shape.parameters, 4.0 * shape.parameters
 
 
 def rows(cfg: Config, tensors: int) -> float:
-    """Return the bytes of metrics and telemetry; tensors: those that are quantized."""
+    """Return the bytes of metrics and telemetry; tensors: how many are quantized."""
     return cfg.steps * (_METRICS_ROW + tensors * _TELEMETRY_ROW / cfg.budget.telemetry_every)
 
 
 def samples(cfg: Config, models: int) -> float:
+    """Return the bytes of the answers to all questions by so many models."""
     return questions(cfg)[0] * _SAMPLE_ROW * models
 
 
 def cached_tokens(cfg: Config, shape: Shape) -> float:
-    """Return the bytes of the token cache, shared by runs: 2 a token, or 4 for vocabularies above 65,536."""
+    """Return the bytes of the token cache, which runs share: 2 a token, or 4 for vocabularies above 65,536."""
     return tokens(cfg)[1] * (2 if shape.vocabulary <= 2**16 else 4) if cfg.data.cache else 0.0

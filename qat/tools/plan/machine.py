@@ -1,4 +1,4 @@
-"""What this machine has of what a run needs."""
+"""Describe this machine: what it has of what a run needs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ _HUB_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Machine:
-    """bytes everywhere; flops: of one product of large matrices in the arithmetic of runs, a second; hub: whether it
-    answers, None where nobody asked."""
+    """A machine; memory and disk in bytes.
+
+    flops: FLOP/s of a product of large matrices in the arithmetic of runs. hub: whether it answers; None: not asked.
+    """
 
     processor: str
     cores: int
@@ -41,12 +43,12 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """As a benchmark's record names its hardware."""
+        """The hardware, as records of benchmarks name it."""
         return hardware_name(vars(self))
 
 
 def here(cfg: Config) -> Machine:
-    """Return what there is now. Waits for a hub three seconds at most, and asks it only where `cfg` needs one."""
+    """Describe this machine. Where `cfg` needs a hub, that is asked, and waited for three seconds at most."""
     machine, cuda = describe_environment(), torch.cuda.is_available()
     runs, cache = files.existing(Path(cfg.runs_dir)), cache_dir()
     return Machine(
@@ -61,24 +63,24 @@ def here(cfg: Config) -> Machine:
         cache_free=shutil.disk_usage(cache).free,
         one_disk=runs.stat().st_dev == cache.stat().st_dev,
         problems=preflight.problems(cfg, planning=True),
-        hub=_answers() if needs_hub(cfg) else None,
+        hub=_hub_answers() if needs_hub(cfg) else None,
     )
 
 
 def needs_hub(cfg: Config) -> bool:
-    """Return whether the model or a text comes from a hub and not from a folder."""
+    """Return whether the model or a text comes from a hub."""
     return any(preflight.from_hub(source) for source in (cfg.model, cfg.data, cfg.validation) if source)
 
 
 def _memory() -> int:
-    """Return the bytes that can be had, what the system would give up of its caches included where it says so."""
+    """Return the bytes of memory available; on Linux with those that the system uses for caches."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _answers() -> bool:
+def _hub_answers() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
@@ -88,12 +90,12 @@ def _answers() -> bool:
 
 
 def _product(size: int, arithmetic: str) -> float:
-    """Return the best of five products of two square matrices."""
+    """Return the FLOP/s of a product of two square matrices, the best of five."""
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device.get_device())
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        start = time.perf_counter()
         (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)

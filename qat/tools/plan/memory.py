@@ -1,4 +1,4 @@
-"""How much memory training takes on each rank, from the model's sizes alone."""
+"""Estimate the memory that training takes on each rank, from the model's sizes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from qat.config import Config
 from qat.quant.convert import Coverage
 from qat.tools.flops import Shape
 
-# How far off `training` is: its sum lies within this factor of the peak that a benchmark's record measured, and its
-# activations within it of what autograd kept (tests/tools/test_plan.py). Of GPUs and compiled steps nothing is measured
-# yet.
+# The estimate is right within this factor: its sum against the peaks in a benchmark's record, and its activations
+# against what autograd held (tests/tools/test_plan.py). On GPUs and for compiled steps nothing is measured yet.
 ERROR = 1.25
 
 
 def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus: bool) -> dict[str, float]:
-    """Return the bytes on each rank by what they are for, at the beginning of a backward pass, where their sum is
-    largest."""
+    """Return the bytes on each rank, by use, at the beginning of a backward pass, where their sum is largest."""
     size = 2 if cfg.budget.arithmetic == "bf16" else 4
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
     tokens = cfg.batch[0] * cfg.budget.seq_len
@@ -27,7 +25,7 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
         "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing) * tokens,
         "logits": 12 * min(tokens * shape.vocabulary, cfg.budget.largest_logits),
     }
-    if sharded > 1:  # two blocks and what is in none are whole, with their gradients
+    if sharded > 1:  # two blocks and the parameters outside of blocks are whole, with their gradients
         rest = shape.parameters - shape.blocks * shape.block
         parts["gathered for use"] = 8 * (2 * shape.block + rest)
     elif ranks > 1:
@@ -36,31 +34,33 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
 
 
 def activations(shape: Shape, coverage: Coverage, size: int, checkpointing: bool = False) -> float:
-    """Return the bytes a token that the backward pass of all blocks keeps, or of one block and what enters each when
-    checkpointing; size: of an element of a product, 2 or 4.
+    """Return the bytes that all blocks keep for the backward pass, for each token.
 
-    Of a block: both norms keep their input and its normed value in FP32. A linear keeps its input: under autocast a
-    BF16 copy each; in FP32 siblings share one; quantized it is one byte, once for siblings. Attention keeps queries,
-    keys and values (repeated for every query head), its output, and that once more in the order that `o_proj` reads.
-    The MLP keeps gate, up, the activated gate and their product.
+    size: bytes of an element of a product, 2 or 4. checkpointing: only one block and the inputs of all are kept.
+
+    A block keeps: of both norms, their input and its normed value in FP32. Of a linear, its input: under autocast a
+    BF16 copy for each linear; in FP32 linears with the same input share it; quantized, one byte, shared. Of attention,
+    queries, keys and values (repeated for every query head), its output, and that again in the order that `o_proj`
+    reads. Of the MLP, gate, up, the activated gate and their product.
     """
     h, q, f = shape.hidden, shape.attended, shape.inner
     kinds = coverage.kinds()
-    share = {  # of the blocks in which what a linear reads is kept as codes
-        reads: max((kinds[name][0] for name in names if name in kinds), default=0) / shape.blocks
-        for reads, names in _READERS.items()
+    share = {  # of the blocks that keep this input as codes
+        which: max((kinds[name][0] for name in names if name in kinds), default=0) / shape.blocks
+        for which, names in _READERS.items()
     }
 
-    def kept(reads: str, features: int, copies: int) -> float:
-        return features * (share[reads] + (1 - share[reads]) * size * (copies if size == 2 else 1))
+    def input_bytes(which: str, features: int, copies: int) -> float:
+        return features * (share[which] + (1 - share[which]) * size * (copies if size == 2 else 1))
 
     block = 16 * h + 4 * size * q + 3 * size * f
-    block += kept("attention", h, 3) + kept("output", q, 1) + kept("mlp", h, 2) + kept("product", f, 1)
+    block += input_bytes("attention", h, 3) + input_bytes("output", q, 1)
+    block += input_bytes("mlp", h, 2) + input_bytes("product", f, 1)
     blocks = block + shape.blocks * 4 * h if checkpointing else shape.blocks * block
     return blocks + 8 * h  # and the norm after the last block
 
 
-_READERS = {
+_READERS = {  # input -> linears that may read it
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
     "output": ("self_attn.o_proj",),
     "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),

@@ -1,4 +1,4 @@
-"""What a run and its baseline will take, before anything is paid for: no GPU, network or weights are needed.
+"""Estimate what a run and its baseline will take. Needs no GPU, network or weights.
 
 configuration -> sizes (meta device) -> memory, hours, disk, downloads -> one page
 """
@@ -37,15 +37,14 @@ class Training:
     rates: list[costs.Rate] | None
 
     def hours(self, tokens: float, ranks: int) -> tuple[float, float] | None:
-        """From fastest to slowest, if ranks did not hinder each other."""
+        """Return the hours for so many tokens, (least, most), if training scales with the ranks without loss."""
         rate = self.rates and self.rates[0]
         return (tokens / rate.high / ranks / 3600, tokens / rate.low / ranks / 3600) if rate else None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a page says, in bytes, tokens and seconds' rates. shape, coverage: None for a model whose
-    config.json cannot be read; unknown then says why."""
+    """A plan. shape, coverage: None for a model whose config.json cannot be read; unknown then says why."""
 
     cfg: Config
     ranks: int
@@ -59,44 +58,40 @@ class Plan:
 
     @property
     def scored(self) -> int:
-        """Models that evaluation scores: the checkpoint, the baseline with and without PTQ, the run in both modes."""
+        """How many models evaluation scores: the pretrained one, baseline, its PTQ, and the run in both modes."""
         return 5 if self.cfg.quantized else 2
 
     @property
     def passes(self) -> int:
-        """Passes over the held-out texts: one a model, one more of the run under PTQ's scales, and for the KL
-        divergence of each of the three in a quantized run's format, or trained in it, one of the baseline."""
+        """How many passes over the held-out texts: one a model; for a quantized run one more under PTQ's scales, and
+        three of the baseline for the KL divergences of PTQ and of the run in both modes."""
         return self.scored + (4 if self.cfg.quantized else 0)
 
 
 def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:
-    """Return the plan of `cfg` and its baseline on `ranks` processes. on_gpus: one GPU each, else this machine's
-    processor.
-    Errors: ConfigError for what could not be trained either."""
-    source, unknown, architecture, shape, coverage = "", None, None, None, None
+    """Return the plan of `cfg` and its baseline on `ranks` processes.
+
+    on_gpus: on a GPU each, else on this machine's processor. Errors: ConfigError for a run that could not be trained.
+    """
+    architecture, source, unknown = None, "", None
     try:
         architecture, source = _architecture(cfg, machine)
     except UserError as error:
         unknown = str(error)
-    if architecture is not None:
-        shape, coverage = flops.model_shape(architecture, cfg)
-    each = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
-    trainings = [_training(one, architecture, ranks, machine, on_gpus) for one in each]
+    trainings, shape, coverage = [], None, None
+    for one in [baseline_of(cfg), cfg] if cfg.quantized else [cfg]:
+        run, parts, rates = Run.of(one), None, None
+        if architecture is not None:
+            shape, coverage = flops.model_shape(architecture, one)
+            kind = costs.scope(coverage.kinds()) if one.quantized else None
+            parts = memory.training(shape, coverage, one, ranks, on_gpus)
+            rates = costs.rates(one, shape, kind, machine, on_gpus)
+        trainings.append(Training(run.id, run.status().get("step", 0), one.quantized, parts, rates))
     return Plan(cfg, ranks, machine, on_gpus, shape, coverage, source, unknown, trainings)
 
 
-def _training(cfg: Config, architecture, ranks: int, machine: Machine, on_gpus: bool) -> Training:
-    run = Run.of(cfg)
-    known = None, None
-    if architecture is not None:
-        shape, coverage = flops.model_shape(architecture, cfg)
-        kind = costs.scope(coverage.kinds()) if cfg.quantized else None
-        known = memory.training(shape, coverage, cfg, ranks, on_gpus), costs.rates(cfg, shape, kind, machine, on_gpus)
-    return Training(run.id, run.status().get("step", 0), cfg.quantized, *known)
-
-
 def _architecture(cfg: Config, machine: Machine):
-    """Return (a model's sizes, where they are from). Without a hub: its cached files, else a shape of conf/model."""
+    """Return (a model's configuration, its origin): its config.json, or where that is out of reach, conf/model."""
     if cfg.model.source == "random":
         return load_config(cfg.model), "model.architecture"
     known = ROOT / "conf" / "model" / f"{cfg.model.name}_random.yaml"
