@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qat.analysis import rerun_noise as reruns
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences, pretrained_run
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, pretrained_run
 from qat.analysis.stats import Z, half_width
 from qat.errors import UserError
 from qat.report.experiment import Curve, Experiment, Recipe, distinct, scientific, tasks_of, unlike
@@ -201,7 +201,7 @@ def heldout(comparison: Mapping) -> Table:
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
     """Return the settings in which the configs of a run and its baseline differ."""
-    rows = [[key, *map(_value, values)] for key, values in differences(run, baseline).items()]
+    rows = [[key, *map(_value, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
     return _table(["Setting", "Run", "Baseline"], rows)
 
 

@@ -110,11 +110,8 @@ def test_the_first_screen_is_a_verdict(report):
     for row, known in zip(rows, recorded, strict=True):
         low, high = known["ci"]
         assert row[2:5] == [f"{known['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"±{known['margin']:.4f}"]
-        assert (
-            row[1].split()[0]
-            == known["answer"]
-            == decide(*(known[key] for key in ("difference", "ci", "margin", "detectable")))
-        )
+        measured = (known[key] for key in ("difference", "ci", "margin", "detectable"))
+        assert row[1].split()[0] == known["answer"] == decide(*measured)
         assert row[1].endswith("though not zero") == (known["answer"] == "equivalent" and low * high > 0)
         assert "MMLU" in row[5]
     assert markdown.index("| Recipe") < markdown.index("\n## ") < markdown.index("## Provenance")
