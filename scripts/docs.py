@@ -33,13 +33,14 @@ _SECTION = re.compile(r"(<!-- (\w+) of (\S+): written by `make docs` -->\n).*?(<
 
 def findings(record: Path) -> str:
     """Return what a record found: a row an experiment with the question it asks, and three sentences."""
-    report, factorial = (record / "report.md").read_text(), studies.results(record)["factorial"]
+    report, factorial = _report(record), studies.results(record)["factorial"]
     columns = ["", "It asks", "Loss APE %: paper", "Loss APE %: here", "Held-out loss, nats: W8A8 minus BF16"]
     rows = [[name, asks, *cells[:3]] for name, asks, _, *cells in _experiments(report)]
-    facts = _facts(report) | {"Length": _length(report, "exp8"), "Seed": _facts(report)["Seed"].replace("; ", ",")}
     about = (
         "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}. Means over seeds with 95 "
     )
+    facts = report["provenance"]
+    facts |= {"Length": report["lengths"]["exp8"], "Seed": facts["Seed"].replace("; ", ",")}
     about = f"{about.format_map(facts)}% intervals."
     return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial)]) + "\n"
 
@@ -50,7 +51,7 @@ def results(record: Path) -> str:
     columns += ["Held-out loss, nats: W8A8 minus BF16", "W8A8 by PTQ minus BF16"]
     rows = [
         [*asked, here if known == "–" else f"{here}<br>(paper {known})", held, ptq]
-        for *asked, known, here, held, ptq in _experiments((record / "report.md").read_text())
+        for *asked, known, here, held, ptq in _experiments(_report(record))
     ]
     return _unbroken(markdown(columns, rows)) + "\n"
 
@@ -133,40 +134,59 @@ def _default(name: str, key: str) -> str:
     return "from its group" if value == config.MISSING else f"`{json.dumps(value)}`"
 
 
-def _experiments(report: str) -> Iterator[list[str]]:
+def _report(record: Path) -> dict:
+    return json.loads((record / "report.json").read_text(encoding="utf-8"))
+
+
+def _experiments(report: dict) -> Iterator[list[str]]:
     """Yield name, question, recipe, loss APE (paper, here) and held-out loss (W8A8, PTQ) of each experiment."""
-    overview = _rows(report, "Loss APE %, paper")
     for name, entry in published()["experiments"].items():
-        own = {row[""].removeprefix(name).strip(): row for row in overview if row[""].split()[0] == name}
+        own = [recipe for recipe in report["recipes"] if recipe["experiment"] == name]
+        labels = [recipe["label"].removeprefix(name).strip() for recipe in own]
         apes, held, ptq = (
-            "<br>".join(f"{label} {row[column]}".strip() for label, row in own.items())
-            for column in ("ours", "Held-out loss, nats", "PTQ")
+            "<br>".join(f"{label} {_text(*row, digits, plus)}".strip() for label, row in zip(labels, rows, strict=True))
+            for rows, digits, plus in zip(_estimates(own), (3, 4, 4), ("", "+", "+"), strict=True)
         )
-        known = next(iter(own.values()))["Loss APE %, paper"].split(" ")[0] if own else "–"
+        known = str(entry.get("ape", entry.get("ape_log", "–"))) if own else "–"
         yield [name, entry["question"], entry["recipe"], known, apes or "–", held or _of_bf16(report, name), ptq or "–"]
 
 
-def _of_bf16(report: str, name: str) -> str:
+def _estimates(recipes: Sequence[dict]) -> list[list[tuple[float, ...]]]:
+    """Return (value, low, high) of the recipes' loss APE, and of their held-out loss in W8A8 and by PTQ, minus BF16."""
+    columns = [[], [], []]
+    for comparison in (recipe["comparison"] for recipe in recipes):
+        first = {row["mode"]: row for row in reversed(comparison["heldout"])}
+        columns[0].append((comparison["loss"]["ape"], *comparison["loss"]["ci"]))
+        for column, mode in zip(columns[1:], ("w8a8", "ptq"), strict=True):
+            column.append((first[mode]["difference"], *first[mode]["ci"]))
+    return columns
+
+
+def _text(value: float, low: float, high: float, digits: int = 4, plus: str = "+") -> str:
+    return f"{signed(value, digits, plus)} {interval((low, high), digits, plus)}"
+
+
+def _of_bf16(report: dict, name: str) -> str:
     """Return by learning rate, how far BF16 training has moved the held-out loss from the pretrained model's."""
-    start, *rows = _rows(report, "Learning rate")
-    steps, found = _length(report, name).split()[0], []
-    for rate in map(scientific, published()["experiments"][name]["lr"]):
-        own = [row for row in rows if row["Learning rate"] == rate and f"-{steps}steps-" in row["Weights"]]
-        moved = [_numbers(row["Held-out loss, nats"])[0] - _numbers(start["Held-out loss, nats"])[0] for row in own]
+    lines = []
+    for rate in published()["experiments"][name]["lr"]:
+        own = [row for row in report["bf16"] if row["experiment"] == name and row["lr"] == rate]
+        moved = [loss - row["pretrained"][text] for row in own for text, loss in list(row["heldout"].items())[:1]]
         middle, half = fmean(moved), half_width(moved)
-        found.append(f"lr {rate} {signed(middle, 4)} {interval([middle - half, middle + half], 4)}")
-    return "BF16 minus the pretrained model:<br>" + "<br>".join(found)
+        lines.append(f"lr {scientific(rate)} {_text(middle, middle - half, middle + half)}")
+    return "BF16 minus the pretrained model:<br>" + "<br>".join(lines)
 
 
-def _sentences(report: str, factorial: dict) -> str:
+def _sentences(report: dict, factorial: dict) -> str:
     """Return what the numbers come to: loss, claims, benchmarks."""
-    rows = {row["ours"] + row["Held-out loss, nats"]: row for row in _rows(report, "Loss APE %, paper")}.values()
-    apes, held, ptq = ([_numbers(row[column]) for row in rows] for column in ("ours", "Held-out loss, nats", "PTQ"))
+    recipes = list({recipe["comparison"]["run"]: recipe for recipe in report["recipes"]}.values())
+    apes, held, ptq = _estimates(recipes)
     limit, verdicts = published()["paper"]["thresholds"]["ape"], [claim["verdict"] for claim in factorial["claims"]]
-    below, beyond = sum(ape[0] < limit for ape in apes), sum(ape[2] >= limit for ape in apes)
+    below, beyond = sum(ape < limit for ape, *_ in apes), sum(high >= limit for *_, high in apes)
     seen = next(s for c in factorial["claims"] for s in c["statements"] if "exceed their predicted" in s["statement"])
     questions = re.search(r"\d+ questions", factorial["facts"]["Benchmark"])[0]
-    drop = -min(_numbers(cell)[1] for row in rows for column, cell in row.items() if column.endswith(", points"))
+    tasks = [row for recipe in recipes for row in recipe["comparison"]["tasks"] if row["mode"] == "w8a8"]
+    drop = -min(row["ci"][0] for row in tasks)
     supported, contradicted = (verdicts.count(word) for word in ("supported", "contradicted"))
     others = len(verdicts) - supported - contradicted
     return "\n".join(
@@ -193,27 +213,6 @@ def _span(triples: Collection[Sequence[float]]) -> str:
 def _unbroken(table: str) -> str:
     """Return a table whose intervals stay on one line."""
     return re.sub(r"(\[[+\-.\d]+,) ", "\\1\N{NO-BREAK SPACE}", table)
-
-
-def _numbers(cell: str) -> tuple[float, ...]:
-    return tuple(map(float, re.findall(r"[+-]?\d+\.\d+", cell)))
-
-
-def _facts(report: str) -> dict[str, str]:
-    return dict(re.findall(r"^- (\w+): (.+)$", report, re.MULTILINE))
-
-
-def _length(report: str, name: str) -> str:
-    """Steps and batch of an experiment, in words."""
-    lengths = _facts(report)["Length"].split("; ")
-    return next(each for each in lengths if "(" not in each or re.search(rf"\b{name}\b", each)).split(" (")[0]
-
-
-def _rows(report: str, column: str) -> list[dict[str, str]]:
-    """Return the first table that has a column, a dictionary a row."""
-    table = re.search(rf"^\|[^\n]*\| {re.escape(column)} .*?(?=\n\n)", report, re.DOTALL | re.MULTILINE)[0]
-    header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n"))
-    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
 def written(text: str) -> str:

@@ -168,7 +168,8 @@ def aggregate(matches: Sequence[Match]) -> dict:
     Scores, points and intervals are in percent, losses and KL in nats a token, of several seeds means; `lost` and
     `gained` are sums over seeds. Of one run `ci` is a 95 % interval over questions (Tango's) or documents, p_value
     McNemar's; of several they are Student's, over seeds and questions (or documents). What not all of them have is left
-    out. scored_on: what computed the held-out losses, more than one entry where not all were scored on the same,
+    out. can_move: whether a task's answers name more than one choice; if not, its score cannot show a difference.
+    scored_on: what computed the held-out losses, more than one entry where not all were scored on the same,
     without what is not known. Errors: UserError where one was scored in another way.
     """
     first, *others = matches
@@ -313,6 +314,7 @@ def _task(matches: Sequence[Match], task: str, mode: str) -> dict:
         "choice_kl": float(np.mean([own.kl(reference) for own, reference in pairs])),
         "mass": float(np.mean([own.mass for own, _ in pairs])),
         "baseline_mass": float(np.mean([reference.mass for _, reference in pairs])),
+        "can_move": any(not own.constant or own.flips(reference).any() for own, reference in pairs),
     }
     near_chance = _near_chance(row["baseline"], row["n"], chance)
     return row | diagnosis | {"chance": chance, "near_chance": near_chance}

@@ -1,4 +1,4 @@
-"""One experiment as the report sees it: its runs, their baselines, and what the paper published."""
+"""Arrange the runs of an experiment for the report: pairs of run and baseline, recipes over seeds, telemetry."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ from qat.runs.identity import identity
 
 PAPER = Path(__file__).resolve().parents[2] / "experiments" / "paper.yaml"
 SHARES = ("tier3", "tier2", "tier1", "tier0", "underflow")  # of the nonzero elements; they add up to 1
-_LISTED = 48  # logged steps of a tensor that the page can draw
-_SAID = {  # how a label puts a setting; the usual ones, and in this order before all others
+_LABELS = {  # how a label puts a setting; the usual ones, and in this order before all others
     "scaling.algo": str,
     "scaling.window": "window {}".format,
     "optim.lr": lambda lr: f"lr {scientific(lr)}",
@@ -62,12 +61,11 @@ class Experiment:
 
     @cached_property
     def typed(self) -> dict[str, Config]:
-        """Return the configuration of each of its runs whose folder exists, read once; {run id: config}. An option that
-        came after a run is at its default."""
-        found = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
-        for config in found.values():
+        """Return the configurations of its runs whose folder exists, {run id: config}."""
+        configs = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
+        for config in configs.values():
             config.benchmark = self.benchmark or config.benchmark
-        return found
+        return configs
 
     @cached_property
     def configs(self) -> dict[str, dict]:
@@ -76,36 +74,36 @@ class Experiment:
 
     @cached_property
     def absent(self) -> list[str]:
-        """Ids of its runs whose folder does not exist yet."""
+        """Return the ids of its runs whose folder does not exist yet."""
         return list(dict.fromkeys(run.id for run in (*self.runs, *self.baselines) if run.id not in self.configs))
 
     @cached_property
     def bf16(self) -> list[Run]:
-        """Its unquantized runs, wherever they are listed, each once."""
+        """Return its unquantized runs, wherever they are listed, without repetition."""
         return list({run.id: run for run in (*self.runs, *self.baselines) if self._quantized(run) is False}.values())
 
     @cached_property
     def pairs(self) -> list[Pair]:
-        """Its quantized runs, each with its baseline and its comparison or the reason why there is none."""
+        """Return its quantized runs with their baselines."""
         return [pair for recipe in self.recipes for pair in recipe.pairs]
 
     @cached_property
     def recipes(self) -> list[Recipe]:
-        """Its quantized runs by what they are but for their seed."""
+        """Return its quantized runs, grouped by everything but their seed."""
         own = defaultdict(list)
         for run in (run for run in self.runs if self._quantized(run)):
             parts = identity(self.typed[run.id]) | {"seed": None}
             own[json.dumps(parts, sort_keys=True)].append(run)
         names = told_apart({key: self.configs[runs[0].id] | {"seed": None} for key, runs in own.items()})
         seeds = {run.id: self.configs[run.id]["seed"] for runs in own.values() for run in runs}
-        found = []
+        recipes = []
         for key, runs in own.items():
             name = f"{self.name} {names[key]}".strip()
             labels = told_apart({run.id: {"seed": seeds[run.id]} for run in runs})
             if len(set(seeds.values())) > 1 and len(runs) == 1:
                 labels = {runs[0].id: f"seed {seeds[runs[0].id]}"}
-            found.append(Recipe(key, name, [self._pair(run, f"{name} {labels[run.id]}".strip()) for run in runs]))
-        return found
+            recipes.append(Recipe(key, name, [self._pair(run, f"{name} {labels[run.id]}".strip()) for run in runs]))
+        return recipes
 
     def _quantized(self, run: Run) -> bool | None:
         """Return whether a run is quantized; None where it does not exist yet."""
@@ -167,12 +165,12 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """Its name, with the seed where only one of several is compared."""
+        """Return its name, with the seed where only one of several is compared."""
         return self.compared[0].label if len(self.compared) == 1 else self.name
 
     @property
     def comparison(self) -> dict | None:
-        """That of its pair, or of several seeds their mean; None where there is none."""
+        """Return the comparison of its pair, or of several seeds; None where there is none."""
         return self._comparison[0]
 
     @property
@@ -182,10 +180,10 @@ class Recipe:
 
     @cached_property
     def _comparison(self) -> tuple[dict | None, str | None]:
-        found = [pair.comparison for pair in self.compared]
-        if len(found) < 2:
-            return (found[0] if found else None), None
-        if len({pair.config["seed"] for pair in self.compared}) < len(found):
+        comparisons = [pair.comparison for pair in self.compared]
+        if len(comparisons) < 2:
+            return (comparisons[0] if comparisons else None), None
+        if len({pair.config["seed"] for pair in self.compared}) < len(comparisons):
             ids = ", ".join(pair.run.id for pair in self.compared)
             return None, f"{self.name} has a seed twice ({ids}), so there is no mean over seeds; leave one out"
         try:
@@ -196,11 +194,20 @@ class Recipe:
 
 def distinct(experiments: Sequence[Experiment]) -> dict[str, Recipe]:
     """Return the recipes of experiments by label, those that several share once, under all their labels."""
-    labels, found = defaultdict(list), {}
+    labels, recipes = defaultdict(list), {}
     for recipe in (recipe for e in experiments for recipe in e.recipes):
         labels[recipe.identity].append(recipe.label)
-        found.setdefault(recipe.identity, recipe)
-    return {"/".join(labels[key]): recipe for key, recipe in found.items()}
+        recipes.setdefault(recipe.identity, recipe)
+    return {"/".join(labels[key]): recipe for key, recipe in recipes.items()}
+
+
+def labels(experiments: Sequence[Experiment]) -> dict[str, str]:
+    """Return {run id: label}; a run that several experiments share is under all their names."""
+    names = {}
+    for pair in (pair for e in experiments for pair in e.pairs):
+        names[pair.run.id] = f"{names[pair.run.id]}/{pair.label}" if pair.run.id in names else pair.label
+    plain = told_apart({run.id: e.configs[run.id] for e in experiments for run in e.bf16})
+    return names | {name: f"BF16 {label}".strip() for name, label in plain.items()}
 
 
 @dataclass
@@ -219,8 +226,8 @@ class Curve:
 
     def relative_to(self, other: Curve) -> tuple[np.ndarray, np.ndarray]:
         """Return (steps both have, difference in percent of the other's loss)."""
-        steps, mine, theirs = np.intersect1d(self.steps, other.steps, return_indices=True)
-        return steps, 100 * (self.loss[mine] / other.loss[theirs] - 1)
+        steps, own, others = np.intersect1d(self.steps, other.steps, return_indices=True)
+        return steps, 100 * (self.loss[own] / other.loss[others] - 1)
 
 
 class Telemetry:
@@ -247,30 +254,21 @@ class Telemetry:
             grid[at] = np.fmax(grid[at], row["overshoot"])
         return np.array(steps, int), [name for _, name in blocks], grid
 
-    def histories(self) -> dict:
-        """Amax and predicted amax of every tensor, to four digits, for the page's script: {"steps", "layers": {layer:
-        {role: [amaxes, predicted amaxes]}}}, null where a step has none. Of more than `_LISTED` steps, every second,
-        third ..."""
-        steps = sorted({row["step"] for rows in self.tensors.values() for row in rows})
-        steps = steps[:: max(1, -(-len(steps) // _LISTED))]
-        column, layers = {step: i for i, step in enumerate(steps)}, defaultdict(dict)
-        for role, rows in self.tensors.items():
-            for row in (row for row in rows if row["step"] in column and row["overshoot"]):
-                lines = layers[row["layer"]].setdefault(role, [[None] * len(steps) for _ in range(2)])
-                # By the overshoot: in some records, `scale` is what the step left behind for the next one.
-                for line, value in zip(lines, (row["amax"], row["amax"] / row["overshoot"]), strict=True):
-                    line[column[row["step"]]] = float(f"{value:.4g}") if np.isfinite(value) else None
-        return {"steps": steps, "layers": dict(layers)}
+    def worst_layer(self) -> str | None:
+        """Return the layer with the largest overshoot, over its roles and all logged steps; None without any."""
+        rows = [row for rows in self.tensors.values() for row in rows if row["overshoot"]]
+        return max(rows, key=lambda row: row["overshoot"])["layer"] if rows else None
 
-    def worst(self) -> dict[str, float]:
-        """Return the largest overshoot of each layer of `histories`, over its roles and all logged steps."""
-        worst = {}
-        for row in (row for rows in self.tensors.values() for row in rows if row["overshoot"]):
-            worst[row["layer"]] = max(row["overshoot"], worst.get(row["layer"], 0.0))
-        return worst
+    def amax_history(self, role: str, layer: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (steps, amaxes, predicted amaxes) of a layer's tensor; NaN where one is not finite."""
+        rows = [row for row in self.tensors.get(role, ()) if row["layer"] == layer and row["overshoot"]]
+        amax, overshoot = (np.array([row[key] for row in rows], float) for key in ("amax", "overshoot"))
+        # By the overshoot: in some records, `scale` is what the step left behind for the next one.
+        amax[~np.isfinite(amax)] = np.nan
+        return np.array([row["step"] for row in rows], int), amax, amax / overshoot
 
     def shares(self, role: str) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return (blocks, {each of the `SHARES`: its mean over a block's linears and the logged steps})."""
+        """Return (blocks, {share: its means over the linears of a block and the logged steps})."""
         rows = defaultdict(list)
         for row in self.tensors[role]:
             rows[_block(row["layer"])].append(row)
@@ -280,14 +278,13 @@ class Telemetry:
         return [name for _, name in sorted(rows)], means
 
     def drift(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (steps, change of the loss on a held-out text since the first, in nats a token; NaN where it has
-        none)."""
+        """Return (steps, change of the loss on a held-out text since the first, nats a token, NaN without one)."""
         rows = self.texts[text]
         loss = np.array([row["loss"] for row in rows], float)
         return np.array([row["step"] for row in rows], int), loss - loss[:1]
 
     def means(self, role: str) -> dict[str, float]:
-        """Means over a role's tensors and logged steps: the `SHARES`, and `sqnr_db` in dB."""
+        """Return means over the tensors of a role and the logged steps: the `SHARES`, and `sqnr_db` in dB."""
         rows = self.tensors[role]
         means = {key: float(np.mean([row[key] for row in rows])) for key in SHARES}
         decibel = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
@@ -297,26 +294,26 @@ class Telemetry:
 def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:
     """Return the dotted settings in which configs differ: {key: {name: value}}; null where a config has none."""
     flat = {name: {key: value for key, (_, value) in differences({}, c).items()} for name, c in configs.items()}
-    keys = [key for key in dict.fromkeys(key for each in flat.values() for key in each) if not _OF_COMMANDS.match(key)]
-    rows = {key: {name: each.get(key) for name, each in flat.items()} for key in keys}
+    keys = [key for key in dict.fromkeys(key for c in flat.values() for key in c) if not _OF_COMMANDS.match(key)]
+    rows = {key: {name: config.get(key) for name, config in flat.items()} for key in keys}
     return {key: row for key, row in rows.items() if len({str(value) for value in row.values()}) > 1}
 
 
 def told_apart(configs: Mapping[str, Mapping]) -> dict[str, str]:
     """Return what tells configs apart: the first settings that suffice, the usual ones first, or else their names."""
     labels, rows = dict.fromkeys(configs, ""), unlike(configs)
-    for key in [*(key for key in _SAID if key in rows), *(key for key in rows if key not in _SAID)]:
+    for key in [*(key for key in _LABELS if key in rows), *(key for key in rows if key not in _LABELS)]:
         if len(set(labels.values())) == len(labels):
             break
-        say = _SAID.get(key, f"{key.rpartition('.')[2]} {{}}".format)
+        say = _LABELS.get(key, f"{key.rpartition('.')[2]} {{}}".format)
         labels = {name: f"{label} {say(rows[key][name])}".strip() for name, label in labels.items()}
     return labels if len(set(labels.values())) == len(labels) else {name: name for name in configs}
 
 
 def tasks_of(records) -> list[str]:
     """Return every task named in `records`, the four of the paper first."""
-    found = dict.fromkeys(task for record in records for task in record)
-    return [*(task for task in TASKS if task in found), *(task for task in found if task not in TASKS)]
+    named = dict.fromkeys(task for record in records for task in record)
+    return [*(task for task in TASKS if task in named), *(task for task in named if task not in TASKS)]
 
 
 def scientific(number: float) -> str:
@@ -326,6 +323,6 @@ def scientific(number: float) -> str:
 
 
 def _block(layer: str) -> tuple[int, str]:
-    """Sort key and name of the transformer block of a layer; a layer outside the blocks stands for itself."""
+    """Return number and name of the transformer block of a layer; a layer outside the blocks stands for itself."""
     number = re.search(r"\.(\d+)\.", layer)
     return (int(number[1]), number[1]) if number else (-1, layer)

@@ -1,4 +1,4 @@
-"""What the panels show: losses, overshoot, mantissa bits, lost updates, and score differences with intervals."""
+"""Draw losses, overshoot, amax, mantissa bits, lost updates, and differences from BF16 with their intervals."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES
-from qat.report.experiment import SHARES, Curve, Telemetry
-from qat.report.plots import ACCENT, BASE, INK, MUTED, PALETTE, PAPER, RULE, WARM, Panel
+from qat.report.experiment import Curve, Telemetry
+from qat.report.plots import ACCENT, BASE, INK, MUTED, PAPER, RULE, WARM, Panel
 from qat.train.monitor import FORGOTTEN, noise
 
 _POINTS = 500  # a curve of more steps is drawn as means of blocks of steps
 _COLUMNS = 200  # a heat map of more steps shows the largest value of each block of steps
 _REACH = 1.0  # overshoot colours end at a factor of 2 either way
 _FACTORS = {-1: "½×", 0: "1×", 1: "2×"}
-_SHARE_NAMES = ("3 bits", "2 bits", "1 bit", "subnormal", "rounded to 0")
+_SHARES = {  # colour, name
+    "tier3": ("#1f5fa9", "3 bits"),
+    "tier2": ("#5e92cb", "2 bits"),
+    "tier1": ("#9fc0e3", "1 bit"),
+    "tier0": ("#d3e1f0", "subnormal"),
+    "underflow": ("#c98a5f", "rounded to 0"),
+}
 _MODE_MARKS = {"w8a8": ("●", "o", ACCENT), "ptq": ("◇", "d", PAPER), "bf16": ("○", "o", PAPER)}
 _UPDATES = {"stored": ("as stored", BASE), "bf16": ("seen in BF16", ACCENT), "format": ("seen in the format", WARM)}
 
 
 def losses(curves: Mapping[str, Curve], title: str) -> Panel:
-    """Training loss of several runs over the steps; the last is drawn in the accent colour, on top."""
+    """Draw the training losses of several runs, the last in the accent colour, on top."""
 
     def draw(axes: Axes) -> None:
         for (label, curve), (colour, width) in zip(curves.items(), _line_styles(len(curves)), strict=True):
@@ -38,7 +44,7 @@ def losses(curves: Mapping[str, Curve], title: str) -> Panel:
 
 
 def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) -> Panel:
-    """Return the loss of a run relative to its baseline's, in percent, beside the threshold of the mean of its size."""
+    """Draw the loss of a run relative to its baseline's, in percent, and the threshold of the APE."""
 
     def draw(axes: Axes) -> None:
         steps, percent = run.relative_to(baseline)
@@ -58,8 +64,7 @@ def loss_difference(run: Curve, baseline: Curve, ape: float | None, title: str) 
 
 
 def forgetting(run: Telemetry, baseline: Telemetry | None, title: str) -> Panel:
-    """Change of the loss on held-out texts since before training, of a run over its baseline's; dotted: the rise that
-    is warned of."""
+    """Draw how held-out losses change from before training, of a run over its baseline; dotted: the rise warned of."""
 
     def draw(axes: Axes) -> None:
         axes.axhline(0, color=MUTED, linewidth=0.9)
@@ -80,9 +85,9 @@ def forgetting(run: Telemetry, baseline: Telemetry | None, title: str) -> Panel:
 
 
 def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: bool) -> Panel:
-    """Heat map of the largest amax / predicted amax in each block; no colour where the prediction was exact.
+    """Draw the largest amax / predicted amax of each block as a heat map, white where the prediction was exact.
 
-    `bar` adds the colour bar; panels side by side share one.
+    bar: adds the colour bar, which panels side by side share.
     """
     steps, blocks, grid = telemetry.overshoot(role)
 
@@ -114,19 +119,39 @@ def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: 
     return Panel(title, draw, width=340, height=230, margins=(44, 52, 32, 40))
 
 
+def amax(telemetry: Telemetry, role: str, layer: str, last_step: int) -> Panel:
+    """Draw the amax of a layer's tensor over the predicted amax, with dots where it was larger."""
+    steps, amaxes, predicted = telemetry.amax_history(role, layer)
+
+    def draw(axes: Axes) -> None:
+        beyond = amaxes > predicted
+        axes.plot(steps, predicted, color=BASE, linewidth=3.2, label="predicted")
+        axes.plot(steps, amaxes, color=ACCENT, marker="o" if len(steps) <= 40 else None, markersize=3.5, label="amax")
+        axes.plot(steps[beyond], amaxes[beyond], "o", color=WARM, markersize=4, label="larger than predicted")
+        axes.set_xlim(0.5, last_step + 0.5)
+        axes.set_ylim(0, 1.08 * float(np.nanmax([amaxes, predicted], initial=0)) or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+        axes.yaxis.get_offset_text().set_visible(False)
+        _step_axis(axes, "amax")
+
+    return Panel(role.capitalize(), draw, width=340, height=230, margins=(52, 44, 32, 40))
+
+
 def mantissa_bits(telemetry: Telemetry) -> Panel:
-    """Stacked bars, one a role: share of nonzero elements by the mantissa bits that are left to them."""
+    """Draw the share of nonzero elements by the mantissa bits left to them, a stacked bar a role."""
     roles = list(telemetry.tensors)
     means = [telemetry.means(role) for role in roles]
 
     def draw(axes: Axes) -> None:
         left, rows = np.zeros(len(roles)), np.arange(len(roles))[::-1]
-        for key, name in zip(SHARES, _SHARE_NAMES, strict=True):
+        for key, (colour, name) in _SHARES.items():
             width = np.array([100 * mean[key] for mean in means])
-            axes.barh(rows, width, left=left, height=0.52, color=PALETTE[key][0], label=name)
+            axes.barh(rows, width, left=left, height=0.52, color=colour, label=name)
             for y, x, w in zip(rows, left, width, strict=True):
                 if w >= 9:
-                    axes.text(x + w / 2, y, f"{w:.0f} %", ha="center", va="center", color=_on(key), fontsize=9.5)
+                    ink = PAPER if key in ("tier3", "tier2") else INK
+                    axes.text(x + w / 2, y, f"{w:.0f} %", ha="center", va="center", color=ink, fontsize=9.5)
             left += width
         axes.set_yticks(rows, [f"{r.capitalize()}\n{m['sqnr_db']:.1f} dB" for r, m in zip(roles, means, strict=True)])
         axes.tick_params(length=0)
@@ -138,14 +163,14 @@ def mantissa_bits(telemetry: Telemetry) -> Panel:
 
 
 def mantissa_bits_by_block(telemetry: Telemetry, role: str) -> Panel:
-    """Return the shares of `mantissa_bits` in each block, for one role."""
+    """Draw the shares of `mantissa_bits` of one role, by block."""
     blocks, means = telemetry.shares(role)
 
     def draw(axes: Axes) -> None:
         bottom, edges = np.zeros(len(blocks)), np.arange(len(blocks) + 1) - 0.5
         for key, share in means.items():
             top = bottom + 100 * share
-            axes.stairs(top, edges, baseline=bottom, fill=True, color=PALETTE[key][0])
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=_SHARES[key][0])
             bottom = top
         shown = range(0, len(blocks), -(-len(blocks) // 6))
         axes.set_xticks(shown, [blocks[i] for i in shown])
@@ -154,14 +179,8 @@ def mantissa_bits_by_block(telemetry: Telemetry, role: str) -> Panel:
     return Panel(role.capitalize(), draw, width=340, height=210, margins=(44, 52, 32, 40))
 
 
-def share_legend() -> dict[str, str]:
-    """Return what the colours of `mantissa_bits` mean, {colour: meaning}."""
-    return dict(zip(SHARES, _SHARE_NAMES, strict=True))
-
-
 def updates(telemetry: Telemetry) -> Panel:
-    """Return the share of the weights that an optimizer step changed, before and after rounding to BF16 and to the
-    format."""
+    """Draw the share of the weights that a step changed, before and after rounding to BF16 and to the format."""
 
     def draw(axes: Axes) -> None:
         steps = [step for step, _ in telemetry.updates]
@@ -190,19 +209,19 @@ class Estimate(NamedTuple):
 def forest(
     title: str, rows: Sequence[tuple[str, Mapping[str, Estimate], float | None]], unit: str, reach: float | None = None
 ) -> Panel:
-    """Forest plot of differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
+    """Draw differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
 
-    `reach` is the end of the axis, in `unit`, so that panels can share it; None: what the rows need.
+    reach: the end of the axis, in `unit`, so that panels can share it; None: what the rows need.
     """
-    ends = [abs(end) for _, modes, _ in rows for each in modes.values() for end in (each.value, *(each.ci or ()))]
+    ends = [abs(end) for _, modes, _ in rows for row in modes.values() for end in (row.value, *(row.ci or ()))]
     reach = reach or 1.04 * max(ends) or 1.0
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=BASE, linewidth=1.4)
         places = range(len(rows))[::-1]
         for shift, (mode, (_, shape, fill)) in zip((0.24, 0.0, -0.24), _MODE_MARKS.items(), strict=True):
-            found = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
-            _intervals(axes, found, shape, fill)
+            shown = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
+            _intervals(axes, shown, shape, fill)
         paper = [(value, y) for y, (_, _, value) in zip(places, rows, strict=True) if value is not None]
         axes.plot(*np.array(paper).reshape(-1, 2).T, "x", color=WARM, markersize=6, markeredgewidth=1.8)
         axes.set_yticks(places, [label for label, _, _ in rows])
@@ -222,22 +241,22 @@ def score_legend() -> dict[str, str]:
     return {
         **{mark: f"{MODES[mode]}, 95 % interval" for mode, (mark, _, _) in _MODE_MARKS.items()},
         "✕": "paper",
-        "|": f"{DROP_THRESHOLD:g} % threshold: the drop that just fails",
+        "|": f"{DROP_THRESHOLD:g} % threshold: the drop that just fails; no mark: powerless",
     }
 
 
 def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], shape: str, fill: str) -> None:
-    for each, y in rows:
-        if each.ci:
-            axes.hlines(y, *each.ci, color=ACCENT, linewidth=1.3)
-        if each.threshold is not None:
-            axes.plot(each.threshold, y, "|", color=MUTED, markersize=7)
-    values, heights = [each.value for each, _ in rows], [y for _, y in rows]
+    for row, y in rows:
+        if row.ci:
+            axes.hlines(y, *row.ci, color=ACCENT, linewidth=1.3)
+        if row.threshold is not None:
+            axes.plot(row.threshold, y, "|", color=MUTED, markersize=7)
+    values, heights = [row.value for row, _ in rows], [y for _, y in rows]
     axes.plot(values, heights, shape, color=ACCENT, markerfacecolor=fill, markersize=5.5)
 
 
 def _line_styles(count: int) -> list[tuple[str, float]]:
-    """Colour and width of `count` lines, the emphasized one last."""
+    """Return colour and width of `count` lines, the emphasized one last."""
     others = [(BASE, 3.2), (WARM, 1.6)] + [(MUTED, 1.0)] * count
     return [*others[: count - 1], (ACCENT, 1.6)]
 
@@ -286,12 +305,7 @@ def _step_axis(axes: Axes, label: str, grid: bool = True) -> None:
 
 
 def _diverging() -> ListedColormap:
-    """Blue below, orange above, and transparent between, so that it suits a light page and a dark one."""
+    """Return a colour map: blue below, orange above, transparent between."""
     strength = np.linspace(-1, 1, 129)
     colour = [(*to_rgb(WARM if s > 0 else ACCENT), min(1.0, abs(s) ** 0.8)) for s in strength]
     return ListedColormap(colour).with_extremes(bad=(0, 0, 0, 0))
-
-
-def _on(share: str) -> str:
-    """Colour of text on a bar of `share`."""
-    return PAPER if share in ("tier3", "tier2") else INK

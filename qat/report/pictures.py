@@ -1,4 +1,4 @@
-"""Which panels belong to what: to a run, to an experiment, and to the pictures for a README."""
+"""Choose the panels of a run, of an experiment, and of the PNG pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qat.report.plots import Panel, png
 
 
 def of_loss(pair: Pair, prefix: str = "") -> list[Panel]:
-    """Training loss of a run over its baseline's, and the difference of the two."""
+    """Return the training loss of a run over its baseline's, and the difference of the two."""
     if not len(pair.curve.steps):
         return []
     curves = {pair.config["quant"]["format"]: pair.curve}
@@ -33,28 +33,35 @@ def of_forgetting(pair: Pair) -> list[Panel]:
 
 
 def of_overshoot(pair: Pair, prefix: str = "") -> list[Panel]:
-    """Overshoot of every role over blocks and steps; nothing for current scaling, where it is 1 by construction."""
+    """Return the overshoot by role over blocks and steps; [] for current scaling, where it is 1 by construction."""
     if pair.config["scaling"]["algo"] == "current" or not len(pair.curve.steps):
         return []
     last = int(pair.curve.steps[-1])
-    found = [role for role in ROLES if any(r["overshoot"] is not None for r in pair.telemetry.tensors.get(role, ()))]
-    title = {role: f"{prefix}{role.capitalize()}" for role in found}
-    return [panels.overshoot(pair.telemetry, role, title[role], last, role == found[-1]) for role in found]
+    roles = [role for role in ROLES if any(r["overshoot"] is not None for r in pair.telemetry.tensors.get(role, ()))]
+    title = {role: f"{prefix}{role.capitalize()}" for role in roles}
+    return [panels.overshoot(pair.telemetry, role, title[role], last, role == roles[-1]) for role in roles]
+
+
+def of_amax(pair: Pair) -> tuple[str | None, list[Panel]]:
+    """Return the layer with the largest overshoot and its amax histories, a panel a role; as of `of_overshoot`."""
+    layer = pair.telemetry.worst_layer() if of_overshoot(pair) else None
+    roles = [role for role in ROLES if layer and len(pair.telemetry.amax_history(role, layer)[0])]
+    return layer, [panels.amax(pair.telemetry, role, layer, int(pair.curve.steps[-1])) for role in roles]
 
 
 def of_precision(pair: Pair) -> list[Panel]:
-    """Mantissa bits left by role, and the share of weights that an update changes."""
-    found = [panels.mantissa_bits(pair.telemetry)] if pair.telemetry.tensors else []
-    return found + ([panels.updates(pair.telemetry)] if pair.telemetry.updates else [])
+    """Return the mantissa bits left by role, and the share of weights that an update changes."""
+    bits = [panels.mantissa_bits(pair.telemetry)] if pair.telemetry.tensors else []
+    return bits + ([panels.updates(pair.telemetry)] if pair.telemetry.updates else [])
 
 
 def of_blocks(pair: Pair) -> list[Panel]:
-    """Mantissa bits left in each block, a panel a role."""
+    """Return the mantissa bits left by block, a panel a role."""
     return [panels.mantissa_bits_by_block(pair.telemetry, role) for role in pair.telemetry.tensors]
 
 
 def of_learning_rates(experiment: Experiment) -> list[Panel]:
-    """Training loss of the BF16 runs of an experiment that has no other, one line a learning rate."""
+    """Return the training losses of the BF16 runs of an experiment that has no other."""
     runs = [] if experiment.pairs else experiment.bf16
     runs = sorted(runs, key=lambda run: experiment.configs[run.id]["optim"]["lr"], reverse=True)
     labels = told_apart({run.id: experiment.configs[run.id] for run in runs})
@@ -64,10 +71,10 @@ def of_learning_rates(experiment: Experiment) -> list[Panel]:
 
 
 def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
-    """Forest plots of every recipe in all modes: held-out loss a text, and all questions of all tasks."""
+    """Return the differences of all recipes in all modes: held-out loss by text, and all questions of all tasks."""
     compared = [recipe for e in experiments for recipe in e.recipes if recipe.comparison]
     texts = dict.fromkeys(row["text"] for recipe in compared for row in recipe.comparison["heldout"])
-    found = []
+    forests = []
     for text in texts:
         rows = [
             (recipe.label, {r["mode"]: panels.Estimate(r["difference"], r["ci"]) for r in shown}, None)
@@ -75,28 +82,29 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
             if (shown := [row for row in recipe.comparison["heldout"] if row["text"] == text])
         ]
         name = "Loss on held-out text" + (f", {text}" if len(texts) > 1 else "")
-        found.append(panels.forest(name, rows, "nats a token"))
+        forests.append(panels.forest(name, rows, "nats a token"))
     pooled = [
         (recipe.label, {row["mode"]: _points(row) for row in recipe.comparison["pooled"]}, None)
         for recipe in compared
         if recipe.comparison["pooled"]
     ]
-    return found + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
+    return forests + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
 
 
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
-    """Return a forest plot a task: every recipe in all modes, beside the paper's difference."""
+    """Return the differences of all recipes by task, in all modes, beside the paper's."""
     compared = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
     limits = [abs(limit) for _, recipe in compared for row in recipe.comparison["tasks"] for limit in row["ci"]]
-    found = []
+    forests = []
     for task in tasks_of([row["task"] for row in recipe.comparison["tasks"]] for _, recipe in compared):
         rows = []
         for name, recipe in compared:
-            modes = {row["mode"]: _points(row) for row in recipe.comparison["tasks"] if row["task"] == task}
+            own = [row for row in recipe.comparison["tasks"] if row["task"] == task and row["can_move"]]
+            modes = {row["mode"]: _points(row) for row in own}
             score = paper["experiments"].get(name, {}).get("scores", {}).get(task, {})
             rows.append((recipe.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
-        found.append(panels.forest(TASKS.get(task, task), rows, "percentage points", 1.04 * max(limits)))
-    return found
+        forests.append(panels.forest(TASKS.get(task, task), rows, "percentage points", 1.04 * max(limits)))
+    return forests
 
 
 def _points(row: Mapping) -> panels.Estimate:
@@ -104,7 +112,7 @@ def _points(row: Mapping) -> panels.Estimate:
 
 
 def write_pictures(experiments: Sequence[Experiment], paper: Mapping, out: Path) -> dict[str, str]:
-    """Draw the README's pictures into `out`; returns {file name: what it shows} of those that have content."""
+    """Draw the PNG pictures into `out`; return {file name: what it shows} of those that have content."""
     pairs = [(recipe.compared or recipe.pairs)[0] for e in experiments for recipe in e.recipes]  # of several seeds one
     legend = "    ".join(f"{mark} {meaning}" for mark, meaning in panels.score_legend().items())
     loss = [replace(p, width=340) for pair in pairs for p in of_loss(pair, f"{pair.label} · ")[1:]]

@@ -1,4 +1,4 @@
-"""The factorial and the audit as the report shows them: read back from the JSON in their folders beside it."""
+"""Show the factorial and the audit in the report, from the JSON in their folders beside it."""
 
 from __future__ import annotations
 
@@ -20,39 +20,38 @@ TITLES = {
 
 def results(out: Path) -> dict[str, dict]:
     """Return the results of the studies in `out`, a report's folder, by name. Errors: UserError for a damaged file."""
-    found = {}
+    studies = {}
     for name in TITLES:
         path = out / name / f"{name}.json"
         if path.exists():
             try:
-                found[name] = json.loads(path.read_text(encoding="utf-8"))
-                claims_table(found[name]["claims"])
+                studies[name] = json.loads(path.read_text(encoding="utf-8"))
+                claims_table(studies[name]["claims"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path} is damaged ({error}); write it again: make {name}") from error
-    return found
+    return studies
 
 
 def claims_table(claims: Sequence[Mapping]) -> Table:
-    """Claims that were judged, one a row."""
+    """Return the claims that were judged, one a row."""
     header = ["Claim", "The paper", "Verdict", "What was measured"]
     return Table(header, [[Cell(claim[key]) for key in ("claim", "says", "verdict", "why")] for claim in claims])
 
 
 def studies_in(out: Path) -> list[dict]:
     """Return the studies with a result in `out`, a report's folder: name, title, facts, claims as a table, panels."""
-    found = []
+    studies = []
     for name, result in results(out).items():
         # The audit has no interactions.
-        drawn = [interaction(each, legend=not i) for i, each in enumerate(result.get("interactions", []))]
+        drawn = [interaction(response, legend=not i) for i, response in enumerate(result.get("interactions", []))]
         facts = " · ".join(f"{label}: {text}" for label, text in result["facts"].items())
         claims = claims_table(result["claims"])
-        found.append({"name": name, "title": TITLES[name], "facts": facts, "claims": claims, "panels": drawn})
-    return found
+        studies.append({"name": name, "title": TITLES[name], "facts": facts, "claims": claims, "panels": drawn})
+    return studies
 
 
 def interaction(response: Mapping, legend: bool) -> Panel:
-    """Return every cell's mean and interval over the scalings, a line for each learning rate and warmup, and what PTQ
-    costs.
+    """Draw mean and interval of all cells over the scalings, a line a learning rate and warmup, and what PTQ costs.
 
     response: {"title", "around_zero": whether 0 is no effect, "cells": [{"scaling", "lr", "warmup", "value", "low" and
     "high" (null without noise)}], "ptq": {learning rate: value}, where PTQ has one}.

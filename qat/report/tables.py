@@ -1,4 +1,4 @@
-"""The report's tables, as cells of text that a page and a Markdown file both render."""
+"""Make the report's tables."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, differences, pretrained_run
-from qat.analysis.rerun_noise import rerun_noise as floor_of
-from qat.analysis.rerun_noise import reruns
+from qat.analysis import rerun_noise as reruns
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, pretrained_run
 from qat.analysis.stats import Z, half_width
 from qat.errors import UserError
 from qat.report.experiment import Curve, Experiment, Recipe, distinct, scientific, tasks_of, unlike
@@ -16,10 +15,14 @@ from qat.report.text import (
     HELDOUT_HEADER,
     RERUN_HEADER,
     TASK_HEADER,
+    can_move,
+    escape,
+    excludes_zero,
     heldout_rows,
     interval,
     markdown,
     p_text,
+    remark,
     rerun_cells,
     resolved,
     signed,
@@ -31,15 +34,18 @@ PASS, FAIL = "✓", "✗"
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, an aside set smaller below it, and the mark it earns."""
+    """Text, the mark it earns, and an aside in small print below it."""
 
     text: str
     aside: str = ""
     mark: str = ""
+    strong: bool = False
 
     def __str__(self) -> str:
-        aside = self.aside if self.aside.startswith("[") else f"({self.aside})" if self.aside else ""
-        return " ".join(part for part in (self.text, self.mark, aside) if part)
+        text = " ".join(filter(None, (escape(self.text), self.mark)))
+        text = f"**{text}**" if self.strong else text
+        aside = f"<small>{escape(self.aside)}</small>" if self.aside else ""
+        return "<br>".join(filter(None, (text, aside)))
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,20 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return Table(header, [[Cell(text) for text in row] for row in rows])
 
 
+def verdicts(rows: Sequence[Mapping]) -> Table:
+    """Return the first screen, from `qat.report.verdicts`."""
+    cells = []
+    for row in rows:
+        beyond = row["answer"] == "equivalent" and excludes_zero(row)
+        answer = Cell(row["answer"], "though not zero" if beyond else "", strong=True)
+        numbers = signed(row["difference"], 4), interval(row["ci"], 4), f"±{row['margin']:.4f}"
+        tasks = "; ".join(f"{word}: {', '.join(names)}" for word, names in row["tasks"].items())
+        cells.append([Cell(row["recipe"], strong=True), answer, *map(Cell, numbers), Cell("", tasks)])
+    return Table(["Recipe", "Answer", "Held-out loss, nats", "95 % interval", "Margin", "Benchmark tasks"], cells)
+
+
 def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Relative drops and APE of every recipe in every mode and of the checkpoint, beneath the paper's."""
+    """Return relative drops and APE of every recipe in every mode and of the checkpoint, beneath the paper's."""
     compared = [recipe.comparison for e in experiments for recipe in e.recipes if recipe.comparison]
     entries = {e.name: paper["experiments"].get(e.name, {}) for e in experiments}
     tasks = tasks_of([[row["task"] for row in c["tasks"]] for c in compared])
@@ -77,33 +95,35 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
 
 
 def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Return one row a recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss against BF16 (and
-    that of PTQ and of the pretrained checkpoint, where any was scored), points a task."""
+    """Return a row for every recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss less BF16's
+    (and that of PTQ and of the pretrained checkpoint, where any was scored), points by task."""
     recipes = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
     beside = {key: [_beside(recipe.comparison, key) for _, recipe in recipes] for key in ("PTQ", "pretrained")}
     beside = {key: cells for key, cells in beside.items() if any(cell.text != "–" for cell in cells)}
     tasks = tasks_of([[row["task"] for row in recipe.comparison["tasks"]] for _, recipe in recipes])
     rows = []
-    for row, (name, recipe) in enumerate(recipes):
+    for place, (name, recipe) in enumerate(recipes):
         comparison, entry = recipe.comparison, paper["experiments"].get(name, {})
-        held = next(each for each in comparison["heldout"] if each["mode"] == "w8a8")
+        held = next(row for row in comparison["heldout"] if row["mode"] == "w8a8")
         points = {row["task"]: row for row in comparison["tasks"] if row["mode"] == "w8a8"}
         from_log = "from its log" if "ape" not in entry and "ape_log" in entry else ""
         published = Cell(str(entry.get("ape", entry.get("ape_log", "–"))), from_log)
         cells = [Cell(recipe.label), published, _ape(comparison["loss"])]
         cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
-        cells += [found[row] for found in beside.values()] + [Cell(f"{held['kl']:.4f}")]
+        cells += [column[place] for column in beside.values()] + [Cell(f"{held['kl']:.4f}")]
         rows.append(cells + [_points(points.get(task)) for task in tasks])
     header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", *beside, "KL, nats"]
     return Table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
 
 
 def _points(row: Mapping | None) -> Cell:
-    return Cell(signed(row["points"], 1), interval(row["ci"], 1)) if row else Cell("–")
+    if row is None:
+        return Cell("–")
+    return Cell(signed(row["points"], 1), interval(row["ci"], 1)) if can_move(row) else Cell("powerless")
 
 
 def _beside(comparison: Mapping, what: str) -> Cell:
-    """Held-out loss less the baseline's, of what a quantized run is to be seen beside."""
+    """Return the held-out loss less the baseline's of what a quantized run is to be seen beside."""
     own = comparison["heldout"][0]["text"]
     rows = {row["mode"]: row for row in comparison["heldout"] if row["text"] == own}
     if what == "PTQ":
@@ -134,17 +154,17 @@ def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -
     which, comparison = recipe.label.removeprefix(experiment.name).strip(), recipe.comparison
     if comparison is None:
         return [[Cell(""), Cell("not compared", which), *[Cell("–")] * (len(tasks) + 1)]]
-    loss, found = comparison["loss"], {(r["task"], r["mode"]): r for r in comparison["tasks"]}
+    loss, tested = comparison["loss"], {(r["task"], r["mode"]): r for r in comparison["tasks"]}
     low, high = loss.get("ci", [loss["ape"]] * 2)
     ape = _ape(loss, _mark(loss["passes"], not low < APE_THRESHOLD <= high))
     rows = []
     for mode, name in MODES.items():
         if mode == "ptq" and not comparison["ptq"]:
             continue
-        cells = [_drop(found[task, mode]) if (task, mode) in found else Cell("–") for task in tasks]
+        cells = [_drop(tested[task, mode]) if (task, mode) in tested else Cell("–") for task in tasks]
         rows.append([Cell(""), Cell(f"ours, {name}", which), ape if mode == "w8a8" else Cell(""), *cells])
-    if any(row.get("pretrained") is not None for row in found.values()):
-        cells = [_pretrained_drop(found[task, "w8a8"]) if (task, "w8a8") in found else Cell("–") for task in tasks]
+    if any(row.get("pretrained") is not None for row in tested.values()):
+        cells = [_pretrained_drop(tested[task, "w8a8"]) if (task, "w8a8") in tested else Cell("–") for task in tasks]
         rows.append([Cell(""), Cell("ours, pretrained", which), Cell(""), *cells])
     return rows
 
@@ -156,6 +176,8 @@ def _pretrained_drop(row: Mapping) -> Cell:
 
 
 def _drop(row: Mapping) -> Cell:
+    if not can_move(row):
+        return Cell("powerless", remark(row))
     text = "–" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
     aside = f"{signed(row['points'], 1)} {interval(row['ci'], 1)} points, -{row['lost']}/+{row['gained']}, "
     aside += f"p {p_text(row['p_value'])}{', near chance' if row['near_chance'] else ''}"
@@ -179,14 +201,15 @@ def heldout(comparison: Mapping) -> Table:
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
     """Return the settings in which the configs of a run and its baseline differ."""
-    found = differences(run, baseline)
-    return _table(["Setting", "Run", "Baseline"], [[key, *map(_value, values)] for key, values in found.items()])
+    rows = [[key, *map(_value, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
+    return _table(["Setting", "Run", "Baseline"], rows)
 
 
 def configurations(configs: Mapping[str, Mapping]) -> Table:
-    """Return the settings in which any of the configs {label: config} differ, a column each."""
-    rows = unlike(configs)
-    return _table(["Setting", *configs], [[key, *map(_value, row.values())] for key, row in rows.items()])
+    """Return the settings in which any of the configs {label: config} differ, a row for every config."""
+    columns = unlike(configs)
+    rows = [[label, *(_value(column[label]) for column in columns.values())] for label in configs]
+    return _table(["Run", *columns], rows if columns else [])
 
 
 def _value(value) -> str:
@@ -194,7 +217,7 @@ def _value(value) -> str:
 
 
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Scores (percent, with standard errors) and losses of the pretrained checkpoint and the BF16 runs."""
+    """Return scores (percent, with standard errors) and losses of the pretrained checkpoint and the BF16 runs."""
     runs = {run.id: (run, e.configs[run.id]) for e in experiments for run in e.bf16}
     starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := pretrained_run(run))}
     records = {
@@ -226,7 +249,7 @@ def _listed(value) -> list:
 
 
 def resolution(experiments: Sequence[Experiment]) -> Table:
-    """Return what the benchmark can tell: for each task the W8A8 row with the widest interval, beside 1 % in points.
+    """Return what the benchmark can tell: the W8A8 row of a task with the widest interval, beside 1 % in points.
 
     The last column is the n at which half of the interval would equal the threshold at this flip rate:
     z^2 * flips / threshold^2.
@@ -247,22 +270,24 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
 
 
 def seeds(experiments: Sequence[Experiment]) -> Table:
-    """For every recipe that ran with several seeds, a row each for its W8A8, PTQ, its BF16 weights and the pretrained
-    checkpoint: mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside
-    the mean half interval that one run has from its sampled text and questions."""
+    """Return the noise between seeds of every recipe that ran with several, by mode and of the pretrained checkpoint.
+
+    Mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside the mean half
+    interval that one run has from its sampled text and questions.
+    """
     rows = []
     for label, recipe in distinct(experiments).items():
-        found = [pair.comparison for pair in recipe.compared]
-        if len(found) < 2 or recipe.missing:
+        compared = [pair.comparison for pair in recipe.compared]
+        if len(compared) < 2 or recipe.missing:
             continue
-        apes = [c["loss"]["ape"] for c in found]
+        apes = [c["loss"]["ape"] for c in compared]
         for mode, name in (MODES | {"pretrained": "pretrained checkpoint"}).items():
-            held = [_changed(c["heldout"], mode) for c in found]  # the first text is the data's own
+            held = [_changed(c["heldout"], mode) for c in compared]  # the first text is the data's own
             if not all(held):
                 continue
-            cells = [label, name, str(len(found)), _spread(apes, 3, "") if mode == "w8a8" else ""]
+            cells = [label, name, str(len(compared)), _spread(apes, 3, "") if mode == "w8a8" else ""]
             cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
-            pooled, label = [_changed(c["pooled"], mode) for c in found], ""
+            pooled, label = [_changed(c["pooled"], mode) for c in compared], ""
             points = [_spread([row["points"] for row in pooled], 2), _half_interval(pooled, 2)] if all(pooled) else "––"
             rows.append([*cells, *points])
     header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
@@ -270,8 +295,7 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
 
 
 def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
-    """Return what a mode changes from the baseline, out of a comparison's rows; the pretrained checkpoint has no
-    interval."""
+    """Return a comparison's row of a mode, or a pretrained checkpoint's, which has no interval."""
     row = next((row for row in rows if row["mode"] == (mode if mode in MODES else "w8a8")), None)
     if row is None or mode in MODES:
         return row
@@ -280,15 +304,15 @@ def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
 
 
 def rerun_noise(experiments: Sequence[Experiment]) -> Table:
-    """Return every run and baseline that was repeated, beside its repetitions; or why they cannot be compared."""
+    """Return every run and baseline beside its repetitions, or why they cannot be compared."""
     runs = {
         run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
     }
     rows = []
     for run, config in runs.values():
-        for number, repeat in enumerate(reruns(run), start=1):
+        for number, repeat in enumerate(reruns.reruns(run), start=1):
             try:
-                rows.append(rerun_cells(floor_of(run, repeat, config["benchmark"]["name"])))
+                rows.append(rerun_cells(reruns.rerun_noise(run, repeat, config["benchmark"]["name"])))
             except UserError as reason:
                 rows.append([run.id, str(number), *["–"] * (len(RERUN_HEADER) - 3), str(reason)])
     return _table(RERUN_HEADER, rows)
@@ -311,7 +335,7 @@ def _width(row: Mapping) -> float:
 
 
 def _round_up(number: float) -> int:
-    """To two leading digits: more would be false precision."""
+    """Round up to two leading digits: more would be false precision."""
     unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
     return math.ceil(number / unit) * unit
 

@@ -1,8 +1,9 @@
-"""A comparison in words: cells, sentences, and the verdict on what is more than noise."""
+"""Put comparisons into cells and sentences, for the report and the terminal."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS
@@ -17,16 +18,18 @@ RERUN_HEADER += ["Answers flipped", "In words"]
 
 
 def task_cells(row: dict) -> list[str]:
-    """Return one row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`. Detectable
-    is the smallest change that the test finds in about 80 % of samples."""
-    drop = "-" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
+    """Return a row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`."""
+    points, drop = f"{signed(row['points'])} {interval(row['ci'])}", "-"
+    if row["relative_drop"] is not None:
+        drop = signed(row["relative_drop"], plus="")
     if row.get("relative_drop_ci"):
         drop += f" {interval(row['relative_drop_ci'])}"
+    if not can_move(row):
+        points = drop = "powerless"
     flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
     name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"
     scores = (number(row.get("pretrained")), number(row["baseline"]), number(row["score"]))
-    cells = [name, MODES[row["mode"]], *scores, f"{signed(row['points'])} {interval(row['ci'])}"]
-    cells += [drop, flips, p_text(row["p_value"])]
+    cells = [name, MODES[row["mode"]], *scores, points, drop, flips, p_text(row["p_value"])]
     return [*cells, f"{row['detectable']:.1f}", remark(row)]
 
 
@@ -54,7 +57,7 @@ def rerun_cells(row: Mapping) -> list[str]:
     """Return what a run and its repetition differ by (`qat.analysis.rerun_noise.rerun_noise`), a cell for each entry of
     `RERUN_HEADER`."""
     heldout = "; ".join(
-        f"{each['text']} {signed(each['difference'], 6)} {interval(each['ci'], 6)}" for each in row["heldout"]
+        f"{text['text']} {signed(text['difference'], 6)} {interval(text['ci'], 6)}" for text in row["heldout"]
     )
     flipped = "-" if row["n"] is None else f"{row['flipped']} of {row['n']}"
     words = "bit-identical: every loss equal" if row["identical"] else "not bit-identical"
@@ -62,9 +65,16 @@ def rerun_cells(row: Mapping) -> list[str]:
     return [*cells, heldout or "-", flipped, words if row["heldout"] else f"{words}; not scored"]
 
 
+def can_move(row: Mapping) -> bool:
+    """Return whether a task's score could have shown a difference; of questions pooled it always could."""
+    return row.get("can_move", True)
+
+
 def resolved(row: dict) -> bool:
-    """Return whether the whole interval of the relative drop lies on one side of the 1 % threshold. Of several seeds
-    there is none, and that of `points` stands for it."""
+    """Return whether the interval of the relative drop lies on one side of the 1 % threshold, all of it.
+
+    Of several seeds there is none, and that of `points` stands for it.
+    """
     if row.get("relative_drop_ci"):
         low, high = row["relative_drop_ci"]
         return not low <= DROP_THRESHOLD <= high
@@ -74,9 +84,16 @@ def resolved(row: dict) -> bool:
 
 def remark(row: dict) -> str:
     """Pass mark and caveats of a task row: "unresolved" where the interval spans the threshold."""
+    if not can_move(row):
+        return f"one answer only{', near chance' if row.get('near_chance') else ''}"
     words = [] if row["passes"] is None else ["pass" if row["passes"] else f"over {DROP_THRESHOLD:g} %"]
     words += [] if resolved(row) else ["unresolved"]
     return ", ".join(words + (["near chance"] if row.get("near_chance") else []))
+
+
+def escape(text: str) -> str:
+    """Return text for Markdown in which nothing is an HTML tag or emphasis."""
+    return re.sub(r"(<(?=[a-zA-Z/!?])|\*)", r"\\\1", text)
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -120,7 +137,7 @@ def _cost(rows: list[Mapping], text: str) -> str:
     span = _span([row["difference"] for row in rows])
     return (
         f"Held-out loss in {MODES['w8a8']} differs from BF16 by {span} nats a token{text}; "
-        f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals (95 %, uncorrected) exclude zero."
+        f"{sum(map(excludes_zero, rows))} of {len(rows)} intervals (95 %, uncorrected) exclude zero."
     )
 
 
@@ -133,8 +150,8 @@ def qat_verdict(comparisons: Iterable[Mapping]) -> str:
 def _recovered(rows: list[Mapping], text: str) -> str:
     if len(rows) == 1:
         return _recovered_once(rows[0], text) + _parts(rows)
-    better = sum(_beyond_noise(row) and row["recovered"] > 0 for row in rows)
-    worse = sum(_beyond_noise(row) and row["recovered"] < 0 for row in rows)
+    better = sum(excludes_zero(row) and row["recovered"] > 0 for row in rows)
+    worse = sum(excludes_zero(row) and row["recovered"] < 0 for row in rows)
     costs, changes = (_span([row["ptq"] for row in rows]), _span([-row["recovered"] for row in rows]))
     return (
         f"Without QAT (PTQ of the BF16 baseline, max calibration) W8A8 costs {costs} nats a token{text}. "
@@ -154,7 +171,7 @@ def _parts(rows: Sequence[Mapping]) -> str:
 def _part(rows: Sequence[Mapping]) -> str:
     if len(rows) == 1:
         return f"{signed(rows[0]['difference'], 4)} {interval(rows[0]['ci'], 4)}"
-    beyond = f"{sum(map(_beyond_noise, rows))} of {len(rows)} intervals exclude zero"
+    beyond = f"{sum(map(excludes_zero, rows))} of {len(rows)} intervals exclude zero"
     return f"{_span([row['difference'] for row in rows])} ({beyond})"
 
 
@@ -168,10 +185,11 @@ def _text_by_text(rows: Iterable[Mapping], say: Callable[[list[Mapping], str], s
     texts: dict[str, list[Mapping]] = {}
     for row in rows:
         texts.setdefault(row["text"], []).append(row)
-    return " ".join(say(found, f" on {text}" if len(texts) > 1 else "") for text, found in texts.items())
+    return " ".join(say(rows, f" on {text}" if len(texts) > 1 else "") for text, rows in texts.items())
 
 
-def _beyond_noise(row: Mapping) -> bool:
+def excludes_zero(row: Mapping) -> bool:
+    """Return whether the interval of a row is all above zero or all below."""
     return row["ci"] is not None and row["ci"][0] * row["ci"][1] > 0
 
 
@@ -183,7 +201,7 @@ def _recovered_once(row: Mapping, text: str) -> str:
     )
     ends = row["ci"] and [-end for end in reversed(row["ci"])]
     change = f"QAT minus PTQ, {signed(-row['recovered'], 4)} {interval(ends, 4)}"
-    if not _beyond_noise(row):
+    if not excludes_zero(row):
         return f"{costs}; {change}, is not beyond noise, so this does not show that QAT was needed."
     return f"{costs}; {change}, is {'better' if row['recovered'] > 0 else 'worse'} beyond noise."
 
@@ -217,9 +235,9 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
             f"None {tests} finds a difference from BF16; {smallest}. That is no evidence of equality: {least}with "
             f"these questions {reach}."
         )
-    found = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
+    differ = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
     rest = f"; elsewhere {reach}" if real < len(rows) else ""
-    return f"{real} {tests} find a difference from BF16: {', '.join(found)}{rest}."
+    return f"{real} {tests} find a difference from BF16: {', '.join(differ)}{rest}."
 
 
 def _relation(p: float) -> str:

@@ -68,7 +68,7 @@ def test_the_report_lists_what_was_repeated(tmp_path):
     edit(write_repeat(tmp_path, 3).path / "metrics.jsonl", lambda row: row.update(step=row["step"] + 1))
     html, markdown = write_report([experiment], tmp_path / "out", {})
     for text in (html.read_text(), markdown.read_text()):
-        assert "The floor" in text and "bit-identical: every loss equal" in text and "0 of 100" in text
+        assert "Rerun noise" in text and "bit-identical: every loss equal" in text and "0 of 100" in text
         assert "not bit-identical; not scored" in text and "record different steps in metrics.jsonl" in text
     assert [str(row[1]) for row in tables.rerun_noise([experiment]).rows] == ["1", "2", "3"]
 

@@ -9,16 +9,17 @@ from matplotlib.figure import Figure
 
 from qat.config import BenchmarkConfig
 from qat.errors import UserError
-from qat.report import tables
+from qat.report import studies, tables
 from qat.report.experiment import SHARES, Experiment, Telemetry, published
 from qat.report.page import write_report
-from qat.report.panels import overshoot
+from qat.report.panels import amax, overshoot
 from qat.runs.folder import Run
 from qat.studies import factorial
 from qat.studies.page import write_factorial
 from tests.conftest import typed
 from tests.helpers.studies import WORDS, invent
 from tests.helpers.synthetic_runs import compared_pair, edit
+from tests.report.test_report import Page
 
 
 def test_amax_stands_beside_what_was_predicted():
@@ -26,14 +27,29 @@ def test_amax_stands_beside_what_was_predicted():
         return {"step": step, "layer": layer, "role": role, "amax": amax, "overshoot": overshoot}
 
     rows = [row(1, 3.0, 1.5), row(2, 1 / 3, 0.25), row(2, 1.0, 0.1, "layers.2"), row(3, math.inf, math.inf)]
-    found = Telemetry([*rows, row(3, 1.0, None, role="gradient"), {"step": 3, "updated": {}}])
-    weight = [[3.0, 0.3333, None], [2.0, 1.333, None]]
-    assert found.histories() == {
-        "steps": [1, 2, 3],
-        "layers": {"layers.1": {"weight": weight}, "layers.2": {"weight": [[None, 1.0, None], [None, 10.0, None]]}},
+    telemetry = Telemetry([*rows, row(3, 1.0, None, role="gradient"), {"step": 3, "updated": {}}])
+    steps, amaxes, predicted = telemetry.amax_history("weight", "layers.1")
+    assert list(steps) == [1, 2, 3] and amaxes == pytest.approx([3.0, 1 / 3, math.nan], nan_ok=True)
+    assert predicted == pytest.approx([2.0, 4 / 3, math.nan], nan_ok=True)
+    assert [list(part) for part in telemetry.amax_history("weight", "layers.2")] == [[2], [1.0], [10.0]]
+    assert all(len(part) == 0 for part in telemetry.amax_history("gradient", "layers.1"))
+    assert telemetry.worst_layer() == "layers.1" and Telemetry([]).worst_layer() is None
+
+
+def test_the_amax_figure_marks_what_exceeds_the_prediction():
+    rows = [
+        {"step": step, "layer": "layers.1", "role": "weight", "amax": amax, "overshoot": amax / 2}
+        for step, amax in ((1, 1.0), (2, 3.0), (4, 5.0))
+    ]
+    axes = Figure().add_subplot()
+    panel = amax(Telemetry(rows), "weight", "layers.1", last_step=4)
+    panel.draw(axes)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {
+        "predicted": [[1, 2], [2, 2], [4, 2]],
+        "amax": [[1, 1], [2, 3], [4, 5]],
+        "larger than predicted": [[2, 3], [4, 5]],
     }
-    assert found.worst() == {"layers.1": math.inf, "layers.2": 0.1}
-    assert Telemetry([row(step, 1.0, 1.0) for step in range(1, 101)]).histories()["steps"] == list(range(1, 101, 3))
 
 
 def test_mantissa_bits_are_means_of_a_block():
@@ -51,19 +67,19 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     measured = invent(keys, damage=lambda key, _: 0.02 if key[0] == "max w64" else 0.01)
     write_factorial(measured, {}, typed(tmp_path, *WORDS, "experiment=exp8"), tmp_path / "factorial")
     html, markdown = write_report([], tmp_path, {})
-    page, kept = html.read_text(), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
-    assert page.count('id="factorial"') == 1 and 'id="audit"' not in page
+    page, recorded = Page(html), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
+    assert studies.TITLES["factorial"] in page.headings and studies.TITLES["audit"] not in page.headings
     for words in (
         "Sufficient: the recipe meets every threshold (W8A8)",
         "Model: tiny",
-        *kept["claims"][0]["says"].split(","),
+        *recorded["claims"][0]["says"].split(","),
     ):
-        assert words in page and words in markdown.read_text()
-    means = {(cell["scaling"], cell["lr"], cell["warmup"]): cell for cell in kept["interactions"][0]["cells"]}
+        assert words in page.text and words in markdown.read_text()
+    means = {(cell["scaling"], cell["lr"], cell["warmup"]): cell for cell in recorded["interactions"][0]["cells"]}
     assert list(means) == keys and all(cell["low"] < cell["value"] < cell["high"] for cell in means.values())
     assert means["max w64", "1e-5", "0"]["value"] == pytest.approx(0.02, abs=0.002)
-    assert kept["interactions"][1]["cells"][0]["value"] == pytest.approx(0.2)  # percent, not its logarithm
-    assert all(f'aria-label="{each["title"]}"' in page for each in kept["interactions"])
+    assert recorded["interactions"][1]["cells"][0]["value"] == pytest.approx(0.2)  # percent, not its logarithm
+    assert {f"factorial: {response['title']}" for response in recorded["interactions"]} <= set(page.images)
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "audit.json").write_text('{"claims": 3}')
     with pytest.raises(UserError, match=r"audit\.json is damaged \(.*\); write it again: make audit"):
