@@ -264,12 +264,13 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
 def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
     """Return the mean difference of the losses on a text, one entry a seed, with its noise, in nats a token.
 
-    ci: the 95 % interval; detectable: the smallest difference that is found in four of five cases. Both are None of a
-    single document, which has no noise to be had.
+    ci: the 95 % interval; p_value: Student's; detectable: the smallest difference that is found in four of five cases.
+    All are None of a single document, which has no noise to be had.
     """
     rows = np.array([change.losses[text] for change in changes])
     mean = paired_mean(rows)
     noise = {"ci": mean and mean.interval(), "detectable": mean and mean.detectable()}
+    noise |= {"p_value": mean and mean.p_value()}
     return {"difference": float(rows.mean())} | noise
 
 
@@ -314,7 +315,7 @@ def _task(matches: Sequence[Match], task: str, mode: str) -> dict:
         "choice_kl": float(np.mean([own.kl(reference) for own, reference in pairs])),
         "mass": float(np.mean([own.mass for own, _ in pairs])),
         "baseline_mass": float(np.mean([reference.mass for _, reference in pairs])),
-        "can_move": any(not own.constant or own.flips(reference).any() for own, reference in pairs),
+        "can_move": any(own.can_move(reference) for own, reference in pairs),
     }
     near_chance = _near_chance(row["baseline"], row["n"], chance)
     return row | diagnosis | {"chance": chance, "near_chance": near_chance}
@@ -384,8 +385,8 @@ def _measure(matches: Sequence[Match], tasks: Sequence[str], mode: str, name: st
         answers = _answers(matches, tasks, mode)
         row |= {"value": answers["score"], "difference": answers["points"]}
         row |= {key: answers[key] for key in ("baseline", "ci", "p_value", "detectable", "n")}
-        sides = [side for m in matches for side in (m.own[mode], m.reference)]
-        can_move = not all(side.answers[task].constant for side in sides for task in tasks)
+        pairs = [(m.own[mode].answers[task], m.reference.answers[task]) for m in matches for task in tasks]
+        can_move = any(own.can_move(reference) for own, reference in pairs)
         return row | _decided(row, row["baseline"] * measure.margin / 100, measure.more_is_worse, can_move)
     baseline, value = (
         float(np.mean([result.outcomes.pooled(tasks, name) for result in results]))

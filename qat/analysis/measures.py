@@ -111,6 +111,10 @@ class Answers:
         """Return whether one and the same choice is the answer to all questions, of which there are several."""
         return len(self.chosen) > 1 and len(set(self.chosen.tolist())) == 1 and self.logprobs.shape[1] > 1
 
+    def can_move(self, baseline: Answers) -> bool:
+        """Return whether accuracy could show a difference: not where all answers are, and were, one and the same."""
+        return not self.constant or bool(self.flips(baseline).any())
+
     def flips(self, baseline: Answers) -> np.ndarray:
         """Return 1 where the chosen answer is not the baseline's, FP64 [questions]."""
         if self.logprobs.shape[1] == 1:  # right or wrong is all there is to choose

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qat.analysis import rerun_noise as reruns
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, pretrained_run
+from qat.analysis.measures import MEASURES
 from qat.analysis.stats import Z, half_width
 from qat.errors import UserError
 from qat.report.experiment import Curve, Experiment, Recipe, distinct, scientific, tasks_of, unlike
@@ -17,10 +18,10 @@ from qat.report.text import (
     TASK_HEADER,
     can_move,
     escape,
-    excludes_zero,
     heldout_rows,
     interval,
     markdown,
+    number,
     p_text,
     remark,
     rerun_cells,
@@ -65,15 +66,25 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def verdicts(rows: Sequence[Mapping]) -> Table:
-    """Return the first screen, from `qat.report.verdicts`."""
+    """Return the first screen, from `qat.report.verdicts`: a recipe and mode a row, a measure a column."""
+    columns = {name: answer for row in rows for name, answer in row["answers"].items()}
     cells = []
     for row in rows:
-        beyond = row["answer"] == "equivalent" and excludes_zero(row)
-        answer = Cell(row["answer"], "though not zero" if beyond else "", strong=True)
-        numbers = signed(row["difference"], 4), interval(row["ci"], 4), f"±{row['margin']:.4f}"
-        tasks = "; ".join(f"{word}: {', '.join(names)}" for word, names in row["tasks"].items())
-        cells.append([Cell(row["recipe"], strong=True), answer, *map(Cell, numbers), Cell("", tasks)])
-    return Table(["Recipe", "Answer", "Held-out loss, nats", "95 % interval", "Margin", "Benchmark tasks"], cells)
+        recipe = row.get("recipe", "") if row["mode"] == "w8a8" else ""
+        of_row = [_answer(row["answers"].get(name)) for name in columns]
+        cells.append([Cell(recipe, strong=bool(recipe)), Cell(MODES[row["mode"]]), *of_row])
+    heads = [f"{answer['name']}{', ' if answer['unit'] else ''}{answer['unit']}" for answer in columns.values()]
+    return Table(["Recipe", "Scored as", *heads], cells)
+
+
+def _answer(answer: Mapping | None) -> Cell:
+    if answer is None:
+        return Cell("–")
+    digits = 1 if answer["unit"] == "points" else 4
+    numbers = f"{interval(answer['ci'], digits)}, margin {answer['margin']:.{digits}f}"
+    if answer["detectable"] is not None:
+        numbers += f", detectable {answer['detectable']:.{digits}f}"
+    return Cell(answer["answer"], f"{signed(answer['difference'], digits)} {numbers}", strong=True)
 
 
 def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
@@ -192,6 +203,33 @@ def _mark(passes: bool, sure: bool = True) -> str:
 def tasks(comparison: Mapping) -> Table:
     """Return every task of a comparison in every mode, and all questions together."""
     return _table(TASK_HEADER, task_rows(comparison))
+
+
+def measures(comparison: Mapping) -> Table:
+    """Return what the log-probabilities of the choices say of every task in every mode, and of all tasks pooled."""
+    found = {(row["task"], row["mode"], row["measure"]): row for row in comparison["measures"]}
+    names = [name for name in MEASURES if name != "accuracy" and any(name == key[2] for key in found)]
+    diagnoses = {(row["task"], row["mode"]): row for row in comparison["tasks"]}
+    rows = []
+    for task, mode in dict.fromkeys(key[:2] for key in found):
+        cells = [_measure(found.get((task, mode, name))) for name in names]
+        rows.append([Cell(TASKS.get(task, task)), Cell(MODES[mode]), *cells, *_diagnosis(diagnoses.get((task, mode)))])
+    heads = [f"{MEASURES[name].name}{', ' if MEASURES[name].unit else ''}{MEASURES[name].unit}" for name in names]
+    return Table(["Answers of", "Mode", *heads, "Flips", "Choice KL, nats", "Choice mass"], rows)
+
+
+def _measure(row: Mapping | None) -> Cell:
+    if row is None:
+        return Cell("–")
+    change = f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}"
+    return Cell(change, f"{row['decision']}; BF16 {row['baseline']:.4f}, detectable {number(row['detectable'], 4)}")
+
+
+def _diagnosis(row: Mapping | None) -> list[Cell]:
+    if row is None:
+        return [Cell("–")] * 3
+    mass = f"{row['baseline_mass']:.3g} → {row['mass']:.3g}"
+    return [Cell(f"{100 * row['flips']:.1f} %"), Cell(f"{row['choice_kl']:.4f}"), Cell(mass)]
 
 
 def heldout(comparison: Mapping) -> Table:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS
 from qat.analysis.stats import LEVEL, holm
+from qat.report.verdicts import comparison_rows
 
 TASK_HEADER = ["Task", "Mode", "Pretrained %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
 TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
 HELDOUT_HEADER = ["Held-out text", "Mode", "Pretrained, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
 HELDOUT_HEADER += ["KL, nats", "Documents"]
+DECISION_HEADER = ["Scored as", "Measure", "Minus BF16 [95 % CI]", "Margin", "Detectable", "Decision"]
 RERUN_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
 RERUN_HEADER += ["Answers flipped", "In words"]
 
@@ -51,6 +53,19 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
         ]
         for row in comparison["heldout"]
     ]
+
+
+def decision_rows(comparison: Mapping) -> list[list[str]]:
+    """Return what is decided by every measure in every mode as text, a cell for each entry of `DECISION_HEADER`."""
+    rows = []
+    for row in comparison_rows(comparison):
+        for answer in row["answers"].values():
+            digits = 1 if answer["unit"] == "points" else 4
+            change = f"{signed(answer['difference'], digits)} {interval(answer['ci'], digits)}"
+            limits = (number(answer[key], digits) for key in ("margin", "detectable"))
+            name = f"{answer['name']}, {answer['unit']}"
+            rows.append([MODES[row["mode"]], name, change, *limits, answer["answer"]])
+    return rows
 
 
 def rerun_cells(row: Mapping) -> list[str]:
@@ -232,8 +247,8 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
         smallest = f"the smallest p is {p_text(rows[0][1]['p_value'])} ({rows[0][0]})"
         least = "" if True in seeds else f"to be found, at least {flips} answers must change, all one way, and "
         return (
-            f"None {tests} finds a difference from BF16; {smallest}. That is no evidence of equality: {least}with "
-            f"these questions {reach}."
+            f"Accuracy decides nothing: none {tests} finds a difference from BF16; {smallest}. That is no evidence of "
+            f"equality: {least}with these questions {reach}."
         )
     differ = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
     rest = f"; elsewhere {reach}" if real < len(rows) else ""
@@ -253,9 +268,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(comparison: dict) -> str:
-    """Return a comparison as Markdown for the terminal: the tasks, the losses, and one sentence of verdict."""
+    """Return a comparison as Markdown for the terminal: the tasks, the losses, what is decided, and why."""
     parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
     parts += [markdown(TASK_HEADER, task_rows(comparison)), ""]
     parts += [markdown(HELDOUT_HEADER, heldout_rows(comparison)), ""] if comparison["heldout"] else []
+    parts += [markdown(DECISION_HEADER, decision_rows(comparison)), ""]
     sentences = [loss_text(comparison), qat_verdict([comparison]), verdict({"": comparison})]
     return "\n".join([*parts, *filter(None, sentences)]) + "\n"

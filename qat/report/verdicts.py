@@ -1,30 +1,67 @@
-"""List for every recipe what W8A8 training does to it: the first screen of the report."""
+"""List what W8A8 training does to every recipe: the first screen of the report."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from qat.analysis.compare import TASKS
-from qat.analysis.decisions import DECISIONS
+from qat.analysis.compare import MODES
+from qat.analysis.measures import MEASURES
+from qat.analysis.stats import LEVEL, holm
 from qat.report.experiment import Experiment, distinct
+
+_POOLED = ("bits_per_byte", "accuracy")  # of the measures of answers, those on the first screen
+_NUMBERS = ("difference", "ci", "margin", "detectable", "p_value")
 
 
 def verdicts(experiments: Sequence[Experiment]) -> list[dict]:
-    """Return a row for every recipe that was compared, of the first held-out text and of the accuracy of all tasks.
+    """Return a row for every recipe that was compared and every way in which it was scored.
 
-    recipe: its label; seeds: how many; text, answer, difference, ci, margin, detectable: of the held-out loss in W8A8
-    less the baseline's, nats a token; tasks: {word: the tasks of which it is the answer}.
+    recipe: its label; mode: of `qat.analysis.compare.MODES`; seeds: how many; answers: as `answers`, of which harm and
+    gain hold after Holm's correction over the recipes.
     """
-    return [_row(label, recipe.comparison) for label, recipe in distinct(experiments).items() if recipe.comparison]
+    rows = []
+    for label, recipe in distinct(experiments).items():
+        if recipe.comparison:
+            rows += [row | {"recipe": label} for row in comparison_rows(recipe.comparison)]
+    _correct(rows)
+    return rows
 
 
-def _row(label: str, comparison: Mapping) -> dict:
-    held = next(row for row in comparison["heldout"] if row["mode"] == "w8a8")
-    row = {"recipe": label, "seeds": comparison["seeds"], "answer": held["decision"]}
-    row |= {key: held[key] for key in ("text", "difference", "ci", "margin", "detectable")}
-    words = defaultdict(list)
-    for task in comparison["measures"]:
-        if (task["mode"], task["measure"]) == ("w8a8", "accuracy") and task["task"] != "pooled":
-            words[task["decision"]].append(TASKS.get(task["task"], task["task"]))
-    return row | {"tasks": {word: words[word] for word in DECISIONS if word in words}}
+def comparison_rows(comparison: Mapping) -> list[dict]:
+    """Return a row for every way in which one recipe was scored, W8A8 first: mode, seeds and `answers`."""
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in comparison["heldout"])]
+    return [{"mode": mode, "seeds": comparison["seeds"], "answers": answers(comparison, mode)} for mode in modes]
+
+
+def answers(comparison: Mapping, mode: str) -> dict[str, dict]:
+    """Return what is decided: {measure: answer, name, unit, and difference, ci, margin, detectable in that unit}.
+
+    Of the loss on every held-out text, and of the pooled measures of the answers to questions.
+    """
+    shown = {}
+    for row in comparison["heldout"]:
+        if row["mode"] == mode:
+            shown[row["text"]] = {"name": f"Loss, {row['text']}", "unit": "nats"} | _numbers(row)
+    for row in comparison["measures"]:
+        if row["mode"] == mode and row["task"] == "pooled" and row["measure"] in _POOLED:
+            measure = MEASURES[row["measure"]]
+            shown[row["measure"]] = {"name": measure.name, "unit": measure.unit} | _numbers(row)
+    return shown
+
+
+def _numbers(row: Mapping) -> dict:
+    return {"answer": row["decision"]} | {key: row[key] for key in _NUMBERS}
+
+
+def _correct(rows: Sequence[Mapping]) -> None:
+    """Call `undecided` what is not beyond noise after Holm's correction over the recipes, measure by measure."""
+    families = defaultdict(list)
+    for row in rows:
+        for name, answer in row["answers"].items():
+            if answer["p_value"] is not None and answer["answer"] != "powerless":
+                families[row["mode"], name].append(answer)
+    for family in families.values():
+        for answer, p_value in zip(family, holm([answer["p_value"] for answer in family]), strict=True):
+            if answer["answer"] in ("harm", "gain") and p_value > LEVEL:
+                answer["answer"] = "undecided"

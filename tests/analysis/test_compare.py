@@ -235,7 +235,17 @@ def test_table(runs):
         "0.0021",
         "3",
     ]
-    assert lines[12] == (
+    decided = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[14:18]]
+    assert decided[0] == [
+        "W8A8",
+        "Loss, wikipedia, nats",
+        "+0.1000 [-0.1484, +0.3484]",
+        "0.0160",
+        "0.3097",
+        "powerless",
+    ]
+    assert decided[1] == ["W8A8", "Accuracy, points", "-8.0 [-15.4, -2.3]", "0.6", "8.8", "harm"]
+    assert lines[-3] == (
         "Loss APE 35.000 % (over the 0.5 % threshold), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
     )
 
@@ -271,7 +281,8 @@ def test_verdict_neither_hides_nor_overclaims(runs):
     )
     quiet = dict(result, tasks=[dict(row, p_value=0.4) for row in result["tasks"]])
     assert verdict({"exp8": quiet}) == (
-        "None of 2 exact McNemar tests (5 %, Holm's correction over all) finds a difference from BF16; the smallest p "
+        "Accuracy decides nothing: none of 2 exact McNemar tests (5 %, Holm's correction over all) finds a difference "
+        "from BF16; the smallest p "
         "is 0.40 (exp8: ARC-Easy in W8A8). That is no evidence of equality: to be found, at least 7 answers must "
         "change, all one way, and with these questions a drop of up to 15.4 points (exp8: ARC-Easy in W8A8) cannot be "
         "excluded."

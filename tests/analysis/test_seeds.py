@@ -108,7 +108,7 @@ def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_m
     text = markdown.read_text()
     assert "threshold in 0 of 1 recipes, of 3 compared runs (5.00 %); 1 of their intervals over seeds" in text
     assert "intervals over seeds spans it." in text
-    assert "None of 6 tests (Student's over seeds and questions; 5 %, Holm's" in text
+    assert "none of 6 tests (Student's over seeds and questions; 5 %, Holm's" in text
     assert "differs from BF16 by +0.2000 nats a token; 0 of 1 intervals" in text
     rows = [str(row[1]) for row in tables.summary([three], published()).rows]
     assert rows == ["paper", "ours, W8A8", "ours, W8A8 by PTQ", "ours, BF16 weights", "ours, pretrained"]
