@@ -373,7 +373,7 @@ def _measures(matches: Sequence[Match], tasks: Sequence[str], mode: str) -> list
         own = [task for task in tasks if name in matches[0].reference.answers[task].measures]
         rows += [{"task": task} | _measure(matches, [task], mode, name) for task in own]
         seen = [task for task in own if not measure.of_skill or _has_skill(matches, task, name)] or own
-        if len(tasks) > 1 and own:
+        if own:
             rows += [{"task": "pooled", "tasks": seen} | _measure(matches, seen, mode, name)]
     return rows
 

@@ -348,11 +348,11 @@ def rerun_noise(experiments: Sequence[Experiment]) -> Table:
     }
     rows = []
     for run, config in runs.values():
-        for number, repeat in enumerate(reruns.reruns(run), start=1):
+        for place, repeat in enumerate(reruns.reruns(run), start=1):
             try:
                 rows.append(rerun_cells(reruns.rerun_noise(run, repeat, config["benchmark"]["name"])))
             except UserError as reason:
-                rows.append([run.id, str(number), *["–"] * (len(RERUN_HEADER) - 3), str(reason)])
+                rows.append([run.id, str(place), *["–"] * (len(RERUN_HEADER) - 3), str(reason)])
     return _table(RERUN_HEADER, rows)
 
 
