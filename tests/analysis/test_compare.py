@@ -245,7 +245,7 @@ def test_table(runs):
         "powerless",
     ]
     assert decided[1] == ["W8A8", "Accuracy, points", "-8.0 [-15.4, -2.3]", "0.6", "8.8", "harm"]
-    assert lines[-3] == (
+    assert lines[-2] == (
         "Loss APE 35.000 % (over the 0.5 % threshold), 50.000 % over the last tenth; final loss 3.0000, BF16 2.0000."
     )
 
