@@ -85,7 +85,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no worker is left alone with one in the end."""
-    longest = ("distributed", "compile", "streaming", "loop", "sweep", "faults", "bench", "communication", "slurm")
+    longest = ("distributed", "compile", "streaming", "loop", "sweep", "faults", "evaluate", "archive", "bench")
     order = {f"test_{name}": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

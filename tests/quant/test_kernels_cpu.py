@@ -1,5 +1,5 @@
 """Where the kernels of the CPU are kept between processes, and that they need no such place. What they compute is in
-tests/quant/test_formats.py."""
+tests/quant/test_kernels.py."""
 
 from __future__ import annotations
 

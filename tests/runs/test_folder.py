@@ -93,23 +93,33 @@ def test_what_changes_a_number_changes_the_name(config, key):
     assert renamed(config, ("experiment=exp8",), **{key: CHANGES[key]})
 
 
-@pytest.mark.parametrize("group", ["model", "data"])
-def test_another_revision_is_another_run(config, group):
-    hub = {f"{group}.source": "hub", f"{group}.path": "an/id"}
-    one, other = (config(**hub, **{f"{group}.revision": each}) for each in ("v1", "v2"))
-    assert run_id(one) != run_id(other)
-
-
 def test_what_changes_no_number_leaves_the_name(config):
     assert [key for key, value in SAME.items() if renamed(config, ("experiment=exp8",), **{key: value})] == []
 
 
-@pytest.mark.parametrize("algo", ["current", "most_recent", "exp_smooth"])
-def test_only_the_algorithms_that_read_it_depend_on_the_window(config, algo):
-    short, long = (run_id(config(**{"scaling.algo": algo, "scaling.window": window})) for window in (16, 64))
-    assert short == long
-    low, high = (run_id(config(**{"scaling.algo": algo, "scaling.alpha": alpha})) for alpha in (0.5, 0.9))
-    assert (low != high) == (algo == "exp_smooth")
+HUB = {"data.source": "hub"}
+
+
+@pytest.mark.parametrize(
+    ("beside", "key", "values", "counts"),
+    [
+        ({"model.source": "hub", "model.path": "an/id"}, "model.revision", ("v1", "v2"), True),
+        ({"data.source": "hub", "data.path": "an/id"}, "data.revision", ("v1", "v2"), True),
+        ({"scaling.algo": "current"}, "scaling.window", (16, 64), False),
+        ({"scaling.algo": "most_recent"}, "scaling.window", (16, 64), False),
+        ({"scaling.algo": "exp_smooth"}, "scaling.window", (16, 64), False),
+        ({"scaling.algo": "current"}, "scaling.alpha", (0.5, 0.9), False),
+        ({"scaling.algo": "most_recent"}, "scaling.alpha", (0.5, 0.9), False),
+        ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
+        ({"warmup.bf16": 0.0}, "scaling.discard_after_warmup", (True, False), False),
+        ({"warmup.bf16": 0.5}, "scaling.discard_after_warmup", (True, False), True),
+        (HUB, "data.cache", (True, False), False),
+        (HUB, "data.shuffle_buffer", (7, 8), True),
+    ],
+)
+def test_a_setting_counts_only_beside_what_reads_it(config, beside, key, values, counts):
+    one, other = (run_id(config("experiment=exp8", **beside, **{key: value})) for value in values)
+    assert (one != other) == counts
 
 
 def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
@@ -130,22 +140,6 @@ def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
         bank.amaxes[0].fill_(amax)
         bank.tick()
     assert bank.scale.item() == 15 / 5  # of the last three
-
-
-def test_what_becomes_of_the_warmups_history_counts_only_with_a_warmup(config):
-    change = {"scaling.discard_after_warmup": False}
-    assert not renamed(config, ("experiment=exp8", "warmup=none"), **change)
-    assert renamed(config, ("experiment=exp8", "warmup=bf16_500"), **change)
-
-
-def test_a_stream_is_the_same_with_and_without_the_cache(config):
-    with_it, without = (run_id(config(**{"data.source": "hub", "data.cache": cache})) for cache in (True, False))
-    assert with_it == without
-
-
-def test_a_stream_depends_on_its_shuffle_buffer(config):
-    small, large = (run_id(config(**{"data.source": "hub", "data.shuffle_buffer": size})) for size in (7, 8))
-    assert small != large
 
 
 def test_a_baseline_does_not_depend_on_how_its_runs_are_quantized(config):

@@ -12,7 +12,16 @@ from qat.quant.convert import convert
 from qat.quant.kernels import dispatch, lookup
 from qat.train.step import Trainer
 
-pytestmark = pytest.mark.usefixtures("arithmetic")
+
+# One arithmetic a test: tracing takes long. VARIANTS has one in the other.
+@pytest.fixture
+def fp32(monkeypatch):
+    monkeypatch.setenv("HIF8_ARITHMETIC", "fp32")
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    monkeypatch.setenv("HIF8_ARITHMETIC", "bf16")
 
 
 def tokens(cfg, seed: int) -> torch.Tensor:
@@ -71,7 +80,7 @@ def configured(config, variant: str):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_graph_gives_the_eager_numbers(config, traced, variant):
+def test_one_graph_gives_the_eager_numbers(config, fp32, traced, variant):
     cfg, steps = configured(config, variant)
     eager, plain = trained(cfg, steps)
     assert not traced
@@ -86,7 +95,7 @@ def test_one_graph_gives_the_eager_numbers(config, traced, variant):
 
 
 @pytest.mark.parametrize("variant", ["all linears", "current", "masked", "fp8 products", "activation checkpointing"])
-def test_looking_up_in_the_graph_gives_the_eager_numbers(config, traced, monkeypatch, variant):
+def test_looking_up_in_the_graph_gives_the_eager_numbers(config, bf16, traced, monkeypatch, variant):
     """Steps compiled for a GPU, here run on the CPU: rounding is part of the graph, and each amax has its own entry."""
     monkeypatch.setattr(
         "qat.quant.kernels.dispatch.table", lambda device, _, *edges: lookup.table(device, *dispatch._edges(*edges))

@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +20,7 @@ from qat.train import checkpoint, loop, run_log
 from qat.train.schedule import learning_rate
 from qat.train.step import Trainer
 from qat.utils import signals
-from tests.conftest import ROOT, RUNS, TINY
+from tests.conftest import RUNS, TINY
 from tests.helpers.torture import left
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
@@ -34,7 +31,6 @@ PAPER = ("experiment=exp8", "budget.accumulation=1", "warmup.bf16=0.5", "scaling
 RELEASED = ("experiment=exp3", "protocol=released", "budget.accumulation=3", "budget.checkpoint_every=3")
 RELEASED += ("budget.steps=5", "model.blocks=3", "model.architecture.num_hidden_layers=3")
 RELEASED += ("+model.architecture.attention_dropout=0.1",)  # so the state of the RNG matters
-LONG = ("experiment=exp8", "budget.accumulation=1", "budget.steps=24")
 
 
 @pytest.fixture(scope="module")
@@ -264,37 +260,35 @@ def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, co
     assert left(run) == left(Run.of(reference(PAPER)))
 
 
-def test_a_scheduler_that_asks_gets_a_saved_run_and_a_code_to_requeue_on(texts, configure, tmp_path):
-    words = [*TINY, *LONG, "data.source=files", f"data.path={texts}", f"{RUNS}={tmp_path}"]
-    words += ["budget.checkpoint_every=1000"]  # nothing but the signal makes it save
-    run = Run.of(configure(tmp_path, *LONG))
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 240
-        while len(run.metrics()) < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
-        stderr = process.stderr.read().decode()
-    assert process.returncode == 75, stderr
-    rows = len(run.metrics())
-    said = f"SIGTERM after step {rows} of 24"
-    assert stderr.splitlines()[-1] == f"{said}: saved; the same command continues"
-    assert run.status() == {"state": "stopped", "step": rows, "steps": 24, "reason": said}
-    assert checkpoint.latest(run.checkpoints)[1]["step"] == rows
-    loop.train(configure(tmp_path, *LONG))
-    assert left(run) == left(loop.train(configure(tmp_path / "uninterrupted", *LONG)))
+def signal_in_step(number: int, quantized: bool, monkeypatch) -> None:
+    real = Trainer.step
+
+    def step(self, current, batches, **how):
+        if current == number and (self.bank is not None) == quantized:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, current, batches, **how)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_a_scheduler_that_asks_gets_a_saved_run_and_a_code_to_requeue_on(reference, texts, configure, tmp_path, main):
+    words = [*PAPER, "budget.checkpoint_every=1000"]  # nothing but the signal makes it save
+    run = Run.of(configure(tmp_path, *PAPER))
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in_step(3, True, patch)
+        words += ["data.source=files", f"data.path={texts}", f"{RUNS}={tmp_path}"]
+        code, _, stderr = main("train.py", *TINY, *words)
+    said = "SIGTERM after step 3 of 12"
+    assert code == 75 and stderr.splitlines()[-1] == f"{said}: saved; the same command continues"
+    assert run.status() == {"state": "stopped", "step": 3, "steps": 12, "reason": said}
+    assert checkpoint.latest(run.checkpoints)[1]["step"] == len(run.metrics()) == 3
+    loop.train(configure(tmp_path, *PAPER))
+    assert left(run) == left(Run.of(reference(PAPER)))
 
 
 def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_the_command(config, monkeypatch):
     cfg = config("experiment=exp8")
-
-    def signalled(trainer, number, *rest, **how):
-        if number == cfg.steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(trainer, number, *rest, **how)
-
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", signalled)
+    signal_in_step(cfg.steps, False, monkeypatch)
     with pytest.raises(signals.Preempted, match="SIGTERM after step 12 of 12"):
         runner.train_with_baseline(cfg)
     baseline = Run.of(baseline_of(cfg))

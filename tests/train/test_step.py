@@ -15,7 +15,6 @@ from qat.data import packing
 from qat.models import tokenizer
 from qat.models.load import load_model
 from qat.quant.convert import convert
-from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train.loop import train
 from qat.train.schedule import learning_rate
@@ -219,8 +218,3 @@ def test_the_gradient_norm_is_reported_before_clipping(config):
     norm = trainer.step(1, [tokens(2)]).grad_norm
     clipped = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
     assert norm > 0.5 and clipped == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_a_finished_run_says_where_it_is(config):
-    run = train(config(**{"quant.format": "none", "budget.steps": 1}))
-    assert run.finished and Run(run.path).metrics()[0]["step"] == 1

@@ -34,8 +34,7 @@ def arithmetic(request):
 
 @pytest.fixture(scope="module")
 def seen(arithmetic, texts, tmp_path_factory):
-    """seen(run, rank): what a rank of a run of `tests.helpers.on_ranks` saw; all of them run once, for the whole
-    file."""
+    """seen(run, rank): what a rank of a run of `tests.helpers.on_ranks` saw; all run once, for the whole file."""
     folder = tmp_path_factory.mktemp("ranks")
     run_module("on_ranks", texts, folder)
 

@@ -35,7 +35,7 @@ TASKS = {"hellaswag": TaskConfig(limit=2)}
 
 @pytest.fixture(scope="module")
 def trained(configure, tmp_path_factory):
-    """A configuration whose run and baseline are finished, and what scoring it finds, which is the same for all."""
+    """The configuration of a run that is finished, as its baseline is."""
     cfg = configure(tmp_path_factory.mktemp("trained"), *WORDS, **{"benchmark.tasks": TASKS})
     runner.train_with_baseline(cfg)
     return cfg
@@ -190,19 +190,24 @@ class Fault(Exception):
     pass
 
 
+@pytest.fixture(scope="module")
+def once():
+    """What is worked out once for all tests: the scores that all models get, and what an evaluation leaves."""
+    return {}
+
+
 @pytest.fixture
-def scoring(monkeypatch):
-    """scoring(fails): how often models were scored until now; the call of number `fails` raises. All score alike."""
-    calls, found = [], {}
-    real = benchmarks.score
+def scoring(monkeypatch, once):
+    """Score all models alike; the call of number `score.fails` raises, `score.calls` has an entry a call."""
+    calls, real = [], benchmarks.score
 
     def score(*given, **how):
         calls.append(None)
         if len(calls) == score.fails:
             raise score.error
-        if not found:
-            found["scores"] = real(*given, **how)
-        return found["scores"]
+        if "scores" not in once:
+            once["scores"] = real(*given, **how)
+        return once["scores"]
 
     score.fails, score.error, score.calls = None, Fault("in a benchmark"), calls
     monkeypatch.setattr(benchmarks, "score", score)
@@ -230,12 +235,14 @@ def training(cfg) -> dict:
 
 
 @pytest.fixture
-def wanted(trained, scoring, tmp_path):
-    """Return what an undisturbed evaluation leaves."""
-    cfg = moved(trained, tmp_path / "undisturbed")
-    evaluate(cfg)
-    scoring.calls.clear()
-    return results(cfg)
+def wanted(trained, scoring, once, tmp_path):
+    """What an undisturbed evaluation leaves."""
+    if "results" not in once:
+        cfg = moved(trained, tmp_path / "undisturbed")
+        evaluate(cfg)
+        scoring.calls.clear()
+        once["results"] = results(cfg)
+    return once["results"]
 
 
 @pytest.mark.parametrize("error", [Fault("in a benchmark"), KeyboardInterrupt()], ids=["exception", "interrupt"])

@@ -1,6 +1,6 @@
 """Count what ranks send each other in a step.
 
-Counts and sizes are those of real steps on 1, 2 and 4 ranks (tests/utils/test_communication.py). Telemetry, held-out
+Counts and sizes are those of real steps on 1, 2 and 4 ranks (tests/tools/test_communication.py). Telemetry, held-out
 texts and checkpoints come on top, at the steps that have them.
 """
 
