@@ -6,9 +6,11 @@ import dataclasses
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from qat.config import BenchmarkConfig, Config, TaskConfig
 from qat.eval import evaluate, questions
@@ -168,7 +170,7 @@ def test_what_a_record_measured_on_this_machine_is_reckoned_with(tmp_path, monke
 
 def test_questions_of_the_quick_benchmark_are_those_that_its_file_counts():
     asked, tokens = costs.questions(composed("benchmark=quick"))
-    assert asked == 101 and tokens == pytest.approx(15_500, rel=0.1)  # conf/benchmark/quick.yaml
+    assert asked == 404 and tokens == pytest.approx(31_300, rel=0.1)  # conf/benchmark/quick.yaml
     assert costs.questions(composed("benchmark=paper"))[0] == 14042 + 10042 + 2376 + 1172
 
 
@@ -184,28 +186,35 @@ def test_all_questions_of_a_task_are_those_that_the_split_has(split, tmp_path):
 
 @pytest.mark.parametrize("words", ["validation=wikipedia", "validation=none", "quant=bf16"])
 def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
+    counted = []
+
+    class Model:
+        """Its decoder notes how many tokens pass through it."""
+
+        config = LlamaConfig()
+
+        def get_decoder(self):
+            return self
+
+        def __call__(self, input_ids, **_):
+            counted.append(input_ids.numel())
+            return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 257))
+
+        def get_output_embeddings(self):
+            return lambda states: states
+
     class Counting(evaluate._Scorer):
-        """Nothing is built, and each pass over a text is noted."""
-
-        _baseline = "a model"
-
         def scored(self, _):
             return False
 
         def score(self, subject):
-            self._heldout(*subject.build(), beside=subject.cfg.quantized)
+            built = self._baseline if subject is self.reference else subject.build()
+            self._heldout(*built, beside=subject.cfg.quantized)
             if subject.mode == "w8a8":
                 self._under_ptq_scales(subject)
 
-    counted, logits = [], torch.zeros(1, 1, 257)
-
-    def passing(_, batch):
-        counted.append(batch[:, 1:].numel())
-        return logits.expand(*batch[:, 1:].shape, -1)
-
     monkeypatch.setattr(evaluate, "_Scorer", Counting)
-    monkeypatch.setattr(evaluate, "_log_probabilities", passing)
-    monkeypatch.setattr(evaluate.Subject, "build", lambda _: (None, byte_tokenizer()))
+    monkeypatch.setattr(evaluate.Subject, "build", lambda _: (Model(), byte_tokenizer()))
     monkeypatch.setattr(evaluate.Subject, "check", lambda _: None)
     monkeypatch.setattr(evaluate.Subject, "check_checkpoint", lambda _: None)
     cfg = config(words, **{"budget.heldout_tokens": 1024})

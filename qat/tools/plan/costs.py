@@ -23,14 +23,23 @@ PRODUCT_SHARE = (0.35, 0.75)
 # Seconds of a quantized step over those of a BF16 step: from our CPU record to the logs of the paper's released code.
 SLOWER = {"mlp": (1.1, 2.65), "all": (1.2, 4.0)}
 
-# Tokens of a question without examples, and of each example: measured over 150 questions a task (MMLU: 4 of each
-# subject) with SmolLM2's tokenizer. lm-eval scores MMLU's four one-token choices at once.
-_TOKENS = {"mmlu": (110, 104), "hellaswag": (321, 329), "arc_easy": (136, 134), "arc_challenge": (151, 156)}
-# Questions by split; HellaSwag has only one (`qat.eval.questions.splits`).
-_QUESTIONS = {
-    "test": {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172},
-    "validation": {"mmlu": 1531, "hellaswag": 10042, "arc_easy": 570, "arc_challenge": 299},
+# Tokens of a question with all its choices, without examples, and of each example: measured over 150 questions a task
+# (MMLU: 4 of each subject) with SmolLM2's tokenizer, what prompts share once (`qat.eval.prefixes`). A model that cannot
+# share them, and current scaling, take four times as many.
+_TOKENS = {
+    "mmlu": (94, 26),
+    "mmlu_continuation": (74, 17),
+    "hellaswag": (166, 82),
+    "arc_easy": (38, 33),
+    "arc_challenge": (45, 39),
+    "lambada": (77, 78),
 }
+# Questions by split; HellaSwag and LAMBADA have only one (`qat.eval.questions.splits`).
+_QUESTIONS = {
+    "test": {"mmlu": 14042, "hellaswag": 10042, "arc_easy": 2376, "arc_challenge": 1172, "lambada": 5153},
+    "validation": {"mmlu": 1531, "hellaswag": 10042, "arc_easy": 570, "arc_challenge": 299, "lambada": 5153},
+}
+_MMLU = ("mmlu", "mmlu_continuation")  # the same questions
 _SUBJECTS = 57  # of MMLU; a limit is for each of them
 
 CHARACTERS = 4.5  # characters of English in a token: 4.0 to 4.9 in the prompts above
@@ -88,9 +97,9 @@ def questions(cfg: Config) -> tuple[int, float]:
     """Return (questions, tokens to score for one model) of the benchmark."""
     total, tokens = 0, 0.0
     for name, task in cfg.benchmark.tasks.items():
-        count = _QUESTIONS[cfg.benchmark.split][name]
+        count = _QUESTIONS[cfg.benchmark.split]["mmlu" if name in _MMLU else name]
         if task.limit is not None:
-            count = min(count, task.limit * (_SUBJECTS if name == "mmlu" else 1))
+            count = min(count, task.limit * (_SUBJECTS if name in _MMLU else 1))
         base, example = _TOKENS[name]
         total += count
         tokens += count * (base + example * task.shots)

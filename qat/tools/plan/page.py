@@ -159,7 +159,7 @@ def _evaluation(plan: Plan) -> Iterator[str]:
     yield f"evaluation: benchmark={plan.cfg.benchmark.name}, one process, {plan.scored} models"
     basis = "from samples; choices and examples counted"
     yield _row("questions", f"{questions:,}, {count(tokens)} tokens a model", basis)
-    yield _row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", "KL takes the baseline's too")
+    yield _row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", "one a model, one under PTQ's scales")
     if plan.shape is not None:
         low, high = plan.trainings[0].hours(plan.scored * tokens + plan.passes * heldout, 1)
         basis = "a forward pass as a third of a BF16 step; short prompts are slower"
