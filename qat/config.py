@@ -204,7 +204,7 @@ class StudyConfig:
 @dataclass
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
-    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory"])  # what is measured
+    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory", "questions"])  # what
     steps: list[str] | None = None  # which of `qat.tools.bench.steps`, beside bf16; null: all that can run
     out: str = "bench"  # folder of the table
 

@@ -141,6 +141,15 @@ def check(
     return prepared
 
 
+def requests(name: str, shots: int, limit: int, cache: Path) -> list:
+    """Return lm-eval's requests of `limit` questions of a task (MMLU: of its first subject), as it scores them."""
+    leaf = _load(name, shots, limit, "test", cache).leaves[0]
+    with _quiet():
+        leaf.set_fewshot_seed(_FEWSHOT_SEED)
+        leaf.build_all_requests()
+    return leaf.instances
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """A task that lm-eval can run again and again. `leaves`: MMLU's subjects, else the task itself. `answers`: all that

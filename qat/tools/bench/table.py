@@ -16,7 +16,7 @@ from qat.errors import ConfigError, nearest
 from qat.models.load import load_model
 from qat.quant.kernels import dispatch
 from qat.quant.scaling import ScaleBank
-from qat.tools.bench import steps, timing
+from qat.tools.bench import questions, steps, timing
 from qat.tools.flops import PEAK_FLOPS, model_shape
 from qat.utils.device import get_device, prepare, resolve_arithmetic
 from qat.utils.environment import commit_name, describe_environment, hardware_name
@@ -40,7 +40,7 @@ class Row:
 def measure(cfg: Config) -> Path:
     """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
     # Memory before steps: what steps leave in a GPU's cache would not be counted.
-    parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows}
+    parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows, "questions": _question_rows}
     for part in cfg.bench.parts:
         if part not in parts:
             raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
@@ -183,6 +183,17 @@ def _memory_rows(cfg: Config) -> list[Row]:
             share = peak / peaks["bf16"]
             note = f"{peak / 2**30:.2f} : {peaks['bf16'] / 2**30:.2f} GiB"
             rows.append(Row(f"peak memory: {name} : bf16", share, share, share, "<= 1.00", note))
+    return rows
+
+
+# Questions ----------------------------------------------------------------------------------------------------
+
+
+def _question_rows(cfg: Config) -> list[Row]:
+    rows = []
+    for what, ratios in questions.speedups(cfg).items():
+        target = ">= 1" if what.endswith(" 0 examples") else ">= 3"
+        rows.append(Row(f"questions: {what}: lm-eval : prompts shared", *ratios, target))
     return rows
 
 
