@@ -58,17 +58,18 @@ _CONTRASTS = {
 }
 
 
-def design(words: Sequence[str], compose: Compose) -> list[Cell]:
-    """Return the grid's distinct runs under command-line words, those of one learning rate together."""
-    refuse(words, _SET, "factorial")
+def design(overrides: Sequence[str], compose: Compose) -> list[Cell]:
+    """Return the grid's distinct runs under command-line overrides, those of one learning rate together."""
+    refuse(overrides, _SET, "factorial")
     levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
-    composed = {name: compose("exp8", list(words), changes) for name, changes in levels.items()}
+    composed = {name: compose("exp8", overrides, changes) for name, changes in levels.items()}
     cells = []
     for rate, warmup, scaling in itertools.product(RATES, WARMUPS, SCALINGS):
         # Each factor is a group of its own, so a cell takes one from each; composing all would take long.
-        cfg = copy.deepcopy(composed[scaling])
-        cfg.optim, cfg.warmup = copy.deepcopy((composed[rate].optim, composed[warmup].warmup))
-        cells.append(Cell((scaling, rate, warmup), cfg))
+        cfg = copy.deepcopy(composed[scaling].cfg)
+        cfg.optim, cfg.warmup = copy.deepcopy((composed[rate].cfg.optim, composed[warmup].cfg.warmup))
+        changes = [*composed[scaling].overrides, *RATES[rate], *WARMUPS[warmup]]
+        cells.append(Cell(cfg, changes, (scaling, rate, warmup)))
     return cells
 
 

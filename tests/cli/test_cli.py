@@ -206,14 +206,15 @@ def test_the_number_of_quantized_linears_is_the_papers():
 def test_an_experiments_own_sweep_is_expanded():
     whole = entry.typed_config(composed())
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        rates = experiments.configs_of("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
-        scalings = experiments.configs_of("exp2", [])
-        chosen = experiments.configs_of("exp2", ["scaling=max"])
-        same = [
-            *experiments.configs_of("exp1", ["optim.lr=3e-5"]),
-            *experiments.configs_of("exp2", ["scaling.algo=max"]),
-        ]
-        seeded = experiments.configs_of("exp2", ["seed=7", "scaling=max"], [0, 1])
+
+        def configs(*arguments) -> list[Config]:
+            return [job.cfg for job in experiments.jobs_of(*arguments)]
+
+        rates = configs("exp1", ["experiment=exp8", "seed=3", "report.out=elsewhere"])
+        scalings = configs("exp2", [])
+        chosen = configs("exp2", ["scaling=max"])
+        same = [*configs("exp1", ["optim.lr=3e-5"]), *configs("exp2", ["scaling.algo=max"])]
+        seeded = configs("exp2", ["seed=7", "scaling=max"], [0, 1])
     assert [(cell.optim.lr, cell.seed, cell.quantized) for cell in rates] == [(2e-3, 3, False), (1e-4, 3, False)]
     assert [cell.scaling.algo for cell in scalings] == ["current", "most_recent"]
     assert [cell.scaling.algo for cell in chosen] == ["max"]
@@ -269,8 +270,10 @@ VALUES = [
         "budget.steps=30 optim.lr_warmup=1",
         "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
     ),
-    ("report.seeds=[0,0]", "report.seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
-    ("study.seeds=[0,-1]", "study.seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
+    ("seeds=[0,0]", "seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
+    ("seeds=[0,-1]", "seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
+    ("launch.launcher=local", "launch.launcher=local: unknown value; choose one of basic, slurm"),
+    ("launch.nodes=2", "launch.nodes=2: is for launch.launcher=slurm; leave it out"),
     ("data.path=null", "data.path=null: data.source=package needs a path, as in data=fineweb"),
     ("data.cache=true", "data.cache=true: data.source=package is not streamed; set data.cache=false"),
 ]

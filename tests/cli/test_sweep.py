@@ -58,10 +58,10 @@ def defective(_):
 
 # (what job 1 of 0, 1, 2 does, the exit code, what becomes of jobs 1 and 2, the end of stderr)
 ENDS = [
-    (wrong, 2, ["failed seed=1 optim.lr=0.1: too high; lower it", "done seed=2"], "error: 1 of 3 jobs failed"),
-    (refused, 2, ["failed seed=1 runs: No space left on device", "done seed=2"], "error: 1 of 3 jobs failed"),
-    (defective, 2, ["failed seed=1 ValueError: a defect of two lines", "done seed=2"], "error: 1 of 3 jobs failed"),
-    (asked_to_stop, 75, ["preempted seed=1 SIGTERM", "preempted seed=2 not begun"], "2 of 3 jobs preempted"),
+    (wrong, 2, ["failed seed=1 optim.lr=0.1: too high; lower it", "done seed=2"], "error: 1 of 3 runs failed"),
+    (refused, 2, ["failed seed=1 runs: No space left on device", "done seed=2"], "error: 1 of 3 runs failed"),
+    (defective, 2, ["failed seed=1 ValueError: a defect of two lines", "done seed=2"], "error: 1 of 3 runs failed"),
+    (asked_to_stop, 75, ["preempted seed=1 SIGTERM", "preempted seed=2 not begun"], "2 of 3 runs preempted"),
     (stopped_by_the_user, 130, ["stopped seed=1 Ctrl-C"], "stopped; the same command continues"),
 ]
 
