@@ -41,7 +41,8 @@ def submit(jobs: Iterable[Job], report: Sequence[str], launch: LaunchConfig, run
     (folder / "jobs").write_text("".join(f"{shlex.join(line)}\n" for line in lines), encoding="utf-8")
 
     def array(name: str, elements: range, script: str, *after: str) -> str:
-        return _sbatch(name, f"{elements[0]}-{elements[-1]}", script, after, folder, launch)
+        span = f"{elements[0]}-{elements[-1]}" if len(elements) > 1 else str(elements[0])
+        return _sbatch(name, span, script, after, folder, launch)
 
     trained = array("baselines", range(baselines), "train.py")
     scored = array("baseline-scores", range(baselines), "eval.py", trained)

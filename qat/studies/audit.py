@@ -21,7 +21,7 @@ from qat.config import Config
 from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.studies import measures
-from qat.studies.contrasts import Claim, Estimate, Response, Statement, holm
+from qat.studies.contrasts import Claim, Estimate, Response, Statement, with_holm
 from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import Measured
 
@@ -106,23 +106,19 @@ def _split(cfg: Config) -> list[str] | None:
 def effects(measured: Sequence[Measured]) -> list[dict]:
     """Estimate every switch's effect on each response, a row a base, with Holm's correction over switches."""
     keys = list(dict.fromkeys(m.key for m in measured if m.key[1] != PLAIN))
-    found = responses(measured)
-    columns = {}
-    for name, response in found.items():
-        estimates = [_effect(measured, name, response, key) for key in keys]
-        columns[name] = list(zip(estimates, holm(estimates), strict=True))
+    columns = {
+        name: with_holm(response, [_effect(measured, name, response, key) for key in keys])
+        for name, response in responses(measured).items()
+    }
     return [
         {
             "base": base,
-            "switch": switch,
-            "row": next(each.row for each in SWITCHES if each.name == switch),
-            "linears": next(m.linears for m in measured if m.key == (base, switch)),
-            "effects": {
-                name: {"estimate": e and vars(e), "text": found[name].cell(e), "p_holm": p}
-                for name, (e, p) in ((name, column[i]) for name, column in columns.items())
-            },
+            "switch": name,
+            "row": next(switch.row for switch in SWITCHES if switch.name == name),
+            "linears": next(m.linears for m in measured if m.key == (base, name)),
+            "effects": {response: column[i] for response, column in columns.items()},
         }
-        for i, (base, switch) in enumerate(keys)
+        for i, (base, name) in enumerate(keys)
     ]
 
 
@@ -145,8 +141,8 @@ _OF_BASELINE = {"Forgetting": attrgetter("baseline"), "Held-out loss, PTQ": attr
 def _effect(measured: Sequence[Measured], name: str, response: Response, key: Key) -> Estimate | None:
     plain = (key[0], PLAIN)
     if name in _OF_BASELINE:
-        scored = [{_OF_BASELINE[name](m) for m in measured if m.key == each} for each in (key, plain)]
-        if scored[0] == scored[1]:
+        ours, theirs = ({_OF_BASELINE[name](m) for m in measured if m.key == side} for side in (key, plain))
+        if ours == theirs:
             return None  # the very same baseline
     return response.contrast({key: 1, plain: -1})
 
@@ -208,11 +204,11 @@ def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Esti
 
 def _clipping(held: Response, limit: float) -> Claim:
     without = ("overflow saturates", "overflow to Inf")
-    changes = {f"{base}: {how}": {(base, how): 1, (base, PLAIN): -1} for base in ("exp8", "exp3") for how in without}
+    changes = {f"{base}: {name}": {(base, name): 1, (base, PLAIN): -1} for base in ("exp8", "exp3") for name in without}
     return Claim(
         "Clipping at the target costs more than the threshold",
         "The text clips to 15; the code does not, and its values go on to the next tier",
-        [Statement(f"{what} is better by more than that", held, each, high=-limit) for what, each in changes.items()],
+        [Statement(f"{name} is better by more than that", held, cells, high=-limit) for name, cells in changes.items()],
         needs="any",
     )
 

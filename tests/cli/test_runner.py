@@ -171,7 +171,7 @@ def test_with_ranks_each_run_is_a_torchrun_that_gets_the_signal_and_saves(texts,
         out = suite.stdout.read()
     assert suite.returncode == 75 and table(out)[0].split() == ["preempted", run.id, "SIGTERM"]
     assert run.status()["state"] == "stopped" and any(run.checkpoints.iterdir())
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming after step" in done.stdout and table(done.stdout)[0].split() == ["done", run.id]
     assert run.environment()["ranks"] == 2
