@@ -248,8 +248,8 @@ VALUES = [
     ("data.label_shift=thrice", "data.label_shift=thrice: unknown value; did you mean 'twice'?"),
     ("logger.mode=dryrun", "logger.mode=dryrun: unknown value; choose one of offline, online, disabled"),
     ("benchmark.split=tset", "benchmark.split=tset: unknown value; did you mean 'test'?"),
-    ("benchmark.tasks.mmlu.limit=0", "benchmark.tasks.mmlu.limit=0: the nearest valid value is 1"),
-    ("benchmark.tasks.mmlu.shots=-1", "benchmark.tasks.mmlu.shots=-1: the nearest valid value is 0"),
+    ("benchmark.tasks.hellaswag.limit=0", "benchmark.tasks.hellaswag.limit=0: the nearest valid value is 1"),
+    ("benchmark.tasks.hellaswag.shots=-1", "benchmark.tasks.hellaswag.shots=-1: the nearest valid value is 0"),
     ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
     ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
     (
