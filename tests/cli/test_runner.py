@@ -164,7 +164,7 @@ def test_with_ranks_each_run_is_a_torchrun_that_gets_the_signal_and_saves(texts,
     ]
     command += ["launch.ranks=2"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as suite:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while len(run.metrics()) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         suite.send_signal(signal.SIGTERM)
