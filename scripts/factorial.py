@@ -1,6 +1,6 @@
 """Cross the paper's factors around exp8: train and score what is missing, and judge the paper's claims.
 
-python scripts/factorial.py [study.seeds=[0,1,2]] [report.out=report] [the overrides of a run]
+python scripts/factorial.py [seeds=[0,1,2]] [launch.ranks=8] [report.out=report] [the overrides of a run]
 """
 
 import sys
@@ -20,15 +20,13 @@ def main(config, _) -> None:
     from qat.studies.page import write_factorial
 
     cells = factorial.design(HydraConfig.get().overrides.task, variant)
-    cells = design.replicated(cells, config.study.seeds or [config.seed])
-    failed = runner.complete(cells)
-    if runner.trained_only():
-        return
+    cells = design.with_seeds(cells, config.seeds or [config.seed])
+    outcomes = runner.complete(cells, config.launch.ranks)
     measured, missing = measures.read(cells)
     page = write_factorial(measured, missing, cells[-1].cfg, Path(config.report.out) / "factorial")
     print(f"\nfactorial: {page}")
-    runner.report(failed)
+    runner.refuse_failed(outcomes)
 
 
 if __name__ == "__main__":
-    entry.run(main, reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks"), reads_text=True)

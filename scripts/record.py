@@ -30,7 +30,7 @@ def main(config, _) -> None:
         experiments = selected(config.runs)
     elif (report / "report.md").exists():
         words = list(HydraConfig.get().overrides.task)
-        experiments = described(config.report.experiments, words, config.report.seeds)
+        experiments = described(config.report.experiments, words, config.seeds)
     else:  # of a study alone
         experiments = []
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
@@ -46,4 +46,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("record", "runs"))
+    entry.run(main, takes=("record", "runs", "seeds"))

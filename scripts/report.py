@@ -22,7 +22,7 @@ def main(config, _) -> None:
 
     if config.runs is None:
         words = list(HydraConfig.get().overrides.task)
-        experiments = described(config.report.experiments, words, config.report.seeds)
+        experiments = described(config.report.experiments, words, config.seeds)
     else:
         experiments = selected(config.runs)
     context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
@@ -31,4 +31,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("runs",))
+    entry.run(main, takes=("runs", "seeds"))

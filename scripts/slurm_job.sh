@@ -1,6 +1,6 @@
 #!/bin/bash
 # A job of `make suite LAUNCHER=slurm`: one line of a file of jobs, an element of an array. Nodes and GPUs are asked for
-# where it is submitted (scripts/slurm_submit.sh); SBATCH="--time=24:00:00" there overrides what stands here.
+# where it is submitted (qat/cli/slurm.py); SBATCH="--time=24:00:00" there overrides what stands here.
 #SBATCH --ntasks-per-node=1
 #SBATCH --mem-per-cpu=4G
 #SBATCH --time=12:00:00

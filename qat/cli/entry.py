@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.cli import sweep
+from qat.cli.outcomes import explain_error
 from qat.cli.validate import validate, validate_ranks, validate_surroundings
 from qat.config import Config, register
 from qat.data import manuals
@@ -33,8 +35,8 @@ CONF = str(ROOT / "conf")
 def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (), reads_text: bool = False) -> None:
     """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
 
-    takes: of `run`, `runs` and `record`, the keys by which the script takes folders. reads_text: prepare it first where
-    it is missing, for runs are named by it.
+    takes: of the keys in `_OF_SOME`, those that the script takes. reads_text: prepare it first where it is missing, for
+    runs are named by it.
     In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.cli.sweep`).
     Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
@@ -109,30 +111,37 @@ def _mendable(
         raise UserError(explain_error(error)) from error
 
 
+LAUNCH = ("launch.launcher", "launch.ranks", "launch.nodes", "launch.sbatch")
+_OF_SOME = {  # keys that only some scripts take: what to do where one does not
+    **dict.fromkeys(("run", "runs", "record"), "give it the overrides that made a run"),
+    "seeds": "give it one seed, as in seed=1",
+    **dict.fromkeys(LAUNCH, "leave it out"),
+}
+
+
 def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
-    for key in ("run", "runs", "record"):
-        if key not in takes and getattr(config, key) is not None:
-            name = Path(sys.argv[0]).name
-            raise ConfigError(
-                f"{key}={getattr(config, key)}: {name} does not take it; give it the overrides that made a run"
-            )
+    for key, fix in _OF_SOME.items():
+        value = attrgetter(key)(config)
+        if key not in takes and value != attrgetter(key)(Config()):
+            raise ConfigError(f"{key}={value}: {Path(sys.argv[0]).name} does not take it; {fix}")
     return config
 
 
 def config_of_folder(config: Config, *groups: str) -> Config:
-    """Return the configuration of the run folder that `config` names, if any, else `config` itself. What the command
-    line says of `groups` is as it says: a group (benchmark=paper), or a key of the folder's (benchmark.batch_size=4).
-    Errors: UserError of `config_of`; ConfigError for a word of anything else, which the folder knows and nothing would
-    read."""
+    """Return the configuration of the run folder that `config` names, if any, else `config` itself.
+
+    Overrides of `groups` on the command line count: a group (benchmark=paper), or a key of it (benchmark.batch_size=4).
+    Errors: UserError of `config_of_run`; ConfigError for any other override, which would have no effect.
+    """
     if not config.run:
         return config
-    of_run, words = config_of_run(config.run), HydraConfig.get().overrides.task
-    paths = [re.match(r"[+~]*([\w.]*)", word)[1].split(".") for word in words]
-    for word, path in sorted(zip(words, paths, strict=True), key=lambda each: len(each[1])):
+    of_run, overrides = config_of_run(config.run), HydraConfig.get().overrides.task
+    paths = [re.match(r"[+~]*([\w.]*)", override)[1].split(".") for override in overrides]
+    for override, path in sorted(zip(overrides, paths, strict=True), key=lambda pair: len(pair[1])):
         if path[0] in groups:
             _carry(path, config, of_run)
         elif path != ["run"]:
-            raise ConfigError(f"{word}: has no effect beside run=, which takes words of {', '.join(groups)} alone")
+            raise ConfigError(f"{override}: has no effect beside run=, which takes those of {', '.join(groups)} alone")
     return of_run
 
 
@@ -194,19 +203,6 @@ def _entries(node, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     for key, value in children.items():
         yield f"{prefix}{key}", value, key in known
         yield from _entries(value, f"{prefix}{key}.")
-
-
-def explain_error(error: Exception) -> str:
-    """Return in one line what Hydra, OmegaConf, the YAML reader or the system says."""
-    mark = getattr(error, "problem_mark", None)
-    if mark:
-        return f"{mark.name}, line {mark.line + 1}: not YAML ({error.problem}); mind indentation, colons and brackets"
-    if isinstance(error, UnicodeDecodeError):
-        return f"a file of the configuration is not text in UTF-8 ({error}); write it anew"
-    if isinstance(error, OSError) and not isinstance(error, HydraException):  # a full disk, no permission
-        return f"{error.filename or 'system'}: {error.strerror or error}"
-    said = " ".join(str(each) for each in (error, error.__cause__) if each)
-    return " ".join(said.partition("Config search path:")[0].split())[:400]
 
 
 def config_of_run(folder: str) -> Config:

@@ -1,57 +1,76 @@
-"""Train and score many runs: what is missing, baselines first, and what became of each."""
+"""Train and score many runs: what is missing, baselines first, and what became of each.
+
+`make exp1` ... `make exp8`, `suite`, `rerun_noise`, `factorial` and `audit` all come here. With one rank, runs are
+trained and scored in this process. With several, each is trained by a torchrun of its own and scored by a process of
+its own, so that a failure ends only its run and this process holds no memory of a GPU.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+import subprocess
+import sys
 import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
 
 from qat.analysis.compare import against_baseline
 from qat.analysis.rerun_noise import original, rerun_noise
 from qat.cli import preflight
+from qat.cli.outcomes import Outcome, attempt, print_table, summarize
 from qat.config import Config
-from qat.errors import UserError
+from qat.errors import ConfigError, UserError
 from qat.eval.evaluate import evaluate
 from qat.report.text import RERUN_HEADER, markdown, rerun_cells, table
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
-from qat.studies.design import Cell
+from qat.runs.job import Job, with_baselines
 from qat.train import wandb_log
 from qat.train.loop import train
-from qat.utils import distributed, environment
+from qat.utils import distributed, environment, signals
+from qat.utils.environment import ROOT
 
 
-def complete(cells: Sequence[Cell]) -> dict[str, str]:
-    """Train and score what is missing of `cells`, all baselines first; returns {run id: why it failed}.
+def complete(jobs: Iterable[Job], ranks: int = 1) -> list[Outcome]:
+    """Train and score what is missing of `jobs` and their baselines, and print a table of what became of each.
 
-    A run that fails stops no other, save those whose baseline it is. Under torchrun runs are only trained, and the
-    first failure ends it all: the ranks must not part.
+    A run that fails stops no other, save those whose baseline it is. A signal or Ctrl-C stops them all. Errors:
+    ConfigError before anything is trained, for what so many ranks cannot train.
     """
-    jobs = {run_id(cfg): cfg for cfg in (*(baseline_of(cell.cfg) for cell in cells), *(cell.cfg for cell in cells))}
-    missing = [name for name, cfg in jobs.items() if not Run.of(cfg).finished]
-    failed, started = {}, time.monotonic()
-    for number, (name, cfg) in enumerate(jobs.items(), start=1):
-        left = sum(each in missing for each in list(jobs)[number - 1 :])
-        print(f"\n[{number} of {len(jobs)}] {name}{_estimate(started, len(missing) - left, left)}", flush=True)
-        cause = failed.get(run_id(baseline_of(cfg)))
-        reason = f"its baseline failed: {cause}" if cause else _attempt(cfg)
-        if reason:
-            failed[name] = reason
-            print(f"failed: {reason}", flush=True)
-    return failed
+    if environment.world_size() > 1:
+        raise ConfigError(f"WORLD_SIZE={environment.world_size()}: start one process, with launch.ranks for many GPUs")
+    jobs = with_baselines(jobs)
+    for job in jobs.values():
+        distributed.check_world_size(job.cfg, ranks)
+    missing = {name for name, job in jobs.items() if not Run.of(job.cfg).finished}
+    outcomes, started = {name: Outcome(name, "not begun") for name in jobs}, time.monotonic()
+    try:
+        for number, (name, job) in enumerate(jobs.items(), start=1):
+            left = len(missing.intersection(list(jobs)[number - 1 :]))
+            print(f"\n[{number} of {len(jobs)}] {name}{_estimate(started, len(missing) - left, left)}", flush=True)
+            outcomes[name] = _outcome(name, job, outcomes[run_id(baseline_of(job.cfg))], ranks)
+            if outcomes[name].reason:
+                print(f"failed: {outcomes[name].reason}", flush=True)
+    except signals.Preempted as stop:
+        outcomes[name] = Outcome(name, "preempted", str(stop))
+        raise
+    except KeyboardInterrupt:
+        outcomes[name] = Outcome(name, "stopped", "Ctrl-C")
+        raise
+    finally:
+        print_table(list(outcomes.values()), "runs:")
+    return list(outcomes.values())
 
 
-def trained_only() -> bool:
-    """Return whether this is one of many ranks, which train and leave the rest to a single process."""
-    return environment.world_size() > 1
-
-
-def report(failed: Mapping[str, str]) -> None:
-    """Print every failed run with its reason, and raise `UserError` when there is one."""
-    for name, reason in failed.items():
-        print(f"  failed  {name}  {reason}")
-    if failed:
-        raise UserError(f"{len(failed)} runs failed; the same command runs only what is missing")
+def refuse_failed(outcomes: Sequence[Outcome]) -> None:
+    """Raise `UserError` when a run failed: the last line of a command of many runs."""
+    code, line = summarize(outcomes)
+    if code:
+        raise UserError(line)
 
 
 def _estimate(started: float, done: int, left: int) -> str:
@@ -60,20 +79,53 @@ def _estimate(started: float, done: int, left: int) -> str:
     return f", about {(time.monotonic() - started) / done * left / 60:.0f} min left"
 
 
-def _attempt(cfg: Config) -> str:
-    """Train and score one run; returns why that failed, or nothing."""
-    try:
-        train_with_baseline(cfg)
-        if not trained_only():
-            evaluate_and_compare(cfg)
-    except Exception as error:
-        if trained_only():
+def _outcome(name: str, job: Job, baseline: Outcome, ranks: int) -> Outcome:
+    """Train and score one run, unless its baseline failed; returns what became of it."""
+    if baseline.state == "failed":
+        return Outcome(name, "failed", f"its baseline failed: {baseline.reason}")
+    outcome, _ = attempt(name, lambda: _train_and_score(job, ranks))
+    gc.collect()  # models and optimizers are in cycles; the next run needs their memory
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return outcome
+
+
+def _train_and_score(job: Job, ranks: int) -> None:
+    if ranks == 1:
+        train_with_baseline(job.cfg)
+        evaluate_and_compare(job.cfg)
+        return
+    if job.cfg.retrain or not Run.of(job.cfg).finished:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        _call([*torchrun, ROOT / "scripts" / "train.py"], job)
+    _call([ROOT / "scripts" / "eval.py"], job)
+
+
+def _call(command: Sequence[str | Path], job: Job) -> None:
+    """Run a command of this interpreter on a job's overrides, and forward to it what stops this process.
+
+    Errors: UserError when it ends with another exit code than 0.
+    """
+    # Experiments that are sweeps of their own would otherwise be one here, too.
+    command = [sys.executable, *command, "hydra.mode=RUN", *job.overrides]
+    # In a process group of its own, so that Ctrl-C reaches it once, from here.
+    how = {"env": torchrun_environment(), "stdin": subprocess.DEVNULL, "process_group": 0}
+    with subprocess.Popen(command, **how) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt as stop:
+            preempted = isinstance(stop, signals.Preempted)
+            process.send_signal(signal.Signals[str(stop)] if preempted else signal.SIGINT)
+            process.wait()  # while it saves
             raise
-        if isinstance(error, UserError):
-            return str(error)
-        traceback.print_exc()  # a defect of ours, to be seen whole
-        return " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    return ""
+    if code:
+        raise UserError(Run.of(job.cfg).status().get("reason") or f"exit code {code}; the lines above say why")
+
+
+def torchrun_environment() -> dict[str, str]:
+    """Return the environment with what torchrun needs to forward a scheduler's signals and to wait for a checkpoint."""
+    needs = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"}
+    return needs | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ
 
 
 def train_with_baseline(cfg: Config) -> list[Run]:

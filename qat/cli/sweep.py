@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
+from qat.cli.outcomes import Outcome, attempt, print_table, summarize
 from qat.errors import ConfigError, UserError
 from qat.utils import environment, files
-from qat.utils.signals import REQUEUE, Preempted
+from qat.utils.signals import Preempted
 
 
 class Sweep(Callback):
@@ -35,73 +35,64 @@ def run(job: Callable[[], None]) -> None:
     if hydra.mode != RunMode.MULTIRUN:
         job()
         return
-    folder, number, words = Path(hydra.runtime.output_dir), hydra.job.num, list(hydra.overrides.task)
+    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
 
-    def became(state: str, reason: str = "") -> None:
-        outcome = {"words": words, "state": state, "reason": reason}
-        files.replace(folder / f"job-{number:04}.json", json.dumps(outcome))
+    def write(state: str, reason: str) -> None:
+        content = {"overrides": overrides, "state": state, "reason": reason}
+        files.replace(folder / f"job-{hydra.job.num:04}.json", json.dumps(content))
 
-    if any(outcome["state"] == "preempted" for outcome in _outcomes(folder)):
-        became("preempted", "not begun")  # the machine is taken away from all of them
-        return
-    became("begun")
-    try:
+    def work() -> None:
         _refuse_dropped(hydra)
         job()
-        became("done")
-    except UserError as error:
-        became("failed", str(error))
-        if environment.world_size() > 1 and not isinstance(
-            error, ConfigError
-        ):  # of a bad configuration every rank knows
-            raise
+
+    if any(outcome.state == "preempted" for _, outcome in _outcomes(folder)):
+        write("preempted", "not begun")  # the machine is taken away from all of them
+        return
+    write("failed", "ended without a word")  # unless it lives to say more
+    try:
+        outcome, error = attempt("", work)
     except Preempted as stop:
-        became("preempted", str(stop))
+        write("preempted", str(stop))
+        return
     except KeyboardInterrupt:
-        became("stopped", "Ctrl-C")
+        write("stopped", "Ctrl-C")
         raise
-    except Exception as error:  # a defect of ours, to be seen whole where the job ran
-        traceback.print_exc()
-        became("failed", " ".join(f"{type(error).__name__}: {error}".split())[:400])
-        if environment.world_size() > 1:
-            sys.exit(1)
+    write(outcome.state, outcome.reason)
+    if error and environment.world_size() > 1 and not isinstance(error, ConfigError):  # which every rank knows
+        if isinstance(error, UserError):
+            raise error
+        sys.exit(1)
 
 
 def _refuse_dropped(hydra) -> None:
     """Raise `ConfigError` for an experiment that is a sweep itself, which Hydra drops in a sweep over experiments."""
-    given = {word.partition("=")[0] for word in hydra.overrides.task}
+    given = {override.partition("=")[0] for override in hydra.overrides.task}
     dropped = [f"{key}={values}" for key, values in (hydra.sweeper.params or {}).items() if key not in given]
     if dropped:
-        words = " ".join(word for word in hydra.overrides.task if word.startswith("experiment="))
+        experiment = " ".join(override for override in hydra.overrides.task if override.startswith("experiment="))
         raise ConfigError(
-            f"{words}: sweeps {' '.join(dropped)} itself, which a sweep over experiments drops; start it in a command "
-            f"of its own"
+            f"{experiment}: sweeps {' '.join(dropped)} itself, which a sweep over experiments drops; start it in a "
+            f"command of its own"
         )
 
 
 def report() -> int:
-    """Print what became of every job of this process's sweep, if it has one. Returns the exit code: 2 when one failed,
-    else REQUEUE when one was preempted, else 0."""
-    if Sweep.folder is None or not Sweep.folder.exists() or not (outcomes := _outcomes(Sweep.folder)):
+    """Print what became of every job of this process's sweep, if it has one. Returns the exit code."""
+    if Sweep.folder is None or not Sweep.folder.exists() or not (jobs := _outcomes(Sweep.folder)):
         return 0
-    shared = set.intersection(*(set(outcome["words"]) for outcome in outcomes)) if len(outcomes) > 1 else set()
-    print("\nsweep:", *(word for word in outcomes[0]["words"] if word in shared))
-    for outcome in outcomes:
-        if outcome["state"] == "begun":  # killed outright
-            outcome |= {"state": "failed", "reason": "ended without a word"}
-    cells = [" ".join(word for word in outcome["words"] if word not in shared) for outcome in outcomes]
-    for outcome, cell in zip(outcomes, cells, strict=True):
-        print(f"  {outcome['state']:<9}  {cell:<{max(map(len, cells))}}  {outcome['reason']}".rstrip())
-    sys.stdout.flush()
-    states = [outcome["state"] for outcome in outcomes]
-    for state, code, start in (("failed", 2, "error: "), ("preempted", REQUEUE, "")):
-        if state in states:
-            count = f"{states.count(state)} of {len(states)} jobs"
-            print(f"{start}{count} {state}; the same command runs only what is missing", file=sys.stderr)
-            return code
-    return 0
+    shared = set.intersection(*(set(overrides) for overrides, _ in jobs)) if len(jobs) > 1 else set()
+    for overrides, outcome in jobs:
+        outcome.name = " ".join(override for override in overrides if override not in shared)
+    outcomes = [outcome for _, outcome in jobs]
+    print_table(outcomes, " ".join(["sweep:", *(override for override in jobs[0][0] if override in shared)]))
+    code, line = summarize(outcomes)
+    if code:
+        print(f"error: {line}" if code == 2 else line, file=sys.stderr)
+    return code
 
 
-def _outcomes(folder: Path) -> list[dict]:
+def _outcomes(folder: Path) -> list[tuple[list[str], Outcome]]:
+    """Return the overrides of a sweep's jobs, as far as they have begun, and what became of each."""
     folder.chmod(folder.stat().st_mode)  # an NFS client then lists the folder anew, with what other machines wrote
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
+    jobs = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
+    return [(job["overrides"], Outcome("", job["state"], job["reason"])) for job in jobs]

@@ -27,10 +27,12 @@ def validate(cfg: Config) -> None:
         if not low <= value <= high:
             bound = low if value < low else high
             raise ConfigError(f"{key}={value}: must lie in [{low}, {high}]; the nearest valid value is {bound}")
-    for key in ("report.seeds", "study.seeds"):
-        seeds = attrgetter(key)(cfg) or []
-        if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
-            raise ConfigError(f"{key}={seeds}: must be different seeds from 0 up, as in [0,1,2]")
+    seeds = cfg.seeds or []
+    if len(set(seeds)) < len(seeds) or not all(0 <= seed < 2**31 for seed in seeds):
+        raise ConfigError(f"seeds={seeds}: must be different seeds from 0 up, as in [0,1,2]")
+    if cfg.launch.launcher != "slurm" and (cfg.launch.nodes > 1 or cfg.launch.sbatch):
+        key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
+        raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
     texts = (_check_sources, _check_validation, _check_benchmark)
     for check in (_check_names, _check_batch, _check_warmup, _check_quant, *texts):
         check(cfg)
@@ -75,6 +77,8 @@ _RANGES = [
     ("budget.checkpoint_every", 1, _INF),
     ("budget.telemetry_every", 1, _INF),
     ("bench.rounds", 1, _INF),
+    ("launch.ranks", 1, _INF),
+    ("launch.nodes", 1, _INF),
     ("budget.largest_logits", 2**16, _INF),
     ("benchmark.batch_size", 1, _INF),
 ]
@@ -99,21 +103,22 @@ _LAUNCHERS = {  # as conf/hydra/launcher has them, and what they are made of
 }
 
 
-def validate_surroundings(words: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for command-line words that lead out of conf/, ask for a launcher that is not installed, or
-    give a group a number, where Hydra does not say which word it is; and for malformed environment variables."""
-    for word in words:
-        group, _, option = word.partition("=")
+def validate_surroundings(overrides: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for overrides that lead out of conf/, ask for a launcher that is not installed, or give a
+    group a number, where Hydra does not say which one it is; and for malformed environment variables."""
+    for override in overrides:
+        group, _, option = override.partition("=")
         if ".." in option.split("/") and "." not in group:
             raise ConfigError(
-                f"{word}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full path"
+                f"{override}: leads out of its folder; name a file of conf/{group.lstrip('+')} or a folder by its full "
+                f"path"
             )
         plugin = _LAUNCHERS.get(option) if group == "hydra/launcher" else None
         if plugin and not importlib.util.find_spec(plugin):
-            raise ConfigError(f"{word}: its plugin is not installed; pip install -e '.[launchers]'")
+            raise ConfigError(f"{override}: its plugin is not installed; pip install -e '.[launchers]'")
         names = sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml")) if group.isidentifier() else []
         if names and re.match(r"[-+.]?\d", option) and option.partition(",")[0] not in names:
-            raise ConfigError(f"{word}: is a group and takes a name; choose one of {', '.join(names)}")
+            raise ConfigError(f"{override}: is a group and takes a name; choose one of {', '.join(names)}")
     _check_variables(_VARIABLES, environ)
 
 

@@ -23,6 +23,9 @@ from qat.runs import fingerprints
 from qat.runs.identity import digest, run_id
 from qat.utils import environment, files
 
+# Groups of commands, which say nothing of a run; those of recorded runs are of their time.
+_OF_COMMANDS = ("report", "launch", "study", "bench", "export", "dashboard")
+
 
 @contextlib.contextmanager
 def _readable(path: Path):
@@ -41,7 +44,8 @@ def _parsed(text: str) -> dict:
 
 @functools.lru_cache(1024)
 def _typed(text: str) -> Config:
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), _parsed(text)))
+    run = {key: value for key, value in _parsed(text).items() if key not in _OF_COMMANDS}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), run))
 
 
 def _mapping(content, *required: str) -> dict:

@@ -9,7 +9,7 @@ weights, duplicates) has a baseline of its own, and what it does to forgetting i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -21,10 +21,9 @@ from qat.config import Config
 from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.studies import measures
-from qat.studies.contrasts import Claim, Estimate, Response, Statement, holm
+from qat.studies.contrasts import Claim, Estimate, Response, Statement, with_holm
 from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import Measured
-from qat.utils import environment
 
 PLAIN = "as the text"
 SPLIT = "exp8, a sequence a call"  # exp8 with a step's sequences in as many calls: a tick a call is then another thing
@@ -37,7 +36,7 @@ class Switch:
 
     name: str
     row: int | None
-    words: list[str] = field(default_factory=list)
+    overrides: list[str]
     bases: tuple[str, ...] = ("exp8",)
 
 
@@ -60,31 +59,32 @@ SWITCHES = (
 SCOPES = (PLAIN, "MLP of all blocks", "attention too", "attention too, all blocks")
 
 
-def design(words: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str, str]]:
-    """Return the cells under command-line words, and {switch: why it is left out}. A key is (base, switch)."""
-    own = {word.partition("=")[0] for switch in SWITCHES for word in switch.words}
-    refuse(words, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
-    if any(word.startswith("protocol=") and word != "protocol=paper" for word in words):
+def design(overrides: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str, str]]:
+    """Return the cells under command-line overrides, and {switch: why it is left out}. A key is (base, switch)."""
+    own = {override.partition("=")[0] for switch in SWITCHES for override in switch.overrides}
+    refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
+    if any(override.startswith("protocol=") and override != "protocol=paper" for override in overrides):
         raise ConfigError("protocol=released: the audit throws its switches one at a time; set protocol=paper")
-    words = list(words)
-    bases = {name: (name, words) for name in ("exp8", "exp3")}
+    bases = {"exp8": ("exp8", []), "exp3": ("exp3", [])}  # (experiment, changes)
     left_out = {}
-    split = _split(compose("exp8", words, []))
+    split = _split(compose("exp8", overrides, []).cfg)
     if split is None:
         left_out["a tick a call"] = "a step is one sequence, so calls are steps; set budget.micro_batch=2 or more"
     else:
-        bases[SPLIT] = ("exp8", words + split)
-    cells = [Cell((base, PLAIN), compose(name, given, [])) for base, (name, given) in bases.items()]
-    for switch in SWITCHES:
-        for base in (each for each in switch.bases if each in bases):
-            name, given = bases[base]
-            cells.append(Cell((base, switch.name), compose(name, given, switch.words)))
+        bases[SPLIT] = ("exp8", split)
+    keys = [(base, PLAIN, []) for base in bases]
+    keys += [(base, switch.name, switch.overrides) for switch in SWITCHES for base in switch.bases if base in bases]
+    cells = []
+    for base, name, changes in keys:
+        experiment, of_base = bases[base]
+        job = compose(experiment, overrides, [*of_base, *changes])
+        cells.append(Cell(job.cfg, job.overrides, (base, name)))
     return cells, left_out
 
 
-def trainable(cells: Sequence[Cell]) -> tuple[list[Cell], dict[str, str]]:
-    """Return those cells that can be trained here or have been trained, and {label: why it is left out}."""
-    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and environment.world_size() == 1]
+def trainable(cells: Sequence[Cell], ranks: int) -> tuple[list[Cell], dict[str, str]]:
+    """Return those cells that so many ranks can train or have trained, and {label: why it is left out}."""
+    alone = [cell for cell in cells if cell.cfg.scaling.sync == "none" and ranks == 1]
     left_out = [cell for cell in alone if not Run.of(cell.cfg).finished]
     why = "one rank has nobody to synchronize with; train it with RANKS=2 or more, a divisor of budget.accumulation"
     return [cell for cell in cells if cell not in left_out], {cell.label: why for cell in left_out}
@@ -106,23 +106,19 @@ def _split(cfg: Config) -> list[str] | None:
 def effects(measured: Sequence[Measured]) -> list[dict]:
     """Estimate every switch's effect on each response, a row a base, with Holm's correction over switches."""
     keys = list(dict.fromkeys(m.key for m in measured if m.key[1] != PLAIN))
-    found = responses(measured)
-    columns = {}
-    for name, response in found.items():
-        estimates = [_effect(measured, name, response, key) for key in keys]
-        columns[name] = list(zip(estimates, holm(estimates), strict=True))
+    columns = {
+        name: with_holm(response, [_effect(measured, name, response, key) for key in keys])
+        for name, response in responses(measured).items()
+    }
     return [
         {
             "base": base,
-            "switch": switch,
-            "row": next(each.row for each in SWITCHES if each.name == switch),
-            "linears": next(m.linears for m in measured if m.key == (base, switch)),
-            "effects": {
-                name: {"estimate": e and vars(e), "text": found[name].cell(e), "p_holm": p}
-                for name, (e, p) in ((name, column[i]) for name, column in columns.items())
-            },
+            "switch": name,
+            "row": next(switch.row for switch in SWITCHES if switch.name == name),
+            "linears": next(m.linears for m in measured if m.key == (base, name)),
+            "effects": {response: column[i] for response, column in columns.items()},
         }
-        for i, (base, switch) in enumerate(keys)
+        for i, (base, name) in enumerate(keys)
     ]
 
 
@@ -145,8 +141,8 @@ _OF_BASELINE = {"Forgetting": attrgetter("baseline"), "Held-out loss, PTQ": attr
 def _effect(measured: Sequence[Measured], name: str, response: Response, key: Key) -> Estimate | None:
     plain = (key[0], PLAIN)
     if name in _OF_BASELINE:
-        scored = [{_OF_BASELINE[name](m) for m in measured if m.key == each} for each in (key, plain)]
-        if scored[0] == scored[1]:
+        ours, theirs = ({_OF_BASELINE[name](m) for m in measured if m.key == side} for side in (key, plain))
+        if ours == theirs:
             return None  # the very same baseline
     return response.contrast({key: 1, plain: -1})
 
@@ -208,11 +204,11 @@ def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Esti
 
 def _clipping(held: Response, limit: float) -> Claim:
     without = ("overflow saturates", "overflow to Inf")
-    changes = {f"{base}: {how}": {(base, how): 1, (base, PLAIN): -1} for base in ("exp8", "exp3") for how in without}
+    changes = {f"{base}: {name}": {(base, name): 1, (base, PLAIN): -1} for base in ("exp8", "exp3") for name in without}
     return Claim(
         "Clipping at the target costs more than the threshold",
         "The text clips to 15; the code does not, and its values go on to the next tier",
-        [Statement(f"{what} is better by more than that", held, each, high=-limit) for what, each in changes.items()],
+        [Statement(f"{name} is better by more than that", held, cells, high=-limit) for name, cells in changes.items()],
         needs="any",
     )
 

@@ -133,10 +133,14 @@ class Response:
         return self.text(estimate) + self.fewer(estimate)
 
 
-def holm(estimates: Sequence[Estimate | None]) -> list[float | None]:
-    """Return the estimates' p-values after Holm's correction, where they have one."""
-    corrected = iter(stats.holm([e.p for e in estimates if e is not None and e.p is not None]))
-    return [None if e is None or e.p is None else next(corrected) for e in estimates]
+def with_holm(response: Response, estimates: Sequence[Estimate | None]) -> list[dict]:
+    """Return {estimate, text, p_holm} of estimates of a response, JSON-able.
+
+    p_holm: the p-value after Holm's correction over all of them; None where an estimate has none.
+    """
+    tested = [estimate for estimate in estimates if estimate is not None and estimate.p is not None]
+    corrected = dict(zip(map(id, tested), stats.holm([estimate.p for estimate in tested]), strict=True))
+    return [{"estimate": e and vars(e), "text": response.cell(e), "p_holm": corrected.get(id(e))} for e in estimates]
 
 
 # -------------------------------------------------------------------------------------------------- verdicts
@@ -166,7 +170,7 @@ class Statement:
             "statement": self.what,
             "response": response.name,
             "unit": response.unit + response.fewer(estimate),
-            "estimate": None if estimate is None else vars(estimate),
+            "estimate": estimate and vars(estimate),
             "text": response.text(estimate),
             "region": [self.low, self.high],
             "verdict": judge(estimate, -math.inf if low is None else low, math.inf if high is None else high),
@@ -228,7 +232,7 @@ def _why(verdict: str, judged: Sequence[dict]) -> str:
     if verdict != OPEN:
         agreed = len(others) + 1 == len(judged) > 1
         rest = ("; so is the other" if len(judged) == 2 else "; so are the others") if agreed else ""
-        return f"{name} is {verdict}: {value}, {_told(first)}{rest}."
+        return f"{name} is {verdict}: {value}, {_placed(first)}{rest}."
     if first["estimate"] is None:
         return f"{name}: {first['without']}."
     if first["estimate"]["low"] is None:
@@ -236,7 +240,7 @@ def _why(verdict: str, judged: Sequence[dict]) -> str:
     return f"{name}: {value}, {_spanned(first['region'])}."
 
 
-def _told(statement: Mapping) -> str:
+def _placed(statement: Mapping) -> str:
     """Say where an interval lies that decides a statement."""
     where = region(statement["region"])
     return f"all of it {where}" if statement["verdict"] == SUPPORTED else f"none of it {where}"

@@ -1,4 +1,4 @@
-"""The runs of a study: which there are, and training and scoring those that are missing."""
+"""The runs of a study: which there are, and of which cell each is."""
 
 from __future__ import annotations
 
@@ -6,39 +6,38 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qat.config import Config
 from qat.errors import ConfigError
+from qat.runs.job import Job
 
 Key = tuple[str, ...]  # the levels of a cell, one a factor
-# (experiment, command-line words, changes) -> its configuration: `qat.cli.experiments.variant`.
-Compose = Callable[[str, list[str], list[str]], Config]
+# (experiment, command-line overrides, changes) -> its job: `qat.cli.experiments.variant`
+Compose = Callable[[str, Sequence[str], Sequence[str]], Job]
 
 
 @dataclass
-class Cell:
+class Cell(Job):
     """One run of a study. Cells of one key differ in their seed."""
 
     key: Key
-    cfg: Config
 
     @property
     def label(self) -> str:
         return f"{', '.join(self.key)}, seed {self.cfg.seed}"
 
 
-def replicated(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:
-    """Return every cell at every seed, one seed after the other."""
-    found = []
+def with_seeds(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:
+    """Return every cell with every seed, one seed after the other."""
+    seeded = []
     for seed in seeds:
         for cell in cells:
             cfg = copy.deepcopy(cell.cfg)
             cfg.seed = seed
-            found.append(Cell(cell.key, cfg))
-    return found
+            seeded.append(Cell(cfg, [*cell.overrides, f"seed={seed}"], cell.key))
+    return seeded
 
 
-def refuse(words: Iterable[str], own: Sequence[str], study: str) -> None:
+def refuse(overrides: Iterable[str], own: Sequence[str], study: str) -> None:
     """Raise `ConfigError` when the command line sets what the study itself sets."""
-    for word in words:
-        if word.lstrip("+").partition("=")[0] in own:
-            raise ConfigError(f"{word}: the {study} sets this itself; leave it out")
+    for override in overrides:
+        if override.lstrip("+").partition("=")[0] in own:
+            raise ConfigError(f"{override}: the {study} sets this itself; leave it out")

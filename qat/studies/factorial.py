@@ -30,7 +30,7 @@ import numpy as np
 
 from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, TASKS
 from qat.studies import measures
-from qat.studies.contrasts import Claim, Response, Statement, Weights, holm
+from qat.studies.contrasts import Claim, Response, Statement, Weights, with_holm
 from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import MODES, Measured
 
@@ -58,17 +58,18 @@ _CONTRASTS = {
 }
 
 
-def design(words: Sequence[str], compose: Compose) -> list[Cell]:
-    """Return the grid's distinct runs under command-line words, those of one learning rate together."""
-    refuse(words, _SET, "factorial")
+def design(overrides: Sequence[str], compose: Compose) -> list[Cell]:
+    """Return the grid's distinct runs under command-line overrides, those of one learning rate together."""
+    refuse(overrides, _SET, "factorial")
     levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
-    composed = {name: compose("exp8", list(words), changes) for name, changes in levels.items()}
+    composed = {name: compose("exp8", overrides, changes) for name, changes in levels.items()}
     cells = []
     for rate, warmup, scaling in itertools.product(RATES, WARMUPS, SCALINGS):
         # Each factor is a group of its own, so a cell takes one from each; composing all would take long.
-        cfg = copy.deepcopy(composed[scaling])
-        cfg.optim, cfg.warmup = copy.deepcopy((composed[rate].optim, composed[warmup].warmup))
-        cells.append(Cell((scaling, rate, warmup), cfg))
+        cfg = copy.deepcopy(composed[scaling].cfg)
+        cfg.optim, cfg.warmup = copy.deepcopy((composed[rate].cfg.optim, composed[warmup].cfg.warmup))
+        changes = [*composed[scaling].overrides, *RATES[rate], *WARMUPS[warmup]]
+        cells.append(Cell(cfg, changes, (scaling, rate, warmup)))
     return cells
 
 
@@ -128,13 +129,11 @@ def effects(measured: Sequence[Measured]) -> list[dict]:
     tables, twice = [], repeated(measured)
     for name, response in responses(measured).items():
         left_out = (*twice, *(_PREDICTS_NOTHING if name in ("overshoot", "clipped") else ()))
-        estimates = {label: response.contrast(cells) for label, cells in contrasts(left_out).items()}
-        rows = [
-            {"effect": label, "estimate": None if e is None else vars(e), "text": response.cell(e), "p_holm": p}
-            for (label, e), p in zip(estimates.items(), holm(list(estimates.values())), strict=True)
-        ]
+        cells = contrasts(left_out)
+        rows = with_holm(response, [response.contrast(weights) for weights in cells.values()])
         about = {"response": response.name, "unit": response.unit, "log": response.log, "noise": response.noise()}
-        tables.append(about | {"effects": rows})
+        effects = [{"effect": label} | row for label, row in zip(cells, rows, strict=True)]
+        tables.append(about | {"effects": effects})
     return tables
 
 
@@ -165,9 +164,14 @@ def claims(measured: Sequence[Measured]) -> list[dict]:
 
 def _thresholds(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
     """Return the thresholds beside a cell's baseline: (held-out loss in nats, points over all questions)."""
-    alike = [m for m in measured if m.key[1] == key[1]] or measured
+    alike = _of_rate(measured, key[1])
     loss = float(np.mean([m.losses("baseline").mean() for m in alike]))
     return APE_THRESHOLD / 100 * loss, _drop(alike, "baseline")
+
+
+def _of_rate(measured: Sequence[Measured], rate: str) -> Sequence[Measured]:
+    """Return the runs of a learning rate; all, where it has none."""
+    return [m for m in measured if m.key[1] == rate] or measured
 
 
 def _drop(measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
@@ -261,8 +265,7 @@ def _necessary(measured: Sequence[Measured], by_name: Mapping[str, Response], fi
 
 def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
     loss, _ = _thresholds(measured)
-    alike = [m for m in measured if m.key[1] == RECIPE[1]] or measured
-    at = {RECIPE: 1}
+    alike, at = _of_rate(measured, RECIPE[1]), {RECIPE: 1}
     statements = [Statement("held-out loss within the threshold", measures.heldout(measured, mode), at, high=loss)]
     if mode == "w8a8":  # of the training, however it is scored afterwards
         ape = measures.ape(measured)

@@ -140,11 +140,11 @@ def _response(
     name: str,
     unit: str,
     digits: int,
-    of: Callable[[Measured], Sequence[float]],
+    take: Callable[[Measured], Sequence[float]],
     sampled: str = "",
     key: Callable[[Measured], Key] = lambda m: m.key,
     log: bool = False,
 ) -> Response:
-    values = {(key(m), m.seed): np.asarray(of(m), float) for m in measured}
+    values = {(key(m), m.seed): np.asarray(take(m), float) for m in measured}
     finite = {k: v for k, v in values.items() if np.isfinite(v).all()}
     return Response(name, unit, digits, finite, sampled, log, without=len(values) - len(finite))

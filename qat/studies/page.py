@@ -36,17 +36,15 @@ def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cf
     """Write `factorial.md`, `.json` and `.png` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
     claims, effects = factorial.claims(measured), factorial.effects(measured)
-    cells, header = _cells(measured)
-    parts = [f"# {TITLES['factorial']}", _summary(claims), READING, _listed(_facts(measured, cfg))]
-    parts += [*_missing(missing), _REPEATED if factorial.repeated(measured) else "", *_claims(claims)]
+    sections = [_REPEATED if factorial.repeated(measured) else "", *_claims(claims)]
     interactions = _interactions(measured) if measured else []
     if measured:
-        png([interaction(each, legend=not i) for i, each in enumerate(interactions)], 2, out / "factorial.png")
-        parts += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", markdown(header, cells)]
-        parts += ["## Baselines", _NOTE_BASELINES, _rates(measured), "## Effects", _NOTE_EFFECTS]
-        parts += [part for each in effects for part in _effects(each)]
-    content = {"facts": _facts(measured, cfg), "claims": claims, "interactions": interactions, "effects": effects}
-    return _write(out, "factorial", parts, content | {"missing": missing, "runs": _runs(measured)})
+        png([interaction(panel, legend=not i) for i, panel in enumerate(interactions)], 2, out / "factorial.png")
+        sections += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", _cells(measured)]
+        sections += ["## Baselines", _NOTE_BASELINES, _rates(measured), "## Effects", _NOTE_EFFECTS]
+        sections += [section for table in effects for section in _effects(table)]
+    content = {"claims": claims, "interactions": interactions, "effects": effects, "missing": missing}
+    return _write("factorial", measured, cfg, out, missing, sections, content)
 
 
 def write_audit(
@@ -55,24 +53,16 @@ def write_audit(
     """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
     claims, effects = audit.claims(measured, cfg), audit.effects(measured)
-    parts = [f"# {TITLES['audit']}", _summary(claims), READING]
-    parts += [_listed(_facts(measured, cfg)), *_missing(missing | left_out), *_claims(claims)]
+    sections = _claims(claims)
     if effects:
         height = max(300, 80 + 20 * len(effects))
         png([_forest(effects, height), _scopes(measured, height)], 2, out / "audit.png")
-        names = list(effects[0]["effects"])
-        units = {name: "ratio" if r.log else r.unit for name, r in audit.responses(measured).items()}
-        rows = [
-            ["–" if row["row"] is None else str(row["row"]), row["switch"], row["base"], str(row["linears"])]
-            + [_with_p(row["effects"][name]["text"], row["effects"][name]["p_holm"]) for name in names]
-            for row in effects
-        ]
-        header = ["Row", "Switch", "Off", "Linears", *(f"{name}, {units[name]}" for name in names)]
-        parts += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
-        parts += [markdown(header, rows), "## The cells they are thrown in", _plain(measured)]
-        parts += ["\n".join(f"- {name}: {each.noise()}" for name, each in audit.responses(measured).items())]
-    content = {"facts": _facts(measured, cfg), "claims": claims, "effects": effects, "missing": missing}
-    return _write(out, "audit", parts, content | {"left_out": left_out, "runs": _runs(measured)})
+        sections += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
+        responses = audit.responses(measured)
+        sections += [_switches(effects, responses), "## The cells they are thrown in", _plain(measured)]
+        sections += ["\n".join(f"- {name}: {response.noise()}" for name, response in responses.items())]
+    content = {"claims": claims, "effects": effects, "missing": missing, "left_out": left_out}
+    return _write("audit", measured, cfg, out, missing | left_out, sections, content)
 
 
 _NOTE_BASELINES = (
@@ -94,9 +84,22 @@ _NOTE_SWITCHES = (
 )
 
 
-def _write(out: Path, name: str, parts: Sequence[str], content: Mapping) -> Path:
-    (out / f"{name}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
-    path = out / f"{name}.md"
+def _write(
+    study: str,
+    measured: Sequence[Measured],
+    cfg: Config,
+    out: Path,
+    missing: Mapping[str, str],
+    sections: Sequence[str],
+    content: Mapping,
+) -> Path:
+    """Write what both studies open with and then `sections` as Markdown, and `content` as JSON."""
+    facts = _facts(measured, cfg)
+    parts = [f"# {TITLES[study]}", _summary(content["claims"]), READING, _listed(facts)]
+    parts += [*(["## Missing", _listed(missing)] if missing else []), *sections]
+    content = {"facts": facts, **content, "runs": _runs(measured)}
+    (out / f"{study}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
+    path = out / f"{study}.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
 
@@ -104,9 +107,9 @@ def _write(out: Path, name: str, parts: Sequence[str], content: Mapping) -> Path
 def _json(value):
     """Replace infinities and NaN, which JSON has not, by None."""
     if isinstance(value, Mapping):
-        return {key: _json(each) for key, each in value.items()}
+        return {key: _json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(each) for each in value]
+        return [_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -123,7 +126,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
     environments = [environment for m in measured for environment in Run(runs / m.run).environments()]
     machines = "; ".join(dict.fromkeys(map(hardware_name, environments)))
-    commits = "; ".join(dict.fromkeys(commit_name(each["git"]) for each in environments))
+    commits = "; ".join(dict.fromkeys(commit_name(environment["git"]) for environment in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses("baseline")), len(m.answers("baseline"))) for m in measured}
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
@@ -144,37 +147,37 @@ def _listed(lines: Mapping[str, str]) -> str:
     return "\n".join(f"- {label}: {text}" for label, text in lines.items())
 
 
-def _missing(missing: Mapping[str, str]) -> list[str]:
-    return ["## Missing", _listed(missing)] if missing else []
-
-
 def _claims(claims: Sequence[Mapping]) -> list[str]:
     if not claims:
         return []
-    details = [
+    rows = [
         [
             claim["claim"],
-            each["statement"],
-            f"{each['response']}, {each['unit']}",
-            each["text"],
-            region(each["region"]),
-            each["verdict"],
+            statement["statement"],
+            f"{statement['response']}, {statement['unit']}",
+            statement["text"],
+            region(statement["region"]),
+            statement["verdict"],
         ]
         for claim in claims
-        for each in (*claim["premises"], *claim["statements"])
+        for statement in (*claim["premises"], *claim["statements"])
     ]
     header = ["Claim", "Statement", "Response", "Estimate [interval]", "True where", "Verdict"]
-    return ["## Claims", claims_table(claims).markdown(), markdown(header, details)]
+    return ["## Claims", claims_table(claims).markdown(), markdown(header, rows)]
 
 
-def _cells(measured: Sequence[Measured]) -> tuple[list[list[str]], list[str]]:
-    """Return a row a cell, over its seeds, and their header."""
-    found = factorial.responses(measured)
+def _cells(measured: Sequence[Measured]) -> str:
+    """Write a row a cell of the factorial, over its seeds."""
+    responses = factorial.responses(measured).values()
     rows = [
-        [*key, *(response.cell(response.contrast({key: 1})) for response in found.values())]
+        [*key, *(response.cell(response.contrast({key: 1})) for response in responses)]
         for key in dict.fromkeys(m.key for m in measured)
     ]
-    return rows, [*factorial.FACTORS, *(f"{response.name}, {response.unit}" for response in found.values())]
+    return markdown([*factorial.FACTORS, *map(_heading, responses)], rows)
+
+
+def _heading(response: Response) -> str:
+    return f"{response.name}, {response.unit}"
 
 
 def _rates(measured: Sequence[Measured]) -> str:
@@ -182,28 +185,42 @@ def _rates(measured: Sequence[Measured]) -> str:
     return _rows(rates, factorial.baselines(measured).values())
 
 
+def _plain(measured: Sequence[Measured]) -> str:
+    keys = [key for key in dict.fromkeys(m.key for m in measured) if key[1] == audit.PLAIN]
+    return _rows({key[0]: {key: 1} for key in keys}, audit.responses(measured).values())
+
+
 def _rows(rows: Mapping[str, Weights], responses: Iterable[Response]) -> str:
     """Write a table of a contrast a row, a response a column."""
     responses = list(responses)
-    cells = [[label, *(each.cell(each.contrast(weights)) for each in responses)] for label, weights in rows.items()]
-    return markdown(["", *(f"{each.name}, {each.unit}" for each in responses)], cells)
+    cells = [[label, *(r.cell(r.contrast(weights)) for r in responses)] for label, weights in rows.items()]
+    return markdown(["", *map(_heading, responses)], cells)
 
 
-def _plain(measured: Sequence[Measured]) -> str:
-    plain = [key for key in dict.fromkeys(m.key for m in measured) if key[1] == audit.PLAIN]
-    return _rows({key[0]: {key: 1} for key in plain}, audit.responses(measured).values())
+def _effects(table: Mapping) -> list[str]:
+    """Write the effects on one response."""
+    rows = [[row["effect"], row["text"], _p(row["p_holm"]) or "–"] for row in table["effects"]]
+    unit = "ratio" if table["log"] else table["unit"]
+    return [f"### {table['response']}", table["noise"], markdown(["Effect", f"{unit} [95 % CI]", "p, Holm"], rows)]
 
 
-def _effects(each: Mapping) -> list[str]:
-    rows = [
-        [row["effect"], row["text"], "–" if row["p_holm"] is None else p_text(row["p_holm"])] for row in each["effects"]
-    ]
-    unit = "ratio" if each["log"] else each["unit"]
-    return [f"### {each['response']}", each["noise"], markdown(["Effect", f"{unit} [95 % CI]", "p, Holm"], rows)]
+def _switches(effects: Sequence[Mapping], responses: Mapping[str, Response]) -> str:
+    """Write a row a switch and base, a response a column."""
+    rows = []
+    for row in effects:
+        cells = [
+            cell["text"] + (f", p {_p(cell['p_holm'])}" if _p(cell["p_holm"]) else "")
+            for cell in row["effects"].values()
+        ]
+        rows.append(
+            ["–" if row["row"] is None else str(row["row"]), row["switch"], row["base"], str(row["linears"]), *cells]
+        )
+    headings = [f"{name}, {'ratio' if response.log else response.unit}" for name, response in responses.items()]
+    return markdown(["Row", "Switch", "Off", "Linears", *headings], rows)
 
 
-def _with_p(text: str, p: float | None) -> str:
-    return text if p is None else f"{text}, p {p_text(p)}"
+def _p(value: float | None) -> str:
+    return "" if value is None else p_text(value)
 
 
 def _runs(measured: Sequence[Measured]) -> list[dict]:
@@ -236,8 +253,8 @@ def _interactions(measured: Sequence[Measured]) -> list[dict]:
         ]
         drawn.append({"title": title, "around_zero": not response.log, "cells": cells})
     ptq = factorial.baselines(measured)["ptq"]
-    found = {rate: ptq.contrast({(rate,): 1}) for rate in factorial.RATES}
-    drawn[0]["ptq"] = {rate: each.value for rate, each in found.items() if each is not None}
+    means = {rate: ptq.contrast({(rate,): 1}) for rate in factorial.RATES}
+    drawn[0]["ptq"] = {rate: mean.value for rate, mean in means.items() if mean is not None}
     return drawn
 
 
@@ -273,9 +290,9 @@ def _scopes(measured: Sequence[Measured], height: float) -> Panel:
 
     def draw(axes: Axes) -> None:
         for base, colour in (("exp8", ACCENT), ("exp3", WARM)):
-            found = sorted((m.linears, m.ape) for m in measured if m.key[0] == base and m.key[1] in audit.SCOPES)
-            if found:
-                axes.plot(*zip(*found, strict=True), "o-", color=colour, markersize=5, linewidth=1.0, label=base)
+            points = sorted((m.linears, m.ape) for m in measured if m.key[0] == base and m.key[1] in audit.SCOPES)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, linewidth=1.0, label=base)
         axes.set_xlabel("Quantized linears")
         axes.set_ylabel("Loss APE (%)", color=MUTED)
         axes.set_ylim(bottom=0)

@@ -132,8 +132,12 @@ def abort() -> None:
     atexit.unregister(dist.destroy_process_group)
 
 
-def check_world_size(cfg: Config) -> None:
-    """Raise `ConfigError` when the ranks cannot share a step evenly, and `UserError` on a rank without a GPU."""
+def check_world_size(cfg: Config, ranks: int | None = None) -> None:
+    """Raise `ConfigError` when the ranks cannot share a step evenly, and `UserError` on a rank without a GPU.
+
+    ranks: how many; None: as many as this process is one of.
+    """
+    ranks = ranks or world_size()
     gpus = torch.cuda.device_count()
     if get_device().type == "cuda" and get_device().index >= gpus:
         raise UserError(
@@ -141,11 +145,11 @@ def check_world_size(cfg: Config) -> None:
             f"(torchrun --nproc-per-node={gpus})"
         )
     calls = cfg.batch[1]
-    if calls % world_size():
+    if calls % ranks:
         part = f" ({calls} here)" if calls != cfg.budget.accumulation else ""  # of a batch smaller by batch_factor
         raise ConfigError(
-            f"budget.accumulation={cfg.budget.accumulation}: {world_size()} ranks cannot share so many micro-batches a "
-            f"step{part} evenly; the nearest valid value is {cfg.nearest_accumulation(world_size())}, or start another "
+            f"budget.accumulation={cfg.budget.accumulation}: {ranks} ranks cannot share so many micro-batches a "
+            f"step{part} evenly; the nearest valid value is {cfg.nearest_accumulation(ranks)}, or start another "
             f"number of ranks"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,19 @@ from qat.runs.folder import Run
 from tests.conftest import ROOT
 from tests.models.test_openpangu import BLOCKS, random_weights, write_config, write_tokenizer
 
+TARGETS = ("exp8", "plan", "text", "suite", "sweep", "factorial", "audit", "rerun_noise", "diff", "report", "docs")
+TARGETS += ("record", "verify", "restore", "bench")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_recipe_runs_a_script_that_is_there(target):
+    command = ["make", "-n", target, "READY=", "A=exp7", "B=exp8", "RECORD=somewhere", "SEEDS=0,1", "RANKS=2"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    scripts = re.findall(r"scripts/\S*", printed)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+    made = ("exp8", "suite", "factorial", "audit", "rerun_noise")
+    assert ('"seeds=[0,1]" launch.ranks=2' in " ".join(printed.split())) == (target in made)
+
 
 @pytest.mark.slow
 def test_make_takes_openpangu_on_two_sharded_ranks_to_the_table_of_differences(texts, tmp_path):
@@ -25,7 +39,8 @@ def test_make_takes_openpangu_on_two_sharded_ranks_to_the_table_of_differences(t
     save_file(random_weights(), pangu / "model.safetensors", metadata={"format": "pt"})
     words = ["budget.parallel=fsdp", "model=openpangu_1b", f"model.path={pangu}", f"model.blocks={BLOCKS}"]
     words += ["quant.bf16_blocks=1", "logger=local", "data.source=files", f"data.path={texts}"]
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    for name in ("scripts", "conf", "tests"):  # which the Makefile looks into
+        (tmp_path / name).symlink_to(ROOT / name)
     command = ["make", "-f", str(ROOT / "Makefile"), "exp8", f"PY={sys.executable}", "READY="]
     command += ["BUDGET=smoke", "RANKS=2", f"ARGS={' '.join(words)}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -39,7 +54,7 @@ def test_make_takes_openpangu_on_two_sharded_ranks_to_the_table_of_differences(t
         assert run.typed_config().budget.parallel == "fsdp"
     assert [row["quantized"] for row in trained["hif8"].metrics()] == [False] + 11 * [True]  # after the BF16 warmup
     comparison = against_baseline(trained["hif8"], "smoke")
-    assert {row["task"] for row in comparison["tasks"]} == {"mmlu", "hellaswag", "arc_easy", "arc_challenge"}
+    assert {row["task"] for row in comparison["tasks"]} == set(trained["hif8"].typed_config().benchmark.tasks)
     assert table(comparison) in done.stdout
     report = tmp_path / "report" / "exp8"
     assert trained["hif8"].id in (report / "report.md").read_text() and (report / "report.html").exists()

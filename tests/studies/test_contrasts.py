@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED, Claim, Response, Statement, holm, judge
+from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED, Claim, Response, Statement, judge, with_holm
 
 A, B = ("a",), ("b",)
 
@@ -177,8 +177,9 @@ def test_holm_agrees_with_a_calculation_by_hand():
     made = [
         Response("x", "", 1, {(A, 0): np.array(v)}, "documents").contrast({A: 1}) for v in ([1, 1.1, 0.9], [1, 3, 2])
     ]
-    p = [each.p for each in made]
-    assert holm([made[1], None, made[0]]) == [pytest.approx(max(p[1], 2 * p[0])), None, pytest.approx(2 * p[0])]
+    p = [estimate.p for estimate in made]
+    rows = with_holm(Response("x", "", 1, {}), [made[1], None, made[0]])
+    assert [row["p_holm"] for row in rows] == [pytest.approx(max(p[1], 2 * p[0])), None, pytest.approx(2 * p[0])]
 
 
 def test_a_verdict_needs_the_whole_interval():

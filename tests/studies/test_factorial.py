@@ -11,17 +11,16 @@ import torch
 from hydra import initialize_config_dir
 from scipy import stats
 
-from qat.cli import entry, experiments, runner
+from qat.cli import entry, experiments
 from qat.cli.experiments import variant
 from qat.config import ScalingConfig, register
-from qat.errors import ConfigError, UserError
+from qat.errors import ConfigError
 from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.studies import design, factorial, measures, page
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
 from qat.studies.design import Cell
-from tests.conftest import typed
 from tests.helpers.studies import WORDS, invent, write
 
 KEYS = list(itertools.product(*factorial.FACTORS.values()))
@@ -31,7 +30,7 @@ KEYS = list(itertools.product(*factorial.FACTORS.values()))
 def grid() -> list[Cell]:
     register()
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        return factorial.design([*WORDS, "study.seeds=[0,1]", "report.out=elsewhere"], variant)
+        return factorial.design([*WORDS, "seeds=[0,1]", "report.out=elsewhere"], variant)
 
 
 def placed(grid, folder) -> list[Cell]:
@@ -51,10 +50,12 @@ def test_the_grid_has_each_distinct_run_once(grid):
     assert len({run_id(baseline_of(cell.cfg)) for cell in grid}) == 2
     recipe = next(cell.cfg for cell in grid if cell.key == factorial.RECIPE)
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        assert run_id(recipe) == run_id(experiments.configs_of("exp8", [*WORDS])[0])
-    replicated = design.replicated(grid, [0, 1, 2])
-    assert len({run_id(cell.cfg) for cell in replicated}) == 60
-    assert len({run_id(baseline_of(cell.cfg)) for cell in replicated}) == 6
+        assert run_id(recipe) == run_id(experiments.jobs_of("exp8", WORDS)[0].cfg)
+        composed = [run_id(variant("exp8", cell.overrides[1:], []).cfg) for cell in grid[:3]]
+    assert composed == [run_id(cell.cfg) for cell in grid[:3]]
+    seeded = design.with_seeds(grid, [0, 1, 2])
+    assert len({run_id(cell.cfg) for cell in seeded}) == 60
+    assert len({run_id(baseline_of(cell.cfg)) for cell in seeded}) == 6
 
 
 def test_only_max_reads_its_window_and_of_window_1_it_is_most_recent(grid):
@@ -83,38 +84,6 @@ def test_only_max_reads_its_window_and_of_window_1_it_is_most_recent(grid):
 def test_what_the_grid_sets_is_refused_on_the_command_line(word):
     with pytest.raises(ConfigError, match=f"{word}: the factorial sets this itself; leave it out"):
         factorial.design([word], variant)
-
-
-def test_seeds_must_differ(tmp_path):
-    with pytest.raises(ConfigError, match=r"study.seeds=\[1, 1\]: must be different seeds"):
-        typed(tmp_path, *WORDS, "study.seeds=[1,1]")
-
-
-def test_baselines_come_first_and_a_failure_stops_only_what_needs_it(grid, tmp_path, monkeypatch, capsys):
-    made = placed(grid, tmp_path)
-    trained = []
-    bad_cell = next(run_id(cell.cfg) for cell in made if cell.key == ("max w64", "1e-4", "0"))
-    bad_baseline = run_id(baseline_of(next(cell.cfg for cell in made if cell.key[1] == "1e-5")))
-
-    def train(cfg):
-        trained.append(run_id(cfg))
-        if trained[-1] == bad_baseline:
-            raise UserError("the gradient is not finite")
-        if trained[-1] == bad_cell:
-            raise RuntimeError("out of\nmemory")
-
-    monkeypatch.setattr(runner, "train_with_baseline", train)
-    monkeypatch.setattr(runner, "evaluate_and_compare", lambda cfg: None)
-    failed = runner.complete(made)
-    assert len(trained) == 12 and set(trained[:2]) == {run_id(baseline_of(cell.cfg)) for cell in made}
-    assert failed.pop(bad_baseline) == "the gradient is not finite"
-    assert failed.pop(bad_cell) == "RuntimeError: out of memory"
-    assert set(failed) == {run_id(cell.cfg) for cell in made if cell.key[1] == "1e-5"}
-    assert set(failed.values()) == {"its baseline failed: the gradient is not finite"}
-    with pytest.raises(UserError, match="10 runs failed"):
-        runner.report(failed)
-    out = capsys.readouterr().out
-    assert all(f"  failed  {name}  its baseline failed: " in out for name in failed)
 
 
 # -------------------------------------------------------------------------------------------------- analysis

@@ -78,13 +78,13 @@ CASES = [
     ),
     Case(
         f"{RUN} optim.lr=1",
-        "optim.lr=1: has no effect beside run=, which takes words of benchmark, logger",
+        "optim.lr=1: has no effect beside run=, which takes those of benchmark, logger",
         None,
         "eval",
     ),
     Case(
         f"{RUN} ++benchmark.name=x",
-        "++benchmark.name=x: has no effect beside run=, which takes words of export",
+        "++benchmark.name=x: has no effect beside run=, which takes those of export",
         None,
         "export",
     ),

@@ -1,0 +1,28 @@
+"""A run that is to be made: its configuration, and the command-line overrides that describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qat.config import Config
+from qat.runs.identity import baseline_of, run_id
+
+
+@dataclass
+class Job:
+    """Hold a run's configuration and the overrides of conf/train.yaml that compose to it."""
+
+    cfg: Config
+    overrides: list[str]
+
+    @property
+    def baseline(self) -> Job:
+        """Its matched BF16 baseline; of a BF16 run, itself."""
+        return Job(baseline_of(self.cfg), [*self.overrides, "quant.format=none"]) if self.cfg.quantized else self
+
+
+def with_baselines(jobs: Iterable[Job]) -> dict[str, Job]:
+    """Return the jobs and their baselines by run id, each run once, all baselines first."""
+    jobs = list(jobs)
+    return {run_id(job.cfg): job for job in (*(job.baseline for job in jobs), *jobs)}

@@ -1,0 +1,178 @@
+"""Many runs: baselines first, what a failure stops, and what becomes of a suite and of its report."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qat.cli import runner
+from qat.errors import ConfigError, UserError
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, run_id
+from qat.runs.job import Job
+from tests.conftest import ROOT, TINY
+
+SUITE = ("suite.py", *TINY, "report.experiments=[exp7,exp8]", "report.out=report")
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """replaced(train): `train(cfg)` in the place of training, nothing in that of scoring; the ids that it gets."""
+
+    def replace(train) -> list[str]:
+        trained = []
+
+        def work(cfg):
+            trained.append(run_id(cfg))
+            train(cfg)
+
+        monkeypatch.setattr(runner, "train_with_baseline", work)
+        monkeypatch.setattr(runner, "evaluate_and_compare", lambda _: None)
+        return trained
+
+    return replace
+
+
+def table(out: str) -> list[str]:
+    return re.sub(" +", " ", out[out.rindex("\nruns:") :]).splitlines()[2:]
+
+
+def test_baselines_come_first_and_a_failure_stops_only_what_needs_it(config, replaced, capsys):
+    cells = itertools.product(("lr1e-4", "lr1e-5"), ("max", "current"))
+    jobs = [Job(config(f"scaling={rule}", f"lr={rate}"), []) for rate, rule in cells]
+    ids = [run_id(job.cfg) for job in jobs]
+    baselines = [run_id(baseline_of(job.cfg)) for job in jobs[::2]]
+
+    def train(cfg):
+        if run_id(cfg) == ids[0]:
+            raise RuntimeError("out of\nmemory")
+        if run_id(cfg) == baselines[1]:
+            raise UserError("the gradient is not finite")
+
+    trained = replaced(train)
+    outcomes = runner.complete(jobs)
+    assert trained == [*baselines, *ids[:2]]
+    assert {outcome.name: (outcome.state, outcome.reason) for outcome in outcomes} == {
+        baselines[0]: ("done", ""),
+        baselines[1]: ("failed", "the gradient is not finite"),
+        ids[0]: ("failed", "RuntimeError: out of memory"),
+        ids[1]: ("done", ""),
+        **dict.fromkeys(ids[2:], ("failed", "its baseline failed: the gradient is not finite")),
+    }
+    assert [row.split()[:2] for row in table(capsys.readouterr().out)] == [[o.state, o.name] for o in outcomes]
+    with pytest.raises(UserError, match="4 of 6 runs failed; the same command runs only what is missing"):
+        runner.refuse_failed(outcomes)
+
+
+@pytest.mark.parametrize("names", ["[exp7,exp8]", "[exp8]"])
+def test_a_suite_reports_what_it_has_and_a_single_experiment_only_when_it_is_whole(main, replaced, tmp_path, names):
+    def train(cfg):
+        if cfg.experiment == "exp8":
+            raise OSError(28, "No space left on device", "runs")
+
+    replaced(train)
+    code, out, stderr = main(*SUITE, f"report.experiments={names}")
+    assert code == 2 and "runs: No space left on device" in out and "Traceback" not in stderr
+    assert stderr.endswith(" runs failed; the same command runs only what is missing\n")
+    assert (tmp_path / "report" / "report.md").exists() == (names != "[exp8]")
+
+
+def preempted(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stopped(_):
+    raise KeyboardInterrupt
+
+
+ENDS = [(preempted, 75, "preempted", "SIGTERM"), (stopped, 130, "stopped", "Ctrl-C")]
+
+
+@pytest.mark.parametrize(("does", "code", "state", "reason"), ENDS)
+def test_a_stop_ends_a_suite_and_the_table_says_where(main, replaced, tmp_path, does, code, state, reason):
+    trained = replaced(lambda cfg: does(cfg) if cfg.quantized else None)
+    left, out, _ = main(*SUITE)
+    assert left == code and len(trained) == 3 and not (tmp_path / "report").exists()
+    assert [line.split() for line in table(out)][:3] == [
+        ["done", trained[0]], ["done", trained[1]], [state, trained[2], reason],
+    ]  # fmt: skip
+    assert table(out)[3].startswith(" not begun")
+
+
+def test_what_so_many_ranks_cannot_train_is_refused_before_anything_is(config, replaced, monkeypatch):
+    trained, job = replaced(lambda _: None), Job(config("experiment=exp8"), [])
+    with pytest.raises(ConfigError, match=r"budget\.accumulation=2: 4 ranks cannot share"):
+        runner.complete([job], ranks=4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2: start one process"):
+        runner.complete([job])
+    assert trained == []
+
+
+@pytest.mark.parametrize("key", ["seeds=[0,1]", "launch.ranks=2"])
+def test_a_script_that_does_not_take_a_key_says_so(main, key):
+    code, _, stderr = main("train.py", *TINY, key)
+    assert code == 2 and re.fullmatch(r"error: \S+=.*: train\.py does not take it; .*\n", stderr)
+
+
+def test_a_repeat_is_made_beside_its_original_and_the_report_is_the_originals(main, replaced, monkeypatch):
+    trained, shown = replaced(lambda _: None), []
+    monkeypatch.setattr("qat.report.page.write_report", lambda experiments, *_: (shown.extend(experiments), ""))
+    assert main(*SUITE, "report.experiments=[exp8]", "seeds=[0,1]", "repeat=1")[0] == 0
+    assert len(trained) == 8 and sum("-r1-" in name for name in trained) == 4
+    (experiment,) = shown
+    assert [run.id for run in experiment.runs] == [name for name in trained[4:] if "-r1-" not in name]
+
+
+def test_memory_of_a_run_is_free_for_the_next(config, monkeypatch):
+    """By what is alive after a run: no model, hence none of its parameters."""
+    import torch
+
+    alive = []
+    attempt = runner.attempt
+
+    def counted(*arguments):
+        alive.append(sum(isinstance(each, torch.nn.Module) for each in gc.get_objects()))
+        return attempt(*arguments)
+
+    monkeypatch.setattr(runner, "attempt", counted)
+    monkeypatch.setattr(runner, "evaluate_and_compare", lambda _: None)
+    gc.collect()
+    runner.complete([Job(config("experiment=exp8", f"seed={seed}", **{"budget.steps": 2}), []) for seed in (0, 1)])
+    assert len(alive) == 4 and alive == alive[:1] * 4
+
+
+@pytest.mark.slow
+def test_with_ranks_each_run_is_a_torchrun_that_gets_the_signal_and_saves(texts, configure, tmp_path):
+    """One minute. SIGTERM to the one process; the same command goes on and scores."""
+    overrides = [*TINY, "quant=bf16", "budget.steps=40", "budget.checkpoint_every=1000", "report.experiments=[exp8]"]
+    run = Run.of(configure(tmp_path / "runs", "experiment=exp8", *overrides[:-1]))
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "suite.py"),
+        *overrides,
+        "data.source=files",
+        f"data.path={texts}",
+    ]
+    command += ["launch.ranks=2"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as suite:
+        deadline = time.monotonic() + 400
+        while len(run.metrics()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        suite.send_signal(signal.SIGTERM)
+        out = suite.stdout.read()
+    assert suite.returncode == 75 and table(out)[0].split() == ["preempted", run.id, "SIGTERM"]
+    assert run.status()["state"] == "stopped" and any(run.checkpoints.iterdir())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming after step" in done.stdout and table(done.stdout)[0].split() == ["done", run.id]
+    assert run.environment()["ranks"] == 2
+    assert [row["step"] for row in run.metrics()] == list(range(1, 41)) and run.evaluations()
