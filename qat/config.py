@@ -175,6 +175,7 @@ class BenchmarkConfig:
     split: str = "test"  # which questions
     tasks: dict[str, TaskConfig] = field(default_factory=dict)  # whose questions
     arithmetic: str = "training"  # training: as the model was trained, with FP32 logits; export: BF16 throughout
+    control: bool = False  # whether the baseline is also scored with 4-bit weights: a damage that measures must see
 
 
 @dataclass

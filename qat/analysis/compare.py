@@ -39,7 +39,8 @@ TASKS = {
     "mmlu_continuation": "MMLU (text)",
     "lambada": "LAMBADA",
 }
-MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights"}
+MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights", "control": "4-bit weights (control)"}
+_OF_BASELINE = ("ptq", "control")  # other ways to run the baseline's own weights; scored or not
 
 _UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks
 _STATUS = (("state", "not started"), ("step", 0), ("steps", "?"))
@@ -115,10 +116,10 @@ def compare(run: Path, baseline: Path, benchmark: str, pretrained: Path | None =
 class Match:
     """Hold a quantized run and what it is compared with: finished, scored, and alike in all but quantization.
 
-    loss: as `training_loss`; own: the run by mode, and its baseline by PTQ where that was scored; reference: the
-    baseline in BF16; origin: the pretrained checkpoint, where it is named; changes: `own` less the reference; qat: what
-    QAT recovers of PTQ's loss and, where the run was scored under PTQ's scales, the parts of QAT less PTQ: its weights,
-    both under PTQ's scales, and its scales, both on its weights.
+    loss: as `training_loss`; own: the run by mode, and its baseline by PTQ and with 4-bit weights where these were
+    scored; reference: the baseline in BF16; origin: the pretrained checkpoint, where it is named; changes: `own` less
+    the reference; qat: what QAT recovers of PTQ's loss and, where the run was scored under PTQ's scales, the parts of
+    QAT less PTQ: its weights, both under PTQ's scales, and its scales, both on its weights.
     """
 
     loss: dict
@@ -137,10 +138,10 @@ def match(run: Run, baseline: Run, benchmark: str, pretrained: Run | None) -> Ma
     """
     _refuse_unmatched(run, baseline)
     loss, command = training_loss(run, baseline), eval_command(run, benchmark)
-    own = {mode: EvalResult(run, benchmark, mode, command) for mode in MODES}
-    own["ptq"] = EvalResult(baseline, benchmark, ptq_mode(run.typed_config().quant), command)
-    if not own["ptq"].exists:
-        del own["ptq"]
+    own = {mode: EvalResult(run, benchmark, mode, command) for mode in MODES if mode not in _OF_BASELINE}
+    names = {"ptq": ptq_mode(run.typed_config().quant), "control": "control"}
+    beside = {mode: EvalResult(baseline, benchmark, names[mode], command) for mode in _OF_BASELINE}
+    own |= {mode: result for mode, result in beside.items() if result.exists}
     reference = EvalResult(baseline, benchmark, "bf16", command)
     changes = {mode: result.less(reference) for mode, result in own.items()}
     origin = EvalResult(pretrained, benchmark, "bf16", command) if pretrained else None
@@ -176,7 +177,7 @@ def aggregate(matches: Sequence[Match]) -> dict:
     for other in others:
         other.reference.refuse_unlike(first.reference)
     texts, tasks = list(first.reference.record["heldout"]), list(first.reference.record["tasks"])
-    modes = [mode for mode in first.own if all(mode in m.own for m in matches)]
+    modes = [mode for mode in MODES if all(mode in m.own for m in matches)]
     sources = [result.record["scored_on"] for m in matches for result in (m.reference, *m.own.values())]
     return {
         "run": ", ".join(m.own["w8a8"].run.id for m in matches),

@@ -56,7 +56,7 @@ class EvalResult:
 
     @property
     def name(self) -> str:
-        return f"{self.run.id} ({self.mode})" if is_ptq(self.mode) else self.run.id
+        return f"{self.run.id} ({self.mode})" if is_ptq(self.mode) or self.mode == "control" else self.run.id
 
     @property
     def exists(self) -> bool:

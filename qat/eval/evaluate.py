@@ -43,7 +43,9 @@ class Subject:
 
     cfg: Config
     run: Run
-    mode: str  # bf16; w8a8, with the run's own scales; or `qat.runs.identity.ptq_mode`, with calibrated ones
+    # bf16; w8a8, with the run's own scales; `qat.runs.identity.ptq_mode`, with calibrated ones; control, with 4-bit
+    # weights, which any measure that is worth its name must see
+    mode: str
 
     @property
     def trained(self) -> bool:
@@ -52,6 +54,11 @@ class Subject:
     @property
     def calibrated(self) -> bool:
         return is_ptq(self.mode)
+
+    @property
+    def compared(self) -> bool:
+        """Return whether it is set beside the matched baseline, prediction by prediction."""
+        return self.cfg.quantized or self.mode == "control"
 
     def build(self) -> tuple[nn.Module, object]:
         """Return (the model in eval mode, its tokenizer). Errors: UserError when the run is not finished."""
@@ -67,7 +74,9 @@ class Subject:
         how = arithmetic.name(self.cfg)
         arithmetic.store(model, how)
         model.eval()
-        if self.mode != "bf16":
+        if self.mode == "control":
+            _round_to_4_bits(model)
+        elif self.mode != "bf16":
             self._quantize(model, tokenizer, how, tensors, facts)
         if how != "export":
             model.set_output_embeddings(arithmetic.FP32Head(model.get_output_embeddings()))
@@ -126,13 +135,15 @@ def evaluate(cfg: Config) -> list[Subject]:
         run = Run.of(cfg)
         subjects += [Subject(ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
+    if cfg.benchmark.control:
+        subjects += [Subject(baseline, reference.run, "control")]
     for subject in subjects:
         subject.check()
     scorer = _Scorer(cfg, reference)
     missing = [subject for subject in subjects if not scorer.scored(subject)]
     for subject in missing:  # all of them before minutes are spent on the first
         subject.check_checkpoint()
-        if subject.cfg.quantized:
+        if subject.compared:
             reference.check_checkpoint()
     for subject in subjects:
         scorer.score(subject)
@@ -163,12 +174,12 @@ class _Scorer:
 
     def _weights(self, subject: Subject) -> list[str]:
         """Return the weights that a result is of, and those that it is compared with."""
-        return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.cfg.quantized else [])]
+        return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.compared else [])]
 
     def _request(self, subject: Subject) -> dict:
         """Return what is asked of a subject: a result counts only for its own questions, text and calibration."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
-        del benchmark["arithmetic"]  # named beside it, as what it came to
+        del benchmark["arithmetic"], benchmark["control"]  # named beside it, as what it came to; another subject
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
         heldout |= {"revision": data.revision} if data.revision else {}
         kind = self.cfg.validation
@@ -192,7 +203,7 @@ class _Scorer:
         started = time.perf_counter()
         model, tokenizer = self._baseline if subject is self.reference else subject.build()
         answered, samples = self._questions(subject, model, tokenizer)
-        record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.cfg.quantized)}
+        record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.compared)}
         del model  # before another one is built
         if mode == "w8a8":
             record["qat_weights_ptq_scales"] = self._under_ptq_scales(subject)
@@ -294,6 +305,16 @@ class _Scorer:
         with arithmetic.autocast(self.arithmetic):
             logits = model.get_output_embeddings()(states) if has_plain_head(model) else states
         return logits.float().log_softmax(-1)
+
+
+@torch.no_grad()
+def _round_to_4_bits(model: nn.Module) -> None:
+    """Round the weights of all linears but the head to 4 bits in place: integers up to 7 times a scale a row."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            scale = module.weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+            module.weight.copy_((module.weight.float() / scale).round() * scale)
 
 
 def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:

@@ -71,7 +71,7 @@ def of_learning_rates(experiment: Experiment) -> list[Panel]:
 
 
 def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
-    """Return the differences of all recipes in all modes: held-out loss by text, and all questions of all tasks."""
+    """Return the differences of all recipes in all modes: held-out loss by text, and answers of all tasks."""
     compared = [recipe for e in experiments for recipe in e.recipes if recipe.comparison]
     texts = dict.fromkeys(row["text"] for recipe in compared for row in recipe.comparison["heldout"])
     forests = []
@@ -83,6 +83,9 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
         ]
         name = "Loss on held-out text" + (f", {text}" if len(texts) > 1 else "")
         forests.append(panels.forest(name, rows, "nats a token"))
+    bits = [(recipe.label, _pooled(recipe.comparison, "bits_per_byte"), None) for recipe in compared]
+    if any(modes for _, modes, _ in bits):
+        forests.append(panels.forest("Bits per byte of right answers, all tasks", bits, "bits"))
     pooled = [
         (recipe.label, {row["mode"]: _points(row) for row in recipe.comparison["pooled"]}, None)
         for recipe in compared
@@ -91,10 +94,17 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
     return forests + ([panels.forest("All questions of all tasks", pooled, "percentage points")] if pooled else [])
 
 
+def _pooled(comparison: Mapping, measure: str) -> dict[str, panels.Estimate]:
+    """Return the change of a measure of all answers by mode."""
+    rows = [row for row in comparison["measures"] if (row["task"], row["measure"]) == ("pooled", measure)]
+    return {row["mode"]: panels.Estimate(row["difference"], row["ci"]) for row in rows}
+
+
 def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
     """Return the differences of all recipes by task, in all modes, beside the paper's."""
     compared = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
-    limits = [abs(limit) for _, recipe in compared for row in recipe.comparison["tasks"] for limit in row["ci"]]
+    tasks = [row for _, recipe in compared for row in recipe.comparison["tasks"] if row["mode"] != "control"]
+    limits = [abs(limit) for row in tasks for limit in row["ci"]]
     forests = []
     for task in tasks_of([row["task"] for row in recipe.comparison["tasks"]] for _, recipe in compared):
         rows = []

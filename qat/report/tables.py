@@ -170,7 +170,7 @@ def _recipe_rows(experiment: Experiment, recipe: Recipe, tasks: Sequence[str]) -
     ape = _ape(loss, _mark(loss["passes"], not low < APE_THRESHOLD <= high))
     rows = []
     for mode, name in MODES.items():
-        if mode == "ptq" and not comparison["ptq"]:
+        if not any(mode == scored for _, scored in tested):
             continue
         cells = [_drop(tested[task, mode]) if (task, mode) in tested else Cell("–") for task in tasks]
         rows.append([Cell(""), Cell(f"ours, {name}", which), ape if mode == "w8a8" else Cell(""), *cells])

@@ -226,7 +226,7 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
     comparison of several seeds has Student's. Runs of one baseline share its PTQ, which is tested once."""
     tests = {}
     for label, comparison in comparisons.items():
-        for row in comparison["tasks"]:
+        for row in (row for row in comparison["tasks"] if row["mode"] != "control"):
             shared = row["mode"] == "ptq"
             of = (comparison["baseline"], comparison["ptq"]) if shared else (comparison["run"], row["mode"])
             name = f"{label + ': ' if label else ''}{TASKS.get(row['task'], row['task'])} in {MODES[row['mode']]}"

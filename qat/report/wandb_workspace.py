@@ -20,7 +20,7 @@ def workspace(entity: str, project: str, tasks: Iterable[str]) -> ws.Workspace:
     """Return the workspace of a W&B project whose runs are scored on the benchmark `tasks`. Runs are grouped by seed
     and learning rate, with their baseline; the differences are columns, to sort and filter by."""
     tasks = list(tasks)
-    sections = [_loss(), *(_scores(mode, tasks) for mode in MODES), _scales(), _settings(tasks)]
+    sections = [_loss(), *(_scores(mode, tasks) for mode in MODES if mode != "control"), _scales(), _settings(tasks)]
     differences = ["loss_ape_percent", *(f"w8a8/{task}/points" for task in tasks)]
     decisions = ["w8a8/heldout/decision", "w8a8/pooled/bits_per_byte/decision"]
     columns = [*decisions, "w8a8/heldout/difference", *differences, "w8a8/heldout/kl", "warnings"]

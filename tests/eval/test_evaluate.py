@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -119,6 +120,23 @@ def quantizers(model) -> list:
         for value in vars(module).values()
         if isinstance(value, Quantizer | ScaleBank)
     ]
+
+
+def test_the_control_is_a_damage_that_is_seen(scored, tmp_path):
+    """4-bit weights: integers up to 7 in a row's units, and predictions that no other mode comes near."""
+    shutil.copytree(scored[0].runs_dir, tmp_path / "runs")
+    benchmark = dataclasses.replace(scored[0].benchmark, control=True)
+    cfg = dataclasses.replace(scored[0], benchmark=benchmark, runs_dir=str(tmp_path / "runs"))
+    baseline = Run.of(baseline_of(cfg))
+    comparison = score(silent(cfg))
+    rows = {(row["text"], row["mode"]): row for row in comparison["heldout"]}
+    assert rows["embedded", "control"]["kl"] > 10 * rows["embedded", "w8a8"]["kl"]
+    assert comparison["measures"] and {row["mode"] for row in comparison["measures"]} == set(compare.MODES)
+    assert baseline.evaluations()["smoke"]["control"]["weights"] == [baseline.fingerprint] * 2
+    model, _ = evaluate.Subject(baseline_of(cfg), baseline, "control").build()
+    weight = model.get_decoder().layers[0].mlp.up_proj.weight.float()
+    levels = weight / weight.abs().amax(1, keepdim=True) * 7
+    assert (levels - levels.round()).abs().max() < 0.05 and len(levels.round().unique()) == 15
 
 
 def as_scored(cfg):
