@@ -19,11 +19,13 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat import config
+from qat.analysis.compare import APE_THRESHOLD
 from qat.analysis.stats import half_width
 from qat.cli.validate import CHOICES
 from qat.report import studies, tables
 from qat.report.experiment import published, scientific
 from qat.report.text import interval, markdown, signed
+from qat.studies.registration import MEASURES
 from qat.utils.environment import ROOT
 
 _FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments" / "README.md")
@@ -62,6 +64,19 @@ def claims(study: Path) -> str:
     about = "; ".join(found["facts"][key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
     link = f"[all of it]({study.with_suffix('.md').relative_to(ROOT / 'experiments')})"
     return f"`make {name}` ({about}; {link}):\n\n{studies.claims_table(found['claims']).markdown()}\n"
+
+
+def registered(claims: Path) -> str:
+    """Return what the registered claims rest on, a measure a row, and the damage that the measures were shown."""
+    tree, rows = yaml.safe_load(claims.read_text()), []
+    for claim in (claim for study in ("factorial", "audit") for claim in tree[study]["claims"].values()):
+        name, control = claim["claim"], f"`{claim['control']}`"
+        for measure, entry in claim["measures"].items():
+            margin = entry["margin"] and f"{tree['margins'][entry['margin']]:g} % of the {entry['margin']}"
+            rows.append([name, MEASURES[measure], margin or "–", str(entry["detectable"] or "–"), control])
+            name = control = ""
+    table = markdown(["Claim", "Measure", "Margin", "Detectable", "Control"], rows)
+    return "\n".join([table, "", *(f"- `{name}`: {seen}" for name, seen in tree["controls"].items())]) + "\n"
 
 
 def disagreements(paper: Path) -> str:
@@ -125,7 +140,7 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-WRITERS = {each.__name__: each for each in (findings, results, claims, disagreements, costs, groups, keys)}
+WRITERS = {each.__name__: each for each in (findings, results, claims, registered, disagreements, costs, groups, keys)}
 
 
 def _default(name: str, key: str) -> str:
@@ -181,7 +196,7 @@ def _sentences(report: dict, factorial: dict) -> str:
     """Return what the numbers come to: loss, claims, benchmarks."""
     recipes = list({recipe["comparison"]["run"]: recipe for recipe in report["recipes"]}.values())
     apes, held, ptq = _estimates(recipes)
-    limit, verdicts = published()["paper"]["thresholds"]["ape"], [claim["verdict"] for claim in factorial["claims"]]
+    limit, verdicts = APE_THRESHOLD, [claim["verdict"] for claim in factorial["claims"]]
     below, beyond = sum(ape < limit for ape, *_ in apes), sum(high >= limit for *_, high in apes)
     seen = next(s for c in factorial["claims"] for s in c["statements"] if "exceed their predicted" in s["statement"])
     questions = re.search(r"\d+ questions", factorial["facts"]["Benchmark"])[0]

@@ -110,9 +110,9 @@ class Mean(NamedTuple):
         half = max(float(stdtrit(df, (1 + level) / 2)) * error for error, df in self.noise)
         return [max(self.value - half, -self.reach), min(self.value + half, self.reach)]
 
-    def detectable(self) -> float:
-        """Return the smallest difference that is found with about 80 % power at a level of 5 %."""
-        return max(error * float(stdtrit(df, 1 - LEVEL / 2) + stdtrit(df, POWER)) for error, df in self.noise)
+    def detectable(self, level: float = 1 - LEVEL) -> float:
+        """Return the smallest difference that about 80 % of such intervals tell from zero."""
+        return max(error * float(stdtrit(df, (1 + level) / 2) + stdtrit(df, POWER)) for error, df in self.noise)
 
     def p_value(self) -> float:
         """Return the p-value of Student's two-sided test against zero."""

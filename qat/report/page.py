@@ -13,7 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from qat.analysis.compare import pretrained_run
+from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, pretrained_run
 from qat.analysis.decisions import DECISIONS
 from qat.report import pictures, tables
 from qat.report.caveats import caveats, lead, run_warnings
@@ -142,6 +142,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "verdicts": tables.verdicts(rows),
         "provenance": _provenance(experiments) | context,
         "paper": paper["paper"],
+        "thresholds": {"drop": DROP_THRESHOLD, "ape": APE_THRESHOLD},
         "overview": tables.overview(experiments, paper),
         "summary": tables.summary(experiments, paper),
         "forests": [*pictures.of_differences(experiments), *pictures.of_scores(experiments, paper)],

@@ -16,7 +16,6 @@ import numpy as np
 from scipy.stats import linregress
 
 from qat.analysis import stats
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import Config
 from qat.errors import ConfigError
 from qat.runs.folder import Run
@@ -24,6 +23,7 @@ from qat.studies import measures
 from qat.studies.contrasts import Claim, Estimate, Response, Statement, with_holm
 from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import Measured
+from qat.studies.registration import Registered, Registration, registration
 
 PLAIN = "as the text"
 SPLIT = "exp8, a sequence a call"  # exp8 with a step's sequences in as many calls: a tick a call is then another thing
@@ -61,6 +61,7 @@ SCOPES = (PLAIN, "MLP of all blocks", "attention too", "attention too, all block
 
 def design(overrides: Sequence[str], compose: Compose) -> tuple[list[Cell], dict[str, str]]:
     """Return the cells under command-line overrides, and {switch: why it is left out}. A key is (base, switch)."""
+    registered()  # what is wrong with it is said before anything is trained
     own = {override.partition("=")[0] for switch in SWITCHES for override in switch.overrides}
     refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
     if any(override.startswith("protocol=") and override != "protocol=paper" for override in overrides):
@@ -150,40 +151,43 @@ def _effect(measured: Sequence[Measured], name: str, response: Response, key: Ke
 # ---------------------------------------------------------------------------------------------------- claims
 
 
+def registered() -> Registration:
+    """Read what was registered before the runs."""
+    return registration("audit", _CLAIMS)
+
+
 def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
-    """Judge the questions of the paper's disagreements (`qat.studies.contrasts.Claim`); cfg: of exp8 by the text."""
+    """Judge the registered claims (`qat.studies.contrasts.Claim`); cfg: of exp8 by the text."""
     if not measured:
         return []
-    held = measures.heldout(measured, "w8a8")
+    return [_CLAIMS[key](claim, measured, cfg).judge() for key, claim in registered().claims.items()]
+
+
+def _loss(claim: Registered, measured: Sequence[Measured]) -> float:
+    """Return the margin of a claim in nats of held-out loss."""
     plain = [m.losses("baseline").mean() for m in measured if m.key[1] == PLAIN]
-    limit = APE_THRESHOLD / 100 * float(np.mean(plain or [0]))
-    made = [_labels(measured), _clipping(held, limit), _calls(held, limit, cfg), _linears(measured)]
-    return [claim.judge() for claim in (*made, _modes(measured, limit))]
+    return claim.margins["heldout_loss"] / 100 * float(np.mean(plain or [0]))
 
 
-def _labels(measured: Sequence[Measured]) -> Claim:
+def _labels(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
     forgetting = measures.points(measured, "baseline", "pretrained")
-    limit = DROP_THRESHOLD * float(np.mean([m.answers("pretrained").mean() for m in measured]))
+    drop = claim.margins["accuracy"] * float(np.mean([m.answers("pretrained").mean() for m in measured]))
     once, twice = ("exp3", PLAIN), ("exp3", "labels shifted twice")
     more = Statement(
         "BF16 at lr 1e-4 forgets more than the threshold beyond what it does with sound labels",
         forgetting,
         {twice: 1, once: -1},
-        high=-limit,
+        high=-drop,
+        margin=drop,
     )
-    share = Response("Share of the forgetting", "of it", 2, {})
     explains = Statement(
         "the double shift explains more than half of the forgetting",
-        share,
+        Response("Share of the forgetting", "of it", 2, {}, measure="forgetting_share"),
         low=0.5,
         estimate=lambda level: explained(forgetting, once, twice, level),
         without="it was not seen that anything is forgotten, or a cell that it needs is missing",
     )
-    return Claim(
-        "The double label shift explains the forgetting at lr 1e-4",
-        "The text is silent; 16.7 points of MMLU lie between lr 1e-5 and lr 1e-4",
-        [more, explains],
-    )
+    return Claim(claim, [more, explains])
 
 
 def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Estimate | None:
@@ -199,54 +203,47 @@ def explained(forgetting: Response, once: Key, twice: Key, level: float) -> Esti
     if slope is None or slope.low is None:  # seeds that have both cells are too few
         return None
     half = (slope.high - slope.low) / 2
-    return Estimate(1 - ratio, 1 - ratio - half, 1 - ratio + half, None, slope.n, slope.of, level)
+    ends = 1 - ratio - half, 1 - ratio + half
+    return Estimate(1 - ratio, *ends, None, slope.n, slope.of, level, slope.detectable)
 
 
-def _clipping(held: Response, limit: float) -> Claim:
-    without = ("overflow saturates", "overflow to Inf")
-    changes = {f"{base}: {name}": {(base, name): 1, (base, PLAIN): -1} for base in ("exp8", "exp3") for name in without}
-    return Claim(
-        "Clipping at the target costs more than the threshold",
-        "The text clips to 15; the code does not, and its values go on to the next tier",
-        [Statement(f"{name} is better by more than that", held, cells, high=-limit) for name, cells in changes.items()],
-        needs="any",
-    )
+def _clipping(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
+    held, loss = measures.heldout(measured, "w8a8"), _loss(claim, measured)
+    cells = [(base, name) for base in ("exp8", "exp3") for name in ("overflow saturates", "overflow to Inf")]
+    what = "{}: {} is better by more than that".format
+    changes = {cell: {cell: 1, (cell[0], PLAIN): -1} for cell in cells}
+    statements = [Statement(what(*cell), held, change, high=-loss, margin=loss) for cell, change in changes.items()]
+    return Claim(claim, statements, needs="any")
 
 
-def _calls(held: Response, limit: float, cfg: Config) -> Claim:
+def _calls(claim: Registered, measured: Sequence[Measured], cfg: Config) -> Claim:
+    held, loss = measures.heldout(measured, "w8a8"), _loss(claim, measured)
     change = {(SPLIT, "a tick a call"): 1, (SPLIT, PLAIN): -1}
     micro, accumulation = cfg.batch
     calls = (cfg.steps - cfg.bf16_warmup_steps) * (accumulation if accumulation > 1 else micro)
-    length = Response("Length of a run", "quantized calls", 0, {})
+    length = Response("Length of a run", "quantized calls", 0, {}, measure="quantized_calls")
     return Claim(
-        "A window counted in calls is as good as one in steps",
-        "“64 steps”; in the code 64 calls, which are 8 steps",
-        [Statement("the difference is within the threshold", held, change, -limit, limit)],
+        claim,
+        [Statement("the difference is within the threshold", held, change, -loss, loss, margin=loss)],
         premises=[  # else neither window forgets anything, and they are one
             Statement(
                 "a run outlasts a window of calls",
                 length,
                 low=cfg.scaling.window,
-                estimate=lambda level: Estimate(calls, calls, calls, None, 1, "run", level),
+                estimate=lambda level: Estimate(calls, calls, calls, None, 1, "run", level, 0.0),
             )
         ],
     )
 
 
-def _linears(measured: Sequence[Measured]) -> Claim:
-    exponent = Response("Loss APE against linears", "as a power", 2, {})
-    return Claim(
-        "Loss APE follows the number of quantized linears",
-        "182 linears: 0.19 to 0.21 %, 147: 0.113 %, 63: 0.115 %; read as the merit of the max window",
-        [
-            Statement(
-                "APE rises with a power of the number above 0",
-                exponent,
-                low=0,
-                estimate=lambda level: power_of_linears(measured, level),
-            )
-        ],
+def _linears(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
+    rises = Statement(
+        "APE rises with a power of the number above 0",
+        Response("Loss APE against linears", "as a power", 2, {}, measure="linears_exponent"),
+        low=0,
+        estimate=lambda level: power_of_linears(measured, level),
     )
+    return Claim(claim, [rises])
 
 
 def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | None:
@@ -269,16 +266,20 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
     if len(scopes) < 3:
         return Estimate(float(fit.slope), None, None, None, len(scopes), "scopes", level)
     mean = stats.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),))
-    return Estimate(mean.value, *mean.interval(level), mean.p_value(), len(scopes), "scopes", level)
+    noise = *mean.interval(level), mean.p_value()
+    return Estimate(mean.value, *noise, len(scopes), "scopes", level, mean.detectable(level))
 
 
-def _modes(measured: Sequence[Measured], limit: float) -> Claim:
-    between = measures.heldout(measured, "w8a8", "bf16")
-    return Claim(
-        "Scores of BF16 weights stand for those of W8A8",
-        "Results are called W8A8; benchmarks ran without any quantizer",
-        [
-            Statement(f"{base}: the same held-out loss in either mode", between, {(base, PLAIN): 1}, -limit, limit)
-            for base in ("exp8", "exp3")
-        ],
-    )
+def _modes(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
+    between, loss = measures.heldout(measured, "w8a8", "bf16"), _loss(claim, measured)
+    what, cells = "{}: the same held-out loss in either mode".format, (("exp8", PLAIN), ("exp3", PLAIN))
+    return Claim(claim, [Statement(what(cell[0]), between, {cell: 1}, -loss, loss, margin=loss) for cell in cells])
+
+
+_CLAIMS = {  # by their keys in experiments/claims.yaml
+    "labels": _labels,
+    "clipping": _clipping,
+    "calls": _calls,
+    "linears": _linears,
+    "modes": _modes,
+}

@@ -14,7 +14,8 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported`
 when the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and
 else not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k: together they hold with
-95 %.
+95 %. Beside it stands the smallest difference that would be found in four of five cases, from the same noise, and for a
+difference that has a margin a word of `qat.analysis.decisions`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from functools import cached_property
 import numpy as np
 
 from qat.analysis import stats
+from qat.analysis.decisions import decide
 from qat.analysis.stats import LEVEL
+from qat.errors import UserError
 from qat.report.text import interval, signed
 from qat.studies.design import Key
+from qat.studies.registration import Registered
 
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not decidable at this scale"
+POWERLESS, UNDECIDED = "powerless", "undecided"  # why a claim is open
 Weights = Mapping[Key, float]
 
 
@@ -40,6 +45,7 @@ class Estimate:
     """Hold the value of a contrast, its interval of `level` and its p-value against zero.
 
     Both are None where there is no noise to be had. n: how many (`of`: documents, questions, seeds, scopes) it is from.
+    detectable: the smallest value that four of five such intervals tell from zero; None as the interval is.
     """
 
     value: float
@@ -49,6 +55,7 @@ class Estimate:
     n: int
     of: str
     level: float = 1 - LEVEL
+    detectable: float | None = None
 
 
 @dataclass
@@ -56,7 +63,8 @@ class Response:
     """Hold a quantity measured in the runs of a study.
 
     values: {(cell, seed): FP64 [units]}, one unit where `sampled` is empty; unit, digits: for display; log: values are
-    logarithms, shown as what they are of; without: how many runs have no finite value, and are not in `values`.
+    logarithms, shown as what they are of; without: how many runs have no finite value, and are not in `values`;
+    measure: its name in `qat.studies.registration.MEASURES`, where claims rest on it.
     """
 
     name: str
@@ -66,6 +74,7 @@ class Response:
     sampled: str = ""
     log: bool = False
     without: int = 0
+    measure: str = ""
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -87,8 +96,8 @@ class Response:
         # Answers of one unit can move so far, in points; what else is measured has no end.
         reach = 100 * sum(map(abs, weights.values())) if self.sampled == "questions" else 0.0
         mean = self._mean(changes, reach)
-        low, high, p = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
-        return Estimate(float(changes.mean()), low, high, p, n, of, level)
+        noise = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
+        return Estimate(float(changes.mean()), *noise, n, of, level, mean and mean.detectable(level))
 
     def _mean(self, changes: np.ndarray, reach: float) -> stats.Mean | None:
         """Return the mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
@@ -123,6 +132,11 @@ class Response:
         ends = None if estimate.low is None else (estimate.low, estimate.high)
         return f"{signed(estimate.value, self.digits)} {interval(ends, self.digits)}"
 
+    def detectable(self, estimate: Estimate | None) -> float | None:
+        """Return the smallest difference that would be found, in the unit; where values are logarithms, a factor."""
+        found = estimate and estimate.detectable
+        return math.exp(found) if self.log and found is not None else found
+
     def fewer(self, estimate: Estimate | None) -> str:
         """Say of how many seeds an estimate is, where not of all; else nothing. Begins with a space."""
         seeds = len(self.seeds)
@@ -150,6 +164,7 @@ def with_holm(response: Response, estimates: Sequence[Estimate | None]) -> list[
 class Statement:
     """State that a contrast lies between `low` and `high` (None: no end), in the response's unit.
 
+    margin: the smallest difference from zero that counts; None where it is no difference, or none is set.
     estimate: function of a level; None: the contrast of `weights`. without: what it says that there is no estimate.
     """
 
@@ -158,24 +173,44 @@ class Statement:
     weights: Weights = field(default_factory=dict)
     low: float | None = None
     high: float | None = None
+    margin: float | None = None
     estimate: Callable[[float], Estimate | None] | None = None
     without: str = "a cell that it needs is missing"
 
     def judge(self, level: float) -> dict:
-        """Return the estimate, the region and the verdict, JSON-able."""
+        """Return the estimate, the region, the verdict and what else the difference says, JSON-able.
+
+        detectable: as `Response.detectable`; decision: as `decide`; open: why it has no verdict.
+        """
         response = self.response
         estimate = self.estimate(level) if self.estimate else response.contrast(self.weights, level)
         low, high = (end if end is None or not response.log else math.log(end) for end in (self.low, self.high))
+        verdict = judge(estimate, -math.inf if low is None else low, math.inf if high is None else high)
+        decision = self.decide(estimate)
+        powerless = decision == POWERLESS or estimate is None or estimate.low is None
         return {
             "statement": self.what,
+            "measure": response.measure,
             "response": response.name,
             "unit": response.unit + response.fewer(estimate),
             "estimate": estimate and vars(estimate),
             "text": response.text(estimate),
             "region": [self.low, self.high],
-            "verdict": judge(estimate, -math.inf if low is None else low, math.inf if high is None else high),
+            "verdict": verdict,
+            "margin": self.margin,
+            "detectable": response.detectable(estimate),
+            "decision": decision,
+            "open": (POWERLESS if powerless else UNDECIDED) if verdict == OPEN else None,
             **({"without": self.without} if estimate is None else {}),
         }
+
+    def decide(self, estimate: Estimate | None) -> str | None:
+        """Return the word of `qat.analysis.decisions` for a difference that has a margin."""
+        if self.margin is None or estimate is None:
+            return None
+        sign = -1 if self.response.measure == "accuracy" else 1  # more of any other is worse
+        ends = None if estimate.low is None else sorted((sign * estimate.low, sign * estimate.high))
+        return decide(sign * estimate.value, ends, self.margin, estimate.detectable)
 
 
 def judge(estimate: Estimate | None, low: float, high: float) -> str:
@@ -191,31 +226,42 @@ def judge(estimate: Estimate | None, low: float, high: float) -> str:
 
 @dataclass
 class Claim:
-    """Hold a claim, what the paper says to it, and the statements it rests on: on all of them, or on any.
+    """Hold a registered claim and the statements it rests on: on all of them, or on any.
 
-    Without its premises it is about nothing, and nothing is decided.
+    Without its premises it is about nothing, and nothing is decided. Errors: UserError where its statements are about
+    other measures than it is registered for.
     """
 
-    claim: str
-    says: str
+    registered: Registered
     statements: list[Statement]
     needs: str = "all"
     premises: list[Statement] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        used = {statement.response.measure for statement in (*self.premises, *self.statements)}
+        if used != set(self.registered.margins):
+            names = (", ".join(sorted(measures)) for measures in (self.registered.margins, used))
+            raise UserError("claims.yaml: {}: it names {}, the code measures {}".format(self.registered.key, *names))
+
     def judge(self) -> dict:
-        """Return {claim, says, verdict, why, premises, statements}, JSON-able."""
+        """Return {key, claim, says, control, verdict, open, why, premises, statements}, JSON-able.
+
+        open: `POWERLESS` where what a verdict needs could not have been seen, else `UNDECIDED`; None with a verdict.
+        """
         premises = [premise.judge(1 - LEVEL / len(self.premises)) for premise in self.premises]
         judged = [statement.judge(1 - LEVEL / len(self.statements)) for statement in self.statements]
         if unmet := next((premise for premise in premises if premise["verdict"] != SUPPORTED), None):
             seen = f"{unmet['text']} {unmet['unit']}; true {region(unmet['region'])}"
-            verdict, why = OPEN, f"It was not seen that {unmet['statement']} ({seen})."
+            verdict, why = OPEN, f"It was not seen that {unmet['statement']} ({seen}){_power(unmet)}."
+            cause = unmet["open"] or POWERLESS  # a premise that is wrong leaves nothing to be seen
         else:
             verdict = self._verdict(judged)
-            why = _why(verdict, judged)
+            cause = self._cause(judged) if verdict == OPEN else None
+            why = _why(verdict, cause, judged)
         if verdict != OPEN and any(statement.response.within_units for statement in self.statements):
             why += " Of one seed: noise between runs is not in it."
-        about = {"claim": self.claim, "says": self.says, "verdict": verdict, "why": why}
-        return about | {"premises": premises, "statements": judged}
+        about = {key: getattr(self.registered, key) for key in ("key", "claim", "says", "control")}
+        return about | {"verdict": verdict, "open": cause, "why": why, "premises": premises, "statements": judged}
 
     def _verdict(self, judged: Sequence[dict]) -> str:
         verdicts = [statement["verdict"] for statement in judged]
@@ -224,10 +270,16 @@ class Claim:
             return decided
         return other if set(verdicts) == {other} else OPEN
 
+    def _cause(self, judged: Sequence[dict]) -> str:
+        """Return why an open claim was not supported, by all of its statements or any."""
+        causes = {statement["open"] for statement in judged} - {None}
+        first = POWERLESS if self.needs == "all" else UNDECIDED  # of all, one that is powerless is enough
+        return first if first in causes else causes.pop()
 
-def _why(verdict: str, judged: Sequence[dict]) -> str:
+
+def _why(verdict: str, cause: str | None, judged: Sequence[dict]) -> str:
     """Say in one sentence which statement decided it, or what stands in the way."""
-    first, *others = [statement for statement in judged if statement["verdict"] == verdict]
+    first, *others = [s for s in judged if s["verdict"] == verdict and cause in (None, s["open"])]
     name, value = f"“{first['statement']}”", f"{first['text']} {first['unit']}"
     if verdict != OPEN:
         agreed = len(others) + 1 == len(judged) > 1
@@ -237,7 +289,15 @@ def _why(verdict: str, judged: Sequence[dict]) -> str:
         return f"{name}: {first['without']}."
     if first["estimate"]["low"] is None:
         return f"{name}: {value}, and one seed with all its cells leaves no interval."
-    return f"{name}: {value}, {_spanned(first['region'])}."
+    return f"{name}: {value}, {_spanned(first['region'])}{_power(first)}."
+
+
+def _power(statement: Mapping) -> str:
+    """Say of an open statement how small a difference would have been found, and of a powerless one what counts."""
+    if not statement["open"] or statement["detectable"] is None:
+        return ""
+    margin = f", and {statement['margin']:.3g} would count" if statement["open"] == POWERLESS else ""
+    return f"; {statement['open']}: differences from {statement['detectable']:.3g} on are found{margin}"
 
 
 def _placed(statement: Mapping) -> str:

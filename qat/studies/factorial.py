@@ -4,8 +4,7 @@ The grid is {current, most_recent, exp_smooth, max} x {window 1, 16, 64} x {lr 1
 exp8, of 48 cells. Only `max` reads its window, and of window 1 it is `most_recent` to the bit, so they come to 20 runs:
 five levels of scaling by two by two. The quantized runs of one learning rate share their BF16 baseline.
 
-The thresholds are the paper's (section 1). Its 0.5 % of the training loss (APE) is also asked of the held-out loss,
-which has an interval; its 1 % of a score is asked of each task and of all questions together. What the claims come to:
+The claims, their margins and what they are tested on are registered in experiments/claims.yaml. What they come to:
 
 - saturation: by the last amax more tensors exceed their prediction, and more elements are clipped, than by `max`.
 - best: the held-out loss in W8A8 is lower by `max` than by any other rule.
@@ -25,14 +24,16 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, TASKS
+from qat.analysis.compare import TASKS
 from qat.studies import measures
 from qat.studies.contrasts import Claim, Response, Statement, Weights, with_holm
 from qat.studies.design import Cell, Compose, Key, refuse
 from qat.studies.measures import MODES, Measured
+from qat.studies.registration import Registered, Registration, registration
 
 SCALINGS = {
     "current": ["scaling=current"],
@@ -60,6 +61,7 @@ _CONTRASTS = {
 
 def design(overrides: Sequence[str], compose: Compose) -> list[Cell]:
     """Return the grid's distinct runs under command-line overrides, those of one learning rate together."""
+    registered()  # what is wrong with it is said before anything is trained
     refuse(overrides, _SET, "factorial")
     levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
     composed = {name: compose("exp8", overrides, changes) for name, changes in levels.items()}
@@ -151,22 +153,21 @@ def baselines(measured: Sequence[Measured]) -> dict[str, Response]:
 # ---------------------------------------------------------------------------------------------------- claims
 
 
+def registered() -> Registration:
+    """Read what was registered before the runs."""
+    return registration("factorial", _CLAIMS)
+
+
 def claims(measured: Sequence[Measured]) -> list[dict]:
-    """Judge the paper's claims (`qat.studies.contrasts.Claim`)."""
+    """Judge the registered claims (`qat.studies.contrasts.Claim`)."""
     if not measured:
         return []
-    by_name = responses(measured)
-    made = [_saturation(by_name), _best(by_name), _forgets(measured), _orthogonal(measured, by_name)]
-    made += [_necessary(measured, by_name, fix) for fix in _WITHOUT]
-    made += [*(_sufficient(measured, mode) for mode in MODES), _qat(measured)]
-    return [claim.judge() for claim in made]
+    return [_CLAIMS[key](claim, measured).judge() for key, claim in registered().claims.items()]
 
 
-def _thresholds(measured: Sequence[Measured], key: Key = RECIPE) -> tuple[float, float]:
-    """Return the thresholds beside a cell's baseline: (held-out loss in nats, points over all questions)."""
-    alike = _of_rate(measured, key[1])
-    loss = float(np.mean([m.losses("baseline").mean() for m in alike]))
-    return APE_THRESHOLD / 100 * loss, _drop(alike, "baseline")
+def _loss(claim: Registered, measured: Sequence[Measured]) -> float:
+    """Return the margin of a claim in nats of held-out loss."""
+    return claim.margins["heldout_loss"] / 100 * float(np.mean([m.losses("baseline").mean() for m in measured]))
 
 
 def _of_rate(measured: Sequence[Measured], rate: str) -> Sequence[Measured]:
@@ -174,16 +175,15 @@ def _of_rate(measured: Sequence[Measured], rate: str) -> Sequence[Measured]:
     return [m for m in measured if m.key[1] == rate] or measured
 
 
-def _drop(measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
-    """Return the 1 % threshold in points."""
-    return DROP_THRESHOLD * float(np.mean([m.answers(scored, task=task).mean() for m in measured]))
+def _drop(claim: Registered, measured: Sequence[Measured], scored: str, task: str | None = None) -> float:
+    """Return the margin of a claim in points."""
+    return claim.margins["accuracy"] * float(np.mean([m.answers(scored, task=task).mean() for m in measured]))
 
 
-def _saturation(by_name: Mapping[str, Response]) -> Claim:
-    less = weights(scaling=_MAX)
+def _saturation(claim: Registered, measured: Sequence[Measured]) -> Claim:
+    less, by_name = weights(scaling=_MAX), responses(measured)
     return Claim(
-        "The max window saturates less than scaling by the last amax",
-        "Exps 3, 4 and 6 saturate, exps 7 and 8 do not",
+        claim,
         [
             Statement("fewer tensors exceed their predicted amax with max w64", by_name["overshoot"], less, high=0),
             Statement("fewer elements are beyond the target with max w64", by_name["clipped"], less, high=0),
@@ -191,101 +191,107 @@ def _saturation(by_name: Mapping[str, Response]) -> Claim:
     )
 
 
-def _best(by_name: Mapping[str, Response]) -> Claim:
+def _best(claim: Registered, measured: Sequence[Measured]) -> Claim:
+    held, loss = measures.heldout(measured, "w8a8"), _loss(claim, measured)
     others = ("most_recent", "exp_smooth", "current")
+    changes = {other: weights(scaling={"max w64": 1, other: -1}) for other in others}
+    what = "max w64 has a lower held-out loss than {}".format
+    return Claim(claim, [Statement(what(other), held, cells, high=0, margin=loss) for other, cells in changes.items()])
+
+
+def _forgets(claim: Registered, measured: Sequence[Measured]) -> Claim:
+    points, drop = baselines(measured)["forgetting"], _drop(claim, measured, "pretrained")
+    what = "BF16 at lr {} loses {} than the threshold".format
     return Claim(
-        "The max window does less damage than the other scalings",
-        "Exp 8 has the smallest drops on ARC, but its own learning rate; at that of the others exp 7 drops more there "
-        "than exps 4 and 5. On MMLU exps 4 and 7 gain, on HellaSwag exps 5 and 7",
+        claim,
         [
-            Statement(
-                f"max w64 has a lower held-out loss than {other}",
-                by_name["heldout w8a8"],
-                weights(scaling={"max w64": 1, other: -1}),
-                high=0,
-            )
-            for other in others
+            Statement(what("1e-4", "more"), points, {("1e-4",): 1}, high=-drop, margin=drop),
+            Statement(what("1e-5", "less"), points, {("1e-5",): 1}, low=-drop, margin=drop),
         ],
     )
 
 
-def _forgets(measured: Sequence[Measured]) -> Claim:
-    points, threshold = baselines(measured)["forgetting"], _drop(measured, "pretrained")
-    return Claim(
-        "Training at lr 1e-4 forgets, at lr 1e-5 it does not",
-        "MMLU of the BF16 runs: 26.66 % at lr 1e-4, 43.36 % at lr 1e-5; the pretrained checkpoint was not scored",
-        [
-            Statement("BF16 at lr 1e-4 loses more than the threshold", points, {("1e-4",): 1}, high=-threshold),
-            Statement("BF16 at lr 1e-5 loses less than the threshold", points, {("1e-5",): 1}, low=-threshold),
-        ],
-    )
-
-
-def _orthogonal(measured: Sequence[Measured], by_name: Mapping[str, Response]) -> Claim:
-    threshold, _ = _thresholds(measured)
+def _orthogonal(claim: Registered, measured: Sequence[Measured]) -> Claim:
+    loss, drop = _loss(claim, _of_rate(measured, RECIPE[1])), _drop(claim, measured, "pretrained")
+    forgetting = baselines(measured)["forgetting"]
     rate, warm = _CONTRASTS["lr"]["lr 1e-5"], _CONTRASTS["warmup"]["warmup"]
     crossed = {
         "the max window does the same at either learning rate": weights(scaling=_MAX, lr=rate),
         "the warmup does the same at either learning rate": weights(repeated(measured), warmup=warm, lr=rate),
         "the max window does the same with and without warmup": weights(scaling=_MAX, warmup=warm),
     }
-    response = by_name["heldout w8a8"]
+    held, last = measures.heldout(measured, "w8a8"), weights(scaling={"most_recent": 1})
     return Claim(
-        "Saturation and forgetting are orthogonal",
-        "Two failures with separate causes and separate fixes; never crossed",
-        [Statement(what, response, cells, -threshold, threshold) for what, cells in crossed.items()],
+        claim,
+        [Statement(what, held, cells, -loss, loss, margin=loss) for what, cells in crossed.items()],
         premises=[
-            Statement("scaling by the last amax does damage", response, weights(scaling={"most_recent": 1}), low=0),
-            Statement("BF16 at lr 1e-4 forgets", baselines(measured)["forgetting"], {("1e-4",): 1}, high=0),
+            Statement("scaling by the last amax does damage", held, last, low=0, margin=loss),
+            Statement("BF16 at lr 1e-4 forgets", forgetting, {("1e-4",): 1}, high=0, margin=drop),
         ],
     )
 
 
-_WITHOUT = {
-    "the max window": ("most_recent", "1e-5", "5 %"),
-    "the BF16 warmup": ("max w64", "1e-5", "0"),
-    "the low learning rate": ("max w64", "1e-4", "5 %"),
-}
+def _necessary(claim: Registered, measured: Sequence[Measured], without: Key) -> Claim:
+    alike = _of_rate(measured, without[1])
+    loss, drop = _loss(claim, alike), _drop(claim, alike, "baseline")
+    held, points = measures.heldout(measured, "w8a8"), measures.points(measured, "w8a8")
+    over_loss = "without it the held-out loss is over the threshold"
+    over_drop = "without it the answers are over the threshold"
+    return Claim(
+        claim,
+        [
+            Statement(over_loss, held, {without: 1}, low=loss, margin=loss),
+            Statement(over_drop, points, {without: 1}, high=-drop, margin=drop),
+        ],
+        needs="any",
+    )
 
 
-def _necessary(measured: Sequence[Measured], by_name: Mapping[str, Response], fix: str) -> Claim:
-    cell = _WITHOUT[fix]
-    loss, drop = _thresholds(measured, cell)
-    held, points = by_name["heldout w8a8"], by_name["points w8a8"]
-    statements = [
-        Statement("without it the held-out loss is over the threshold", held, {cell: 1}, low=loss),
-        Statement("without it the answers are over the threshold", points, {cell: 1}, high=-drop),
-    ]
-    if cell[1] != RECIPE[1]:
-        lost, threshold = measures.points(measured, "w8a8", "pretrained"), _drop(measured, "pretrained")
-        what = "without it more of the checkpoint's answers are lost than the threshold"
-        statements = [Statement(what, lost, {cell: 1}, high=-threshold)]
-    return Claim(f"Necessary: {fix}", "Never left out alone", statements, needs="any")
+def _necessary_rate(claim: Registered, measured: Sequence[Measured]) -> Claim:
+    lost, drop = measures.points(measured, "w8a8", "pretrained"), _drop(claim, measured, "pretrained")
+    what = "without it more of the checkpoint's answers are lost than the threshold"
+    at = {("max w64", "1e-4", "5 %"): 1}
+    return Claim(claim, [Statement(what, lost, at, high=-drop, margin=drop)], needs="any")
 
 
-def _sufficient(measured: Sequence[Measured], mode: str) -> Claim:
-    loss, _ = _thresholds(measured)
-    alike, at = _of_rate(measured, RECIPE[1]), {RECIPE: 1}
-    statements = [Statement("held-out loss within the threshold", measures.heldout(measured, mode), at, high=loss)]
+def _sufficient(claim: Registered, measured: Sequence[Measured], mode: str) -> Claim:
+    alike, at, held = _of_rate(measured, RECIPE[1]), {RECIPE: 1}, measures.heldout(measured, mode)
+    loss = _loss(claim, alike)
+    statements = [Statement("held-out loss within the threshold", held, at, high=loss, margin=loss)]
     if mode == "w8a8":  # of the training, however it is scored afterwards
         ape = measures.ape(measured)
-        statements.append(Statement("loss APE within the threshold", ape, at, high=APE_THRESHOLD))
+        statements.append(Statement("loss APE within the threshold", ape, at, high=claim.margins["loss_ape"]))
     for task in measured[0].scored["baseline"].answers:
-        points, least = measures.points(measured, mode, task=task), -_drop(alike, "baseline", task)
-        statements.append(Statement(f"{TASKS.get(task, task)} within the threshold", points, at, low=least))
-    lost, least = measures.points(measured, mode, "pretrained"), -_drop(measured, "pretrained")
-    statements.append(Statement("the checkpoint's answers are kept within the threshold", lost, at, low=least))
-    says = "Exp 8: APE 0.11 %, drops of 0.43, 0.58, 1.06 and 0.22 %; scored on BF16 weights, against its baseline"
-    return Claim(f"Sufficient: the recipe meets every threshold ({MODES[mode]})", says, statements)
+        points, drop = measures.points(measured, mode, task=task), _drop(claim, alike, "baseline", task)
+        what = f"{TASKS.get(task, task)} within the threshold"
+        statements.append(Statement(what, points, at, low=-drop, margin=drop))
+    lost, drop = measures.points(measured, mode, "pretrained"), _drop(claim, measured, "pretrained")
+    what = "the checkpoint's answers are kept within the threshold"
+    return Claim(claim, [*statements, Statement(what, lost, at, low=-drop, margin=drop)])
 
 
-def _qat(measured: Sequence[Measured]) -> Claim:
-    (loss, _), rate = _thresholds(measured), RECIPE[1]
+def _qat(claim: Registered, measured: Sequence[Measured]) -> Claim:
+    rate = RECIPE[1]
+    loss = _loss(claim, _of_rate(measured, rate))
+    ptq, gain = baselines(measured)["ptq"], measures.heldout(measured, "w8a8", "ptq")
     return Claim(
-        "QAT is needed: quantizing the trained BF16 model does not do",
-        "Not tried: there is no PTQ row",
+        claim,
         [
-            Statement("PTQ's held-out loss is over the threshold", baselines(measured)["ptq"], {(rate,): 1}, low=loss),
-            Statement("the recipe is better than PTQ", measures.heldout(measured, "w8a8", "ptq"), {RECIPE: 1}, high=0),
+            Statement("PTQ's held-out loss is over the threshold", ptq, {(rate,): 1}, low=loss, margin=loss),
+            Statement("the recipe is better than PTQ", gain, {RECIPE: 1}, high=0, margin=loss),
         ],
     )
+
+
+_CLAIMS = {  # by their keys in experiments/claims.yaml
+    "saturation": _saturation,
+    "best": _best,
+    "forgetting": _forgets,
+    "orthogonal": _orthogonal,
+    "necessary_max_window": partial(_necessary, without=("most_recent", "1e-5", "5 %")),
+    "necessary_warmup": partial(_necessary, without=("max w64", "1e-5", "0")),
+    "necessary_low_rate": _necessary_rate,
+    "sufficient_w8a8": partial(_sufficient, mode="w8a8"),
+    "sufficient_bf16": partial(_sufficient, mode="bf16"),
+    "qat": _qat,
+}

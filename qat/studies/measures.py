@@ -104,31 +104,33 @@ def _mean(values: Iterable[float]) -> float:
 def heldout(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
     """Measure the held-out loss of what `ours` names less that of `theirs`."""
     name = f"Held-out loss, {_versus(ours, theirs)}"
-    return _response(measured, name, "nats", 4, lambda m: m.losses(ours, theirs), "documents", **more)
+    return _response(measured, "heldout_loss", name, "nats", 4, lambda m: m.losses(ours, theirs), "documents", **more)
 
 
 def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", task: str | None = None, **more):
     """Measure the points of right answers of `ours` less those of `theirs`, over all questions or those of one task."""
     name = f"{TASKS.get(task, task) if task else 'All questions'}, {_versus(ours, theirs)}"
-    return _response(measured, name, "points", 2, lambda m: 100 * m.answers(ours, theirs, task), "questions", **more)
+    return _response(
+        measured, "accuracy", name, "points", 2, lambda m: 100 * m.answers(ours, theirs, task), "questions", **more
+    )
 
 
 def ape(measured: Sequence[Measured]) -> Response:
     """Measure the logarithm of the loss APE: its effects are factors, its means geometric."""
     with np.errstate(divide="ignore"):  # a run that equals its baseline has none, and is left out
-        return _response(measured, "Loss APE, geometric mean", "%", 3, lambda m: np.log([m.ape]), log=True)
+        return _response(measured, "loss_ape", "Loss APE, geometric mean", "%", 3, lambda m: np.log([m.ape]), log=True)
 
 
 def overshoot(measured: Sequence[Measured]) -> Response:
     """Measure the share of tensors beyond their predicted amax, in points."""
     name = "Share of tensors beyond their predicted amax"
-    return _response(measured, name, "points", 2, lambda m: [100 * m.overshoot])
+    return _response(measured, "overshoot", name, "points", 2, lambda m: [100 * m.overshoot])
 
 
 def clipped(measured: Sequence[Measured]) -> Response:
     """Measure the share of elements beyond the target, in a million."""
     name = "Elements beyond the target"
-    return _response(measured, name, "in a million", 2, lambda m: [1e6 * m.clipped])
+    return _response(measured, "clipped", name, "in a million", 2, lambda m: [1e6 * m.clipped])
 
 
 def _versus(ours: str, theirs: str) -> str:
@@ -137,6 +139,7 @@ def _versus(ours: str, theirs: str) -> str:
 
 def _response(
     measured: Sequence[Measured],
+    measure: str,
     name: str,
     unit: str,
     digits: int,
@@ -147,4 +150,4 @@ def _response(
 ) -> Response:
     values = {(key(m), m.seed): np.asarray(take(m), float) for m in measured}
     finite = {k: v for k, v in values.items() if np.isfinite(v).all()}
-    return Response(name, unit, digits, finite, sampled, log, without=len(values) - len(finite))
+    return Response(name, unit, digits, finite, sampled, log, len(values) - len(finite), measure)

@@ -13,22 +13,23 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD
 from qat.config import Config
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
 from qat.report.studies import TITLES, claims_table, interaction
 from qat.report.text import markdown, p_text
 from qat.runs.folder import Run
 from qat.studies import audit, factorial, measures
-from qat.studies.contrasts import Response, Weights, region
+from qat.studies.contrasts import OPEN, Response, Weights, region
 from qat.studies.measures import MODES, Measured
+from qat.studies.registration import Registration
 from qat.utils.environment import commit_name, hardware_name
 
 READING = (
     "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
     "correction over its column. A verdict asks whether the whole interval lies where the statement is true "
-    "(supported), wholly outside (contradicted), or neither. "
-    f"Thresholds: {APE_THRESHOLD:g} % of the loss, {DROP_THRESHOLD:g} % of a score."
+    "(supported), wholly outside (contradicted), or neither. Then it is powerless where a difference of the margin's "
+    "size could not have been seen, else undecided. Detectable: the smallest difference that is found in four of five "
+    "cases; of loss APE a factor. Margins: {loss:g} % of the loss, {score:g} % of a score."
 )
 
 
@@ -94,8 +95,9 @@ def _write(
     content: Mapping,
 ) -> Path:
     """Write what both studies open with and then `sections` as Markdown, and `content` as JSON."""
-    facts = _facts(measured, cfg)
-    parts = [f"# {TITLES[study]}", _summary(content["claims"]), READING, _listed(facts)]
+    registered = {"factorial": factorial, "audit": audit}[study].registered()
+    facts, reading = _facts(measured, cfg, registered), READING.format_map(registered.margins)
+    parts = [f"# {TITLES[study]}", _summary(content["claims"]), reading, _listed(facts)]
     parts += [*(["## Missing", _listed(missing)] if missing else []), *sections]
     content = {"facts": facts, **content, "runs": _runs(measured)}
     (out / f"{study}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
@@ -117,18 +119,24 @@ def _json(value):
 
 
 def _summary(claims: Sequence[Mapping]) -> str:
-    verdicts = [claim["verdict"] for claim in claims]
+    verdicts = [_verdict(claim) for claim in claims]
     counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
     return f"**Of {len(claims)} claims: {', '.join(counts)}.**" if claims else "**Nothing has been measured yet.**"
 
 
-def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
+def _verdict(judged: Mapping) -> str:
+    """Write a verdict; of one that is open, why."""
+    return judged["verdict"] + (f" ({judged['open']})" if judged["verdict"] == OPEN else "")
+
+
+def _facts(measured: Sequence[Measured], cfg: Config, registered: Registration) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
     environments = [environment for m in measured for environment in Run(runs / m.run).environments()]
     machines = "; ".join(dict.fromkeys(map(hardware_name, environments)))
     commits = "; ".join(dict.fromkeys(commit_name(environment["git"]) for environment in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses("baseline")), len(m.answers("baseline"))) for m in measured}
+    planned = ", ".join(map(str, registered.seeds))
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
     return {
         "Model": cfg.model.name,
@@ -136,6 +144,7 @@ def _facts(measured: Sequence[Measured], cfg: Config) -> dict[str, str]:
         "Budget": f"{cfg.budget.name}, {cfg.size}",
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len({m.run for m in measured})} quantized runs, {'seeds' if ',' in seeds else 'seed'} {seeds}",
+        "Registered": f"seeds {planned}; {registered.texts}; {registered.questions}",
         "Hardware": machines or "unknown",
         "Code": commits or "unknown",
         "Command": f"python {' '.join(sys.argv)}",
@@ -152,18 +161,23 @@ def _claims(claims: Sequence[Mapping]) -> list[str]:
         return []
     rows = [
         [
-            claim["claim"],
+            claim["claim"] if not number else "",
             statement["statement"],
             f"{statement['response']}, {statement['unit']}",
             statement["text"],
             region(statement["region"]),
-            statement["verdict"],
+            _verdict(statement),
+            "–" if statement["detectable"] is None else f"{statement['detectable']:.3g}",
+            statement["decision"] or "–",
         ]
         for claim in claims
-        for statement in (*claim["premises"], *claim["statements"])
+        for number, statement in enumerate([*claim["premises"], *claim["statements"]])
     ]
     header = ["Claim", "Statement", "Response", "Estimate [interval]", "True where", "Verdict"]
-    return ["## Claims", claims_table(claims).markdown(), markdown(header, rows)]
+    controls = dict.fromkeys(f"- {claim['control']}" for claim in claims)
+    shown = "Damage that is known to be there, and what these measures saw of it:\n\n" + "\n".join(controls)
+    statements = markdown([*header, "Detectable", "Difference"], rows)
+    return ["## Claims", claims_table(claims).markdown(), statements, shown]
 
 
 def _cells(measured: Sequence[Measured]) -> str:

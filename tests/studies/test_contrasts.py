@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from qat.errors import UserError
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED, Claim, Response, Statement, judge, with_holm
+from qat.studies.registration import Registered
 
 A, B = ("a",), ("b",)
+SWING = np.array([1.0, -1.0] * 5)
+REGISTERED = Registered("c", "c", "s", {"": None}, "none")
 
 
 def test_a_contrast_over_sequences_is_a_paired_t_test():
@@ -129,7 +133,7 @@ def test_an_estimate_of_fewer_seeds_than_the_others_says_so():
     assert response.cell(response.contrast({A: 1})).endswith("] (2 of 3 seeds)")
     assert response.cell(response.contrast({B: 1})).endswith("]") and response.cell(None) == "–"
     assert response.noise().endswith("(Student's, 2 d.f.). Left out are 1 of the runs, which have no such number.")
-    why = Claim("c", "s", [Statement("it is small", response, {A: 1}, high=0.11)]).judge()["why"]
+    why = Claim(REGISTERED, [Statement("it is small", response, {A: 1}, high=0.11)]).judge()["why"]
     assert "] % (2 of 3 seeds), an interval that" in why
     assert Response("x", "%", 3, {}, without=3).noise() == (
         "Nothing was measured. Left out are 3 of the runs, which have no such number."
@@ -204,8 +208,92 @@ def test_a_verdict_needs_the_whole_interval():
 def test_a_claim_rests_on_all_or_any_of_its_statements(needs, highs, verdict):
     response = Response("x", "nats", 1, {(A, 0): np.array([1.0, 1.1, 0.9])}, "documents")
     statements = [Statement(f"below {high}", response, {A: 1}, high=high) for high in highs]
-    judged = Claim("c", "s", statements, needs).judge()
+    judged = Claim(REGISTERED, statements, needs).judge()
     assert judged["verdict"] == verdict and judged["why"]
     assert {each["estimate"]["level"] for each in judged["statements"]} == {0.975}
-    unmet = Claim("c", "s", statements, needs, premises=[Statement("it falls", response, {A: 1}, high=0)]).judge()
+    unmet = Claim(REGISTERED, statements, needs, premises=[Statement("it falls", response, {A: 1}, high=0)]).judge()
     assert unmet["verdict"] == OPEN and unmet["why"].startswith("It was not seen that it falls (+1.0")
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_the_detectable_difference_is_found_in_four_of_five_cases(seeds):
+    """Over the documents of one seed, and over seeds. The error of a share of 2,000 draws is 1 %."""
+    rng, units, level = np.random.default_rng(6), 10, 0.975
+    df = seeds - 1 if seeds > 1 else units - 1
+    size = stats.t.ppf((1 + level) / 2, df) + stats.t.ppf(0.8, df)  # in standard errors
+
+    def drawn(difference: float):
+        rows = rng.normal(0, 1, (seeds, 1)) if seeds > 1 else rng.normal(0, math.sqrt(units), (1, units))
+        values = {(A, seed): np.resize(difference + row, units) for seed, row in enumerate(rows)}
+        return Response("x", "nats", 4, values, "documents").contrast({A: 1}, level)
+
+    error = 1 / math.sqrt(seeds)
+    draws = [drawn(size * error) for _ in range(2000)]
+    assert 0.76 < np.mean([draw.low > 0 for draw in draws]) < 0.84
+    assert np.mean([draw.detectable**2 for draw in draws]) == pytest.approx((size * error) ** 2, rel=0.1)
+
+
+def test_of_a_logarithm_a_factor_is_detectable():
+    values = {(A, seed): np.log([0.1 + 0.01 * seed]) for seed in range(3)}
+    response = Response("x", "%", 3, values, log=True)
+    found = response.contrast({A: 1})
+    assert Statement("it is small", response, {A: 1}, high=0.5).judge(0.95)["detectable"] == math.exp(found.detectable)
+    alone = Response("x", "%", 3, {(A, 0): np.log([0.1])}, log=True)
+    assert Statement("it is small", alone, {A: 1}, high=0.5).judge(0.95)["detectable"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "margin", "loss", "accuracy"),
+    [
+        (2.0, 0.1, 1.0, "harm", "gain"),
+        (-2.0, 0.1, 1.0, "gain", "harm"),
+        (0.5, 0.1, 1.0, "equivalent", "equivalent"),
+        (0.5, 0.8, 1.0, "undecided", "undecided"),
+        (0.5, 2.0, 1.0, "powerless", "powerless"),
+        (0.5, 0.1, None, None, None),
+    ],
+)
+def test_a_difference_with_a_margin_has_a_word(value, spread, margin, loss, accuracy):
+    values = {(A, 0): value + spread * SWING}
+    words = [
+        Statement("x", Response("x", "", 1, values, "documents", measure=measure), {A: 1}, high=0, margin=margin)
+        for measure in ("heldout_loss", "accuracy")
+    ]
+    assert [statement.judge(0.95)["decision"] for statement in words] == [loss, accuracy]
+
+
+@pytest.mark.parametrize(
+    ("needs", "spreads", "cause", "named"),
+    [
+        ("all", (2, 2), "powerless", "0"),
+        ("all", (0.8, 2), "powerless", "1"),
+        ("all", (0.8, 0.8), "undecided", "0"),
+        ("any", (2, 0.8), "undecided", "1"),
+        ("any", (2, 2), "powerless", "0"),
+    ],
+)
+def test_an_open_claim_is_powerless_or_undecided_by_what_would_support_it(needs, spreads, cause, named):
+    """Of all statements one that is powerless is enough; of any, all must be."""
+    statements = [
+        Statement(str(number), Response("x", "", 1, {(A, 0): 0.5 + spread * SWING}, "documents"), {A: 1}, -1, 1, 1.0)
+        for number, spread in enumerate(spreads)
+    ]
+    judged = Claim(REGISTERED, statements, needs).judge()
+    assert (judged["verdict"], judged["open"]) == (OPEN, cause)
+    assert judged["why"].startswith(f"“{named}”") and f"; {cause}: differences from " in judged["why"]
+    assert judged["why"].endswith("and 1 would count." if cause == "powerless" else "on are found.")
+    premise = Claim(REGISTERED, [], needs, premises=statements[-1:]).judge()
+    assert premise["open"] == ("powerless" if spreads[-1] == 2 else "undecided")
+
+
+def test_a_claim_with_a_verdict_is_not_open():
+    response = Response("x", "nats", 1, {(A, 0): np.array([1.0, 1.1, 0.9])}, "documents")
+    assert Claim(REGISTERED, [Statement("low", response, {A: 1}, high=2)]).judge()["open"] is None
+    wrong = Claim(REGISTERED, [], premises=[Statement("it falls", response, {A: 1}, high=0)]).judge()
+    assert wrong["open"] == "powerless"  # nothing to be seen
+
+
+def test_statements_are_about_the_measures_that_are_registered():
+    response = Response("x", "nats", 1, {(A, 0): np.ones(3)}, "documents", measure="heldout_loss")
+    with pytest.raises(UserError, match=r"^claims\.yaml: c: it names , the code measures heldout_loss$"):
+        Claim(REGISTERED, [Statement("x", response, {A: 1}, high=2)])

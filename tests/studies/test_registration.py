@@ -1,0 +1,111 @@
+"""The registered claims: what the file must have, and that the studies read it."""
+
+import copy
+import dataclasses
+import itertools
+import json
+
+import pytest
+import yaml
+
+from qat.analysis import compare
+from qat.analysis.measures import MEASURES
+from qat.errors import UserError
+from qat.studies import audit, factorial
+from qat.studies.registration import CLAIMS, registration
+from qat.utils.environment import ROOT
+from tests.helpers.studies import invent
+
+TREE = yaml.safe_load(CLAIMS.read_text())
+KEYS = tuple(TREE["audit"]["claims"])
+
+
+def test_the_claims_of_both_studies_are_registered():
+    assert len(factorial.registered().claims) == 10 and len(audit.registered().claims) == 5
+    assert factorial.registered().seeds == [0, 1, 2, 3] and audit.registered().seeds == [0]
+    assert audit.registered().claims["clipping"].margins == {"heldout_loss": 0.5}
+    assert factorial.registered().claims["saturation"].margins == {"overshoot": None, "clipped": None}
+
+
+def test_reports_have_the_margins_of_the_claims():
+    assert TREE["margins"] == {"loss": compare.APE_THRESHOLD, "score": compare.DROP_THRESHOLD}
+    assert (MEASURES["bits_per_byte"].margin, MEASURES["accuracy"].margin) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("audit", "claims", "modes", "contrl"), "none", "audit: modes: unknown key contrl; did you mean 'control'?"),
+        (("audit", "claims", "modes", "control"), None, "audit: modes: the key control is missing"),
+        (
+            ("audit", "claims", "modes", "control"),
+            "labls",
+            "audit: modes: unknown control labls; did you mean",
+        ),
+        (("audit", "claims", "modes", "measures"), 3, "audit: modes: 3 should be keys with values"),
+        (("audit", "claims", "modes", "measures", "loss"), {}, "audit: modes: unknown measure loss; "),
+        (
+            ("audit", "claims", "modes", "measures", "heldout_loss", "margin"),
+            None,
+            "the key margin is missing",
+        ),
+        (("audit", "claims", "modes", "measures", "heldout_loss", "margin"), "los", "unknown margin los; did you mean"),
+        (("audit", "claims"), [], "claims.yaml: audit: [] should be keys with values"),
+        (("audit", "seeds"), None, "claims.yaml: audit: the key seeds is missing"),
+        (("margins",), None, "claims.yaml: the key margins is missing"),
+        (("audits",), {}, "claims.yaml: unknown key audits; did you mean 'audit'?"),
+        (("audit", "claims", "modes"), None, "audit: no claim modes, which qat/studies/audit.py judges"),
+        (("audit", "claims", "mine"), {}, "audit: mine has no code in qat/studies/audit.py that judges it"),
+    ],
+)
+def test_a_registration_that_is_wrong_is_refused_in_one_line(tmp_path, place, value, says):
+    """None: the key is left out."""
+    tree = copy.deepcopy(TREE)
+    node, (*above, last) = tree, place
+    for key in above:
+        node = node[key]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    path = tmp_path / "claims.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    with pytest.raises(UserError) as error:
+        registration("audit", KEYS, path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_margins_are_read_from_the_file(monkeypatch):
+    """0.1 nats of damage are over 0.5 % of 3.1 nats and below 5 %."""
+    keys = list(itertools.product(*factorial.FACTORS.values()))
+    measured, plan = invent(keys, damage=lambda key, _: 0.1), factorial.registered()
+    claims = {
+        key: dataclasses.replace(claim, margins={name: 10 * margin for name, margin in claim.margins.items() if margin})
+        for key, claim in plan.claims.items()
+        if key == "sufficient_bf16"
+    }
+    strict = next(claim for claim in factorial.claims(measured) if claim["key"] == "sufficient_bf16")
+    monkeypatch.setattr(factorial, "registered", lambda: dataclasses.replace(plan, claims=claims))
+    (wide,) = factorial.claims(measured)
+    for claim, verdict, decision in ((strict, "contradicted", "harm"), (wide, "supported", "equivalent")):
+        first = claim["statements"][0]
+        assert (first["verdict"], first["decision"]) == (verdict, decision)
+        assert first["margin"] == first["region"][1]
+    assert wide["statements"][0]["margin"] == pytest.approx(10 * strict["statements"][0]["margin"])
+
+
+@pytest.mark.parametrize(
+    ("study", "record"), [("factorial", "2026-11-22_laptop"), ("audit", "2026-11-22_audit_laptop")]
+)
+def test_what_is_registered_as_detectable_was_measured(study, record):
+    """Of the statement that sees least, in the records that the file names, to three digits."""
+    path = ROOT / "experiments" / "records" / record / study / f"{study}.json"
+    judged = {claim["key"]: claim for claim in json.loads(path.read_text())["claims"]}
+    assert list(judged) == list(TREE[study]["claims"])
+    for key, entry in TREE[study]["claims"].items():
+        statements = [*judged[key]["premises"], *judged[key]["statements"]]
+        for measure, row in entry["measures"].items():
+            sizes = [each["detectable"] for each in statements if each["measure"] == measure]
+            known = [size for size in sizes if size is not None]
+            assert row["detectable"] == (float(f"{max(known):.3g}") if known else None), (key, measure)
+        assert [judged[key][name] for name in ("claim", "says")] == [entry[name] for name in ("claim", "says")]
