@@ -75,6 +75,16 @@ def test_a_registration_that_is_wrong_is_refused_in_one_line(tmp_path, place, va
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("study", [factorial, audit])
+def test_a_wrong_registration_is_refused_before_anything_is_composed(study, monkeypatch):
+    def refuse():
+        raise UserError("claims.yaml: wrong")
+
+    monkeypatch.setattr(study, "registered", refuse)
+    with pytest.raises(UserError, match="wrong"):
+        study.design([], compose=None)
+
+
 def test_the_margins_are_read_from_the_file(monkeypatch):
     """0.1 nats of damage are over 0.5 % of 3.1 nats and below 5 %."""
     keys = list(itertools.product(*factorial.FACTORS.values()))
