@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from qat.analysis.decisions import decide
-from qat.analysis.measures import MEASURES
+from qat.analysis.measures import MEASURES, Answers
 from qat.analysis.results import EvalResult, Outcomes
 from qat.analysis.stats import LEVEL, above_chance, detectable, mcnemar, paired_mean, student, tang, tango
 from qat.config import Config
@@ -317,9 +317,18 @@ def _task(matches: Sequence[Match], task: str, mode: str) -> dict:
         "mass": float(np.mean([own.mass for own, _ in pairs])),
         "baseline_mass": float(np.mean([reference.mass for _, reference in pairs])),
         "can_move": any(own.can_move(reference) for own, reference in pairs),
+        "bits_per_byte": _bits_per_byte(pairs),
     }
     near_chance = _near_chance(row["baseline"], row["n"], chance)
     return row | diagnosis | {"chance": chance, "near_chance": near_chance}
+
+
+def _bits_per_byte(pairs: Sequence[tuple[Answers, Answers]]) -> list[float] | None:
+    """Return the mean changes of bits per byte of right and wrong answers; None where there are no choices of text."""
+    if pairs[0][0].sizes is None or pairs[0][0].logprobs.shape[1] == 1:
+        return None
+    sides = (zip(own.bits_per_byte, reference.bits_per_byte, strict=True) for own, reference in pairs)
+    return np.mean([[(a - b).mean() for a, b in side] for side in sides], axis=0).tolist()
 
 
 def _near_chance(score: float, n: int, chance: float) -> bool:

@@ -83,9 +83,10 @@ def of_differences(experiments: Sequence[Experiment]) -> list[Panel]:
         ]
         name = "Loss on held-out text" + (f", {text}" if len(texts) > 1 else "")
         forests.append(panels.forest(name, rows, "nats a token"))
-    bits = [(recipe.label, _pooled(recipe.comparison, "bits_per_byte"), None) for recipe in compared]
-    if any(modes for _, modes, _ in bits):
-        forests.append(panels.forest("Bits per byte of right answers, all tasks", bits, "bits"))
+    for measure, name in (("contrast", "Answer contrast"), ("bits_per_byte", "Continuations")):
+        bits = [(recipe.label, _pooled(recipe.comparison, measure), None) for recipe in compared]
+        if any(modes for _, modes, _ in bits):
+            forests.append(panels.forest(name, bits, "bits per byte"))
     pooled = [
         (recipe.label, {row["mode"]: _points(row) for row in recipe.comparison["pooled"]}, None)
         for recipe in compared

@@ -215,7 +215,8 @@ def measures(comparison: Mapping) -> Table:
         cells = [_measure(found.get((task, mode, name))) for name in names]
         rows.append([Cell(TASKS.get(task, task)), Cell(MODES[mode]), *cells, *_diagnosis(diagnoses.get((task, mode)))])
     heads = [f"{MEASURES[name].name}{', ' if MEASURES[name].unit else ''}{MEASURES[name].unit}" for name in names]
-    return Table(["Answers of", "Mode", *heads, "Flips", "Choice KL, nats", "Choice mass"], rows)
+    heads += ["Flips", "Choice KL, nats", "Choice mass", "Bits per byte, right and wrong answers"]
+    return Table(["Answers of", "Mode", *heads], rows)
 
 
 def _measure(row: Mapping | None) -> Cell:
@@ -227,9 +228,10 @@ def _measure(row: Mapping | None) -> Cell:
 
 def _diagnosis(row: Mapping | None) -> list[Cell]:
     if row is None:
-        return [Cell("–")] * 3
+        return [Cell("–")] * 4
     mass = f"{row['baseline_mass']:.3g} → {row['mass']:.3g}"
-    return [Cell(f"{100 * row['flips']:.1f} %"), Cell(f"{row['choice_kl']:.4f}"), Cell(mass)]
+    bits = ", ".join(signed(change, 4) for change in row["bits_per_byte"]) if row["bits_per_byte"] else "–"
+    return [Cell(f"{100 * row['flips']:.1f} %"), Cell(f"{row['choice_kl']:.4f}"), Cell(mass), Cell(bits)]
 
 
 def heldout(comparison: Mapping) -> Table:

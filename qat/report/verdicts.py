@@ -10,7 +10,7 @@ from qat.analysis.measures import MEASURES
 from qat.analysis.stats import LEVEL, holm
 from qat.report.experiment import Experiment, distinct
 
-_POOLED = ("bits_per_byte", "accuracy")  # of the measures of answers, those on the first screen
+_POOLED = ("contrast", "bits_per_byte", "accuracy")  # of the measures of answers, those on the first screen
 _NUMBERS = ("difference", "ci", "margin", "detectable", "p_value")
 
 

@@ -22,7 +22,7 @@ def workspace(entity: str, project: str, tasks: Iterable[str]) -> ws.Workspace:
     tasks = list(tasks)
     sections = [_loss(), *(_scores(mode, tasks) for mode in MODES if mode != "control"), _scales(), _settings(tasks)]
     differences = ["loss_ape_percent", *(f"w8a8/{task}/points" for task in tasks)]
-    decisions = ["w8a8/heldout/decision", "w8a8/pooled/bits_per_byte/decision"]
+    decisions = ["w8a8/heldout/decision", "w8a8/pooled/contrast/decision"]
     columns = [*decisions, "w8a8/heldout/difference", *differences, "w8a8/heldout/kl", "warnings"]
     return ws.Workspace(
         entity=entity,
@@ -77,7 +77,7 @@ def _loss() -> ws.Section:
     bars = [
         ("loss_ape_percent", "Loss APE, % (the paper's threshold: 0.5)"),
         ("w8a8/heldout/difference", "Held-out loss less the baseline's, nats"),
-        ("w8a8/pooled/bits_per_byte/difference", "Bits per byte of right answers less the baseline's"),
+        ("w8a8/pooled/contrast/difference", "Answer contrast less the baseline's, bits per byte"),
         ("w8a8/heldout/kl", "KL from the baseline, nats: how unlike, not how much worse"),
     ]
     panels = [wr.LinePlot(title=title, y=[key]) for key, title in lines]

@@ -29,7 +29,11 @@ def test_measures_by_hand():
     assert own.skill("cross_entropy") == pytest.approx([math.log(2) + math.log(0.75), 0])
     assert own.measures["brier"] == pytest.approx([2 * 0.25**2, (2 / 3) ** 2 + 2 / 9])
     assert own.skill("brier") == pytest.approx([0.5 - 0.125, 0])
-    assert own.measures["bits_per_byte"] == pytest.approx([-math.log2(0.3) / 4, 7 / math.log(2) / 8])
+    right, wrong = own.bits_per_byte
+    assert right == pytest.approx([-math.log2(0.3) / 4, 7 / math.log(2) / 8])
+    assert wrong == pytest.approx([-math.log2(0.1) / 9, 7 / math.log(2)])
+    assert own.measures["contrast"] == pytest.approx(right - wrong)
+    assert own.skill("contrast") == pytest.approx(wrong - right)
     assert own.mass == pytest.approx([0.4, 3 * math.exp(-7)])
 
 
@@ -41,6 +45,13 @@ def test_a_shift_of_format_changes_the_mass_and_nothing_else():
         assert after.measures[name] == pytest.approx(values)
     assert after.kl(before) == pytest.approx([0], abs=1e-12)
     assert after.mass == pytest.approx(2 * before.mass)
+
+
+def test_bits_that_all_answers_lose_alike_are_no_contrast():
+    before = answers([[-3.0, -4.0, -6.0]], [1], bytes=[[3, 4, 6]])
+    after = answers([[-2.7, -3.6, -5.4]], [1], bytes=[[3, 4, 6]])
+    assert after.bits_per_byte[0] < before.bits_per_byte[0]
+    assert after.measures["contrast"] == pytest.approx(before.measures["contrast"])
 
 
 def test_flips_count_wrong_answers_too():
@@ -63,7 +74,7 @@ def test_one_choice_is_a_continuation():
 
 
 def test_without_bytes_there_are_no_bits_per_byte():
-    assert "bits_per_byte" not in answers([[-1.0, -2.0]], [0]).measures
+    assert set(answers([[-1.0, -2.0]], [0]).measures) == {"accuracy", "cross_entropy", "brier"}
 
 
 @pytest.mark.parametrize(("rows", "constant"), [([[-1, -2], [-1, -3]], True), ([[-1, -2], [-3, -1]], False)])
