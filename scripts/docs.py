@@ -10,7 +10,8 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat import config
 from qat.analysis.compare import APE_THRESHOLD
-from qat.analysis.stats import half_width
+from qat.analysis.compare import MODES as ALL_MODES
+from qat.analysis.decisions import DECISIONS, decide
+from qat.analysis.stats import LEVEL, half_width
 from qat.cli.validate import CHOICES
 from qat.report import studies, tables
 from qat.report.experiment import published, scientific
@@ -28,34 +31,90 @@ from qat.report.text import interval, markdown, signed
 from qat.studies.registration import MEASURES
 from qat.utils.environment import ROOT
 
-_FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "experiments" / "README.md")
+_FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/README.md"))
 PAGES = sorted(str(path.relative_to(ROOT)) for path in _FOUND)
 _SECTION = re.compile(r"(<!-- (\w+) of (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
+MODES = {mode: name for mode, name in ALL_MODES.items() if mode != "control"}
+TEXTS = {"embedded": "speeches", "wikipedia": "Wikipedia"}  # never trained on; the data's own kind first
 
 
 def findings(record: Path) -> str:
     """Return what a record found: a row an experiment with the question it asks, and three sentences."""
     report, factorial = _report(record), studies.results(record)["factorial"]
-    columns = ["", "It asks", "Loss APE %: paper", "Loss APE %: here", "Held-out loss, nats: W8A8 minus BF16"]
-    rows = [[name, asks, *cells[:3]] for name, asks, _, *cells in _experiments(report)]
-    about = (
-        "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}. Means over seeds with 95 "
-    )
+    columns = ["", "It asks", *(f"Loss on {name}, nats" for name in TEXTS.values()), "Loss APE %"]
+    rows = [
+        [name, entry["question"], *(cells["w8a8", text] for text in TEXTS), ape]
+        for name, entry, ape, cells in _experiments(report)
+    ]
     facts = report["provenance"]
     facts |= {"Length": report["lengths"]["exp8"], "Seed": facts["Seed"].replace("; ", ",")}
-    about = f"{about.format_map(facts)}% intervals."
-    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial)]) + "\n"
+    about = "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}.".format_map(facts)
+    page = (record / "report.md").relative_to(ROOT)
+    about += f" W8A8 minus BF16, means over seeds with 95 % intervals ([report]({page}))."
+    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial, record)]) + "\n"
 
 
 def results(record: Path) -> str:
-    """Return what a record found: a row an experiment, with the paper's recipe and what PTQ costs."""
-    columns = ["", "Question", "The paper's recipe", "Loss APE %"]
-    columns += ["Held-out loss, nats: W8A8 minus BF16", "W8A8 by PTQ minus BF16"]
-    rows = [
-        [*asked, here if known == "–" else f"{here}<br>(paper {known})", held, ptq]
-        for *asked, known, here, held, ptq in _experiments(_report(record))
-    ]
+    """Return what a record found: a row an experiment, with the paper's recipe, by mode and held-out text."""
+    columns = ["", "Question", "The paper's recipe", "Loss APE %", *MODES.values()]
+    rows = []
+    for name, entry, ape, cells in _experiments(_report(record)):
+        by_mode = ["<br>".join(f"{where}:<br>{cells[mode, text]}" for text, where in TEXTS.items()) for mode in MODES]
+        if not ape:  # of BF16 training itself
+            by_mode[1:] = ["–", "–"]
+        rows.append([name, entry["question"], entry["recipe"], ape or "–", *by_mode])
     return _unbroken(markdown(columns, rows)) + "\n"
+
+
+def measures(record: Path) -> str:
+    """Return beside each measure that a record's page quoted what it could show, and the measures that it has now."""
+    report = _report(record)
+    columns = ["Recipe", "Scored as", "Accuracy, points", "Decision (finds, margin)"]
+    for name in TEXTS.values():
+        columns += [f"Loss on {name}, nats", "Decision (finds, margin)"]
+    columns += ["Flips", "Choice KL", "Letters' mass (BF16's)"]
+    compared = {recipe["label"]: recipe["comparison"] for recipe in report["recipes"]}
+    rows = []
+    for row in report["verdicts"]:
+        answers, mode = row["answers"], row["mode"]
+        tasks = [t for t in compared[row["recipe"].split("/")[0]]["tasks"] if t["mode"] == mode]
+        cells = [row["recipe"] if mode == "w8a8" else "", MODES[mode]]
+        for measure, digits in (("accuracy", 1), *((text, 4) for text in TEXTS)):
+            answer = answers[measure]
+            limits = f"({answer['detectable']:.{digits}f}, {answer['margin']:.{digits}f})"
+            cells += [_change(answer, digits), f"**{answer['answer']}** {limits}"]
+        total = sum(t["n"] for t in tasks)
+        flips, kl = (sum(t[key] * t["n"] for t in tasks) for key in ("flips", "choice_kl"))
+        mmlu = next(task for task in tasks if task["task"] == "mmlu")
+        cells += [f"{flips:.1f} of {total}", f"{kl / total:.4f}", f"{mmlu['mass']:.3f} ({mmlu['baseline_mass']:.3f})"]
+        rows.append(cells)
+    return _unbroken(markdown(columns, rows)) + "\n"
+
+
+def switches(study: Path) -> str:
+    """Return what each switch of the audit does to the held-out loss, as its page had it, and the decision on that."""
+    found, modes = json.loads(study.read_text()), ("W8A8", "PTQ", "BF16 weights")
+    statements = (statement for claim in found["claims"] for statement in claim["statements"])
+    margin = next(s["region"][1] for s in statements if "in either mode" in s["statement"])
+    rows = []
+    for effect in found["effects"]:
+        changes = (effect["effects"].get(f"Held-out loss, {mode}") for mode in modes)
+        rows.append(
+            [effect["switch"], effect["base"], *(cell for change in changes for cell in _effect(change, margin))]
+        )
+    columns = ["Switch", "Off", *(cell for mode in modes for cell in (f"{mode}, nats", "Decision (finds)"))]
+    about = f"Held-out loss on speeches; margin {margin:.4f} nats; harm and gain after Holm's correction by column:"
+    return f"{about}\n\n{_unbroken(markdown(columns, rows))}\n"
+
+
+def _effect(change: dict | None, margin: float) -> tuple[str, str]:
+    estimate = change and change["estimate"]
+    if not estimate or estimate["low"] is None:
+        return "–", "–"
+    finds = estimate["detectable"]
+    word = decide(estimate["value"], (estimate["low"], estimate["high"]), margin, finds)
+    word = "undecided" if word in ("harm", "gain") and change["p_holm"] > LEVEL else word
+    return change["text"], f"**{word}** ({finds:.4f})"
 
 
 def claims(study: Path) -> str:
@@ -140,7 +199,10 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-WRITERS = {each.__name__: each for each in (findings, results, claims, registered, disagreements, costs, groups, keys)}
+WRITERS = {
+    each.__name__: each
+    for each in (findings, results, measures, switches, claims, registered, disagreements, costs, groups, keys)
+}
 
 
 def _default(name: str, key: str) -> str:
@@ -153,76 +215,92 @@ def _report(record: Path) -> dict:
     return json.loads((record / "report.json").read_text(encoding="utf-8"))
 
 
-def _experiments(report: dict) -> Iterator[list[str]]:
-    """Yield name, question, recipe, loss APE (paper, here) and held-out loss (W8A8, PTQ) of each experiment."""
+def _experiments(report: dict) -> Iterator[tuple[str, dict, str, dict]]:
+    """Yield name, published entry, loss APE beside the paper's, and {(mode, text): decision and loss} of experiments.
+
+    Of an experiment without a quantized run, what stands for W8A8 is how far BF16 training has moved the loss.
+    """
+    answers = {(name, row["mode"]): row["answers"] for row in report["verdicts"] for name in row["recipe"].split("/")}
     for name, entry in published()["experiments"].items():
         own = [recipe for recipe in report["recipes"] if recipe["experiment"] == name]
-        labels = [recipe["label"].removeprefix(name).strip() for recipe in own]
-        apes, held, ptq = (
-            "<br>".join(f"{label} {_text(*row, digits, plus)}".strip() for label, row in zip(labels, rows, strict=True))
-            for rows, digits, plus in zip(_estimates(own), (3, 4, 4), ("", "+", "+"), strict=True)
-        )
-        known = str(entry.get("ape", entry.get("ape_log", "–"))) if own else "–"
-        yield [name, entry["question"], entry["recipe"], known, apes or "–", held or _of_bf16(report, name), ptq or "–"]
+        labels = [(recipe["label"], recipe["label"].removeprefix(name).strip()) for recipe in own]
+        apes = [(recipe["comparison"]["loss"]["ape"], *recipe["comparison"]["loss"]["ci"]) for recipe in own]
+        lines = [f"{short} {_text(*ape, 3, '')}".strip() for (_, short), ape in zip(labels, apes, strict=True)]
+        known = entry.get("ape", entry.get("ape_log"))
+        lines += [f"(paper {known})"] if own and known else []
+        cells = {
+            (mode, text): "<br>".join(
+                f"{short} **{answers[label, mode][text]['answer']}** {_change(answers[label, mode][text])}".strip()
+                for label, short in labels
+            )
+            or _of_bf16(report, name, text)
+            for mode in MODES
+            for text in TEXTS
+        }
+        yield name, entry, "<br>".join(lines), cells
 
 
-def _estimates(recipes: Sequence[dict]) -> list[list[tuple[float, ...]]]:
-    """Return (value, low, high) of the recipes' loss APE, and of their held-out loss in W8A8 and by PTQ, minus BF16."""
-    columns = [[], [], []]
-    for comparison in (recipe["comparison"] for recipe in recipes):
-        first = {row["mode"]: row for row in reversed(comparison["heldout"])}
-        columns[0].append((comparison["loss"]["ape"], *comparison["loss"]["ci"]))
-        for column, mode in zip(columns[1:], ("w8a8", "ptq"), strict=True):
-            column.append((first[mode]["difference"], *first[mode]["ci"]))
-    return columns
+def _change(answer: dict, digits: int = 4) -> str:
+    return _text(answer["difference"], *answer["ci"], digits)
 
 
 def _text(value: float, low: float, high: float, digits: int = 4, plus: str = "+") -> str:
     return f"{signed(value, digits, plus)} {interval((low, high), digits, plus)}"
 
 
-def _of_bf16(report: dict, name: str) -> str:
-    """Return by learning rate, how far BF16 training has moved the held-out loss from the pretrained model's."""
+def _of_bf16(report: dict, name: str, text: str) -> str:
+    """Return by learning rate, how far BF16 training has moved the loss on a text from the pretrained model's."""
     lines = []
     for rate in published()["experiments"][name]["lr"]:
         own = [row for row in report["bf16"] if row["experiment"] == name and row["lr"] == rate]
-        moved = [loss - row["pretrained"][text] for row in own for text, loss in list(row["heldout"].items())[:1]]
+        moved = [row["heldout"][text] - row["pretrained"][text] for row in own]
         middle, half = fmean(moved), half_width(moved)
         lines.append(f"lr {scientific(rate)} {_text(middle, middle - half, middle + half)}")
-    return "BF16 minus the pretrained model:<br>" + "<br>".join(lines)
+    return "BF16 minus pretrained:<br>" + "<br>".join(lines)
 
 
-def _sentences(report: dict, factorial: dict) -> str:
-    """Return what the numbers come to: loss, claims, benchmarks."""
-    recipes = list({recipe["comparison"]["run"]: recipe for recipe in report["recipes"]}.values())
-    apes, held, ptq = _estimates(recipes)
-    limit, verdicts = APE_THRESHOLD, [claim["verdict"] for claim in factorial["claims"]]
-    below, beyond = sum(ape < limit for ape, *_ in apes), sum(high >= limit for *_, high in apes)
+def _sentences(report: dict, factorial: dict, record: Path) -> str:
+    """Return what the numbers come to: loss, answers to questions, claims."""
+    rows = {(row["recipe"], row["mode"]): row["answers"] for row in report["verdicts"]}
+    changes = [answers["wikipedia"] for (_, mode), answers in rows.items() if mode == "w8a8"]
+    most = _change(max(changes, key=lambda answer: answer["difference"]))
+    losses = {mode: _on_texts(rows, mode) for mode in MODES}
+    apes = {recipe["comparison"]["run"]: recipe["comparison"]["loss"] for recipe in report["recipes"]}.values()
+    below = sum(ape["ape"] < APE_THRESHOLD for ape in apes)
+    beyond = sum(ape["ci"][1] >= APE_THRESHOLD for ape in apes)
+    accuracy = [answers["accuracy"] for answers in rows.values()]
+    finds, margin = min(a["detectable"] for a in accuracy), max(a["margin"] for a in accuracy)
+    last = report["recipes"][-1]
+    mmlu = {task["mode"]: task for task in last["comparison"]["tasks"] if task["task"] == "mmlu"}
+    claims = Counter(claim["open"] or claim["verdict"] for claim in factorial["claims"])
     seen = next(s for c in factorial["claims"] for s in c["statements"] if "exceed their predicted" in s["statement"])
-    questions = re.search(r"\d+ questions", factorial["facts"]["Benchmark"])[0]
-    tasks = [row for recipe in recipes for row in recipe["comparison"]["tasks"] if row["mode"] == "w8a8"]
-    drop = -min(row["ci"][0] for row in tasks)
-    supported, contradicted = (verdicts.count(word) for word in ("supported", "contradicted"))
-    others = len(verdicts) - supported - contradicted
-    return "\n".join(
-        (
-            f"- **Loss**: the APE of {below} of {len(apes)} recipes is below the paper's {limit} %; {beyond} of their "
-            f"intervals reach above it. W8A8 adds {_span(held)} to the held-out loss; PTQ, without QAT, adds "
-            f"{_span(set(ptq))}.",
-            f"- **Claims** of the paper: of {len(verdicts)} that were tested {supported} are supported, {contradicted} "
-            f"contradicted, {others} not decidable at this size. What the first one rests on is {seen['verdict']}: "
-            f"under the max window fewer tensors exceed their predicted amax than under `most_recent`, {seen['text']} "
-            "percentage points.",
-            f"- **Benchmarks** decide nothing here: {questions} leave room for a drop of {drop:.0f} percentage points.",
-        )
-    )
+    page = (record / "README.md").relative_to(ROOT)
+    return f"""\
+- **Loss** in W8A8: {losses["w8a8"]}, there at most {most} nats. By PTQ, without QAT: {losses["ptq"]}. The \
+trained weights without rounding, as the paper scores them: {losses["bf16"]}. Loss APE is below the paper's \
+{APE_THRESHOLD} % in {below} of {len(apes)}; {beyond} of the intervals reach above it.
+- **Accuracy** is {_words(rows, None, "accuracy")}: it finds {finds:.1f} points at best, and {margin:.1f} would count. \
+What W8A8 does change is the probability that a letter answers MMLU at all, in {last["label"]} from \
+{mmlu["w8a8"]["baseline_mass"]:.2f} to {mmlu["w8a8"]["mass"]:.2f} ({mmlu["bf16"]["mass"]:.2f} without rounding): \
+[form, not harm]({page}).
+- **Claims** of the paper, of {claims.total()} that were tested: supported {claims["supported"]}, contradicted \
+{claims["contradicted"]}, undecided {claims["undecided"]}, powerless {claims["powerless"]}. What the first one rests \
+on is {seen["verdict"]}: under the max window fewer tensors exceed their predicted amax than under `most_recent`, \
+{seen["text"]} percentage points."""
 
 
-def _span(triples: Collection[Sequence[float]]) -> str:
-    """Return the smallest and largest of several estimates, and how many of their intervals exclude zero."""
-    low, high = (signed(end(value for value, *_ in triples), 4) for end in (min, max))
-    sure = sum(low * high > 0 for _, low, high in triples)
-    return f"{low} to {high} nats ({sure} of {len(triples)} intervals exclude 0)"
+def _on_texts(rows: dict, mode: str) -> str:
+    words = {name: _words(rows, mode, text) for text, name in TEXTS.items()}
+    if len(set(words.values())) == 1:
+        return f"on both texts {_words(rows, mode, 'wikipedia')}"
+    return "; ".join(f"on {name} {counts}" for name, counts in words.items())
+
+
+def _words(rows: dict, mode: str | None, measure: str) -> str:
+    """Return how many recipes each decision was reached for: "harm in 5 of 7, powerless in 2", worst first."""
+    counts = Counter(answers[measure]["answer"] for (_, m), answers in rows.items() if mode in (m, None))
+    first, *others = (f"{word} in {counts[word]}" for word in DECISIONS if counts[word])
+    return ", ".join([f"{first} of {counts.total()}", *others])
 
 
 def _unbroken(table: str) -> str:

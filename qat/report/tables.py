@@ -45,7 +45,7 @@ class Cell:
     def __str__(self) -> str:
         text = " ".join(filter(None, (escape(self.text), self.mark)))
         text = f"**{text}**" if self.strong else text
-        aside = f"<small>{escape(self.aside)}</small>" if self.aside else ""
+        aside = f"<small>{escape(self.aside)}</small>".replace("\n", "<br>") if self.aside else ""
         return "<br>".join(filter(None, (text, aside)))
 
 
@@ -81,10 +81,11 @@ def _answer(answer: Mapping | None) -> Cell:
     if answer is None:
         return Cell("–")
     digits = 1 if answer["unit"] == "points" else 4
-    numbers = f"{interval(answer['ci'], digits)}, margin {answer['margin']:.{digits}f}"
+    change = f"{signed(answer['difference'], digits)} {interval(answer['ci'], digits)}"
+    limits = f"margin {answer['margin']:.{digits}f}"
     if answer["detectable"] is not None:
-        numbers += f", detectable {answer['detectable']:.{digits}f}"
-    return Cell(answer["answer"], f"{signed(answer['difference'], digits)} {numbers}", strong=True)
+        limits += f", detectable {answer['detectable']:.{digits}f}"
+    return Cell(answer["answer"], f"{change}\n{limits}", strong=True)
 
 
 def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
