@@ -48,7 +48,8 @@ def findings(record: Path) -> str:
     ]
     facts = report["provenance"]
     facts |= {"Length": report["lengths"]["exp8"], "Seed": facts["Seed"].replace("; ", ",")}
-    about = "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}.".format_map(facts)
+    about = "`make suite SEEDS={Seed}` at the {Budget} budget, on {Hardware}: {Model}, {Length}, benchmark {Benchmark}."
+    about = about.format_map(facts)
     page = (record / "report.md").relative_to(ROOT)
     about += f" W8A8 minus BF16, means over seeds with 95 % intervals ([report]({page}))."
     return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial, record)]) + "\n"
