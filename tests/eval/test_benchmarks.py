@@ -195,7 +195,7 @@ def test_the_hash_names_the_evaluation(cache):
 @pytest.mark.parametrize("name", ["smoke", "quick", "paper"])
 def test_configurations_are_valid(name):
     raw = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    assert set(raw) | {"arithmetic"} == {field.name for field in dataclasses.fields(BenchmarkConfig)}
+    assert set(raw) | {"arithmetic", "control"} == {field.name for field in dataclasses.fields(BenchmarkConfig)}
     assert raw["name"] == name
     tasks = {task: TaskConfig(**values) for task, values in raw.pop("tasks").items()}
     assert set(tasks) <= set(benchmarks.TASKS)

@@ -36,7 +36,8 @@ from qat.train import checkpoint, loop
 from qat.utils import environment
 from tests.conftest import RUNS, TINY
 
-MAX, CURRENT = ("experiment=exp8",), ("experiment=exp8", "scaling=current", "quant.scope=['*']")
+MAX = ("experiment=exp8", "benchmark.arithmetic=export")  # scored as an export computes
+CURRENT = (*MAX, "scaling=current", "quant.scope=['*']")
 SHORT = {"budget.steps": 3, "benchmark.tasks": {"arc_easy": TaskConfig(shots=0, limit=4)}}
 FIRST = "model.layers.3.mlp.gate_proj"  # the first quantized linear of `MAX`
 

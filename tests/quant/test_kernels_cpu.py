@@ -46,6 +46,12 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
 
 
+@pytest.fixture(autouse=True)
+def numba_has_read_the_environment():
+    """Where another test has changed a variable of Numba, the next compilation would read all of them anew."""
+    numba.config.reload_config()
+
+
 @pytest.mark.filterwarnings("ignore")  # there is nothing to do in parallel
 def test_kernels_are_compiled_again_where_their_cache_is_damaged_or_full(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
