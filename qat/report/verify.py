@@ -14,7 +14,8 @@ from qat.runs import archive
 from qat.runs.folder import Run
 
 _UNLIKE = "not comparable with the record"
-HEADER = ["Run", "Held-out text", "W8A8 less BF16, nats: the record [95 % CI over texts]", "Here", ""]
+HEADER = ["Run", "Held-out text", "W8A8 less BF16, nats: the record [95 % CI over texts]", "Here"]
+HEADER += ["Decision: the record's, here", ""]
 
 
 def verify(record: Path, runs: Path) -> tuple[str, int]:
@@ -77,13 +78,13 @@ def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
         stated, here = (_against_baseline(run, _benchmark(first)) for run in (first, again))
     except UserError as reason:
         why, *_ = str(reason).split("; ")  # what follows is of a folder that is about to go
-        return [] if told.startswith("bit-identical") else [[first.id, "-", "-", "-", f"{_UNLIKE}: {why}"]]
+        return [] if told.startswith("bit-identical") else [[first.id, *["-"] * 4, f"{_UNLIKE}: {why}"]]
     rows = []
     for text, row in stated.items():
         difference, ci = here[text]["difference"], row["ci"]
         told = "-" if ci is None else "inside" if ci[0] <= difference <= ci[1] else "outside"
         cells = [first.id, text, f"{signed(row['difference'], 4)} {interval(ci, 4)}"]
-        rows.append([*cells, signed(difference, 4), told])
+        rows.append([*cells, signed(difference, 4), f"{row['decision']}, {here[text]['decision']}", told])
     return rows
 
 

@@ -42,7 +42,10 @@ def test_the_same_runs_are_the_same_bit_for_bit(repeated, main):
 def test_a_difference_is_held_against_the_records_interval(repeated, main, nats, told):
     edit(repeated[1] / "eval.json", lambda record: _shift(record["quick"]["w8a8"], nats))
     code, stdout, stderr = main("verify.py", f"record={repeated[0]}", f"runs_dir={repeated[1].parent}")
-    assert f"{0.01 + nats:+.4f} | {told}" in " ".join(stdout.split()) and "not bit-identical" in stdout
+    assert (
+        f"{0.01 + nats:+.4f} | powerless, powerless | {told}" in " ".join(stdout.split())
+        and "not bit-identical" in stdout
+    )
     assert (code, stderr) == (
         (2, "error: 1 of the rows above: outside of the record's intervals, or not comparable with it\n")
         if told == "outside"
