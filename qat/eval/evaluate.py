@@ -78,7 +78,7 @@ class Subject:
             _round_to_4_bits(model)
         elif self.mode != "bf16":
             self._quantize(model, tokenizer, how, tensors, facts)
-        if how != "export":
+        if how == "training":
             model.set_output_embeddings(arithmetic.FP32Head(model.get_output_embeddings()))
         return model, tokenizer
 
