@@ -20,9 +20,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat import config
-from qat.analysis.compare import APE_THRESHOLD
 from qat.analysis.compare import MODES as ALL_MODES
-from qat.analysis.decisions import DECISIONS, decide
+from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, decide
 from qat.analysis.stats import LEVEL, half_width
 from qat.cli.validate import CHOICES
 from qat.report import studies, tables

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+APE_THRESHOLD = 0.5  # percent of a loss: what the paper allows a loss curve to differ by (section 1)
+DROP_THRESHOLD = 1.0  # percent of a score: what the paper allows it to drop by (section 1)
 
 DECISIONS = {
     "harm": "worse, beyond noise",
@@ -35,3 +38,14 @@ def decide(
     if low > 0 or high < 0:
         return "harm" if difference > 0 else "gain"
     return "powerless" if detectable is not None and detectable > margin else "undecided"
+
+
+def decided(row: Mapping, margin: float, more_is_worse: bool = True, can_move: bool = True) -> dict:
+    """Return the margin of a comparison's row, in its unit, and what its difference says, as `decide`.
+
+    row: difference, ci (95 %, or None) and detectable (or None).
+    """
+    harm, ci = row["difference"], row["ci"]
+    if not more_is_worse:
+        harm, ci = -harm, ci and [-end for end in reversed(ci)]
+    return {"margin": margin, "decision": decide(harm, ci, margin, row["detectable"], can_move)}

@@ -31,6 +31,8 @@ from functools import cached_property
 import numpy as np
 from scipy.special import log_softmax
 
+from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -48,11 +50,11 @@ class Measure:
 
 
 MEASURES = {
-    "accuracy": Measure("Accuracy", "points", False, 1.0),
-    "cross_entropy": Measure("Choice cross-entropy", "nats", True, 1.0, of_skill=True),
-    "brier": Measure("Brier", "", True, 1.0, of_skill=True),
-    "contrast": Measure("Answer contrast", "bits per byte", True, 1.0, of_skill=True),
-    "bits_per_byte": Measure("Continuations", "bits per byte", True, 0.5),
+    "accuracy": Measure("Accuracy", "points", False, DROP_THRESHOLD),
+    "cross_entropy": Measure("Choice cross-entropy", "nats", True, DROP_THRESHOLD, of_skill=True),
+    "brier": Measure("Brier", "", True, DROP_THRESHOLD, of_skill=True),
+    "contrast": Measure("Answer contrast", "bits per byte", True, DROP_THRESHOLD, of_skill=True),
+    "bits_per_byte": Measure("Continuations", "bits per byte", True, APE_THRESHOLD),
 }
 
 

@@ -163,3 +163,26 @@ class PtqScalesResult(EvalResult):
         ours, theirs = self.record["sequences"], other.record["request"]["calibration_sequences"]
         self._refuse_unequal(other, "calibration sequences", ours, theirs)
         self._refuse_unlike_texts(other)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Hold a quantized run and what it is compared with: finished, scored, and alike in all but quantization.
+
+    loss: as `training_loss`; own: the run by mode, and its baseline by PTQ and with 4-bit weights where these were
+    scored; reference: the baseline in BF16; origin: the pretrained checkpoint, where it is named; changes: `own` less
+    the reference; qat: what QAT recovers of PTQ's loss and, where the run was scored under PTQ's scales, the parts of
+    QAT less PTQ: its weights, both under PTQ's scales, and its scales, both on its weights.
+    """
+
+    loss: dict
+    own: dict[str, EvalResult]
+    reference: EvalResult
+    origin: EvalResult | None
+    changes: dict[str, Outcomes]
+    qat: dict[str, Outcomes]
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where one of the values is missing."""
+    return None if None in values else float(np.mean(values))

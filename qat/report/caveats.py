@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from qat.analysis.compare import APE_THRESHOLD, TASKS
+from qat.analysis.compare import TASKS
+from qat.analysis.decisions import APE_THRESHOLD
 from qat.report.experiment import Experiment, distinct, labels
 from qat.report.text import heldout_verdict, qat_verdict, verdict
 from qat.runs.folder import Run

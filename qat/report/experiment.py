@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 
 from qat.analysis.compare import (
     TASKS,
-    Match,
     aggregate,
     differences,
     match,
@@ -24,6 +23,7 @@ from qat.analysis.compare import (
     pretrained_run,
     train_command,
 )
+from qat.analysis.results import Match
 from qat.config import BenchmarkConfig, Config
 from qat.errors import UserError
 from qat.runs.folder import Run

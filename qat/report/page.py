@@ -13,10 +13,11 @@ import yaml
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, pretrained_run
-from qat.analysis.decisions import DECISIONS
-from qat.report import pictures, tables
+from qat.analysis.compare import pretrained_run
+from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, DROP_THRESHOLD
+from qat.report import pictures, tables, uncertainty
 from qat.report.caveats import caveats, lead, run_warnings
+from qat.report.cells import Table
 from qat.report.experiment import Experiment, Pair, labels, published, scientific
 from qat.report.panels import score_legend
 from qat.report.plots import Panel, svg
@@ -147,9 +148,9 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "summary": tables.summary(experiments, paper),
         "forests": [*pictures.of_differences(experiments), *pictures.of_scores(experiments, paper)],
         "score_legend": score_legend(),
-        "resolution": tables.resolution(experiments),
-        "seeds": tables.seeds(experiments),
-        "rerun_noise": tables.rerun_noise(experiments),
+        "resolution": uncertainty.resolution(experiments),
+        "seeds": uncertainty.seeds(experiments),
+        "rerun_noise": uncertainty.rerun_noise(experiments),
         "caveats": caveats(experiments),
         "warnings": run_warnings(experiments),
         "baselines": tables.baselines(experiments, paper),
@@ -243,7 +244,7 @@ def _figures(pair: Pair) -> list[tuple[str, list[Panel]]]:
     ]
 
 
-def _configurations(experiments: Sequence[Experiment]) -> tables.Table:
+def _configurations(experiments: Sequence[Experiment]) -> Table:
     configs = {name: config for e in experiments for name, config in e.configs.items()}
     return tables.configurations({label: configs[name] for name, label in labels(experiments).items()})
 

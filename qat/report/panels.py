@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES
+from qat.analysis.compare import MODES
+from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.report.experiment import Curve, Telemetry
 from qat.report.plots import ACCENT, BASE, INK, MUTED, PAPER, RULE, WARM, Panel
 from qat.train.monitor import FORGOTTEN, noise

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat.analysis.compare import DROP_THRESHOLD, TASKS
+from qat.analysis.compare import TASKS
+from qat.analysis.decisions import DROP_THRESHOLD
 from qat.config import ROLES
 from qat.report import panels
 from qat.report.experiment import Curve, Experiment, Pair, Telemetry, tasks_of, told_apart

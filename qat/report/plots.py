@@ -22,6 +22,7 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qat",
     "font.size": 10.5,
+    "font.sans-serif": ["DejaVu Sans", "Arial"],  # named once a text, so a short list
     "text.color": INK,
     "axes.edgecolor": RULE,
     "axes.labelcolor": MUTED,

@@ -33,12 +33,15 @@ def of_studies(report: Path) -> set[str]:
 
 
 def keep_report(report: Path, record: Path) -> None:
-    """Copy a report's folder into a record. Errors: UserError for a folder of no report."""
+    """Copy a report's folder into a record, without its page, of megabytes, which `make report` writes again.
+
+    Errors: UserError for a folder of no report.
+    """
     studies = [name for name in TITLES if (report / name).exists()]
     if not studies and not (report / "report.md").exists():
         raise UserError(f"{report} has no report.md and no study; write it first: make report")
     record.mkdir(parents=True, exist_ok=True)
-    for path in (*report.glob("report.*"), *report.glob("*.png")):
+    for path in (*report.glob("report.md"), *report.glob("report.json"), *report.glob("*.png")):
         shutil.copy(path, record)
     for name in studies:
         shutil.copytree(report / name, record / name, dirs_exist_ok=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from qat.errors import UserError
+from qat.report.cells import Cell, Table
 from qat.report.plots import ACCENT, BASE, INK, PAPER, WARM, Panel
-from qat.report.tables import Cell, Table
 
 TITLES = {
     "factorial": "Scaling × learning rate × BF16 warmup",

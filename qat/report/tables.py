@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from qat.analysis import rerun_noise as reruns
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS, pretrained_run
+from qat.analysis.compare import MODES, TASKS, pretrained_run
+from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.analysis.measures import MEASURES
-from qat.analysis.stats import Z, half_width
-from qat.errors import UserError
-from qat.report.experiment import Curve, Experiment, Recipe, distinct, scientific, tasks_of, unlike
+from qat.report.cells import Cell, Table, text_table
+from qat.report.experiment import Curve, Experiment, Recipe, scientific, tasks_of, unlike
 from qat.report.text import (
     HELDOUT_HEADER,
-    RERUN_HEADER,
     TASK_HEADER,
     can_move,
-    escape,
     heldout_rows,
     interval,
-    markdown,
     number,
     p_text,
     remark,
-    rerun_cells,
     resolved,
     signed,
     task_rows,
 )
 
 PASS, FAIL = "✓", "✗"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Text, the mark it earns, and an aside in small print below it."""
-
-    text: str
-    aside: str = ""
-    mark: str = ""
-    strong: bool = False
-
-    def __str__(self) -> str:
-        text = " ".join(filter(None, (escape(self.text), self.mark)))
-        text = f"**{text}**" if self.strong else text
-        aside = f"<small>{escape(self.aside)}</small>".replace("\n", "<br>") if self.aside else ""
-        return "<br>".join(filter(None, (text, aside)))
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under a header. A row whose first cell is empty continues the one above."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        return markdown(self.header, [[str(cell).replace("|", "\\|") for cell in row] for row in self.rows])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    return Table(header, [[Cell(text) for text in row] for row in rows])
 
 
 def verdicts(rows: Sequence[Mapping]) -> Table:
@@ -203,7 +164,7 @@ def _mark(passes: bool, sure: bool = True) -> str:
 
 def tasks(comparison: Mapping) -> Table:
     """Return every task of a comparison in every mode, and all questions together."""
-    return _table(TASK_HEADER, task_rows(comparison))
+    return text_table(TASK_HEADER, task_rows(comparison))
 
 
 def measures(comparison: Mapping) -> Table:
@@ -237,20 +198,20 @@ def _diagnosis(row: Mapping | None) -> list[Cell]:
 
 def heldout(comparison: Mapping) -> Table:
     """Return the loss on text never trained on, and the divergence from the baseline's predictions."""
-    return _table(HELDOUT_HEADER, heldout_rows(comparison))
+    return text_table(HELDOUT_HEADER, heldout_rows(comparison))
 
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
     """Return the settings in which the configs of a run and its baseline differ."""
     rows = [[key, *map(_value, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
-    return _table(["Setting", "Run", "Baseline"], rows)
+    return text_table(["Setting", "Run", "Baseline"], rows)
 
 
 def configurations(configs: Mapping[str, Mapping]) -> Table:
     """Return the settings in which any of the configs {label: config} differ, a row for every config."""
     columns = unlike(configs)
     rows = [[label, *(_value(column[label]) for column in columns.values())] for label in configs]
-    return _table(["Run", *columns], rows if columns else [])
+    return text_table(["Run", *columns], rows if columns else [])
 
 
 def _value(value) -> str:
@@ -282,106 +243,14 @@ def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         cells = [scientific(entry["lr"][-1]), f"{entry['loss']['bf16']:.4f}", "–"]
         rows.append([f"paper, {name} BF16", *cells, *(scores.get(task, "–") for task in names)])
     header = ["Weights", "Learning rate", "Final loss, nats", "Held-out loss, nats"]
-    return _table([*header, *(f"{TASKS.get(t, t)} %" for t in names)], rows)
+    return text_table([*header, *(f"{TASKS.get(t, t)} %" for t in names)], rows)
 
 
 def _listed(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def resolution(experiments: Sequence[Experiment]) -> Table:
-    """Return what the benchmark can tell: the W8A8 row of a task with the widest interval, beside 1 % in points.
-
-    The last column is the n at which half of the interval would equal the threshold at this flip rate:
-    z^2 * flips / threshold^2.
-    """
-    widest = {}
-    for row in (r for e in experiments for p in e.pairs if p.comparison for r in p.comparison["tasks"]):
-        if row["mode"] == "w8a8" and _width(row) > _width(widest.get(row["task"], {"ci": (0, 0)})):
-            widest[row["task"]] = row
-    rows = []
-    for task in tasks_of([widest]):
-        row = widest[task]
-        flips, threshold = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_THRESHOLD / 100
-        need = f"{_round_up(Z**2 * flips / (threshold / 100) ** 2):,}" if flips and threshold else "–"
-        cells = [TASKS.get(task, task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
-        rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{threshold:.2f}", need])
-    header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % threshold, points"]
-    return _table([*header, "Questions to resolve the threshold"], rows)
-
-
-def seeds(experiments: Sequence[Experiment]) -> Table:
-    """Return the noise between seeds of every recipe that ran with several, by mode and of the pretrained checkpoint.
-
-    Mean and 95 % interval over seeds (Student's t) of the differences from the matched BF16 runs, beside the mean half
-    interval that one run has from its sampled text and questions.
-    """
-    rows = []
-    for label, recipe in distinct(experiments).items():
-        compared = [pair.comparison for pair in recipe.compared]
-        if len(compared) < 2 or recipe.missing:
-            continue
-        apes = [c["loss"]["ape"] for c in compared]
-        for mode, name in (MODES | {"pretrained": "pretrained checkpoint"}).items():
-            held = [_changed(c["heldout"], mode) for c in compared]  # the first text is the data's own
-            if not all(held):
-                continue
-            cells = [label, name, str(len(compared)), _spread(apes, 3, "") if mode == "w8a8" else ""]
-            cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
-            pooled, label = [_changed(c["pooled"], mode) for c in compared], ""
-            points = [_spread([row["points"] for row in pooled], 2), _half_interval(pooled, 2)] if all(pooled) else "––"
-            rows.append([*cells, *points])
-    header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
-    return _table([*header, "All questions, points: over seeds", "one run's ±"], rows)
-
-
-def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
-    """Return a comparison's row of a mode, or a pretrained checkpoint's, which has no interval."""
-    row = next((row for row in rows if row["mode"] == (mode if mode in MODES else "w8a8")), None)
-    if row is None or mode in MODES:
-        return row
-    start = row["pretrained"]
-    return None if start is None else dict.fromkeys(("difference", "points"), start - row["baseline"]) | {"ci": None}
-
-
-def rerun_noise(experiments: Sequence[Experiment]) -> Table:
-    """Return every run and baseline beside its repetitions, or why they cannot be compared."""
-    runs = {
-        run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
-    }
-    rows = []
-    for run, config in runs.values():
-        for place, repeat in enumerate(reruns.reruns(run), start=1):
-            try:
-                rows.append(rerun_cells(reruns.rerun_noise(run, repeat, config["benchmark"]["name"])))
-            except UserError as reason:
-                rows.append([run.id, str(place), *["–"] * (len(RERUN_HEADER) - 3), str(reason)])
-    return _table(RERUN_HEADER, rows)
-
-
-def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
-    mean, half = sum(values) / len(values), half_width(values)
-    agree = max(values) - min(values) < 1e-9  # which is no certainty
-    ends = None if agree else [mean - half, mean + half]
-    return f"{signed(mean, digits, plus)} {interval(ends, digits, plus)}"
-
-
-def _half_interval(rows: Sequence[Mapping], digits: int) -> str:
-    halves = [_width(row) / 2 for row in rows if row["ci"]]
-    return f"{sum(halves) / len(halves):.{digits}f}" if halves else "–"
-
-
-def _width(row: Mapping) -> float:
-    return row["ci"][1] - row["ci"][0]
-
-
-def _round_up(number: float) -> int:
-    """Round up to two leading digits: more would be false precision."""
-    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
-    return math.ceil(number / unit) * unit
-
-
 def disagreements(paper: Mapping) -> Table:
     """Return where the paper's text and its released code or logs part."""
     rows = [[str(i), row["says"], row["did"], row["switch"]] for i, row in enumerate(paper["disagreements"], start=1)]
-    return _table(["", "The text", "The released code and logs", "Our switch: the text's value, the code's"], rows)
+    return text_table(["", "The text", "The released code and logs", "Our switch: the text's value, the code's"], rows)

@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from qat.analysis.compare import APE_THRESHOLD, DROP_THRESHOLD, MODES, TASKS
+from qat.analysis.compare import MODES, TASKS
+from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.analysis.stats import LEVEL, holm
 from qat.report.verdicts import comparison_rows
 

@@ -264,7 +264,7 @@ def test_tasks_are_pooled_question_by_question(tmp_path):
 
 
 def test_a_remark_agrees_with_the_interval_beside_it(tmp_path):
-    """Of 16 questions, a drop of 31 % [1.2, 58], though the points alone reach a hundredth of the baseline's."""
+    """Check a drop of 31 % [1.2, 58] of 16 questions, though the points alone reach a hundredth of the baseline's."""
     right = [True] * 13 + [False] * 3
     base = write_run(tmp_path / "base", config(), [2.0], {"bf16": {"arc_easy": right}})
     answers = {"bf16": {"arc_easy": right}, "w8a8": {"arc_easy": [True] * 9 + [False] * 7}}

@@ -38,7 +38,7 @@ def test_measures_by_hand():
 
 
 def test_a_shift_of_format_changes_the_mass_and_nothing_else():
-    """All choices become twice as likely: what an answer is worth stays, whether it is given in this form does not."""
+    """Make all choices twice as likely: what an answer is worth stays, whether it is given in this form does not."""
     before = answers([[-3.0, -4.0, -6.0]], [1])
     after = answers([[-3.0 + math.log(2), -4.0 + math.log(2), -6.0 + math.log(2)]], [1])
     for name, values in before.measures.items():
@@ -68,7 +68,7 @@ def test_kl_by_hand_where_questions_differ_in_choices():
 
 
 def test_one_choice_is_a_continuation():
-    """Of a text's last word there is no choice: right or wrong, and its bits."""
+    """Measure a text's last word, which has no other choices, by right or wrong and its bits."""
     own = answers([[-2.0], [-1.0]], [0, 0], bytes=[[5], [3]])
     assert set(own.measures) == {"accuracy", "bits_per_byte"} and not own.constant
 

@@ -7,7 +7,7 @@ import pytest
 from qat.analysis.rerun_noise import original, rerun_noise, reruns
 from qat.analysis.stats import half_width
 from qat.errors import UserError
-from qat.report import tables
+from qat.report import uncertainty
 from qat.report.experiment import Experiment
 from qat.report.page import write_report
 from qat.runs import archive
@@ -61,7 +61,7 @@ def test_identical_means_every_loss(tmp_path, losses, text, identical):
 def test_the_report_lists_what_was_repeated(tmp_path):
     first = write_repeat(tmp_path, 0)
     experiment = Experiment("exp8", [first], [Run(write_run(tmp_path / "base", config()))])
-    assert tables.rerun_noise([experiment]).rows == []
+    assert uncertainty.rerun_noise([experiment]).rows == []
     write_repeat(tmp_path, 1)
     again = write_repeat(tmp_path, 2, (2.0, 2.0))
     (again.path / "eval.json").unlink()
@@ -70,7 +70,7 @@ def test_the_report_lists_what_was_repeated(tmp_path):
     for text in (html.read_text(), markdown.read_text()):
         assert "Rerun noise" in text and "bit-identical: every loss equal" in text and "0 of 100" in text
         assert "not bit-identical; not scored" in text and "record different steps in metrics.jsonl" in text
-    assert [str(row[1]) for row in tables.rerun_noise([experiment]).rows] == ["1", "2", "3"]
+    assert [str(row[1]) for row in uncertainty.rerun_noise([experiment]).rows] == ["1", "2", "3"]
 
 
 def test_other_questions_are_refused(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import t
 
-from qat.report import tables
+from qat.report import tables, uncertainty
 from qat.report.experiment import Experiment, distinct, published
 from qat.report.page import write_report
 from qat.runs.folder import Run
@@ -47,7 +47,7 @@ def named_apart(pairs: list[tuple[Path, Path]]) -> list[list[Run]]:
 
 
 def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
-    rows = [[str(cell) for cell in row] for row in tables.seeds([three]).rows]
+    rows = [[str(cell) for cell in row] for row in uncertainty.seeds([three]).rows]
     # Over seeds: 0.1, 0.2, 0.3, so +-t(2) * 0.1 / sqrt(3); one run: 0, 0.1, 0.2 over its sequences, which is the same.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     assert [row[:3] for row in rows] == [
@@ -180,5 +180,5 @@ def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):
         compared_pair(tmp_path / str(number), **{"seed": seed, "quant.overflow": overflow})
         for number, (seed, overflow) in cases
     ]
-    rows = tables.seeds([Experiment("mine", *named_apart(pairs))]).rows
+    rows = uncertainty.seeds([Experiment("mine", *named_apart(pairs))]).rows
     assert [str(row[0]) for row in rows if str(row[0])] == ["mine overflow clip", "mine overflow inf"]

@@ -165,7 +165,7 @@ def test_intervals_hold_for_further_runs_and_units_wherever_the_noise_is(of_runs
 
 
 def test_both_ways_together_never_say_more_than_either():
-    """Where the runs happen to lie close together, their few degrees of freedom count all the same."""
+    """Count the few degrees of freedom of runs, too, where these happen to lie close together."""
     rng = np.random.default_rng(2)
     for spread in (0.1, 0.3, 1.0, 3.0):
         changes = spread * rng.normal(size=(3, 1)) + rng.normal(size=16)

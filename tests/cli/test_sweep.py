@@ -77,7 +77,7 @@ def test_a_table_says_what_became_of_every_job(main, monkeypatch, does, code, ro
 
 @pytest.mark.parametrize(("does", "code"), [(refused, 2), (defective, 1)])
 def test_ranks_do_not_part(main, monkeypatch, does, code):
-    """Of many ranks one may fail alone; were it to begin the next job, the others' collectives would meet another
+    """End all ranks where one fails alone; were it to begin the next job, the others' collectives would meet another
     run's."""
     begun = []
     monkeypatch.setattr("qat.cli.runner.train_with_baseline", lambda cfg: (begun.append(cfg.seed), does(cfg)))

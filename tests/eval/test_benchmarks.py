@@ -172,7 +172,7 @@ def test_mmlu_shows_the_five_dev_questions_in_order(cache):
 
 
 def test_a_question_is_not_its_own_example(cache):
-    """All 299 questions are in the prompt, each once: 298 as examples."""
+    """Find all 299 questions in the prompt, each once: 298 as examples."""
     everything = questions.splits("arc_challenge", "ARC-Challenge", "validation", cache)[0]["validation"]["question"]
     ((context, _),) = prompts("arc_challenge", cache, 298, 1, "validation")
     turns = [turn.removeprefix("Question: ").split("\nAnswer:")[0] for turn in context.split("\n\nQuestion: ")]

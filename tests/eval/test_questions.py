@@ -14,7 +14,7 @@ from qat.eval import questions
     [("arc_easy", "ARC-Easy", 2376, 570), ("arc_challenge", "ARC-Challenge", 1172, 299)],
 )
 def test_arc_is_rebuilt_faithfully(task, subset, test, validation, cache):
-    """Where the package holds both the hub's table and requests, they agree; and its two forms of requests agree."""
+    """Compare the hub's table with the requests where the package holds both, and its two forms of requests."""
     splits, evaluated, pool = questions.splits(task, subset, "test", cache)
     assert (evaluated, pool) == ("test", "validation")
     assert (len(splits["test"]), len(splits["validation"])) == (test, validation)

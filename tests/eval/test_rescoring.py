@@ -35,7 +35,7 @@ def test_scoring_again_scores_nothing(scored, monkeypatch, capsys):
 
 
 def test_runs_that_quantize_alike_share_one_ptq(scored, config):
-    """Of exp8 and exp7 at its learning rate the baseline is one, and so is its PTQ."""
+    """Share baseline and PTQ between exp8 and exp7 at its learning rate."""
     cfg = scored[0]
     other = copy.deepcopy(cfg)
     other.scaling.algo, other.quant.ste, other.quant.gradients = "current", "masked", False

@@ -19,7 +19,7 @@ def magnitudes() -> torch.Tensor:
 
 
 def hard_values() -> torch.Tensor:
-    """All midpoints between neighbouring values, the two edges, and their FP32 neighbours, of both signs."""
+    """Return all midpoints between neighbouring values, the two edges, and their FP32 neighbours, of both signs."""
     values = magnitudes()
     points = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.tensor([1.25 * 2.0**15, 2.0**-23])])
     infinity = torch.tensor(float("inf"))

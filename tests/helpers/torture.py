@@ -33,7 +33,7 @@ _CLOCKS = ("seconds", "tokens_per_second")
 
 
 def left(run: Run) -> dict:
-    """All that a run leaves behind, without what depends on the clock."""
+    """Return everything that a run leaves behind, without what depends on the clock."""
     files = {path.name: path.read_bytes() for path in run.checkpoints.glob("*/*.*")}
     rows = [{key: value for key, value in row.items() if key not in _CLOCKS} for row in run.metrics()]
     scratch = sorted(path.name for path in run.path.rglob(".*") if path.name != ".lock")

@@ -48,7 +48,7 @@ def cut(file: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def numba_has_read_the_environment():
-    """Where another test has changed a variable of Numba, the next compilation would read all of them anew."""
+    """Read Numba's variables now: the next compilation would, if another test has changed one."""
     numba.config.reload_config()
 
 

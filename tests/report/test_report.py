@@ -35,7 +35,7 @@ VOID = {"br", "hr", "img", "meta"}
 
 
 class Page(HTMLParser):
-    """What matters of a page: text, headings, tables, images, links, and whether every element is closed."""
+    """Read what matters of a page: text, headings, tables, images, links, and whether every element is closed."""
 
     def __init__(self, path: Path):
         super().__init__()

@@ -162,7 +162,7 @@ def test_a_window_of_calls_is_compared_only_where_it_forgets():
 
 
 def test_more_runs_of_the_same_scopes_make_their_power_no_surer():
-    """What a scope does beyond its number of linears is the same in every run, so it is no noise that averages out."""
+    """Keep what a scope does beyond its number of linears, which is alike in all runs and does not average out."""
     measured = invent(KEYS, (0, 1, 2), ape=lambda key: 0.3 if key[1] == "MLP of all blocks" else 0.2, linears=of_scope)
     one = audit.power_of_linears([m for m in measured if m.seed == 0 and m.key[0] == "exp8"], 0.95)
     assert vars(audit.power_of_linears(measured, 0.95)) == pytest.approx(vars(one))

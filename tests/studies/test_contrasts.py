@@ -169,7 +169,7 @@ def test_one_seed_and_one_number_a_run_have_estimates_and_no_intervals():
 
 
 def test_seeds_that_agree_are_no_certainty():
-    """Of one number a run, in three runs: that they do not differ says nothing of a fourth."""
+    """Give three runs of one number each that agree no interval of zero: they say nothing of a fourth."""
     response = Response(
         "x", "points", 2, {(key, seed): np.array([0.1 * (key == A)]) for key in (A, B) for seed in range(3)}
     )
@@ -273,7 +273,7 @@ def test_a_difference_with_a_margin_has_a_word(value, spread, margin, loss, accu
     ],
 )
 def test_an_open_claim_is_powerless_or_undecided_by_what_would_support_it(needs, spreads, cause, named):
-    """Of all statements one that is powerless is enough; of any, all must be."""
+    """Call a claim powerless for one such statement where it needs all, and for all of them where it needs any."""
     statements = [
         Statement(str(number), Response("x", "", 1, {(A, 0): 0.5 + spread * SWING}, "documents"), {A: 1}, -1, 1, 1.0)
         for number, spread in enumerate(spreads)

@@ -237,7 +237,7 @@ def test_windows_that_no_run_outlasts_are_one_level(grid, tmp_path):
 
 
 def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
-    """Of a part of the grid, one run of which has failed."""
+    """Read a part of the grid, one run of which has failed."""
     wanted = set(itertools.product(("most_recent", "max w64"), factorial.RATES, ("5 %",)))
     made = [cell for cell in placed(grid, tmp_path) if cell.key in wanted]
     written = invent([cell.key for cell in made], damage=planted, lost=forgets)

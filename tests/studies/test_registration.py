@@ -8,7 +8,7 @@ import json
 import pytest
 import yaml
 
-from qat.analysis import compare
+from qat.analysis import decisions
 from qat.analysis.measures import MEASURES
 from qat.errors import UserError
 from qat.studies import audit, factorial
@@ -28,7 +28,7 @@ def test_the_claims_of_both_studies_are_registered():
 
 
 def test_reports_have_the_margins_of_the_claims():
-    assert TREE["margins"] == {"loss": compare.APE_THRESHOLD, "score": compare.DROP_THRESHOLD}
+    assert TREE["margins"] == {"loss": decisions.APE_THRESHOLD, "score": decisions.DROP_THRESHOLD}
     assert (MEASURES["bits_per_byte"].margin, MEASURES["accuracy"].margin) == (0.5, 1.0)
 
 
@@ -108,7 +108,7 @@ def test_the_margins_are_read_from_the_file(monkeypatch):
     ("study", "record"), [("factorial", "2026-11-22_laptop"), ("audit", "2026-11-22_audit_laptop")]
 )
 def test_what_is_registered_as_detectable_was_measured(study, record):
-    """Of the statement that sees least, in the records that the file names, to three digits."""
+    """Compare with the statement that sees least, in the records that the file names, to three digits."""
     path = ROOT / "experiments" / "records" / record / study / f"{study}.json"
     judged = {claim["key"]: claim for claim in json.loads(path.read_text())["claims"]}
     assert list(judged) == list(TREE[study]["claims"])

@@ -139,8 +139,8 @@ def test_inductor_gives_the_eager_numbers(config, variant):
 
 
 def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatch):
-    """What would wait on a GPU, as far as Python shows it: `.item()`, `.tolist()`, a tensor as a condition. Fused CPU
-    kernels may read."""
+    """Find what would wait on a GPU, as far as Python shows it: `.item()`, `.tolist()`, a tensor as a condition. Fused
+    CPU kernels may read."""
     cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
     _, trainer = trained(cfg, 2)
     monkeypatch.setattr("qat.quant.kernels.dispatch._fused", lambda *_: None)

@@ -192,7 +192,7 @@ class Fault(Exception):
 
 @pytest.fixture(scope="module")
 def once():
-    """What is worked out once for all tests: the scores that all models get, and what an evaluation leaves."""
+    """Work out once for all tests: the scores that all models get, and what an evaluation leaves."""
     return {}
 
 
@@ -236,7 +236,7 @@ def training(cfg) -> dict:
 
 @pytest.fixture
 def wanted(trained, scoring, once, tmp_path):
-    """What an undisturbed evaluation leaves."""
+    """Return what an undisturbed evaluation leaves."""
     if "results" not in once:
         cfg = moved(trained, tmp_path / "undisturbed")
         evaluate(cfg)
@@ -306,7 +306,7 @@ def test_a_stop_while_other_questions_are_written_leaves_no_old_scores_beside_ne
 
 @pytest.mark.slow
 def test_a_command_that_is_killed_again_and_again_loses_nothing_but_time(texts):
-    """What `make torture` does, for half a minute."""
+    """Do what `make torture` does, for half a minute."""
     words = ["data.source=files", f"data.path={texts}", "budget.steps=16"]
     command = [sys.executable, "-m", "tests.helpers.torture", "--warm", "--kills", "4", "--seed", "3", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -17,7 +17,7 @@ _BUCKET = 25 * 2**20  # bytes, after which DDP begins another all-reduce
 
 @dataclass(frozen=True)
 class Traffic:
-    """All calls of one collective operation in a step. size: bytes of whole tensors, of all calls together."""
+    """Sum up the calls of one collective operation in a step. size: bytes of whole tensors, of all calls together."""
 
     operation: str  # all_reduce, all_gather, reduce_scatter, broadcast
     calls: int

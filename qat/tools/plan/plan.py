@@ -58,12 +58,12 @@ class Plan:
 
     @property
     def scored(self) -> int:
-        """How many models evaluation scores: the pretrained one, baseline, its PTQ, and the run in both modes."""
+        """Count the models that evaluation scores: the pretrained one, baseline, its PTQ, and the run in both modes."""
         return 5 if self.cfg.quantized else 2
 
     @property
     def passes(self) -> int:
-        """How many passes over the held-out texts: one a model, and for a quantized run one more under PTQ's scales."""
+        """Count passes over the held-out texts: one a model, and for a quantized run one more under PTQ's scales."""
         return self.scored + (1 if self.cfg.quantized else 0)
 
 
