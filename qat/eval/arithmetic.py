@@ -15,11 +15,13 @@ from torch import nn
 from qat.config import Config
 from qat.utils import device
 
-CHOICES = {"fp32": "FP32", "training": "BF16 products, FP32 residual stream and logits", "export": "BF16 throughout"}
-
 
 def name(cfg: Config) -> str:
-    """Return which of `CHOICES` a model is scored in. Without BF16 instructions both choices come to FP32."""
+    """Return what a model is scored in, as eval.json names it.
+
+    training: BF16 products, FP32 residual stream and logits; export: BF16 throughout; fp32: what both come to where
+    `budget.arithmetic` is FP32.
+    """
     return cfg.benchmark.arithmetic if device.resolve_arithmetic(cfg.budget.arithmetic) == "bf16" else "fp32"
 
 
@@ -34,7 +36,10 @@ def autocast(arithmetic: str):
 
 
 def store(model: nn.Module, arithmetic: str) -> None:
-    """Round all parameters to BF16, in place, and keep each in the dtype that it is read in."""
+    """Round all parameters to BF16, in place, and keep each in the dtype that it is read in.
+
+    arithmetic: of `name`. Weights of linears but the head are BF16 unless it is fp32; the rest is BF16 for an export.
+    """
     head = model.get_output_embeddings()
     linears = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
     in_bf16 = {id(parameter) for linear in linears for parameter in linear.parameters()}
@@ -49,12 +54,8 @@ class FP32Head(nn.Linear):
 
     def __init__(self, head: nn.Linear):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.weight, self.bias = (
-            head.in_features,
-            head.out_features,
-            head.weight,
-            head.bias,
-        )
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.weight, self.bias = head.weight, head.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
