@@ -124,8 +124,8 @@ class _Session:
         print(f"\n{self.run.id}")
         print(self.coverage)
         self.run.write_json("coverage.json", self.coverage.as_dict())
-        if self.trainer.arithmetic == "fp32" and not device.has_bf16():
-            print("  arithmetic: FP32; this processor has no BF16 instructions (budget.arithmetic=bf16 emulates them)")
+        if self.trainer.arithmetic == "fp32" and not device.has_bf16_products():
+            print("  arithmetic: FP32, in which this processor is faster (budget.arithmetic=bf16 for BF16 products)")
         if self.state.done:
             print(f"  resuming after step {self.state.done} of {self.cfg.steps}", flush=True)
 

@@ -152,10 +152,10 @@ def test_a_baseline_does_not_depend_on_how_its_runs_are_quantized(config):
 
 def test_arithmetic_counts_as_what_it_comes_to(config, monkeypatch):
     monkeypatch.delenv("HIF8_ARITHMETIC", raising=False)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
     assert not renamed(config, (), **{"budget.arithmetic": "fp32"})
     assert renamed(config, (), **{"budget.arithmetic": "bf16"})
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
     assert not renamed(config, (), **{"budget.arithmetic": "bf16"})
 
 
