@@ -75,7 +75,7 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
 
     folder: written by `export`.
     arithmetic: of everything between the roundings, and the dtype of everything but codes and scales: "bf16", "fp32",
-        or "auto" for BF16 where the hardware is fast in it. None: the one that the run was evaluated in. Then logits equal
+        or "auto" (`device.resolve_arithmetic`). None: the one that the run was evaluated in. Then logits equal
         those of the evaluated W8A8 model bit for bit, on the same machine and PyTorch; others round sums differently.
 
     Errors: UserError when the folder is no export, is damaged, or is of a later version.
