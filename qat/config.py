@@ -22,7 +22,7 @@ from omegaconf import MISSING, OmegaConf
 ROLES = ("activation", "weight", "gradient")
 
 CHOICES = {
-    "protocol": ("paper", "released"),
+    "protocol": ("paper", "released", "vendor"),
     "model.source": ("package", "hub", "random"),
     "data.source": ("package", "hub", "files", "prepared"),
     "data.label_shift": ("once", "twice"),
@@ -130,6 +130,9 @@ class ScalingConfig:
     tick: str = "step"  # the history advances once a step, or once a forward call
     sync: str = "max"  # max: ranks share their largest amaxes; none: each keeps its own
     update_every: int = 1  # ticks between two changes of a scale
+    # headroom in octaves against values that grow while a scale is held: scale = target / (2^guard * amax), as
+    # `margin` in Transformer Engine and MindSpeed
+    guard: float = 0.0
     settle: float = 0.0  # share of the steps run as most_recent with an update a tick, before `algo` takes over
     observe_in_warmup: bool = True  # whether amaxes are observed before quantization starts
     discard_after_warmup: bool = True  # whether that history is dropped when it starts
@@ -226,7 +229,7 @@ class DashboardConfig:
 @dataclass
 class Config:
     experiment: str | None = None  # the experiment it belongs to: a file of conf/experiment/
-    protocol: str = "paper"  # the paper's text, or what its released code did
+    protocol: str = "paper"  # the paper's text, what its released code did, or how the format's vendor trains
     seed: int = 0  # of the order of the text, and of random weights
     seeds: list[int] | None = None  # several in its place: suite.py, factorial.py, audit.py, report.py, record.py
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes

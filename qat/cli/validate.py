@@ -66,6 +66,7 @@ _RANGES = [
     ("scaling.window", 1, 65536),
     ("scaling.alpha", 0, 1),
     ("scaling.update_every", 1, _INF),
+    ("scaling.guard", 0, 15),
     ("scaling.settle", 0, 1),
     ("warmup.bf16", 0, 1),
     ("budget.steps", 1, _INF),

@@ -148,6 +148,7 @@ def _encode_linears(model: nn.Module, cfg: Config, run: Run) -> CodesConfig:
         **vars(cfg.quant),
         modules=list(linears),
         activation_scheme="dynamic" if cfg.scaling.algo == "current" else "static",
+        guard=cfg.scaling.guard,
         arithmetic=device.resolve_arithmetic(cfg.budget.arithmetic),
         run=run.id,
     )

@@ -33,14 +33,15 @@ class CodesConfig(QuantConfig, QuantizationConfigMixin):
     """The `quantization_config` of an exported config.json: the run's `quant` group, and what describes the codes.
 
     modules: names of the quantized linears. activation_scheme: "static": inputs have a fixed `input_scale`; "dynamic":
-    they scale by their own amax, and by `input_scale` where that is 0 or not finite. arithmetic: "bf16" or "fp32", as
-    the run was evaluated. run: its id.
+    they scale by their own amax (2^guard times it), and by `input_scale` where that is 0 or not finite. arithmetic:
+    "bf16" or "fp32", as the run was evaluated. run: its id.
     """
 
     quant_method: str = METHOD
     version: int = VERSION
     modules: list[str] = field(default_factory=list)
     activation_scheme: str = "static"
+    guard: float = 0.0
     arithmetic: str = "bf16"
     run: str = ""
     scale_convention: str = "scales multiply before rounding: a value is decode(code) / scale"
@@ -88,7 +89,7 @@ class HiF8Linear(nn.Module):
             return Rounded(rows)
         scale, target = self.input_scale, c.target_activation
         if c.activation_scheme == "dynamic":
-            scale = to_scale(dispatch.amax(rows), torch.full_like(scale, target), scale)
+            scale = to_scale(dispatch.amax(rows), torch.full_like(scale, target / 2**c.guard), scale)
         output = "e4m3" if c.gemm == "fp8" else "values"
         return Rounded(*dispatch.quantize(rows, scale, None, c.format, c.overflow, target, output), scale)
 

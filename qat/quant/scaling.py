@@ -3,6 +3,7 @@
     scale = target / predicted_amax                                   (paper, section 3: s = max_val / amax_hat)
 
 A rule (`qat.quant.rules`) predicts from the amaxes of earlier steps. A tensor without a history scales by its own amax.
+With `scaling.guard`, every predicted amax is 2^guard times as large, so that a tensor may grow until its scale changes.
 An amax of 0, Inf or NaN is no use for a scale: the history repeats its previous entry instead.
 """
 
@@ -59,6 +60,7 @@ class ScaleBank:
     ):
         self.names, self.scaling, self.settle_steps = names, scaling, settle_steps
         self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
+        self._mapped = self.targets / 2**scaling.guard  # what an amax itself is mapped to
         self.amaxes = [torch.zeros(1, device=device) for _ in names]
         self.history = torch.zeros(RULES[scaling.algo].length(scaling), len(names), device=device)
         self.written = torch.zeros(1, dtype=torch.int64, device=device)
@@ -77,7 +79,7 @@ class ScaleBank:
     def scale_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Return the scale of tensor `index`, which now has the values `x`: 0-dim FP32 on the device."""
         if self.scaling.algo == "current" or index in self.unseen:
-            return to_scale(dispatch.amax(x), self.targets[index], self.scales[index])
+            return to_scale(dispatch.amax(x), self._mapped[index], self.scales[index])
         return self.scales[index]
 
     def amax_slot(self, index: int) -> torch.Tensor | None:
@@ -95,8 +97,8 @@ class ScaleBank:
         """Write the recorded amaxes of all ranks into the history and derive the next scales.
 
         finite: 0-dim bool on the device; if false, history and scales stay as they are.
-        Returns the overshoot, amax now / predicted amax, FP32 [tensors]: 0 where nothing was recorded, 1 where a tensor
-        scaled by its own amax.
+        Returns the overshoot, amax now / predicted amax, FP32 [tensors]: 0 where nothing was recorded, 2^-guard where a
+        tensor scaled by its own amax. Above 1 values are beyond the target.
         """
         if not self.recording:
             return torch.zeros_like(self.scale)
@@ -117,7 +119,7 @@ class ScaleBank:
         return distributed.all_reduce_max(amax) if self.scaling.sync == "max" else amax
 
     def _overshoot(self, amax: torch.Tensor) -> torch.Tensor:
-        own = (amax > 0).float()
+        own = (amax > 0).float() / 2**self.scaling.guard
         if self.scaling.algo == "current":
             return own
         over = amax * self.scale / self.targets
@@ -155,7 +157,7 @@ class ScaleBank:
         newest_first = self.history[(self.written - 1 - age) % len(self.history)]
         predicted = rule.predict(newest_first, self.scaling)
         changes = (advance > 0) & is_new if held else advance > 0
-        self.scale.copy_(torch.where(changes, to_scale(predicted, self.targets, self.scale), self.scale))
+        self.scale.copy_(torch.where(changes, to_scale(predicted, self._mapped, self.scale), self.scale))
 
     # Outside of the training step ------------------------------------------------------------------------------
 

@@ -64,8 +64,9 @@ def design(overrides: Sequence[str], compose: Compose) -> tuple[list[Cell], dict
     registered()  # what is wrong with it is said before anything is trained
     own = {override.partition("=")[0] for switch in SWITCHES for override in switch.overrides}
     refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
-    if any(override.startswith("protocol=") and override != "protocol=paper" for override in overrides):
-        raise ConfigError("protocol=released: the audit throws its switches one at a time; set protocol=paper")
+    for override in overrides:
+        if override.startswith("protocol=") and override != "protocol=paper":
+            raise ConfigError(f"{override}: the audit throws its switches one at a time; set protocol=paper")
     bases = {"exp8": ("exp8", []), "exp3": ("exp3", [])}  # (experiment, changes)
     left_out = {}
     split = _split(compose("exp8", overrides, []).cfg)

@@ -23,7 +23,7 @@ from tests.cli.bad_input.mistakes import A_NAME
 from tests.conftest import ROOT, composed
 
 EXPERIMENTS = [f"exp{i}" for i in range(1, 9)]
-PROTOCOLS = ["paper", "released"]
+PROTOCOLS = ["paper", "released", "vendor"]
 BUDGETS = ["smoke", "laptop", "gpu", "paper"]
 
 
@@ -182,6 +182,20 @@ def test_the_released_protocol_is_the_papers_section_4(experiment):
     assert changes(*words) == RELEASED | SPECIAL[experiment]
 
 
+VENDOR = WIDEST | {
+    "protocol": "vendor",
+    "quant.target_gradient": 224.0,
+    "quant.overflow": "saturate",
+    "scaling.update_every": 10,
+    "scaling.guard": 1.0,
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_vendors_protocol_changes_every_experiment_alike(experiment):
+    assert changes(*(under(protocol, experiment) for protocol in ("vendor", "paper"))) == VENDOR
+
+
 def test_a_key_of_the_released_protocol_can_be_set_alone():
     words = under("released", "exp3")
     single = {"data.label_shift": "once", "scaling.update_every": 1}
@@ -200,7 +214,8 @@ def test_the_number_of_quantized_linears_is_the_papers():
     for protocol, experiment in itertools.product(PROTOCOLS, LINEARS):
         cfg = entry.typed_config(composed(*under(protocol, experiment)))
         bank, coverage = convert(model, cfg)
-        assert len(coverage.linears) == (63 if protocol == "paper" else LINEARS[experiment])
+        expected = {"paper": 63, "released": LINEARS[experiment], "vendor": 182}
+        assert len(coverage.linears) == expected[protocol]
         assert sum(name.endswith("/weight") for name in bank.names) == len(coverage.linears)
         for name in coverage.linears:
             model.set_submodule(name, originals[name])

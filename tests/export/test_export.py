@@ -117,7 +117,7 @@ def test_and_in_the_other_arithmetic(scored, folder):
         "quant.gemm=fp8",
         "quant.weights=false",
         "quant.activations=false",
-        "quant.overflow=inf scaling=current",
+        "quant.overflow=inf scaling=current scaling.guard=1",
     ],
 )
 def test_every_way_of_quantizing_survives(config, words):

@@ -137,6 +137,33 @@ def test_update_every_holds_the_scale():
     assert scales == [1, 1, 1, 4, 4, 4, 7, 7]
 
 
+@pytest.mark.parametrize("guard", [0.0, 1.0, 0.5])
+@pytest.mark.parametrize("algo", ["current", "most_recent", "exp_smooth", "max"])
+def test_a_guard_divides_every_scale_and_counts_as_predicted(algo, guard):
+    """And only that: the history has the amaxes themselves."""
+    plain, guarded = make(algo), make(algo, guard=guard)
+    for step, amaxes in enumerate(([2.0, 3.0, 0.0], [4.0, 1.0, 7.0], [5.0, 6.0, 7.0]), start=1):
+        overshoots = [tick(bank, step, amaxes) for bank in (plain, guarded)]
+        torch.testing.assert_close(overshoots[1], overshoots[0] / 2**guard)
+        seen = torch.tensor([1.0, 1.0, float(step > 1)])  # the scale of a tensor without a history stays 1
+        torch.testing.assert_close(guarded.scale, plain.scale / 2 ** (guard * seen))
+        assert torch.equal(guarded.history, plain.history)
+        own = [bank.scale_of(2, torch.tensor([-3.0])) for bank in (plain, guarded)]
+        torch.testing.assert_close(own[1], own[0] / 2**guard)
+
+
+def test_a_guarded_tensor_may_grow_by_the_guard_while_its_scale_is_held():
+    """The vendor's protocol: ten steps with one scale, and an octave of headroom."""
+    bank = make("most_recent", update_every=10, guard=1.0, tensors=1, target=224.0)
+    scales, overshoots = [], []
+    for step in range(1, 22):
+        bank.begin_step(step, 1)
+        scales.append(bank.scale_of(0, torch.tensor(float(step))).item())
+        overshoots.append(tick(bank, step, [float(step)]).item())
+    assert scales == pytest.approx([112.0] * 11 + [112 / 11] * 10)
+    assert overshoots == pytest.approx([0.5, *(s / 2 for s in range(2, 12)), *(s / 22 for s in range(12, 22))])
+
+
 def test_scales_are_not_held_before_there_are_any():
     """The first quantized step was spoiled, so the next one is the first that tells of amaxes."""
     bank = make("max", window=4, update_every=3, tensors=1)

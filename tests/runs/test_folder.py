@@ -53,6 +53,7 @@ CHANGES = {
     "scaling.window": 32,
     "scaling.tick": "call",
     "scaling.update_every": 2,
+    "scaling.guard": 1.0,
     "scaling.discard_after_warmup": False,
     "warmup.bf16": 0.2,
     "budget.steps": 13,

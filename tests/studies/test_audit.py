@@ -77,7 +77,7 @@ def test_a_step_of_one_sequence_has_no_calls_to_tick(monkeypatch):
     assert "budget.micro_batch=2" in left_out["a tick a call"]
 
 
-@pytest.mark.parametrize("word", ["protocol=released", "quant.overflow=inf", "lr=lr1e-5"])
+@pytest.mark.parametrize("word", ["protocol=released", "protocol=vendor", "quant.overflow=inf", "lr=lr1e-5"])
 def test_what_the_audit_sets_is_refused_on_the_command_line(word):
     with pytest.raises(ConfigError, match=word.partition("=")[0]):
         audit.design([word], variant)

@@ -31,6 +31,7 @@ PAPER = ("experiment=exp8", "budget.accumulation=1", "warmup.bf16=0.5", "scaling
 RELEASED = ("experiment=exp3", "protocol=released", "budget.accumulation=3", "budget.checkpoint_every=3")
 RELEASED += ("budget.steps=5", "model.blocks=3", "model.architecture.num_hidden_layers=3")
 RELEASED += ("+model.architecture.attention_dropout=0.1",)  # so the state of the RNG matters
+VENDOR = ("experiment=exp4", "protocol=vendor", "model.blocks=2", "model.architecture.num_hidden_layers=2")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def every_file(run: Run) -> dict:
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("words", [PAPER, RELEASED], ids=["paper", "released"])
+@pytest.mark.parametrize("words", [PAPER, RELEASED, VENDOR], ids=["paper", "released", "vendor"])
 def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
     cfg = reference(words)
     micro, accumulation = cfg.batch
@@ -98,6 +99,17 @@ def test_telemetry_is_written_when_it_is_due(reference):
     assert all(row["overshoot"] == pytest.approx(row["amax"] * row["scale"] / 15) for row in rows if "role" in row)
     baseline = [row for row in Run.of(baseline_of(cfg)).telemetry() if "text" not in row]
     assert [row["step"] for row in baseline] == [1, 5, 9, 12] and all(row["updated"] for row in baseline)
+
+
+def test_under_the_vendors_protocol_every_linear_is_scaled_and_held(reference):
+    """Of gradients 224 is the target; an octave of headroom leaves few tensors beyond it in ten steps."""
+    rows = [row for row in Run.of(reference(VENDOR)).telemetry() if "role" in row and row["step"] > 1]
+    assert len({row["layer"] for row in rows}) == 2 * 7
+    targets = {"activation": 15, "weight": 15, "gradient": 224}
+    assert all(row["overshoot"] == pytest.approx(row["amax"] * row["scale"] / targets[row["role"]]) for row in rows)
+    scales = {step: [row["scale"] for row in rows if row["step"] == step] for step in (5, 9, 12)}
+    assert scales[5] == scales[9] != scales[12]
+    assert sum(row["overshoot"] > 1 for row in rows if row["step"] == 5) < 0.1 * len(scales[5])
 
 
 def test_the_same_command_again_touches_nothing(reference, capsys):
