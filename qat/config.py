@@ -27,6 +27,7 @@ CHOICES = {
     "data.source": ("package", "hub", "files", "prepared"),
     "data.label_shift": ("once", "twice"),
     "quant.overflow": ("clip", "saturate", "inf"),
+    "quant.rounding": ("nearest", "hybrid"),
     "quant.ste": ("pass_through", "masked"),
     "quant.operands": ("exact", "descaled"),
     "quant.gemm": ("bf16", "fp8"),
@@ -113,6 +114,7 @@ class QuantConfig:
     target_weight: float = 15.0  # the same for weights
     target_gradient: float = 15.0  # the same for gradients
     overflow: str = "clip"  # past the target: clip to it; or past the format's largest value: saturate, or inf
+    rounding: str = "nearest"  # of gradients; hybrid: outside 1/8 to 16 by a value's own last bits (HiF8 only)
     ste: str = "pass_through"  # gradients through rounding: all pass, or (masked) none where a value was clipped
     operands: str = (
         "exact"  # exact: multiply, then divide by the scales; descaled: the other way round, as the released code

@@ -211,6 +211,9 @@ def _check_quant(cfg: Config) -> None:
                 f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
                 f"{largest:g}"
             )
+    if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
+        fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
+        raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
     _check_fp8(cfg)
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
         raise ConfigError(

@@ -142,9 +142,11 @@ def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> Scale
     device = next(model.parameters()).device
     bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg.scaling, cfg.settle_steps, device)
     index, matmul = {name: i for i, name in enumerate(names)}, Matmul(q)
+    rounding = dict.fromkeys(ROLES, "nearest") | {"gradient": q.rounding}
     for name, linear in linears.items():
         quantizers = {
-            role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q) for role in ROLES
+            role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q, rounding[role])
+            for role in ROLES
         }
         model.set_submodule(name, QuantizedLinear(linear, bank, quantizers, matmul))
     for name in linears:

@@ -24,6 +24,7 @@ class Format:
 
     largest: the largest finite value.
     round(x, overflow): same shape and dtype as `x`; overflow is "inf" or "saturate".
+    hybrid(x, overflow): the same by quant.rounding=hybrid; None: the format has no such rounding.
     mantissa_bits(x): int32, how many mantissa bits the format has at each magnitude.
     encode(x), decode(codes): values of the format (BF16 or FP32) to uint8 codes and back to FP32, both exact.
     """
@@ -33,16 +34,18 @@ class Format:
     mantissa_bits: Callable[[torch.Tensor], torch.Tensor]
     encode: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
+    hybrid: Callable[[torch.Tensor, str], torch.Tensor] | None = None
 
-    def quantize(self, scaled: torch.Tensor, overflow: str, target: float) -> torch.Tensor:
+    def quantize(self, scaled: torch.Tensor, overflow: str, target: float, rounding: str = "nearest") -> torch.Tensor:
         """Round scaled values (any shape, BF16 or FP32).
 
         overflow "clip" clamps to +-target first (the paper's amax saturation); "saturate" and "inf" act at the
-        format's own largest value.
+        format's own largest value. rounding: "nearest" or "hybrid".
         """
+        rounded = self.hybrid if rounding == "hybrid" else self.round
         if overflow == "clip":
-            return self.round(scaled.clamp(-target, target), "saturate")
-        return self.round(scaled, overflow)
+            return rounded(scaled.clamp(-target, target), "saturate")
+        return rounded(scaled, overflow)
 
 
 def _exponent(x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +67,8 @@ def _hif8() -> Format:
 
         return call
 
-    return Format(2.0**15, lazy("fake_quantize"), mantissa_bits, lazy("encode"), lazy("decode"))
+    names = ("encode", "decode", "fake_quantize_hybrid")
+    return Format(2.0**15, lazy("fake_quantize"), mantissa_bits, *map(lazy, names))
 
 
 def _fp8(name: str, largest: float, fraction_bits: int, smallest_exponent: int, last: float, past: float) -> Format:

@@ -6,6 +6,7 @@ The format (arXiv 2409.16626, tables 1-3) spends its bits where values are frequ
 
 Rounding is the paper's "TA": to the nearest value, ties away from zero. That one rule covers every edge, because the
 halfway points below the smallest value (2^-23) and above the largest (1.25 * 2^15) round away from zero too.
+`fake_quantize_hybrid` is its "HR", an option of the hardware for gradients.
 """
 
 from __future__ import annotations
@@ -80,6 +81,14 @@ def encode(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
     return torch.where(rounded.isnan(), torch.full_like(code, NAN), code)
 
 
+def _fields(size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the bits of FP32 magnitudes, their exponents, and how many mantissa bits HiF8 drops of them, int32."""
+    bits = size.view(torch.int32)
+    exponent = (bits >> 23) - 127
+    distance = exponent.abs()
+    return bits, exponent, 20 + (distance >= 4).int() + (distance >= 8).int() + (distance >= 16).int()
+
+
 def fake_quantize(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
     """Round to the nearest HiF8 value: same shape and dtype as `x`, whose values all are exact in BF16 and FP32.
 
@@ -91,15 +100,37 @@ def fake_quantize(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
         raise ValueError(f"overflow={overflow!r}: choose one of {OVERFLOWS}")
     wide = x.detach().float()
     size = wide.abs()
-    bits = size.view(torch.int32)
-    exponent = (bits >> 23) - 127
-    distance = exponent.abs()
-    dropped = 20 + (distance >= 4).int() + (distance >= 8).int() + (distance >= 16).int()
-    one = torch.ones_like(dropped)
-    unit = one << dropped
+    bits, _, dropped = _fields(size)
+    unit = torch.ones_like(dropped) << dropped
     rounded = ((bits + (unit >> 1)) & -unit).view(torch.float32)
     rounded = torch.where(size < SMALLEST, SMALLEST * (size >= SMALLEST / 2), rounded)
     limit = torch.full_like(rounded, float("inf") if overflow == "inf" else LARGEST)
     rounded = torch.where(rounded > LARGEST, limit, rounded)
     rounded = torch.where(wide.isnan(), wide, torch.where(wide < 0, -rounded, rounded))
     return (rounded + 0.0).to(x.dtype)  # + 0.0 turns -0 into +0: the format has one zero
+
+
+def fake_quantize_hybrid(x: torch.Tensor, overflow: str = "inf") -> torch.Tensor:
+    """Round to HiF8 by hybrid rounding: as `fake_quantize` does where the exponent is -3..3, elsewhere stochastically.
+
+    Nothing is drawn: a value rounds away from zero if F, the first bits of what is dropped, reaches a threshold T made
+    of its own last bits. FP32: F has 14 bits, T is the last 14 of the mantissa. BF16 and FP16: F has 2 bits, T is 1 or
+    3 by the mantissa's last bit. At exponent -23, between 0 and 2^-22, F begins with the leading one. An FP32 value
+    whose last 14 bits are 0 always rounds away, even if HiF8 has it: 16 becomes 20. Sources: arXiv 2409.16626 ("HR",
+    "SSR") and the reference conversions in Huawei's CANN, which have FP32 and FP16.
+    """
+    nearest = fake_quantize(x, overflow)
+    size = x.detach().float().abs()
+    bits, exponent, dropped = _fields(size)
+    unit, below = torch.ones_like(dropped) << dropped, exponent == -23
+    lost = torch.where(below, bits & 0x7FFFFF | 0x800000, bits & (unit - 1))
+    if x.dtype.itemsize == 2:
+        width, threshold = 2, 2 * (x.detach().view(torch.int16).int() & 1) + 1
+    else:
+        width, threshold = 14, bits & 0x3FFF
+    away = (lost >> (dropped + below.int() - width)) >= threshold
+    rounded = ((bits & -unit) + away.int() * unit).view(torch.float32)
+    rounded = torch.where(size < SMALLEST, SMALLEST * (below & away), rounded)
+    rounded = torch.where(rounded > LARGEST, float("inf") if overflow == "inf" else LARGEST, rounded)
+    rounded = (torch.where(x < 0, -rounded, rounded) + 0.0).to(x.dtype)
+    return torch.where((exponent.abs() < 4) | ~(size < 1.25 * LARGEST), nearest, rounded)

@@ -28,11 +28,13 @@ from qat.quant.scaling import ScaleBank
 class Quantizer:
     """Round one role (activation, weight or gradient) of one linear with its scale from the bank."""
 
-    def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig):
+    def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig, rounding: str):
         self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
+        self.rounding = rounding
         # Compiled steps on a GPU round by this table, in the same kernel that computes `x`.
-        self.table = dispatch.table(bank.scale.device, cfg.format, cfg.overflow, target) if enabled else None
-        self.observer = None  # `qat.train.tensor_stats` attaches one: it is called with (index, x, scale)
+        by_table = enabled and rounding == "nearest"
+        self.table = dispatch.table(bank.scale.device, cfg.format, cfg.overflow, target) if by_table else None
+        self.observer = None  # `qat.train.tensor_stats` attaches one: it is called with (index, x, scale, rounding)
 
     def __call__(self, x: torch.Tensor, output: str = "values") -> Rounded:
         """Round `x`, BF16 or FP32 in any shape, and record its amax. output: "values", or "codes" for both."""
@@ -44,9 +46,9 @@ class Quantizer:
         if self.table is not None and torch.compiler.is_compiling():
             values, codes = lookup.quantize(x, scale, slot, self.table, output)
         else:
-            values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, output)
+            values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, output, self.rounding)
         if self.observer is not None:
-            self.observer(self.index, x, scale)
+            self.observer(self.index, x, scale, self.rounding)
         mask = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
         return Rounded(None if output == "e4m3" else values, None if output == "values" else codes, scale, mask)
 

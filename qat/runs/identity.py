@@ -16,7 +16,8 @@ _IRRELEVANT = {
     "data": ("name", "tokenizer_threads", "retry_hours", "cache"),
     "optim": ("max_skipped",),
 }
-_BACKWARD_ONLY = ("gradients", "target_gradient", "ste")  # settings of `quant` without effect on a forward pass
+# Settings of `quant` without effect on a forward pass.
+_BACKWARD_ONLY = ("gradients", "target_gradient", "rounding", "ste")
 _BUDGET_OPTIONS = ("compile", "activation_checkpointing", "largest_logits")
 
 

@@ -35,10 +35,11 @@ class TensorStats:
             for quantizer in quantizers:
                 quantizer.observer = None
 
-    def _observe(self, index: int, x: torch.Tensor, scale: torch.Tensor) -> None:
+    def _observe(self, index: int, x: torch.Tensor, scale: torch.Tensor, rounding: str) -> None:
         target, q = self.bank.targets[index].item(), self.cfg.quant
         amax = dispatch.amax(x)
-        self.sums[index] = self.sums.get(index, 0) + dispatch.statistics(x, scale, q.format, q.overflow, target)
+        statistics = dispatch.statistics(x, scale, q.format, q.overflow, target, rounding)
+        self.sums[index] = self.sums.get(index, 0) + statistics
         overshoot = amax * scale / target
         _, max_amax, max_overshoot = self.scales.get(index, (scale, amax, overshoot))
         self.scales[index] = scale.clone(), torch.maximum(max_amax, amax), torch.maximum(max_overshoot, overshoot)

@@ -52,6 +52,7 @@ CHANGES = {
     "scaling.algo": "current",
     "scaling.window": 32,
     "scaling.tick": "call",
+    "quant.rounding": "hybrid",
     "scaling.update_every": 2,
     "scaling.guard": 1.0,
     "scaling.discard_after_warmup": False,

@@ -55,7 +55,7 @@ SMALL = ("model.blocks=1", "model.architecture.num_hidden_layers=1", "quant.bf16
 BOTH = ("model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")  # one quantized, one not
 VARIANTS = {
     "max": ("experiment=exp8", *BOTH),
-    "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]"),
+    "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.rounding=hybrid"),
     "current": ("experiment=exp8", "scaling=current"),
     "masked": ("experiment=exp8", "quant.ste=masked"),
     "descaled, by call": ("experiment=exp8", "quant.operands=descaled", "scaling.tick=call"),

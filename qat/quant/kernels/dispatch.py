@@ -34,9 +34,9 @@ def _gpu() -> ModuleType | None:
     return gpu
 
 
-def _fused(x: torch.Tensor, format: str) -> ModuleType | None:
+def _fused(x: torch.Tensor, format: str, rounding: str = "nearest") -> ModuleType | None:
     """Return the module with fused kernels for a tensor and a format; None: use plain PyTorch."""
-    if format != "hif8" or x.dtype not in (torch.float32, torch.bfloat16):
+    if format != "hif8" or rounding != "nearest" or x.dtype not in (torch.float32, torch.bfloat16):
         return None
     return _cpu() if x.device.type == "cpu" else _gpu() if x.is_cuda else None
 
@@ -66,32 +66,32 @@ def _operator(schema: str, fake):
     return register
 
 
-def _quantize_fake(x, scale, slot, format, overflow, target, output):
+def _quantize_fake(x, scale, slot, format, overflow, target, output, rounding="nearest"):
     values = x.new_empty(0) if output == "e4m3" else x.new_empty(x.shape)
     return values, x.new_empty(0 if output == "values" else x.shape, dtype=torch.uint8)
 
 
 @_operator(
-    "(Tensor x, Tensor scale, Tensor(a!)? slot, str format, str overflow, float target, str output)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor scale, Tensor(a!)? slot, str format, str overflow, float target, str output,"
+    " str rounding='nearest') -> (Tensor, Tensor)",
     fake=_quantize_fake,
 )
-def quantize(x, scale, slot, format, overflow, target, output):
+def quantize(x, scale, slot, format, overflow, target, output, rounding="nearest"):
     """Scale a tensor, round it to an 8-bit format, and record its amax, reading it once.
 
     x: BF16 or FP32, any shape. scale: 0-dim FP32 on its device.
     slot: FP32 [1], becomes the larger of itself and the amax of `x`, NaN being larger than all; None: record nothing.
     overflow: "clip" (to +-target), "saturate" or "inf" (see `qat.quant.formats.Format.quantize`).
-    output: one of `OUTPUTS`.
+    output: one of `OUTPUTS`. rounding: "nearest", or "hybrid", which no fused kernel has.
     Returns (values, codes). values: `x * scale` rounded, in the shape and dtype of `x`. codes: uint8 in that shape,
     codes of `format` or E4M3 bytes of 16 times the values. What `output` does not ask for has no elements.
     """
     source = x.detach().contiguous()
-    fused = _fused(source, format)
+    fused = _fused(source, format, rounding)
     if fused is not None:
         return fused.quantize(source, scale, slot, *_edges(overflow, target), output)
     chosen = FORMATS[format]
-    values = chosen.quantize(source.float() * scale, overflow, target)
+    values = chosen.quantize(source.float() * scale, overflow, target, rounding)
     if slot is not None:
         record_amax(source, slot)
     if output == "e4m3":
@@ -148,7 +148,9 @@ def record_amax(x: torch.Tensor, slot: torch.Tensor) -> None:
     slot.copy_(torch.maximum(slot, amax(x)))
 
 
-def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float) -> torch.Tensor:
+def statistics(
+    x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str, target: float, rounding: str = "nearest"
+) -> torch.Tensor:
     """Measure what rounding does to `x * scale`, FP64 [10] on the CPU or the device of `x`, summable over calls.
 
     These are counts of nonzero elements: all; in the tiers of 3, 2, 1 and 0 mantissa bits; beyond the target; rounded
@@ -156,11 +158,11 @@ def statistics(x: torch.Tensor, scale: torch.Tensor, format: str, overflow: str,
     of `quantize`.
     """
     source = x.detach().contiguous()
-    fused = _fused(source, format)
+    fused = _fused(source, format, rounding)
     if fused is not None:
         return fused.statistics(source, scale, *_edges(overflow, target), target * TOLERANCE)
     scaled = source.float() * scale
-    size, rounded = scaled.abs(), FORMATS[format].quantize(scaled, overflow, target)
+    size, rounded = scaled.abs(), FORMATS[format].quantize(scaled, overflow, target, rounding)
     nonzero = size > 0
     lost = nonzero & (rounded == 0)
     bits = FORMATS[format].mantissa_bits(size.clamp(max=target) if overflow == "clip" else size)
