@@ -100,6 +100,8 @@ class OptimConfig:
     lr_from_zero: bool = False  # whether the first step of the warmup has a rate of 0
     max_skipped: int = 10  # steps in a row without a finite gradient, after which the run gives up
     master_weights: bool = True  # false: parameters and Adam moments hold only what BF16 can
+    # the whole model in BF16: residual stream, gradients, their sums and clipping, too; with master_weights=false
+    pure_bf16: bool = False
 
 
 @dataclass

@@ -34,6 +34,8 @@ def validate(cfg: Config) -> None:
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
     texts = (_check_sources, _check_validation, _check_benchmark)
+    if cfg.optim.pure_bf16 and cfg.optim.master_weights:
+        raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
     for check in (_check_names, _check_batch, _check_warmup, _check_quant, *texts):
         check(cfg)
 

@@ -23,7 +23,7 @@ from qat.config import Config
 from qat.data import heldout, packing
 from qat.errors import ConfigError, UserError
 from qat.eval import arithmetic, benchmarks
-from qat.models.load import context_length, load_model
+from qat.models.load import context_length, load_model, store_in_bf16
 from qat.models.loss import has_plain_head
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears
@@ -65,6 +65,8 @@ class Subject:
         model, tokenizer = load_model(self.cfg.model, self.cfg.seed)
         tensors, facts = self._checkpoint() if self.trained else ({}, {})
         if self.trained:
+            if self.cfg.optim.pure_bf16:
+                store_in_bf16(model)
             # Parameters only: rotary frequencies must stay FP32, as they are in training.
             parameters = dict(model.named_parameters())
             with checkpoint.restoring(self.run.checkpoints):

@@ -270,6 +270,12 @@ def checkpoint_activations(model) -> None:
         raise UserError(f"budget.activation_checkpointing=true: {error}; set it to false") from error
 
 
+def store_in_bf16(model) -> None:
+    """Put all parameters into BF16, in place. Buffers stay: rotary frequencies are FP32 in a BF16 model, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+
+
 def transformer_blocks(model) -> list[torch.nn.Module]:
     """Return the transformer blocks, of the class that the Hugging Face model names as indivisible."""
     return [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]

@@ -10,8 +10,8 @@ from qat.config import Config
 def learning_rate(cfg: Config, step: int) -> float:
     """Return the learning rate of a step (1-based): linear warmup, then cosine towards 0.
 
-    Warmup of w steps: step s has lr * s / w; with `optim.lr_from_zero` lr * (s - 1) / w, as in the released code. The
-    paper's text says neither.
+    Warmup of w steps: step s has lr * s / w, one step ahead of the released code's lr * (s - 1) / w, which
+    `optim.lr_from_zero` gives. The cosine after it is the released code's. The paper's text is silent.
     """
     warmup = cfg.lr_warmup_steps
     if step <= warmup:

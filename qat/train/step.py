@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qat.config import Config
-from qat.models.load import attend_causally, checkpoint_activations, transformer_blocks
+from qat.models.load import attend_causally, checkpoint_activations, store_in_bf16, transformer_blocks
 from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
 from qat.quant.linear import forget_rounded_weights, round_weights
@@ -51,6 +51,8 @@ class Trainer:
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
         attend_causally(model)
+        if cfg.optim.pure_bf16:
+            store_in_bf16(model)
         if cfg.budget.activation_checkpointing:
             checkpoint_activations(model)
         self._linears = list(quantized_linears(model).values())
@@ -58,7 +60,7 @@ class Trainer:
         if cfg.budget.compile:
             self._compile(losses)
         self.losses = distributed.distribute(losses, transformer_blocks(model), cfg.budget.parallel)
-        self.arithmetic = device.resolve_arithmetic(cfg.budget.arithmetic)
+        self.arithmetic = "bf16" if cfg.optim.pure_bf16 else device.resolve_arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
         o = cfg.optim
         # Weight decay on every parameter, norms too, as in the released code.
@@ -150,7 +152,7 @@ class Trainer:
     @torch.no_grad()
     def _store(self) -> None:
         """Without master weights, round parameters and Adam moments to BF16, as in the released code."""
-        if self.cfg.optim.master_weights:
+        if self.cfg.optim.master_weights or self.cfg.optim.pure_bf16:  # with the latter they are of that type
             return
         moments = (state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
         for tensor in (*self.model.parameters(), *moments):

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from qat.errors import ConfigError
 from qat.models.load import load_model
 from qat.quant import hif8
 from qat.quant.convert import convert, quantized_linears
@@ -99,9 +98,3 @@ def test_only_gradients_are_rounded_so(config):
     assert torch.equal(loss, other_loss)
     assert (gradients != other_gradients).all()
     torch.testing.assert_close(gradients, other_gradients, rtol=0.1, atol=0)
-
-
-@pytest.mark.parametrize("words", [("quant=fp8_e4m3",), ("quant.gradients=false",)])
-def test_where_it_would_do_nothing_it_is_refused(config, words):
-    with pytest.raises(ConfigError, match=r"quant.rounding=hybrid: .*; set quant.rounding=nearest$"):
-        config("experiment=exp8", *words, "quant.rounding=hybrid")

@@ -242,7 +242,7 @@ def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config)
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_experiment_has_a_page(budget, tmp_path):
-    for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
+    for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS[:2]):  # vendor's scope is released's of exp2
         cfg = typed(tmp_path, f"experiment={experiment}", f"budget={budget}", f"protocol={protocol}", "model=tiny")
         text = page(plan.make(cfg, 1, CPU, cfg.budget.compile))
         assert text.startswith(f"{experiment}: budget={budget} protocol={protocol} on ")

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qat.cli import runner
 from qat.errors import UserError
+from qat.eval import evaluate
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import checkpoint, loop, run_log
@@ -110,6 +112,22 @@ def test_under_the_vendors_protocol_every_linear_is_scaled_and_held(reference):
     scales = {step: [row["scale"] for row in rows if row["step"] == step] for step in (5, 9, 12)}
     assert scales[5] == scales[9] != scales[12]
     assert sum(row["overshoot"] > 1 for row in rows if row["step"] == 5) < 0.1 * len(scales[5])
+
+
+def test_a_run_in_pure_bf16_is_stored_resumed_and_scored_as_such(configure, tmp_path, monkeypatch):
+    words = ("experiment=exp3", "optim.pure_bf16=true", "optim.master_weights=false", "quant.bf16_blocks=1")
+    words += ("model.blocks=2", "model.architecture.num_hidden_layers=2", "budget.steps=3", "budget.checkpoint_every=1")
+    whole, stopped = (configure(tmp_path / name, *words) for name in ("whole", "stopped"))
+    loop.train(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        before_step(3, patch)
+        loop.train(stopped)
+    loop.train(stopped)
+    weights = [checkpoint.latest(Run.of(cfg).checkpoints)[0]["model"] for cfg in (whole, stopped)]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    assert {weight.dtype for weight in weights[0].values()} == {torch.bfloat16}
+    model, _ = evaluate.Subject(whole, Run.of(whole), "bf16").build()
+    assert all(torch.equal(p.bfloat16(), weights[0][name]) for name, p in model.named_parameters())
 
 
 def test_the_same_command_again_touches_nothing(reference, capsys):

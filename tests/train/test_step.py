@@ -176,6 +176,22 @@ def test_without_master_weights_all_that_is_kept_is_bf16(config, masters):
         assert all(map(holds_bf16, kept)) != masters
 
 
+def test_a_pure_bf16_model_is_bf16_throughout(config):
+    """Residual stream and sums of gradients over micro-batches, too, as in the released code."""
+    words = {"optim.master_weights": False, "optim.pure_bf16": True, "optim.clip": 1e9}
+    batches, gradients, residuals = [tokens(2, seed=seed) for seed in (1, 2)], [], []
+    for micro_batches in ([batches[0]], [batches[1]], batches):
+        trainer = build(config("experiment=exp5", **words))
+        trainer.model.model.norm.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0].dtype))
+        trainer.step(1, micro_batches)
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    assert all(torch.equal(both, one / 2 + other / 2) for one, other, both in zip(*gradients, strict=True))
+    moments = [s[name] for s in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    tensors = [*trainer.model.parameters(), *gradients[2], *moments]
+    assert {t.dtype for t in tensors} == set(residuals) == {torch.bfloat16}
+    assert trainer.model.model.rotary_emb.inv_freq.dtype is torch.float32
+
+
 def test_without_master_weights_a_small_update_vanishes(config):
     """Paper.md, section 4, row 9: BF16 keeps 8 bits, so an update of lr 1e-5 is lost on weights above 2^-8."""
     changed = {}
