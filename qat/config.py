@@ -215,7 +215,8 @@ class LaunchConfig:
 @dataclass
 class BenchConfig:
     rounds: int = 5  # times that everything is measured, in turn
-    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory", "questions"])  # what
+    # what; also products, which needs mmaemu: how exact the products of quant.gemm=fp8 are
+    parts: list[str] = field(default_factory=lambda: ["kernels", "steps", "memory", "questions"])
     steps: list[str] | None = None  # which of `qat.tools.bench.steps`, beside bf16; null: all that can run
     out: str = "bench"  # folder of the table
 

@@ -13,7 +13,7 @@ from qat.errors import ConfigError
 from qat.models.load import load_model
 from qat.quant.formats import FORMATS
 from qat.tools import bench
-from qat.tools.bench import steps, table, timing
+from qat.tools.bench import products, steps, table, timing
 from qat.tools.bench.plain import fake_quantize
 
 bmm, baddbmm = torch.ops.aten.bmm, torch.ops.aten.baddbmm
@@ -27,6 +27,15 @@ def test_the_plain_comparator_rounds_as_we_do():
         ours = FORMATS["hif8"].quantize(factor * x * scale, "clip", 15.0) / scale
         torch.testing.assert_close(fake_quantize(factor * x, history), ours, rtol=1e-6, atol=1e-12)
     assert len(history) == 3
+
+
+def test_fp8_products_have_exact_operands_and_inexact_sums():
+    pytest.importorskip("mmaemu")
+    error = products.errors(576, spread=0.0)
+    assert error["operands in E4M3, exact sum"] == 0
+    sums = [error[how] for how in ("FP32 sum", "FP8 on an H100", "FP8 on an H100, fast accumulation")]
+    assert 0 < 1000 * sums[0] < sums[1] < sums[2] < error["exact, rounded to BF16"]
+    assert products.errors(576, spread=2.0)["operands in E4M3, exact sum"] > 1e-6  # those below 2^-12
 
 
 def test_ratios_are_of_the_same_round():

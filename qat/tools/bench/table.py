@@ -16,7 +16,7 @@ from qat.errors import ConfigError, nearest
 from qat.models.load import load_model
 from qat.quant.kernels import dispatch
 from qat.quant.scaling import ScaleBank
-from qat.tools.bench import questions, steps, timing
+from qat.tools.bench import products, questions, steps, timing
 from qat.tools.flops import PEAK_FLOPS, model_shape
 from qat.utils.device import get_device, prepare, resolve_arithmetic
 from qat.utils.environment import commit_name, describe_environment, hardware_name
@@ -41,10 +41,13 @@ def measure(cfg: Config) -> Path:
     """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
     # Memory before steps: what steps leave in a GPU's cache would not be counted.
     parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows, "questions": _question_rows}
+    parts["products"] = _product_rows
     for part in cfg.bench.parts:
         if part not in parts:
             raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
     steps.check(cfg)
+    if "products" in cfg.bench.parts:
+        products.check()
     prepare()
     out = Path(cfg.bench.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -194,6 +197,19 @@ def _question_rows(cfg: Config) -> list[Row]:
     for what, ratios in questions.speedups(cfg).items():
         target = ">= 1" if what.endswith(" 0 examples") else ">= 3"
         rows.append(Row(f"questions: {what}: lm-eval : prompts shared", *ratios, target))
+    return rows
+
+
+# Products of quant.gemm=fp8 -------------------------------------------------------------------------------------
+
+
+def _product_rows(_: Config) -> list[Row]:
+    rows = []
+    for length in products.LENGTHS:
+        for operands, spread in (("normal", 0.0), ("heavy-tailed", 2.0)):
+            _say(f"products of {length} terms, {operands}")
+            for how, error in products.errors(length, spread).items():
+                rows.append(Row(f"product error: {length} terms, {operands}: {how}", error, error, error))
     return rows
 
 
