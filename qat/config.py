@@ -121,8 +121,8 @@ class QuantConfig:
     operands: str = (
         "exact"  # exact: multiply, then divide by the scales; descaled: the other way round, as the released code
     )
-    # bf16: products in the run's arithmetic (`budget.arithmetic`); fp8: HiF8 values as E4M3 bytes on FP8 tensor cores,
-    # exact from 2^-12 up
+    # bf16: products in the run's arithmetic (`budget.arithmetic`); fp8: HiF8 values as E4M3 bytes on FP8 tensor cores;
+    # operands are exact from 2^-12 up, sums are not (docs/performance.md)
     gemm: str = "bf16"
 
 

@@ -160,6 +160,16 @@ def costs(record: Path) -> str:
     return f"{about}:\n\n{markdown(['What : compared with', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
 
 
+def products(record: Path) -> str:
+    """Return the errors of emulated FP8 products: a row a kind of operands and a length, a column a way to compute."""
+    rows: dict[str, dict[str, str]] = {}
+    for row in json.loads((record / "bench.json").read_text())["rows"]:
+        _, operands, how = row["what"].split(": ")
+        rows.setdefault(operands, {})[how] = f"{row['median']:.1e}" if row["median"] else "0"
+    columns = ["Sums of, x", *next(iter(rows.values()))]
+    return markdown(columns, [[operands, *cells.values()] for operands, cells in rows.items()]) + "\n"
+
+
 def groups(folder: Path) -> str:
     """Return the groups of conf/, their defaults and their other options."""
     rows = []
@@ -199,10 +209,8 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-WRITERS = {
-    each.__name__: each
-    for each in (findings, results, measures, switches, claims, registered, disagreements, costs, groups, keys)
-}
+_WRITERS = (findings, results, measures, switches, claims, registered, disagreements, costs, products, groups, keys)
+WRITERS = {each.__name__: each for each in _WRITERS}
 
 
 def _default(name: str, key: str) -> str:

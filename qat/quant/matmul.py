@@ -1,8 +1,8 @@
 """Multiply rounded operands and divide the product by their scales, in one of three ways.
 
-exact     the values are multiplied as they are (exact in BF16 and FP32), and the product is divided by both scales
+exact     the values are multiplied as they are (BF16 and FP32 hold them), and the product is divided by both scales
 descaled  values are divided by their scales before they are multiplied, and so rounded again: the released code's order
-fp8       quant.gemm=fp8: E4M3 bytes of 16 times the values on FP8 tensor cores, which divide by 16 s
+fp8       quant.gemm=fp8: E4M3 bytes of 16 times the values on FP8 tensor cores, which divide by 16 s and add inexactly
 """
 
 from __future__ import annotations
