@@ -42,10 +42,10 @@ class Format:
         overflow "clip" clamps to +-target first (the paper's amax saturation); "saturate" and "inf" act at the
         format's own largest value. rounding: "nearest" or "hybrid".
         """
-        rounded = self.hybrid if rounding == "hybrid" else self.round
+        to_format = self.hybrid if rounding == "hybrid" else self.round
         if overflow == "clip":
-            return rounded(scaled.clamp(-target, target), "saturate")
-        return rounded(scaled, overflow)
+            return to_format(scaled.clamp(-target, target), "saturate")
+        return to_format(scaled, overflow)
 
 
 def _exponent(x: torch.Tensor) -> torch.Tensor:
@@ -67,8 +67,8 @@ def _hif8() -> Format:
 
         return call
 
-    names = ("encode", "decode", "fake_quantize_hybrid")
-    return Format(2.0**15, lazy("fake_quantize"), mantissa_bits, *map(lazy, names))
+    coding = lazy("encode"), lazy("decode")
+    return Format(2.0**15, lazy("fake_quantize"), mantissa_bits, *coding, hybrid=lazy("fake_quantize_hybrid"))
 
 
 def _fp8(name: str, largest: float, fraction_bits: int, smallest_exponent: int, last: float, past: float) -> Format:
