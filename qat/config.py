@@ -118,6 +118,9 @@ class QuantConfig:
     overflow: str = "clip"  # past the target: clip to it; or past the format's largest value: saturate, or inf
     rounding: str = "nearest"  # of gradients; hybrid: outside 1/8 to 16 by a value's own last bits (HiF8 only)
     ste: str = "pass_through"  # gradients through rounding: all pass, or (masked) none where a value was clipped
+    # CAGE: after an update with learning rate lr, w -= lr * lambda * (w - round(w)); this is lambda at the end. 0: off
+    cage: float = 0.0
+    cage_silent: float = 0.8  # share of the steps during which CAGE's lambda is 0; then it rises linearly
     operands: str = (
         "exact"  # exact: multiply, then divide by the scales; descaled: the other way round, as the released code
     )
@@ -272,6 +275,12 @@ class Config:
         return f"{self.steps:,} steps of {micro * accumulation} × {self.budget.seq_len} tokens"
 
     @property
+    def variations(self) -> list[str]:
+        """What it trains by instead of the defaults, in words: its estimator."""
+        words = {"masked straight-through": self.quant.ste == "masked", f"CAGE {self.quant.cage:g}": self.quant.cage}
+        return [text for text, holds in words.items() if holds]
+
+    @property
     def batch(self) -> tuple[int, int]:
         """(micro_batch, accumulation): sequences a forward call, forward calls a step."""
         sequences = round(self.budget.micro_batch * self.budget.accumulation * self.budget.batch_factor)
@@ -311,6 +320,11 @@ class Config:
     def settle_steps(self) -> int:
         """Steps run as most_recent before `scaling.algo` takes over."""
         return _share(self.scaling.settle, self.steps)
+
+    @property
+    def cage_silent_steps(self) -> int:
+        """Steps before CAGE begins to draw weights to their rounded values."""
+        return _share(self.quant.cage_silent, self.steps)
 
     @property
     def quantized(self) -> bool:

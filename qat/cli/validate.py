@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from qat import config
-from qat.config import ROLES, Config, ValidationConfig
+from qat.config import ROLES, Config, QuantConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -65,6 +65,8 @@ _RANGES = [
     ("quant.target_activation", 2**-22, 57344),
     ("quant.target_weight", 2**-22, 57344),
     ("quant.target_gradient", 2**-22, 57344),
+    ("quant.cage", 0, _INF),
+    ("quant.cage_silent", 0, 1),
     ("scaling.window", 1, 65536),
     ("scaling.alpha", 0, 1),
     ("scaling.update_every", 1, _INF),
@@ -216,10 +218,24 @@ def _check_quant(cfg: Config) -> None:
     if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
         fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
+    _check_cage(cfg)
     _check_fp8(cfg)
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
         raise ConfigError(
             f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2"
+        )
+
+
+def _check_cage(cfg: Config) -> None:
+    q = cfg.quant
+    if not q.cage and q.cage_silent != QuantConfig.cage_silent:
+        raise ConfigError(f"quant.cage_silent={q.cage_silent:g}: has no effect without CAGE; set estimator=cage")
+    if q.cage and not q.weights:
+        raise ConfigError(f"quant.cage={q.cage:g}: weights are not rounded (quant.weights=false); set quant.cage=0")
+    if q.cage and cfg.cage_silent_steps >= cfg.steps:
+        raise ConfigError(
+            f"quant.cage_silent={q.cage_silent:g}: CAGE would be silent in all {cfg.steps} steps; the largest valid "
+            f"share is {(cfg.steps - 1) / cfg.steps:.4g}"
         )
 
 

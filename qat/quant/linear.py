@@ -23,6 +23,7 @@ from qat.quant.formats import TOLERANCE
 from qat.quant.kernels import dispatch, lookup
 from qat.quant.matmul import Matmul, Rounded
 from qat.quant.scaling import ScaleBank
+from qat.utils import distributed
 
 
 class Quantizer:
@@ -181,3 +182,19 @@ def forget_rounded_weights(linears: Iterable[QuantizedLinear]) -> None:
     """Drop the weights rounded ahead: from now on forward passes round them."""
     for linear in linears:
         linear.rounded_weight = None
+
+
+@torch.no_grad()
+def draw_to_grid(linears: Iterable[QuantizedLinear], rate: float, finite: torch.Tensor) -> None:
+    """Move weights towards the values that they are rounded to: w -= rate * (w - round(w * s) / s).
+
+    This is CAGE's correction (arXiv 2510.18784, decoupled form), rate being learning rate * lambda. s: the weight's
+    scale in the bank; before it has one, it is left alone. finite: 0-dim bool on the device; if false, nothing moves.
+    """
+    for linear in linears:
+        quantizer = linear.quantizers["weight"]
+        if quantizer.index in linear.bank.unseen:
+            continue
+        weight, scale, c = distributed.local(linear.weight), linear.bank.scales[quantizer.index], quantizer.cfg
+        rounded, _ = dispatch.quantize(weight, scale, None, c.format, c.overflow, quantizer.target, "values")
+        weight.copy_(torch.where(finite, weight - rate * (weight - rounded / scale), weight))

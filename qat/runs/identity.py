@@ -17,7 +17,7 @@ _IRRELEVANT = {
     "optim": ("max_skipped",),
 }
 # Settings of `quant` without effect on a forward pass.
-_BACKWARD_ONLY = ("gradients", "target_gradient", "rounding", "ste")
+_BACKWARD_ONLY = ("gradients", "target_gradient", "rounding", "ste", "cage", "cage_silent")
 _BUDGET_OPTIONS = ("compile", "activation_checkpointing", "largest_logits")
 
 

@@ -16,9 +16,9 @@ from qat.config import Config
 from qat.models.load import attend_causally, checkpoint_activations, store_in_bf16, transformer_blocks
 from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
-from qat.quant.linear import forget_rounded_weights, round_weights
+from qat.quant.linear import draw_to_grid, forget_rounded_weights, round_weights
 from qat.quant.scaling import ScaleBank
-from qat.train.schedule import learning_rate
+from qat.train import schedule
 from qat.utils import device, distributed, environment
 
 
@@ -139,12 +139,14 @@ class Trainer:
 
     def _update_weights(self, number: int, finite: torch.Tensor) -> float:
         """Update the weights if the step is finite; returns the learning rate."""
-        lr = learning_rate(self.cfg, number)
+        lr = schedule.learning_rate(self.cfg, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # A fused optimizer reads this on the device and skips the step; GradScaler uses it in the same way.
         self.optimizer.found_inf = (~finite).to(torch.float32)
         self.optimizer.step()
+        if self.bank is not None and self.bank.quantizing and (cage := schedule.cage(self.cfg, number)):
+            draw_to_grid(self._linears, lr * cage, finite)
         self._store()
         forget_rounded_weights(self._linears)
         return lr

@@ -74,7 +74,7 @@ def test_every_option_of_every_group_composes_and_validates():
     skipped = ("specialization", "experiment", "hydra")
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
     groups = {name: options for name, options in groups.items() if name not in skipped}
-    assert len(groups) == 12 and all(groups.values())
+    assert len(groups) == 13 and all(groups.values())
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
@@ -281,6 +281,12 @@ VALUES = [
     ("quant.gemm=fp8 quant.weights=false", "a role that is not quantized has no 8-bit operands; set quant.gemm"),
     ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to"),
     ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
+    ("quant.cage_silent=0.5", "quant.cage_silent=0.5: has no effect without CAGE; set estimator=cage"),
+    (
+        "quant.cage=10 quant.weights=false",
+        "quant.cage=10: weights are not rounded (quant.weights=false); set quant.cage=0",
+    ),
+    ("quant.cage=10 quant.cage_silent=1", "silent in all 16 steps; the largest valid share is 0.9375"),
     (
         "scaling.algo=exp_smooth scaling.window=1",
         "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",

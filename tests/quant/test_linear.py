@@ -10,7 +10,7 @@ from qat.config import Config, QuantConfig, ScalingConfig
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.formats import FORMATS, to_e4m3
 from qat.quant.kernels import dispatch
-from qat.quant.linear import forget_rounded_weights, round_weights
+from qat.quant.linear import draw_to_grid, forget_rounded_weights, round_weights
 from qat.quant.matmul import Matmul, Rounded
 from qat.utils import device
 
@@ -201,6 +201,27 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     assert torch.equal(results["masked"][~beyond], results["pass_through"][~beyond])
     assert not results["masked"][beyond].any()
     assert results["pass_through"][beyond].all()
+
+
+def test_cage_draws_weights_to_their_rounded_values():
+    linear, bank = single(algo="most_recent")
+    before, yes = linear.weight.detach().clone(), torch.tensor(True)
+    draw_to_grid([linear], 0.25, yes)
+    assert torch.equal(linear.weight, before)  # it has no scale yet
+    scale = torch.tensor(12.0) / before.abs().max()  # the largest are clipped by a target of 11
+    bank.scale.fill_(scale)
+    bank.unseen, linear.quantizers["weight"].target = frozenset(), 11.0
+    amaxes = [amax.clone() for amax in bank.amaxes]
+    draw_to_grid([linear], 0.25, torch.tensor(False))
+    assert torch.equal(linear.weight, before)
+    draw_to_grid([linear], 0.25, yes)
+    grid = FORMATS["hif8"].quantize(before * scale, "clip", 11.0) / scale
+    torch.testing.assert_close(linear.weight.detach(), before - 0.25 * (before - grid), rtol=1e-6, atol=0)
+    assert not torch.equal(linear.weight, before) and amaxes == bank.amaxes
+    with torch.no_grad():
+        linear.weight.copy_(grid)
+    draw_to_grid([linear], 0.25, yes)
+    assert torch.equal(linear.weight, grid)
 
 
 def test_a_weight_is_rounded_ahead_or_in_every_pass(monkeypatch, arithmetic):

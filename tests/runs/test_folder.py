@@ -48,6 +48,7 @@ CHANGES = {
     "quant.target_weight": 14.0,
     "quant.overflow": "inf",
     "quant.ste": "masked",
+    "quant.cage": 10.0,
     "quant.operands": "descaled",
     "scaling.algo": "current",
     "scaling.window": 32,

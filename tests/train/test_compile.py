@@ -57,7 +57,7 @@ VARIANTS = {
     "max": ("experiment=exp8", *BOTH),
     "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.rounding=hybrid"),
     "current": ("experiment=exp8", "scaling=current"),
-    "masked": ("experiment=exp8", "quant.ste=masked"),
+    "masked, CAGE": ("experiment=exp8", "estimator=cage", "quant.cage_silent=0.1", "quant.ste=masked"),
     "descaled, by call": ("experiment=exp8", "quant.operands=descaled", "scaling.tick=call"),
     "fp8_e4m3": ("experiment=exp8", "quant=fp8_e4m3"),
     "BF16 warmup": ("experiment=exp8", "warmup.bf16=0.5", "scaling.discard_after_warmup=false"),
@@ -94,7 +94,9 @@ def test_one_graph_gives_the_eager_numbers(config, fp32, traced, variant):
         assert trainer.bank.history.any(0).all()
 
 
-@pytest.mark.parametrize("variant", ["all linears", "current", "masked", "fp8 products", "activation checkpointing"])
+@pytest.mark.parametrize(
+    "variant", ["all linears", "current", "masked, CAGE", "fp8 products", "activation checkpointing"]
+)
 def test_looking_up_in_the_graph_gives_the_eager_numbers(config, bf16, traced, monkeypatch, variant):
     """Steps compiled for a GPU, here run on the CPU: rounding is part of the graph, and each amax has its own entry."""
     monkeypatch.setattr(
@@ -141,7 +143,7 @@ def test_inductor_gives_the_eager_numbers(config, variant):
 def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatch):
     """Find what would wait on a GPU, as far as Python shows it: `.item()`, `.tolist()`, a tensor as a condition. Fused
     CPU kernels may read."""
-    cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
+    cfg = config("experiment=exp8", "estimator=cage", **{"warmup.bf16": 0.0, "quant.cage_silent": 0.1})
     _, trainer = trained(cfg, 2)
     monkeypatch.setattr("qat.quant.kernels.dispatch._fused", lambda *_: None)
     monkeypatch.setattr("qat.quant.matmul.dispatch.mm", lambda a, b, factor: (a @ b) * factor)
