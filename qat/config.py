@@ -105,6 +105,12 @@ class OptimConfig:
 
 
 @dataclass
+class LossConfig:
+    # share of KL(pretrained model || this model), over the vocabulary, in what is minimized; the rest is cross-entropy
+    distill: float = 0.0
+
+
+@dataclass
 class QuantConfig:
     format: str = MISSING  # what is rounded to; none: nothing is
     scope: list[str] = field(default_factory=lambda: ["mlp.*"])  # linears of a block, with * and ?
@@ -255,6 +261,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None  # text of another kind: its loss rises when a model forgets
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -276,8 +283,12 @@ class Config:
 
     @property
     def variations(self) -> list[str]:
-        """What it trains by instead of the defaults, in words: its estimator."""
-        words = {"masked straight-through": self.quant.ste == "masked", f"CAGE {self.quant.cage:g}": self.quant.cage}
+        """What it trains by instead of the defaults, in words: estimator, loss."""
+        words = {
+            "masked straight-through": self.quant.ste == "masked",
+            f"CAGE {self.quant.cage:g}": self.quant.cage,
+            f"distillation {self.loss.distill:g}": self.loss.distill,
+        }
         return [text for text, holds in words.items() if holds]
 
     @property

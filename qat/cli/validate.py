@@ -36,7 +36,7 @@ def validate(cfg: Config) -> None:
     texts = (_check_sources, _check_validation, _check_benchmark)
     if cfg.optim.pure_bf16 and cfg.optim.master_weights:
         raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
-    for check in (_check_names, _check_batch, _check_warmup, _check_quant, *texts):
+    for check in (_check_names, _check_batch, _check_warmup, _check_loss, _check_quant, *texts):
         check(cfg)
 
 
@@ -61,6 +61,7 @@ _RANGES = [
     ("optim.clip", 1e-12, _INF),
     ("optim.lr_warmup", 0, 1),
     ("optim.max_skipped", 0, _INF),
+    ("loss.distill", 0, 1),
     ("quant.bf16_blocks", 0, _INF),
     ("quant.target_activation", 2**-22, 57344),
     ("quant.target_weight", 2**-22, 57344),
@@ -188,6 +189,14 @@ def _check_warmup(cfg: Config) -> None:
         raise ConfigError(
             f"optim.lr_warmup={cfg.optim.lr_warmup:g}: the learning rate would never leave its warmup; the largest "
             f"valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+
+
+def _check_loss(cfg: Config) -> None:
+    if cfg.loss.distill and cfg.data.label_shift == "twice":
+        raise ConfigError(
+            f"loss.distill={cfg.loss.distill:g}: the pretrained model predicts the next token, data.label_shift=twice "
+            f"trains the one after; set data.label_shift=once or loss=ce"
         )
 
 

@@ -46,6 +46,8 @@ def identity(cfg: Config) -> dict:
     parts["seed"] = cfg.seed
     if cfg.repeat:
         parts["repeat"] = cfg.repeat
+    if loss := _changed(cfg.loss):
+        parts["loss"] = loss
     if cfg.quantized:
         parts["quant"] = _changed(cfg.quant)
         parts["scaling"] = _effective_scaling(cfg)
@@ -148,6 +150,8 @@ def _slug(cfg: Config) -> list[str]:
     if cfg.quantized:
         window = [f"w{cfg.scaling.window}"] if "window" in RULES[cfg.scaling.algo].reads else []
         slug = [cfg.quant.format, cfg.scaling.algo, *window, f"warm{cfg.bf16_warmup_steps}"]
+        slug += ["cage"] if cfg.quant.cage else []
+    slug += ["distill"] if cfg.loss.distill else []
     if cfg.data.label_shift == "twice":
         slug.append("twice")
     slug += [f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}"]

@@ -23,4 +23,4 @@ def learning_rate(cfg: Config, step: int) -> float:
 def cage(cfg: Config, step: int) -> float:
     """Return CAGE's lambda of a step (1-based): 0 while it is silent, then a linear rise to `quant.cage` at the end."""
     silent = cfg.cage_silent_steps
-    return cfg.quant.cage * max(0, step - silent) / (cfg.steps - silent)
+    return cfg.quant.cage * (step - silent) / (cfg.steps - silent) if step > silent else 0.0

@@ -74,10 +74,11 @@ def test_every_option_of_every_group_composes_and_validates():
     skipped = ("specialization", "experiment", "hydra")
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
     groups = {name: options for name, options in groups.items() if name not in skipped}
-    assert len(groups) == 13 and all(groups.values())
+    assert len(groups) == 14 and all(groups.values())
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
+        words += ["data.label_shift=once"] if "loss=distill" in words else []
         cfg = entry.typed_config(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
@@ -281,6 +282,11 @@ VALUES = [
     ("quant.gemm=fp8 quant.weights=false", "a role that is not quantized has no 8-bit operands; set quant.gemm"),
     ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to"),
     ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
+    (
+        "loss.distill=0.5 data.label_shift=twice",
+        "predicts the next token, data.label_shift=twice trains the one after;",
+    ),
+    ("loss.distill=2", "loss.distill=2.0: must lie in [0, 1]; the nearest valid value is 1"),
     ("quant.cage_silent=0.5", "quant.cage_silent=0.5: has no effect without CAGE; set estimator=cage"),
     (
         "quant.cage=10 quant.weights=false",

@@ -127,6 +127,19 @@ def test_ranks_share_what_fsdp_shards_and_ddp_adds_buckets(tmp_path):
     )
 
 
+def test_a_teacher_takes_memory_and_time(tmp_path):
+    words = (*PANGU, "budget.parallel=fsdp")
+    plain, distilled = (
+        plan.make(typed(tmp_path, *words, f"loss={loss}"), 8, CPU, on_gpus=True) for loss in ("ce", "distill")
+    )
+    before, after = (made.trainings[-1].memory for made in (plain, distilled))
+    assert after.keys() - before.keys() == {"teacher, FP32", "teacher's last states"}
+    assert after["teacher, FP32"] == 4 * plain.shape.parameters / 8
+    assert before["logits"] < after["logits"] == 12 * plain.cfg.budget.largest_logits  # of both models together
+    assert distilled.trainings[0].hours(1e9, 8) == pytest.approx([h / 0.75 for h in plain.trainings[0].hours(1e9, 8)])
+    assert "teacher, FP32" in page(distilled)
+
+
 # --------------------------------------------------------------------------------------------------- sizes and costs
 
 

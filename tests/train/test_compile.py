@@ -63,7 +63,7 @@ VARIANTS = {
     "BF16 warmup": ("experiment=exp8", "warmup.bf16=0.5", "scaling.discard_after_warmup=false"),
     "fp8 products": ("experiment=exp8", "quant.gemm=fp8"),
     "BF16 arithmetic": ("experiment=exp8", "budget.arithmetic=bf16"),
-    "in pieces": ("experiment=exp8", "budget.largest_logits=65536"),
+    "distilled, in pieces": ("experiment=exp8", "loss.distill=0.5", "budget.largest_logits=65536"),
     "activation checkpointing": ("experiment=exp8", "budget.activation_checkpointing=true"),
     "bf16": ("quant=bf16",),
 }
@@ -72,7 +72,7 @@ VARIANTS = {
 def configured(config, variant: str):
     """(configuration, how many steps show all that is compiled of it)."""
     cfg = config(*SMALL, *VARIANTS[variant], **{"optim.lr": 1e-3})
-    cfg.budget.micro_batch = 12 if variant == "in pieces" else 2
+    cfg.budget.micro_batch = 12 if variant == "distilled, in pieces" else 2
     if variant == "BF16 warmup":
         return cfg, 9
     cfg.warmup.bf16 = 0.0

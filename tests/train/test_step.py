@@ -240,6 +240,42 @@ def test_without_master_weights_a_small_update_vanishes(config):
     assert changed[True] > 0.99 and changed[False] == 0
 
 
+# --------------------------------------------------------------------------------------------------------- distillation
+
+
+def test_a_distilled_baseline_starts_without_a_gradient(config):
+    """Its first step only decays weights, of which its teacher sees nothing. The cross-entropy is reported as ever."""
+    words = {"optim.lr": 1e-2, "optim.lr_warmup": 0.0}
+    plain, ours = (build(config("quant=bf16", f"loss={loss}", **words)) for loss in ("ce", "distill"))
+    before = parameters(ours)
+    results = [trainer.step(1, [tokens(2), tokens(2, seed=1)]) for trainer in (plain, ours)]
+    assert results[0].loss == results[1].loss and results[0].objective == results[0].loss
+    assert results[1].objective == results[1].grad_norm == 0 and results[1].finite
+    for name, weight in parameters(ours).items():
+        torch.testing.assert_close(weight, (1 - 1e-2 * 0.1) * before[name])
+    teacher = ours.losses.teacher
+    assert all(torch.equal(before[name], weight) for name, weight in teacher.named_parameters())
+    assert not teacher.training and ours.losses.model.training and not ours.losses.eval().model.training
+    assert ours.step(2, [tokens(2)]).objective > 0
+
+
+def test_a_quantized_model_is_distilled_from_the_unquantized_one(config, arithmetic):
+    """Against `F.kl_div` of plain models, in the first quantized step."""
+    words = ("experiment=exp8", "warmup.bf16=0", "+model.architecture.initializer_range=0.2")
+    trainer, pretrained, other = (build(config(*words, word)) for word in ("loss=distill", "quant=bf16", "loss=ce"))
+    result, batch = trainer.step(1, [tokens(4)]), tokens(4)
+    other.bank.begin_step(1, 1)
+    logs = []
+    for each in (other, pretrained):
+        with device.autocast(each.arithmetic):
+            logs.append(each.model(input_ids=batch[:, :-1]).logits.float().log_softmax(-1))
+    wanted = F.kl_div(*logs, reduction="none", log_target=True).sum(-1).mean()
+    wanted.backward()
+    assert result.objective == pytest.approx(wanted.item(), rel=1e-3) and result.objective > 1e-3
+    norm = torch.cat([p.grad.flatten() for p in other.model.parameters()]).norm().item()
+    assert result.grad_norm == pytest.approx(norm, rel=2**-7 if arithmetic == "bf16" else 1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- failures
 
 

@@ -33,18 +33,20 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     """Return what is sent in a step of `calls` micro-batches a rank."""
     if ranks == 1:
         return []
-    small = [Traffic("all_reduce", 2, 8)]  # the loss, and whether a rank was told to stop
+    models = 2 if cfg.loss.distill else 1
+    small = [Traffic("all_reduce", 2, 4 * (models + 1))]  # the losses, and whether a rank was told to stop
     if shape.scales and cfg.scaling.sync == "max":
         ticks = 1 if cfg.scaling.tick == "step" else calls
         small.append(Traffic("all_reduce", ticks, 4 * ticks * shape.scales))
     gradients = 4 * shape.parameters
     if cfg.budget.parallel == "ddp":
         buckets = math.ceil(gradients / _BUCKET)
-        return [Traffic("all_reduce", buckets, gradients), *small, Traffic("broadcast", 1, 4 * shape.buffers)]
-    # A block is gathered twice, for the forward and the backward pass. Parameters outside of blocks are gathered once.
+        return [Traffic("all_reduce", buckets, gradients), *small, Traffic("broadcast", 1, 4 * models * shape.buffers)]
+    # A block is gathered twice, for the forward and the backward pass; those of a teacher and parameters outside of
+    # blocks, of both models together, are gathered once.
     blocks = 4 * shape.blocks * shape.block
     return [
-        Traffic("all_gather", calls * (2 * shape.blocks + 1), calls * (gradients + blocks)),
+        Traffic("all_gather", calls * ((models + 1) * shape.blocks + 1), calls * (models * gradients + blocks)),
         Traffic("reduce_scatter", shape.blocks + 1, gradients),
         *small,
         Traffic("all_reduce", 1, 4 * shape.tensors),  # norms of the gradients

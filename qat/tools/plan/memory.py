@@ -16,6 +16,8 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
     size = 2 if cfg.budget.arithmetic == "bf16" else 4
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
     tokens = cfg.batch[0] * cfg.budget.seq_len
+    models = 2 if cfg.loss.distill else 1  # whose logits are made together
+    logits = min(models * tokens * shape.vocabulary, cfg.budget.largest_logits)
     parts = {
         "parameters, FP32": 4 * shape.parameters / sharded,
         "gradients, FP32": 4 * shape.parameters / sharded,
@@ -23,8 +25,11 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
         "rounded weights": (1 if cfg.quant.weights and not on_gpus else size) * coverage.parameters,  # a CPU has codes
         "other linears in BF16": 2 * (shape.linears - coverage.parameters) if size == 2 else 0,
         "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing) * tokens,
-        "logits": 12 * min(tokens * shape.vocabulary, cfg.budget.largest_logits),
+        "logits": 12 * logits,
     }
+    if cfg.loss.distill:  # its activations are gone before logits are made, except for the last
+        parts["teacher, FP32"] = 4 * shape.parameters / sharded
+        parts["teacher's last states"] = 4 * shape.hidden * tokens
     if sharded > 1:  # two blocks and the parameters outside of blocks are whole, with their gradients
         rest = shape.parameters - shape.blocks * shape.block
         parts["gathered for use"] = 8 * (2 * shape.block + rest)

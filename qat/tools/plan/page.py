@@ -162,8 +162,9 @@ def _evaluation(plan: Plan) -> Iterator[str]:
     yield _row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", "one a model, one under PTQ's scales")
     if plan.shape is not None:
         low, high = plan.trainings[0].hours(plan.scored * tokens + plan.passes * heldout, 1)
+        share = (costs.DISTILLED if plan.cfg.loss.distill else 1) / 3
         basis = "a forward pass as a third of a BF16 step; short prompts are slower"
-        yield _row("time", span(low / 3, high / 3, duration), basis)
+        yield _row("time", span(share * low, share * high, duration), basis)
 
 
 def _disk(plan: Plan) -> Iterator[str]:
