@@ -26,6 +26,7 @@ CHOICES = {
     "model.source": ("package", "hub", "random"),
     "data.source": ("package", "hub", "files", "prepared"),
     "data.label_shift": ("once", "twice"),
+    "optim.moments": ("fp32", "bf16", "hif8"),
     "quant.overflow": ("clip", "saturate", "inf"),
     "quant.rounding": ("nearest", "hybrid"),
     "quant.ste": ("pass_through", "masked"),
@@ -99,9 +100,16 @@ class OptimConfig:
     lr_warmup: float = 0.03  # share of the steps
     lr_from_zero: bool = False  # whether the first step of the warmup has a rate of 0
     max_skipped: int = 10  # steps in a row without a finite gradient, after which the run gives up
-    master_weights: bool = True  # false: parameters and Adam moments hold only what BF16 can
+    master_weights: bool = True  # false: parameters and FP32 moments hold only what BF16 can
     # the whole model in BF16: residual stream, gradients, their sums and clipping, too; with master_weights=false
     pure_bf16: bool = False
+    # of AdamW, in memory and checkpoints: fp32; bf16; hif8 (the mean of gradients in HiF8, that of squares in FP16)
+    moments: str = "fp32"
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes a parameter that both moments take."""
+        return {"fp32": 8, "bf16": 4, "hif8": 3}[self.moments]
 
 
 @dataclass
@@ -283,11 +291,12 @@ class Config:
 
     @property
     def variations(self) -> list[str]:
-        """What it trains by instead of the defaults, in words: estimator, loss."""
+        """What it trains by instead of the defaults, in words: estimator, loss, moments."""
         words = {
             "masked straight-through": self.quant.ste == "masked",
             f"CAGE {self.quant.cage:g}": self.quant.cage,
             f"distillation {self.loss.distill:g}": self.loss.distill,
+            f"Adam moments in {self.optim.moments}": self.optim.moments != "fp32",
         }
         return [text for text, holds in words.items() if holds]
 

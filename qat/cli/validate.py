@@ -34,9 +34,7 @@ def validate(cfg: Config) -> None:
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
     texts = (_check_sources, _check_validation, _check_benchmark)
-    if cfg.optim.pure_bf16 and cfg.optim.master_weights:
-        raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
-    for check in (_check_names, _check_batch, _check_warmup, _check_loss, _check_quant, *texts):
+    for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, *texts):
         check(cfg)
 
 
@@ -192,11 +190,20 @@ def _check_warmup(cfg: Config) -> None:
         )
 
 
-def _check_loss(cfg: Config) -> None:
+def _check_training(cfg: Config) -> None:
+    if cfg.optim.pure_bf16 and cfg.optim.master_weights:
+        raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
+    if cfg.optim.pure_bf16 and cfg.optim.moments != "fp32":
+        raise ConfigError(f"optim.moments={cfg.optim.moments}: optim.pure_bf16=true has them in BF16; leave it out")
     if cfg.loss.distill and cfg.data.label_shift == "twice":
         raise ConfigError(
             f"loss.distill={cfg.loss.distill:g}: the pretrained model predicts the next token, data.label_shift=twice "
             f"trains the one after; set data.label_shift=once or loss=ce"
+        )
+    if cfg.optim.moments == "hif8" and cfg.budget.parallel == "fsdp":
+        raise ConfigError(
+            "optim.moments=hif8: a moment has one scale, and budget.parallel=fsdp spreads it over ranks; set "
+            "optim.moments=bf16 or budget.parallel=ddp"
         )
 
 

@@ -18,7 +18,7 @@ from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
 from qat.quant.linear import draw_to_grid, forget_rounded_weights, round_weights
 from qat.quant.scaling import ScaleBank
-from qat.train import schedule
+from qat.train import optimizer, schedule
 from qat.utils import device, distributed, environment
 
 
@@ -69,11 +69,7 @@ class Trainer:
         self.losses = distributed.distribute(losses, blocks, cfg.budget.parallel)
         self.arithmetic = "bf16" if cfg.optim.pure_bf16 else device.resolve_arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
-        o = cfg.optim
-        # Weight decay on every parameter, norms too, as in the released code.
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
-        )
+        self.optimizer = optimizer.make(model.parameters(), cfg.optim)
         self._store()
 
     def _compile(self, losses: TokenLosses, blocks: list[nn.Module]) -> None:
@@ -162,9 +158,10 @@ class Trainer:
 
     @torch.no_grad()
     def _store(self) -> None:
-        """Without master weights, round parameters and Adam moments to BF16, as in the released code."""
+        """Without master weights, round parameters and FP32 moments to BF16, as in the released code."""
         if self.cfg.optim.master_weights or self.cfg.optim.pure_bf16:  # with the latter they are of that type
             return
-        moments = (state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+        states = self.optimizer.state.values() if self.cfg.optim.moments == "fp32" else ()
+        moments = (state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))
         for tensor in (*self.model.parameters(), *moments):
             tensor.copy_(tensor.bfloat16())

@@ -286,6 +286,11 @@ VALUES = [
         "loss.distill=0.5 data.label_shift=twice",
         "predicts the next token, data.label_shift=twice trains the one after;",
     ),
+    ("optim.moments=hif8 budget.parallel=fsdp", "optim.moments=hif8: a moment has one scale, and budget.parallel=fsdp"),
+    (
+        "optim.moments=bf16 optim.pure_bf16=true optim.master_weights=false",
+        "optim.moments=bf16: optim.pure_bf16=true has them in BF16; leave it out",
+    ),
     ("loss.distill=2", "loss.distill=2.0: must lie in [0, 1]; the nearest valid value is 1"),
     ("quant.cage_silent=0.5", "quant.cage_silent=0.5: has no effect without CAGE; set estimator=cage"),
     (

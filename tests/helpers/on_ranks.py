@@ -34,7 +34,7 @@ WORDS = (*TINY, "experiment=exp8", "budget.steps=6", "budget.accumulation=4", "b
 WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=1")
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2")
 OTHER = ("estimator=cage", "quant.cage_silent=0.3", "loss=distill", "budget.steps=4")
-OTHER += ("optim.lr=1e-2", "+model.architecture.initializer_range=0.2")
+OTHER += ("optim.moments=bf16", "optim.lr=1e-2", "+model.architecture.initializer_range=0.2")
 STOP = 3  # the step before which an interrupted run stops
 
 # name -> (ranks, words, what else). stop: before step STOP; after: continues what that run left; bare: without the

@@ -41,6 +41,7 @@ CHANGES = {
     "optim.beta2": 0.96,
     "optim.lr_warmup": 0.1,
     "optim.master_weights": False,
+    "optim.moments": "bf16",
     "loss.distill": 0.5,
     "quant.format": "fp8_e5m2",
     "quant.scope": ["mlp.down_proj"],

@@ -151,7 +151,7 @@ def test_openpangu_is_known_where_no_hub_answers(tmp_path):
     # Without attention scores: six FLOPs for each of the 1,155.7 M weights of linears, the tied head's too.
     assert made.shape.flops(0) == 6 * made.coverage.matmul_parameters
     assert costs.tokens(made.cfg) == (1_048_576, 10_485_760_000)
-    assert costs.checkpoints(made.shape) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
+    assert costs.checkpoints(made.cfg, made.shape) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
     assert costs.cached_tokens(made.cfg, made.shape) == 4 * 10_485_760_000
 
 
@@ -240,7 +240,7 @@ def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config)
     cfg = config()
     before = plan.make(cfg, 1, CPU, on_gpus=False)
     run = train(cfg)
-    planned = costs.checkpoints(before.shape)[1]
+    planned = costs.checkpoints(before.cfg, before.shape)[1]
     assert sum(f.stat().st_size for f in run.checkpoints.rglob("*.safetensors")) == pytest.approx(planned, rel=0.1)
     rows = sum((run.path / name).stat().st_size for name in ("metrics.jsonl", "telemetry.jsonl"))
     estimate = costs.rows(cfg, 3 * len(before.coverage.linears))

@@ -42,11 +42,13 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     if cfg.budget.parallel == "ddp":
         buckets = math.ceil(gradients / _BUCKET)
         return [Traffic("all_reduce", buckets, gradients), *small, Traffic("broadcast", 1, 4 * models * shape.buffers)]
-    # A block is gathered twice, for the forward and the backward pass; those of a teacher and parameters outside of
-    # blocks, of both models together, are gathered once.
-    blocks = 4 * shape.blocks * shape.block
+    # A block is gathered twice, for the forward and the backward pass. Parameters outside of blocks are gathered once,
+    # those of a teacher together with the model's. A teacher's blocks are gathered once, and the last once more, which
+    # FSDP prefetches for a backward pass that a teacher has not.
+    again = shape.blocks + (models - 1)
+    size = models * gradients + 4 * again * shape.block
     return [
-        Traffic("all_gather", calls * ((models + 1) * shape.blocks + 1), calls * (models * gradients + blocks)),
+        Traffic("all_gather", calls * (models * shape.blocks + again + 1), calls * size),
         Traffic("reduce_scatter", shape.blocks + 1, gradients),
         *small,
         Traffic("all_reduce", 1, 4 * shape.tensors),  # norms of the gradients

@@ -170,9 +170,9 @@ def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) ->
     return Rate(shares[0] * peak / flops / slow, shares[1] * peak / flops / fast, basis)
 
 
-def checkpoints(shape: Shape) -> tuple[float, float]:
+def checkpoints(cfg: Config, shape: Shape) -> tuple[float, float]:
     """Return (largest, final) bytes of a run's checkpoints: at most two and one being written; then only weights."""
-    return 3 * 12.0 * shape.parameters, 4.0 * shape.parameters
+    return 3.0 * (4 + cfg.optim.moment_bytes) * shape.parameters, 4.0 * shape.parameters
 
 
 def rows(cfg: Config, tensors: int) -> float:

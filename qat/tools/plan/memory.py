@@ -21,7 +21,7 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
     parts = {
         "parameters, FP32": 4 * shape.parameters / sharded,
         "gradients, FP32": 4 * shape.parameters / sharded,
-        "Adam moments, FP32": 8 * shape.parameters / sharded,
+        f"Adam moments, {_MOMENTS[cfg.optim.moments]}": cfg.optim.moment_bytes * shape.parameters / sharded,
         "rounded weights": (1 if cfg.quant.weights and not on_gpus else size) * coverage.parameters,  # a CPU has codes
         "other linears in BF16": 2 * (shape.linears - coverage.parameters) if size == 2 else 0,
         "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing) * tokens,
@@ -64,6 +64,8 @@ def activations(shape: Shape, coverage: Coverage, size: int, checkpointing: bool
     blocks = block + shape.blocks * 4 * h if checkpointing else shape.blocks * block
     return blocks + 8 * h  # and the norm after the last block
 
+
+_MOMENTS = {"fp32": "FP32", "bf16": "BF16", "hif8": "HiF8 and FP16"}
 
 _READERS = {  # input -> linears that may read it
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),

@@ -172,9 +172,10 @@ def _disk(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"disk ({cfg.runs_dir}: {size(plan.machine.runs_free)} free)"
     if plan.shape is not None:
-        most, final = costs.checkpoints(plan.shape)
+        most, final = costs.checkpoints(plan.cfg, plan.shape)
         value = f"{size(most)} while a run trains, {size(final)} of each that is finished"
-        basis = f"12 and 4 bytes a parameter; two kept, one being written, every {cfg.budget.checkpoint_every} steps"
+        basis = f"{4 + cfg.optim.moment_bytes} and 4 bytes a parameter; two kept, one being written, every "
+        basis += f"{cfg.budget.checkpoint_every} steps"
         yield _row("checkpoints", value, basis)
         tensors = 3 * len(plan.coverage.linears)
         basis = f"{tensors} tensors at most, every {cfg.budget.telemetry_every} steps"
@@ -248,7 +249,7 @@ def _missing_memory_and_disk(plan: Plan) -> Iterator[str]:
             f"GPU memory: {size(need)} for {size(machine.gpu_memory)}; lower budget.micro_batch, or set "
             f"budget.activation_checkpointing=true"
         )
-    most, final = costs.checkpoints(plan.shape)
+    most, final = costs.checkpoints(plan.cfg, plan.shape)
     cached = costs.cached_tokens(plan.cfg, plan.shape)
     disk = most + (len(plan.trainings) - 1) * final + (cached if machine.one_disk else 0)
     if disk > machine.runs_free:
