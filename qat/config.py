@@ -148,6 +148,7 @@ class ScalingConfig:
     algo: str = MISSING  # the scaling rule (`qat.quant.rules`)
     window: int = 1  # entries of the amax history
     alpha: float = 0.5  # exp_smooth: weight of the newest amax
+    lr: float = 0.1  # lsq: learning rate of 1 / scale
     tick: str = "step"  # the history advances once a step, or once a forward call
     sync: str = "max"  # max: ranks share their largest amaxes; none: each keeps its own
     update_every: int = 1  # ticks between two changes of a scale

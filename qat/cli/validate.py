@@ -68,6 +68,7 @@ _RANGES = [
     ("quant.cage_silent", 0, 1),
     ("scaling.window", 1, 65536),
     ("scaling.alpha", 0, 1),
+    ("scaling.lr", 0, _INF),
     ("scaling.update_every", 1, _INF),
     ("scaling.guard", 0, 15),
     ("scaling.settle", 0, 1),
@@ -235,6 +236,7 @@ def _check_quant(cfg: Config) -> None:
         fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
     _check_cage(cfg)
+    _check_learning(cfg)
     _check_fp8(cfg)
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
         raise ConfigError(
@@ -252,6 +254,22 @@ def _check_cage(cfg: Config) -> None:
         raise ConfigError(
             f"quant.cage_silent={q.cage_silent:g}: CAGE would be silent in all {cfg.steps} steps; the largest valid "
             f"share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+
+
+def _check_learning(cfg: Config) -> None:
+    if not RULES[cfg.scaling.algo].learns:
+        return
+    q, algo = cfg.quant, cfg.scaling.algo
+    if cfg.scaling.update_every > 1:
+        raise ConfigError(
+            f"scaling.update_every={cfg.scaling.update_every}: scaling={algo} learns every step; leave it out"
+        )
+    if q.overflow == "inf":
+        raise ConfigError(f"quant.overflow=inf: scaling={algo} learns where to clip; set quant.overflow=clip")
+    if not (q.weights or q.activations):
+        raise ConfigError(
+            f"scaling={algo}: learns no scale of gradients, and they alone are rounded; set quant.weights=true"
         )
 
 

@@ -259,6 +259,7 @@ def _run_configs(experiments: Sequence[Experiment]) -> dict[str, str]:
 def _recipe(pair: Pair, cfg: Config) -> str:
     quant, scaling = pair.config["quant"], pair.config["scaling"]
     detail = {"max": f" of the last {scaling['window']}", "exp_smooth": f", alpha {scaling['alpha']:g}"}
+    detail["lsq"] = f", learning rate {scaling['lr']:g}"
     bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
     warmup = bf16.get(cfg.bf16_warmup_steps, f"first {cfg.bf16_warmup_steps} steps in BF16")
     parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), *cfg.variations, warmup]

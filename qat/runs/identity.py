@@ -73,7 +73,7 @@ def _effective_scaling(cfg: Config) -> dict:
     `settle` and `update_every` have no effect under the rule `current`, nor `observe_in_warmup` where the history is
     discarded. They stay, because recorded runs are named by them.
     """
-    ignored = {"window", "alpha"} - set(RULES[cfg.scaling.algo].reads)
+    ignored = {"window", "alpha", "lr"} - set(RULES[cfg.scaling.algo].reads)
     if not cfg.bf16_warmup_steps:
         ignored |= {"observe_in_warmup", "discard_after_warmup"}
     return {name: value for name, value in _changed(cfg.scaling).items() if name not in ignored}

@@ -79,6 +79,7 @@ def test_every_option_of_every_group_composes_and_validates():
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
         words += ["data.label_shift=once"] if "loss=distill" in words else []
+        words += ["scaling.update_every=1", "quant.overflow=clip"] if "scaling=lsq" in words else []
         cfg = entry.typed_config(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
@@ -291,6 +292,9 @@ VALUES = [
         "optim.moments=bf16 optim.pure_bf16=true optim.master_weights=false",
         "optim.moments=bf16: optim.pure_bf16=true has them in BF16; leave it out",
     ),
+    ("scaling.algo=lsq scaling.update_every=2", "scaling.update_every=2: scaling=lsq learns every step; leave it out"),
+    ("scaling.algo=lsq quant.overflow=inf", "quant.overflow=inf: scaling=lsq learns where to clip; set"),
+    ("scaling.algo=lsq quant.weights=false quant.activations=false", "scaling=lsq: learns no scale of gradients"),
     ("loss.distill=2", "loss.distill=2.0: must lie in [0, 1]; the nearest valid value is 1"),
     ("quant.cage_silent=0.5", "quant.cage_silent=0.5: has no effect without CAGE; set estimator=cage"),
     (

@@ -33,7 +33,7 @@ from qat.utils import distributed
 WORDS = (*TINY, "experiment=exp8", "budget.steps=6", "budget.accumulation=4", "budget.checkpoint_every=2")
 WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=1")
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2")
-OTHER = ("estimator=cage", "quant.cage_silent=0.3", "loss=distill", "budget.steps=4")
+OTHER = ("scaling=lsq", "estimator=cage", "quant.cage_silent=0.3", "loss=distill", "budget.steps=4")
 OTHER += ("optim.moments=bf16", "optim.lr=1e-2", "+model.architecture.initializer_range=0.2")
 STOP = 3  # the step before which an interrupted run stops
 

@@ -203,6 +203,42 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     assert results["pass_through"][beyond].all()
 
 
+@pytest.mark.parametrize("ste", ["pass_through", "masked"])
+@pytest.mark.parametrize("role", ["activation", "weight"])
+def test_a_scale_learns_what_finite_differences_say(role, ste):
+    """Of the straight-through forward pass: a change of 1 / scale leaves the errors of rounding as they are."""
+    (x, upstream), (linear, bank) = data(), single(algo="lsq", ste=ste, gradients=False)
+    bank.unseen, bank.recording = frozenset(), True
+    w, place = linear.weight.detach(), bank.names.index(f"layers.0.mlp.up_proj/{role}")
+    scales = {
+        "activation": 15 / (0.5 * x.detach().abs().max()),
+        "weight": 15 / (0.8 * w.abs().max()),
+    }  # some are clipped
+    for name, scale in scales.items():
+        bank.scales[bank.names.index(f"layers.0.mlp.up_proj/{name}")].fill_(scale)
+
+    def operand(name: str, value: torch.Tensor, size: float) -> torch.Tensor:
+        value, scale = value.detach().double(), scales[name].double()
+        v = value * scale
+        error = FORMATS["hif8"].quantize(v.float(), "clip", 15.0) - v.clamp(-15, 15)
+        return torch.where(v.abs() > 15, v.sign() * 15 * size, value + error * size)
+
+    def objective(change: float) -> torch.Tensor:
+        sizes = {name: 1 / scale.double() + (change if name == role else 0) for name, scale in scales.items()}
+        return (
+            operand("activation", x, sizes["activation"]) @ operand("weight", w, sizes["weight"]).t() * upstream
+        ).sum()
+
+    with torch.autocast("cpu", enabled=False):
+        backward(linear, x, upstream)
+    slope = (objective(1e-4) - objective(-1e-4)) / 2e-4
+    count = {"activation": 16, "weight": w.numel()}[role]
+    assert bank.slopes[place].item() == pytest.approx((slope / (count * 15) ** 0.5).item(), rel=1e-4)
+    beyond = {"activation": x, "weight": w}[role].detach().abs() * scales[role] > 15
+    gradient = {"activation": x, "weight": linear.weight}[role].grad
+    assert beyond.any() and bool(gradient[beyond].any()) == (ste == "pass_through") and gradient[~beyond].all()
+
+
 def test_cage_draws_weights_to_their_rounded_values():
     linear, bank = single(algo="most_recent")
     before, yes = linear.weight.detach().clone(), torch.tensor(True)

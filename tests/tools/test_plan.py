@@ -60,10 +60,15 @@ def kept_by_autograd(trainer: Trainer, tokens: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
-@pytest.mark.parametrize("scope", [None, ["mlp.*"], ALL], ids=["bf16", "mlp", "all"])
-def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
+@pytest.mark.parametrize(
+    ("scope", "algo"),
+    [(None, "max"), (["mlp.*"], "max"), (ALL, "max"), (ALL, "lsq")],
+    ids=["bf16", "mlp", "all", "learned"],
+)
+def test_activations_are_what_autograd_keeps(arithmetic, scope, algo, config):
     sizes = {"budget.micro_batch": 4, "budget.seq_len": 128, "budget.arithmetic": arithmetic}
-    cfg = config("quant=bf16" if scope is None else "quant=hif8", **sizes, **{"model.architecture": SMALL})
+    words = "quant=bf16" if scope is None else "quant=hif8", f"scaling={algo}"
+    cfg = config(*words, **sizes, **{"model.architecture": SMALL})
     cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], 2
     model, _ = load_model(cfg.model, seed=0)
     bank, coverage = convert(model, cfg)
@@ -81,7 +86,8 @@ def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
         assert held == parts["rounded weights"]
     casts = parts.get("other linears in BF16", 0)
     measured = kept_by_autograd(trainer, tokens) - casts
-    assert measured == pytest.approx(memory.activations(shape, planned, size) * 4 * 128, rel=memory.ERROR - 1)
+    estimated = memory.activations(shape, planned, size, learns=algo == "lsq") * 4 * 128
+    assert measured == pytest.approx(estimated, rel=memory.ERROR - 1)
 
 
 @pytest.mark.parametrize(("step", "scope", "keep"), [("bf16", None, 0), ("mlp", ["mlp.*"], 5), ("all", ALL, 0)])

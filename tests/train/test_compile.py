@@ -58,6 +58,7 @@ VARIANTS = {
     "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.rounding=hybrid"),
     "current": ("experiment=exp8", "scaling=current"),
     "masked, CAGE": ("experiment=exp8", "estimator=cage", "quant.cage_silent=0.1", "quant.ste=masked"),
+    "learned": ("experiment=exp8", "scaling=lsq"),
     "descaled, by call": ("experiment=exp8", "quant.operands=descaled", "scaling.tick=call"),
     "fp8_e4m3": ("experiment=exp8", "quant=fp8_e4m3"),
     "BF16 warmup": ("experiment=exp8", "warmup.bf16=0.5", "scaling.discard_after_warmup=false"),

@@ -35,7 +35,14 @@ RELEASED += ("budget.steps=5", "model.blocks=3", "model.architecture.num_hidden_
 RELEASED += ("+model.architecture.attention_dropout=0.1",)  # so the state of the RNG matters
 VENDOR = ("experiment=exp4", "protocol=vendor", "model.blocks=2", "model.architecture.num_hidden_layers=2")
 # Whatever has state or a schedule beside the defaults.
-OTHER = ("experiment=exp8", "estimator=cage", "quant.cage_silent=0.4", "loss.distill=0.5", "warmup.bf16=0")
+OTHER = (
+    "experiment=exp8",
+    "scaling=lsq",
+    "estimator=cage",
+    "quant.cage_silent=0.4",
+    "loss.distill=0.5",
+    "warmup.bf16=0",
+)
 OTHER += ("optim.moments=hif8", "budget.accumulation=1", "quant.bf16_blocks=0", *RELEASED[3:-1])
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qat.config import Config
+from qat.quant.rules import RULES
 from qat.tools.flops import Shape
 
 _BUCKET = 25 * 2**20  # bytes, after which DDP begins another all-reduce
@@ -37,7 +38,8 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     small = [Traffic("all_reduce", 2, 4 * (models + 1))]  # the losses, and whether a rank was told to stop
     if shape.scales and cfg.scaling.sync == "max":
         ticks = 1 if cfg.scaling.tick == "step" else calls
-        small.append(Traffic("all_reduce", ticks, 4 * ticks * shape.scales))
+        each = 2 if RULES[cfg.scaling.algo].learns else 1  # amaxes, slopes
+        small.append(Traffic("all_reduce", each * ticks, 4 * each * ticks * shape.scales))
     gradients = 4 * shape.parameters
     if cfg.budget.parallel == "ddp":
         buckets = math.ceil(gradients / _BUCKET)

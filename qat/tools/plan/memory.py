@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qat.config import Config
 from qat.quant.convert import Coverage
+from qat.quant.rules import RULES
 from qat.tools.flops import Shape
 
 # The estimate is right within this factor: its sum against the peaks in a benchmark's record, and its activations
@@ -24,7 +25,7 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
         f"Adam moments, {_MOMENTS[cfg.optim.moments]}": cfg.optim.moment_bytes * shape.parameters / sharded,
         "rounded weights": (1 if cfg.quant.weights and not on_gpus else size) * coverage.parameters,  # a CPU has codes
         "other linears in BF16": 2 * (shape.linears - coverage.parameters) if size == 2 else 0,
-        "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing) * tokens,
+        "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing, _learns(cfg)) * tokens,
         "logits": 12 * logits,
     }
     if cfg.loss.distill:  # its activations are gone before logits are made, except for the last
@@ -38,10 +39,17 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
     return {name: value for name, value in parts.items() if value}
 
 
-def activations(shape: Shape, coverage: Coverage, size: int, checkpointing: bool = False) -> float:
+def _learns(cfg: Config) -> bool:
+    return cfg.quantized and RULES[cfg.scaling.algo].learns
+
+
+def activations(
+    shape: Shape, coverage: Coverage, size: int, checkpointing: bool = False, learns: bool = False
+) -> float:
     """Return the bytes that all blocks keep for the backward pass, for each token.
 
     size: bytes of an element of a product, 2 or 4. checkpointing: only one block and the inputs of all are kept.
+    learns: scales are learned, for which inputs are kept beside their codes.
 
     A block keeps: of both norms, their input and its normed value in FP32. Of a linear, its input: under autocast a
     BF16 copy for each linear; in FP32 linears with the same input share it; quantized, one byte, shared. Of attention,
@@ -56,7 +64,8 @@ def activations(shape: Shape, coverage: Coverage, size: int, checkpointing: bool
     }
 
     def input_bytes(which: str, features: int, copies: int) -> float:
-        return features * (share[which] + (1 - share[which]) * size * (copies if size == 2 else 1))
+        plain = size * (copies if size == 2 else 1)
+        return features * (share[which] * (1 + learns * plain) + (1 - share[which]) * plain)
 
     block = 16 * h + 4 * size * q + 3 * size * f
     block += input_bytes("attention", h, 3) + input_bytes("output", q, 1)
