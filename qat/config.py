@@ -26,6 +26,7 @@ CHOICES = {
     "model.source": ("package", "hub", "random"),
     "data.source": ("package", "hub", "files", "prepared"),
     "data.label_shift": ("once", "twice"),
+    "optim.moments": ("fp32", "bf16", "hif8"),
     "quant.overflow": ("clip", "saturate", "inf"),
     "quant.rounding": ("nearest", "hybrid"),
     "quant.ste": ("pass_through", "masked"),
@@ -99,9 +100,22 @@ class OptimConfig:
     lr_warmup: float = 0.03  # share of the steps
     lr_from_zero: bool = False  # whether the first step of the warmup has a rate of 0
     max_skipped: int = 10  # steps in a row without a finite gradient, after which the run gives up
-    master_weights: bool = True  # false: parameters and Adam moments hold only what BF16 can
+    master_weights: bool = True  # false: parameters and FP32 moments hold only what BF16 can
     # the whole model in BF16: residual stream, gradients, their sums and clipping, too; with master_weights=false
     pure_bf16: bool = False
+    # of AdamW, in memory and checkpoints: fp32; bf16; hif8 (the mean of gradients in HiF8, that of squares in FP16)
+    moments: str = "fp32"
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes a parameter that both moments take."""
+        return {"fp32": 8, "bf16": 4, "hif8": 3}[self.moments]
+
+
+@dataclass
+class LossConfig:
+    # share of KL(pretrained model || this model), over the vocabulary, in what is minimized; the rest is cross-entropy
+    distill: float = 0.0
 
 
 @dataclass
@@ -118,6 +132,9 @@ class QuantConfig:
     overflow: str = "clip"  # past the target: clip to it; or past the format's largest value: saturate, or inf
     rounding: str = "nearest"  # of gradients; hybrid: outside 1/8 to 16 by a value's own last bits (HiF8 only)
     ste: str = "pass_through"  # gradients through rounding: all pass, or (masked) none where a value was clipped
+    # CAGE: after an update with learning rate lr, w -= lr * lambda * (w - round(w)); this is lambda at the end. 0: off
+    cage: float = 0.0
+    cage_silent: float = 0.8  # share of the steps during which CAGE's lambda is 0; then it rises linearly
     operands: str = (
         "exact"  # exact: multiply, then divide by the scales; descaled: the other way round, as the released code
     )
@@ -131,6 +148,7 @@ class ScalingConfig:
     algo: str = MISSING  # the scaling rule (`qat.quant.rules`)
     window: int = 1  # entries of the amax history
     alpha: float = 0.5  # exp_smooth: weight of the newest amax
+    lr: float = 0.1  # lsq: learning rate of 1 / scale
     tick: str = "step"  # the history advances once a step, or once a forward call
     sync: str = "max"  # max: ranks share their largest amaxes; none: each keeps its own
     update_every: int = 1  # ticks between two changes of a scale
@@ -252,6 +270,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig | None = None  # text of another kind: its loss rises when a model forgets
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -270,6 +289,17 @@ class Config:
         """Steps and batch in words."""
         micro, accumulation = self.batch
         return f"{self.steps:,} steps of {micro * accumulation} × {self.budget.seq_len} tokens"
+
+    @property
+    def variations(self) -> list[str]:
+        """What it trains by instead of the defaults, in words: estimator, loss, moments."""
+        words = {
+            "masked straight-through": self.quant.ste == "masked",
+            f"CAGE {self.quant.cage:g}": self.quant.cage,
+            f"distillation {self.loss.distill:g}": self.loss.distill,
+            f"Adam moments in {self.optim.moments}": self.optim.moments != "fp32",
+        }
+        return [text for text, holds in words.items() if holds]
 
     @property
     def batch(self) -> tuple[int, int]:
@@ -311,6 +341,11 @@ class Config:
     def settle_steps(self) -> int:
         """Steps run as most_recent before `scaling.algo` takes over."""
         return _share(self.scaling.settle, self.steps)
+
+    @property
+    def cage_silent_steps(self) -> int:
+        """Steps before CAGE begins to draw weights to their rounded values."""
+        return _share(self.quant.cage_silent, self.steps)
 
     @property
     def quantized(self) -> bool:

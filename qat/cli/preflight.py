@@ -77,12 +77,12 @@ def _texts(cfg: Config, tokenizer, planning: bool) -> None:
 
 
 def _disk(cfg: Config, parameters: int) -> None:
-    """Raise `UserError` where the checkpoints of the run and its baseline have no room: 12 bytes a parameter, of which
-    two are kept and one is being written, and 4 when it is finished."""
+    """Raise `UserError` where the checkpoints of the run and its baseline have no room: of each weights and moments, of
+    which two are kept and one is being written, and only weights when it is finished."""
     runs = {run.id: run for run in map(Run.of, (baseline_of(cfg), cfg)) if not run.finished}
     saved = min(3, (cfg.steps - 1) // cfg.budget.checkpoint_every)
     there = sum(file.stat().st_size for run in runs.values() for file in run.checkpoints.rglob("*.safetensors"))
-    need = parameters * (max(4, 12 * saved) + 4 * (len(runs) - 1)) - there
+    need = parameters * (max(4, (4 + cfg.optim.moment_bytes) * saved) + 4 * (len(runs) - 1)) - there
     free = shutil.disk_usage(files.existing(Path(cfg.runs_dir))).free
     if need > free:
         raise UserError(

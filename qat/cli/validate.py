@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from qat import config
-from qat.config import ROLES, Config, ValidationConfig
+from qat.config import ROLES, Config, QuantConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -34,9 +34,7 @@ def validate(cfg: Config) -> None:
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
     texts = (_check_sources, _check_validation, _check_benchmark)
-    if cfg.optim.pure_bf16 and cfg.optim.master_weights:
-        raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
-    for check in (_check_names, _check_batch, _check_warmup, _check_quant, *texts):
+    for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, *texts):
         check(cfg)
 
 
@@ -61,12 +59,16 @@ _RANGES = [
     ("optim.clip", 1e-12, _INF),
     ("optim.lr_warmup", 0, 1),
     ("optim.max_skipped", 0, _INF),
+    ("loss.distill", 0, 1),
     ("quant.bf16_blocks", 0, _INF),
     ("quant.target_activation", 2**-22, 57344),
     ("quant.target_weight", 2**-22, 57344),
     ("quant.target_gradient", 2**-22, 57344),
+    ("quant.cage", 0, _INF),
+    ("quant.cage_silent", 0, 1),
     ("scaling.window", 1, 65536),
     ("scaling.alpha", 0, 1),
+    ("scaling.lr", 0, _INF),
     ("scaling.update_every", 1, _INF),
     ("scaling.guard", 0, 15),
     ("scaling.settle", 0, 1),
@@ -189,6 +191,23 @@ def _check_warmup(cfg: Config) -> None:
         )
 
 
+def _check_training(cfg: Config) -> None:
+    if cfg.optim.pure_bf16 and cfg.optim.master_weights:
+        raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
+    if cfg.optim.pure_bf16 and cfg.optim.moments != "fp32":
+        raise ConfigError(f"optim.moments={cfg.optim.moments}: optim.pure_bf16=true has them in BF16; leave it out")
+    if cfg.loss.distill and cfg.data.label_shift == "twice":
+        raise ConfigError(
+            f"loss.distill={cfg.loss.distill:g}: the pretrained model predicts the next token, data.label_shift=twice "
+            f"trains the one after; set data.label_shift=once or loss=ce"
+        )
+    if cfg.optim.moments == "hif8" and cfg.budget.parallel == "fsdp":
+        raise ConfigError(
+            "optim.moments=hif8: a moment has one scale, and budget.parallel=fsdp spreads it over ranks; set "
+            "optim.moments=bf16 or budget.parallel=ddp"
+        )
+
+
 def _check_quant(cfg: Config) -> None:
     if not cfg.quantized:
         return
@@ -216,10 +235,41 @@ def _check_quant(cfg: Config) -> None:
     if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
         fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
+    _check_cage(cfg)
+    _check_learning(cfg)
     _check_fp8(cfg)
     if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
         raise ConfigError(
             f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2"
+        )
+
+
+def _check_cage(cfg: Config) -> None:
+    q = cfg.quant
+    if not q.cage and q.cage_silent != QuantConfig.cage_silent:
+        raise ConfigError(f"quant.cage_silent={q.cage_silent:g}: has no effect without CAGE; set estimator=cage")
+    if q.cage and not q.weights:
+        raise ConfigError(f"quant.cage={q.cage:g}: weights are not rounded (quant.weights=false); set quant.cage=0")
+    if q.cage and cfg.cage_silent_steps >= cfg.steps:
+        raise ConfigError(
+            f"quant.cage_silent={q.cage_silent:g}: CAGE would be silent in all {cfg.steps} steps; the largest valid "
+            f"share is {(cfg.steps - 1) / cfg.steps:.4g}"
+        )
+
+
+def _check_learning(cfg: Config) -> None:
+    if not RULES[cfg.scaling.algo].learns:
+        return
+    q, algo = cfg.quant, cfg.scaling.algo
+    if cfg.scaling.update_every > 1:
+        raise ConfigError(
+            f"scaling.update_every={cfg.scaling.update_every}: scaling={algo} learns every step; leave it out"
+        )
+    if q.overflow == "inf":
+        raise ConfigError(f"quant.overflow=inf: scaling={algo} learns where to clip; set quant.overflow=clip")
+    if not (q.weights or q.activations):
+        raise ConfigError(
+            f"scaling={algo}: learns no scale of gradients, and they alone are rounded; set quant.weights=true"
         )
 
 

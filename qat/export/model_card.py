@@ -79,7 +79,9 @@ def _making(cfg: Config, run: Run) -> dict[str, str]:
     return {
         "Experiment": f"{cfg.experiment or 'none'}, protocol {cfg.protocol}, seed {cfg.seed}",
         "Budget": f"{b.name}: {cfg.size} of {cfg.data.name}, "
-        f"learning rate {cfg.optim.lr:g}, the first {cfg.bf16_warmup_steps} steps in BF16",
+        + ", ".join(
+            [f"learning rate {cfg.optim.lr:g}", f"the first {cfg.bf16_warmup_steps} steps in BF16", *cfg.variations]
+        ),
         "Quantized": f"{', '.join(targets)} in {q.format}, "
         f"overflow {q.overflow}; {', '.join(q.scope)} of all blocks but {q.bf16_blocks}",
         "Scaling": f"{s.algo}{options}",

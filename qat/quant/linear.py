@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat.config import QuantConfig
-from qat.quant.formats import TOLERANCE
+from qat.quant.formats import FORMATS, TOLERANCE
 from qat.quant.kernels import dispatch, lookup
 from qat.quant.matmul import Matmul, Rounded
 from qat.quant.scaling import ScaleBank
+from qat.utils import distributed
 
 
 class Quantizer:
@@ -49,13 +50,18 @@ class Quantizer:
             values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, output, self.rounding)
         if self.observer is not None:
             self.observer(self.index, x, scale, self.rounding)
-        mask = (x.float() * scale).abs() <= self.target * TOLERANCE if c.ste == "masked" else None
+        masked = c.ste == "masked" and not self.bank.learns  # then `_LearnScale` masks, after it has read the gradient
+        mask = (x.float() * scale).abs() <= self.target * TOLERANCE if masked else None
         return Rounded(None if output == "e4m3" else values, None if output == "values" else codes, scale, mask)
 
     def record(self, x: torch.Tensor) -> None:
         """Record the amax of `x` without rounding it."""
         if self.enabled:
             dispatch.record_amax(x.detach(), self.bank.amax_slot(self.index))
+
+    def learn(self, x: torch.Tensor, features: int) -> torch.Tensor:
+        """Return `x`, whose gradient also tells how its scale should change. features: N in LSQ's gradient factor."""
+        return _LearnScale.apply(x, self, (features * self.target) ** -0.5) if self.enabled else x
 
 
 class Input:
@@ -113,6 +119,31 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dx, dw, *(None,) * (2 + len(saved))
 
 
+class _LearnScale(torch.autograd.Function):
+    """The identity; its backward pass adds the derivative by the size of a step, 1 / scale, to the bank's slopes.
+
+    With v = x * scale, d (round(v) / scale) / d (1 / scale) is round(v) - v, or where v was clipped round(v).
+    factor: 1 / sqrt(N * target), by which LSQ makes slopes of large tensors comparable (arXiv 1902.08153, section 2.2).
+    """
+
+    @staticmethod
+    def forward(ctx, x, quantizer, factor):
+        ctx.save_for_backward(x)
+        ctx.quantizer, ctx.factor = quantizer, factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), q, bank = ctx.saved_tensors, ctx.quantizer, ctx.quantizer.bank
+        scale = bank.scales[q.index]
+        rounded, _ = dispatch.quantize(x, scale, None, q.cfg.format, q.cfg.overflow, q.target, "values")
+        v = x.float() * scale
+        beyond = v.abs() > TOLERANCE * (q.target if q.cfg.overflow == "clip" else FORMATS[q.cfg.format].largest)
+        change = torch.where(beyond, rounded.float(), rounded.float() - v)
+        bank.slopes[q.index].add_(ctx.factor * (gradient.float() * change).sum())
+        return gradient.masked_fill(beyond, 0) if q.cfg.ste == "masked" else gradient, None, None
+
+
 class _Record(torch.autograd.Function):
     """The identity; its backward pass records the amax of the gradient."""
 
@@ -153,7 +184,11 @@ class QuantizedLinear(nn.Linear):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         weight = self._round_weight(dtype) if self.rounded_weight is None else self.rounded_weight
         rounded = (*self.input(x, dtype), *weight)
-        y = _QuantizedMatmul.apply(x.to(dtype), self.weight, self.matmul, self.quantizers["gradient"], *rounded)
+        x, w = x.to(dtype), self.weight
+        if self.bank.learns:
+            x = self.quantizers["activation"].learn(x, self.in_features)
+            w = self.quantizers["weight"].learn(w, w.numel())
+        y = _QuantizedMatmul.apply(x, w, self.matmul, self.quantizers["gradient"], *rounded)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _round_weight(self, dtype: torch.dtype) -> Rounded:
@@ -181,3 +216,20 @@ def forget_rounded_weights(linears: Iterable[QuantizedLinear]) -> None:
     """Drop the weights rounded ahead: from now on forward passes round them."""
     for linear in linears:
         linear.rounded_weight = None
+
+
+@torch.no_grad()
+def draw_to_grid(linears: Iterable[QuantizedLinear], rate: float, finite: torch.Tensor) -> None:
+    """Move weights towards the values that they are rounded to: w -= rate * (w - round(w * s) / s).
+
+    This is CAGE's correction (arXiv 2510.18784, decoupled form), rate being learning rate * lambda. s: the weight's
+    scale in the bank; before it has one, it is left alone. finite: 0-dim bool on the device; if false, nothing moves.
+    """
+    for linear in linears:
+        quantizer = linear.quantizers["weight"]
+        if quantizer.index in linear.bank.unseen:
+            continue
+        weight, scale, c = distributed.local(linear.weight), linear.bank.scales[quantizer.index], quantizer.cfg
+        wide = weight.float()
+        rounded, _ = dispatch.quantize(wide, scale, None, c.format, c.overflow, quantizer.target, "values")
+        weight.copy_(torch.where(finite, wide - rate * (wide - rounded / scale), wide))

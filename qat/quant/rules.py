@@ -6,6 +6,7 @@ With the history a(t-1), a(t-2), ... the predicted amax of step t is
     most_recent   a(t-1)                                              (DTS)
     exp_smooth    alpha * a(t-1) + (1 - alpha) * a(t-2)               (DTS)
     max           max(a(t-1) ... a(t-window))                         (DTS, the paper's max window)
+    lsq           the first amax; then the loss teaches the scale     (LSQ, arXiv 1902.08153)
 
 To add a rule, write a decorated function here; `scaling.algo=<its name>` then selects it. Nothing here imports PyTorch,
 which takes seconds: naming a run and checking a command line need only this file.
@@ -29,11 +30,13 @@ class Rule(NamedTuple):
         first, zeros where nothing was recorded yet.
     entries: how many entries of the history it reads; None: `scaling.window`.
     reads: the fields of `ScalingConfig` that change its result; they are part of a run's id.
+    learns: whether this is only the first scale of weights and activations, which the bank learns from there on.
     """
 
     predict: Callable[[torch.Tensor, ScalingConfig], torch.Tensor]
     entries: int | None
     reads: tuple[str, ...]
+    learns: bool = False
 
     def length(self, scaling: ScalingConfig) -> int:
         """Return how many entries the history needs."""
@@ -43,11 +46,11 @@ class Rule(NamedTuple):
 RULES: dict[str, Rule] = {}
 
 
-def rule(entries: int | None = 1, reads: tuple[str, ...] = ()):
+def rule(entries: int | None = 1, reads: tuple[str, ...] = (), learns: bool = False):
     """Register a function as a rule under its own name (see `Rule`)."""
 
     def register(predict):
-        RULES[predict.__name__] = Rule(predict, entries, reads)
+        RULES[predict.__name__] = Rule(predict, entries, reads, learns)
         return predict
 
     return register
@@ -76,3 +79,9 @@ def exp_smooth(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
 def max(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
     """Use the largest amax of the window."""
     return history.amax(0)
+
+
+@rule(reads=("lr",), learns=True)
+def lsq(history: torch.Tensor, scaling: ScalingConfig) -> torch.Tensor:
+    """Use the amax of the step before, for gradients always."""
+    return history[0]

@@ -5,6 +5,10 @@
 A rule (`qat.quant.rules`) predicts from the amaxes of earlier steps. A tensor without a history scales by its own amax.
 With `scaling.guard`, every predicted amax is 2^guard times as large, so that a tensor may grow until its scale changes.
 An amax of 0, Inf or NaN is no use for a scale: the history repeats its previous entry instead.
+
+Where a rule learns (LSQ, arXiv 1902.08153), scales of weights and activations leave that prediction once they have one:
+
+    1 / scale -= scaling.lr * d objective / d (1 / scale)
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ class ScaleBank:
 
     amaxes: FP32 [1] for each tensor, the largest absolute value recorded since the last tick; a NaN stays. They are
         separate tensors so that a compiled kernel writes one without copying the others.
+    slopes: like `amaxes`, derivatives of the objective by 1 / scale, summed up since a tick; None: nothing learns.
     history: FP32 [entries, tensors], a ring buffer. written: int64 [1], how many entries were ever written to it.
     scale: FP32 [tensors]; scales: its elements, as views.
     quantizing: whether quantizers round now. recording: whether they record amaxes now.
@@ -62,10 +67,12 @@ class ScaleBank:
         self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
         self._mapped = self.targets / 2**scaling.guard  # what an amax itself is mapped to
         self.amaxes = [torch.zeros(1, device=device) for _ in names]
+        self.slopes = [torch.zeros(1, device=device) for _ in names] if RULES[scaling.algo].learns else None
         self.history = torch.zeros(RULES[scaling.algo].length(scaling), len(names), device=device)
         self.written = torch.zeros(1, dtype=torch.int64, device=device)
         self.scale = torch.ones(len(names), device=device)
         self.scales = self.scale.unbind()
+        self._learned = torch.tensor([not name.endswith("/gradient") for name in names], device=device)
         self.unseen = frozenset(range(len(names)))
         self.step = self.updates = 0
         self._record_in_warmup = scaling.observe_in_warmup and not scaling.discard_after_warmup
@@ -85,6 +92,11 @@ class ScaleBank:
     def amax_slot(self, index: int) -> torch.Tensor | None:
         """Return where to record the amax of tensor `index`, FP32 [1]; None while nothing is recorded."""
         return self.amaxes[index] if self.recording else None
+
+    @property
+    def learns(self) -> bool:
+        """Return whether quantized linears add to `slopes` now."""
+        return self.slopes is not None and self.recording
 
     # In the training step -------------------------------------------------------------------------------------
 
@@ -107,7 +119,7 @@ class ScaleBank:
         advance = torch.ones_like(self.written) if finite is None else finite.to(self.written.dtype)
         is_new = self._without_history() if self.unseen else None
         self._write(amax, advance)
-        self._update_scale(advance, is_new)
+        self._update_scale(advance, is_new, self._take_slopes())
         self._update_unseen()
         self.updates += self.quantizing
         return overshoot
@@ -117,6 +129,14 @@ class ScaleBank:
         amax = torch.cat(self.amaxes)
         torch._foreach_zero_(self.amaxes)
         return distributed.all_reduce_max(amax) if self.scaling.sync == "max" else amax
+
+    def _take_slopes(self) -> torch.Tensor | None:
+        """Return and reset the slopes, FP32 [tensors]: the sum over all ranks, or with sync=none ours."""
+        if self.slopes is None:
+            return None
+        slopes = torch.cat(self.slopes)
+        torch._foreach_zero_(self.slopes)
+        return distributed.all_reduce_sum(slopes) if self.scaling.sync == "max" else slopes
 
     def _overshoot(self, amax: torch.Tensor) -> torch.Tensor:
         own = (amax > 0).float() / 2**self.scaling.guard
@@ -143,10 +163,11 @@ class ScaleBank:
         self.history.index_copy_(0, place, torch.where(advance > 0, entry, oldest))
         self.written.add_(advance)
 
-    def _update_scale(self, advance: torch.Tensor, is_new: torch.Tensor | None) -> None:
+    def _update_scale(self, advance: torch.Tensor, is_new: torch.Tensor | None, slopes: torch.Tensor | None) -> None:
         """Derive the scales from the history, unless they are held until `scaling.update_every` ticks have passed.
 
         is_new: bool [tensors], those that had no history until now, which are never held; None: there are none.
+        slopes: by which those that have a history and a slope are learned; None: nothing is.
         """
         settling = self.step <= self.settle_steps
         held = self.updates % self.scaling.update_every and not settling  # skipped steps count too
@@ -157,7 +178,16 @@ class ScaleBank:
         newest_first = self.history[(self.written - 1 - age) % len(self.history)]
         predicted = rule.predict(newest_first, self.scaling)
         changes = (advance > 0) & is_new if held else advance > 0
-        self.scale.copy_(torch.where(changes, to_scale(predicted, self._mapped, self.scale), self.scale))
+        scale = to_scale(predicted, self._mapped, self.scale)
+        if slopes is not None and self.quantizing and not settling:
+            learned = self._learned if is_new is None else self._learned & ~is_new
+            scale = torch.where(learned, self._follow(slopes), scale)
+        self.scale.copy_(torch.where(changes, scale, self.scale))
+
+    def _follow(self, slopes: torch.Tensor) -> torch.Tensor:
+        """Return the scales after a step of gradient descent on 1 / scale, which at most halves."""
+        size = self.scale.reciprocal()
+        return torch.maximum(size - self.scaling.lr * slopes, size / 2).reciprocal()
 
     # Outside of the training step ------------------------------------------------------------------------------
 

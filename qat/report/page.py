@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from qat.analysis.compare import pretrained_run
 from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, DROP_THRESHOLD
+from qat.config import Config
 from qat.report import pictures, tables, uncertainty
 from qat.report.caveats import caveats, lead, run_warnings
 from qat.report.cells import Table
@@ -223,7 +224,7 @@ def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     rows += [tables.settings(pair.config, experiment.configs[pair.baseline.id])] if pair.baseline else []
     return {
         "label": pair.label,
-        "recipe": _recipe(pair, experiment.typed[pair.run.id].bf16_warmup_steps),
+        "recipe": _recipe(pair, experiment.typed[pair.run.id]),
         "runs": f"{pair.run.id} against {pair.baseline.id}" if pair.baseline else pair.run.id,
         "same_as": first if first != experiment.name else "",
         "sentences": [loss_text(compared), qat_verdict([compared]), verdict({"": compared})] if compared else [],
@@ -255,12 +256,13 @@ def _run_configs(experiments: Sequence[Experiment]) -> dict[str, str]:
     return {name: _details(run, e.configs[name]) for name, (run, e) in runs.items()}
 
 
-def _recipe(pair: Pair, bf16_steps: int) -> str:
+def _recipe(pair: Pair, cfg: Config) -> str:
     quant, scaling = pair.config["quant"], pair.config["scaling"]
     detail = {"max": f" of the last {scaling['window']}", "exp_smooth": f", alpha {scaling['alpha']:g}"}
+    detail["lsq"] = f", learning rate {scaling['lr']:g}"
     bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
-    warmup = bf16.get(bf16_steps, f"first {bf16_steps} steps in BF16")
-    parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), warmup]
+    warmup = bf16.get(cfg.bf16_warmup_steps, f"first {cfg.bf16_warmup_steps} steps in BF16")
+    parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), *cfg.variations, warmup]
     parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks']} BF16 blocks"]
     return " · ".join([*parts, ", ".join(quant["scope"])])
 

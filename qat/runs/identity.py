@@ -17,7 +17,7 @@ _IRRELEVANT = {
     "optim": ("max_skipped",),
 }
 # Settings of `quant` without effect on a forward pass.
-_BACKWARD_ONLY = ("gradients", "target_gradient", "rounding", "ste")
+_BACKWARD_ONLY = ("gradients", "target_gradient", "rounding", "ste", "cage", "cage_silent")
 _BUDGET_OPTIONS = ("compile", "activation_checkpointing", "largest_logits")
 
 
@@ -46,6 +46,8 @@ def identity(cfg: Config) -> dict:
     parts["seed"] = cfg.seed
     if cfg.repeat:
         parts["repeat"] = cfg.repeat
+    if loss := _changed(cfg.loss):
+        parts["loss"] = loss
     if cfg.quantized:
         parts["quant"] = _changed(cfg.quant)
         parts["scaling"] = _effective_scaling(cfg)
@@ -71,7 +73,7 @@ def _effective_scaling(cfg: Config) -> dict:
     `settle` and `update_every` have no effect under the rule `current`, nor `observe_in_warmup` where the history is
     discarded. They stay, because recorded runs are named by them.
     """
-    ignored = {"window", "alpha"} - set(RULES[cfg.scaling.algo].reads)
+    ignored = {"window", "alpha", "lr"} - set(RULES[cfg.scaling.algo].reads)
     if not cfg.bf16_warmup_steps:
         ignored |= {"observe_in_warmup", "discard_after_warmup"}
     return {name: value for name, value in _changed(cfg.scaling).items() if name not in ignored}
@@ -148,6 +150,8 @@ def _slug(cfg: Config) -> list[str]:
     if cfg.quantized:
         window = [f"w{cfg.scaling.window}"] if "window" in RULES[cfg.scaling.algo].reads else []
         slug = [cfg.quant.format, cfg.scaling.algo, *window, f"warm{cfg.bf16_warmup_steps}"]
+        slug += ["cage"] if cfg.quant.cage else []
+    slug += ["distill"] if cfg.loss.distill else []
     if cfg.data.label_shift == "twice":
         slug.append("twice")
     slug += [f"lr{cfg.optim.lr:g}", f"{cfg.steps}steps", f"s{cfg.seed}"]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qat.errors import UserError
+from qat.train.optimizer import empty_state
 from qat.utils import distributed, files
 
 VERSION = 2
@@ -198,11 +199,9 @@ def optimizer_tensors(optimizer: torch.optim.AdamW, names: dict[torch.Tensor, st
     Parameters without a gradient until now have zeros.
     """
     return {
-        f"{name}/{key}": distributed.full_tensor_on_main(
-            optimizer.state[p][key] if optimizer.state[p] else torch.zeros_like(like)
-        )
+        f"{name}/{key}": distributed.full_tensor_on_main(tensor)
         for p, name in names.items()
-        for key, like in _moments(p).items()
+        for key, tensor in (optimizer.state[p] or empty_state(optimizer, p)).items()
     }
 
 
@@ -210,16 +209,13 @@ def load_optimizer(
     optimizer: torch.optim.AdamW, names: dict[torch.Tensor, str], tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     """Restore the tensors of `optimizer_tensors`, the group `optimizer`. Errors: UserError if of another model."""
-    wanted = {f"{name}/{key}": like for p, name in names.items() for key, like in _moments(p).items()}
-    saved = matched(tensors, "optimizer", wanted)
-    for p, name in names.items():
-        # Cloned, because loaded tensors are mapped to their file, and NFS and FUSE cannot remove a mapped file.
-        optimizer.state[p] = {key: distributed.shard_like(saved[f"{name}/{key}"], p).clone() for key in _moments(p)}
-
-
-def _moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return AdamW's state of a parameter, as tensors of the same shapes and types."""
-    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    for p in names:
+        optimizer.state[p] = empty_state(optimizer, p)
+    states = {f"{name}/{key}": (tensor, p) for p, name in names.items() for key, tensor in optimizer.state[p].items()}
+    saved = matched(tensors, "optimizer", {name: tensor for name, (tensor, _) in states.items()})
+    for name, (tensor, p) in states.items():
+        # Copied, because loaded tensors are mapped to their file, and NFS and FUSE cannot remove a mapped file.
+        tensor.copy_(distributed.shard_like(saved[name], p))
 
 
 def _checksum(path: Path) -> str:

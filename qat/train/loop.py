@@ -182,6 +182,7 @@ class _Session:
             "epoch": self.stream.epoch,
             "batch": self.batch,
             "quantized": quantized,
+            **({"objective": float(result.objective) if finite else None} if self.cfg.loss.distill else {}),
             "overshoot_max": None if overshoot is None else float(overshoot.max()),
             "overshoot_share": None if overshoot is None else float((overshoot > TOLERANCE).float().mean()),
         }

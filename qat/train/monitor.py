@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from operator import itemgetter
 
 from qat.config import Config
+from qat.quant.rules import RULES
 from qat.quant.scaling import ScaleBank
 
 # Limits past which a check warns.
@@ -73,7 +74,8 @@ def telemetry(cfg: Config, rows: Sequence[dict], lr: float) -> list[dict]:
 
 def _lagging(cfg: Config, role: str, rows: list[dict]) -> dict | None:
     late, worst = sum(row["overshoot"] > LATE for row in rows), max(rows, key=itemgetter("overshoot"))
-    if late < WIDESPREAD * len(rows) and worst["overshoot"] < FAR:
+    learned = RULES[cfg.scaling.algo].learns and role != "gradient"  # then to clip is meant
+    if learned or (late < WIDESPREAD * len(rows) and worst["overshoot"] < FAR):
         return None
     if cfg.scaling.update_every > 1:
         fix = f"scaling.update_every=1 (now {cfg.scaling.update_every})"

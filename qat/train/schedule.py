@@ -1,4 +1,4 @@
-"""The learning-rate schedule."""
+"""The schedules of the learning rate and of CAGE's lambda."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def learning_rate(cfg: Config, step: int) -> float:
         return cfg.optim.lr * (step - cfg.optim.lr_from_zero) / warmup
     progress = (step - 1 - warmup) / (cfg.steps - warmup)
     return cfg.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def cage(cfg: Config, step: int) -> float:
+    """Return CAGE's lambda of a step (1-based): 0 while it is silent, then a linear rise to `quant.cage` at the end."""
+    silent = cfg.cage_silent_steps
+    return cfg.quant.cage * (step - silent) / (cfg.steps - silent) if step > silent else 0.0

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from qat.config import Config
-from qat.models.load import attend_causally, checkpoint_activations, store_in_bf16, transformer_blocks
+from qat.models.load import attend_causally, checkpoint_activations, load_model, store_in_bf16, transformer_blocks
 from qat.models.loss import TokenLosses
 from qat.quant.convert import quantized_linears
-from qat.quant.linear import forget_rounded_weights, round_weights
+from qat.quant.linear import draw_to_grid, forget_rounded_weights, round_weights
 from qat.quant.scaling import ScaleBank
-from qat.train.schedule import learning_rate
+from qat.train import optimizer, schedule
 from qat.utils import device, distributed, environment
 
 
@@ -26,13 +26,15 @@ from qat.utils import device, distributed, environment
 class StepResult:
     """The result of one step over all ranks.
 
-    loss: mean in nats a token. grad_norm: before clipping. finite: whether both are; if not, nothing was changed. These
-        three are 0-dim tensors on the device.
+    loss: mean cross-entropy in nats a token. objective: what is minimized, the loss itself where nothing is distilled.
+        grad_norm: before clipping. finite: whether loss and norm are; if not, nothing was changed. These four are 0-dim
+        tensors on the device.
     lr: learning rate. tokens: how many were trained on.
     overshoot: of every quantized tensor, FP32 [tensors] on the device; None in BF16.
     """
 
     loss: torch.Tensor
+    objective: torch.Tensor
     grad_norm: torch.Tensor
     finite: torch.Tensor
     lr: float
@@ -50,30 +52,31 @@ class Trainer:
 
     def __init__(self, model: nn.Module, bank: ScaleBank | None, cfg: Config):
         self.model, self.bank, self.cfg = model, bank, cfg
-        attend_causally(model)
-        if cfg.optim.pure_bf16:
-            store_in_bf16(model)
+        # What is distilled is what training starts from.
+        teacher = load_model(cfg.model, cfg.seed)[0] if cfg.loss.distill else None
+        models = [model] if teacher is None else [model, teacher]
+        for each in models:
+            attend_causally(each)
+            if cfg.optim.pure_bf16:
+                store_in_bf16(each)
         if cfg.budget.activation_checkpointing:
             checkpoint_activations(model)
         self._linears = list(quantized_linears(model).values())
-        losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits)
+        losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits, teacher, cfg.loss.distill)
+        blocks = [block for each in models for block in transformer_blocks(each)]
         if cfg.budget.compile:
-            self._compile(losses)
-        self.losses = distributed.distribute(losses, transformer_blocks(model), cfg.budget.parallel)
+            self._compile(losses, blocks)
+        self.losses = distributed.distribute(losses, blocks, cfg.budget.parallel)
         self.arithmetic = "bf16" if cfg.optim.pure_bf16 else device.resolve_arithmetic(cfg.budget.arithmetic)
         self.first_quantized_step = cfg.bf16_warmup_steps + 1
-        o = cfg.optim
-        # Weight decay on every parameter, norms too, as in the released code.
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
-        )
+        self.optimizer = optimizer.make(model.parameters(), cfg.optim)
         self._store()
 
-    def _compile(self, losses: TokenLosses) -> None:
+    def _compile(self, losses: TokenLosses, blocks: list[nn.Module]) -> None:
         """Compile the whole forward pass, or with FSDP, which gathers parameters block by block, every block."""
         parts = [losses]
         if environment.world_size() > 1 and self.cfg.budget.parallel == "fsdp":
-            parts = transformer_blocks(self.model)
+            parts = blocks
             torch._dynamo.config.recompile_limit = 4 * len(parts)  # every block is another graph of the same code
         for part in parts:
             part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
@@ -86,18 +89,18 @@ class Trainer:
         """
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
-        loss, tokens, overshoot = self._accumulate(micro_batches, observed)
+        objective, loss, tokens, overshoot = self._accumulate(micro_batches, observed)
         grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
         finite = grad_norm.isfinite() & loss.isfinite()
         lr = self._update_weights(number, finite)
         if self.bank is not None and self.cfg.scaling.tick == "step":
             overshoot = self.bank.tick(finite)
-        return StepResult(loss, grad_norm, finite, lr, tokens, overshoot)
+        return StepResult(loss, objective, grad_norm, finite, lr, tokens, overshoot)
 
     def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool):
-        """Accumulate the gradients of the mean loss over all tokens of the step, of all micro-batches and ranks.
+        """Accumulate the gradients of the mean objective over all tokens of the step, of all micro-batches and ranks.
 
-        Returns (loss, tokens, with a tick a call the largest overshoot).
+        Returns (objective, cross-entropy, tokens, with a tick a call the largest overshoot).
         """
         self.optimizer.zero_grad(set_to_none=True)
         shift = 2 if self.cfg.data.label_shift == "twice" else 1
@@ -108,13 +111,15 @@ class Trainer:
             if index == 1 or tick_a_call:
                 self.round_weights()
             with distributed.gradient_sync(self.losses, last=index == len(micro_batches)), self._stance(observed):
-                loss = self._forward(device.to_device(batch)).sum() / tokens
-                loss.backward()
-            total = total + loss.detach()
+                losses = self._forward(device.to_device(batch))
+                means = [part.sum() / tokens for part in (losses if isinstance(losses, tuple) else (losses,))]
+                means[0].backward()
+            total = total + torch.stack(means).detach()
             if tick_a_call:
                 now = self.bank.tick()
                 overshoot = now if overshoot is None else torch.maximum(overshoot, now)
-        return distributed.all_reduce_sum(total), tokens, overshoot
+        total = distributed.all_reduce_sum(total)
+        return total[0], total[-1], tokens, overshoot
 
     def _stance(self, observed: bool):
         """Return the context of a forward and backward pass: eager where compiled code cannot be used.
@@ -125,7 +130,7 @@ class Trainer:
         unseen = self.bank is not None and self.bank.quantizing and self.bank.unseen
         return eagerly() if observed or unseen else contextlib.nullcontext()
 
-    def _forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         with device.autocast(self.arithmetic):
             return self.losses(tokens)
 
@@ -139,21 +144,24 @@ class Trainer:
 
     def _update_weights(self, number: int, finite: torch.Tensor) -> float:
         """Update the weights if the step is finite; returns the learning rate."""
-        lr = learning_rate(self.cfg, number)
+        lr = schedule.learning_rate(self.cfg, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # A fused optimizer reads this on the device and skips the step; GradScaler uses it in the same way.
         self.optimizer.found_inf = (~finite).to(torch.float32)
         self.optimizer.step()
+        if self.bank is not None and self.bank.quantizing and (cage := schedule.cage(self.cfg, number)):
+            draw_to_grid(self._linears, lr * cage, finite)
         self._store()
         forget_rounded_weights(self._linears)
         return lr
 
     @torch.no_grad()
     def _store(self) -> None:
-        """Without master weights, round parameters and Adam moments to BF16, as in the released code."""
+        """Without master weights, round parameters and FP32 moments to BF16, as in the released code."""
         if self.cfg.optim.master_weights or self.cfg.optim.pure_bf16:  # with the latter they are of that type
             return
-        moments = (state[name] for state in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+        states = self.optimizer.state.values() if self.cfg.optim.moments == "fp32" else ()
+        moments = (state[name] for state in states for name in ("exp_avg", "exp_avg_sq"))
         for tensor in (*self.model.parameters(), *moments):
             tensor.copy_(tensor.bfloat16())

@@ -74,10 +74,12 @@ def test_every_option_of_every_group_composes_and_validates():
     skipped = ("specialization", "experiment", "hydra")
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
     groups = {name: options for name, options in groups.items() if name not in skipped}
-    assert len(groups) == 12 and all(groups.values())
+    assert len(groups) == 14 and all(groups.values())
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
+        words += ["data.label_shift=once"] if "loss=distill" in words else []
+        words += ["scaling.update_every=1", "quant.overflow=clip"] if "scaling=lsq" in words else []
         cfg = entry.typed_config(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
@@ -281,6 +283,25 @@ VALUES = [
     ("quant.gemm=fp8 quant.weights=false", "a role that is not quantized has no 8-bit operands; set quant.gemm"),
     ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to"),
     ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
+    (
+        "loss.distill=0.5 data.label_shift=twice",
+        "predicts the next token, data.label_shift=twice trains the one after;",
+    ),
+    ("optim.moments=hif8 budget.parallel=fsdp", "optim.moments=hif8: a moment has one scale, and budget.parallel=fsdp"),
+    (
+        "optim.moments=bf16 optim.pure_bf16=true optim.master_weights=false",
+        "optim.moments=bf16: optim.pure_bf16=true has them in BF16; leave it out",
+    ),
+    ("scaling.algo=lsq scaling.update_every=2", "scaling.update_every=2: scaling=lsq learns every step; leave it out"),
+    ("scaling.algo=lsq quant.overflow=inf", "quant.overflow=inf: scaling=lsq learns where to clip; set"),
+    ("scaling.algo=lsq quant.weights=false quant.activations=false", "scaling=lsq: learns no scale of gradients"),
+    ("loss.distill=2", "loss.distill=2.0: must lie in [0, 1]; the nearest valid value is 1"),
+    ("quant.cage_silent=0.5", "quant.cage_silent=0.5: has no effect without CAGE; set estimator=cage"),
+    (
+        "quant.cage=10 quant.weights=false",
+        "quant.cage=10: weights are not rounded (quant.weights=false); set quant.cage=0",
+    ),
+    ("quant.cage=10 quant.cage_silent=1", "silent in all 16 steps; the largest valid share is 0.9375"),
     (
         "scaling.algo=exp_smooth scaling.window=1",
         "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",

@@ -33,6 +33,8 @@ from qat.utils import distributed
 WORDS = (*TINY, "experiment=exp8", "budget.steps=6", "budget.accumulation=4", "budget.checkpoint_every=2")
 WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=1")
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2")
+OTHER = ("scaling=lsq", "estimator=cage", "quant.cage_silent=0.3", "loss=distill", "budget.steps=4")
+OTHER += ("optim.moments=bf16", "optim.lr=1e-2", "+model.architecture.initializer_range=0.2")
 STOP = 3  # the step before which an interrupted run stops
 
 # name -> (ranks, words, what else). stop: before step STOP; after: continues what that run left; bare: without the
@@ -40,9 +42,12 @@ STOP = 3  # the step before which an interrupted run stops
 RUNS = {
     "one": (1, (), {}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
+    "other1": (1, OTHER, {}),
     "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
     "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
+    "other ddp2": (2, OTHER, {}),
+    "other fsdp2": (2, (*OTHER, "budget.parallel=fsdp"), {}),
     "compiled": (2, ("budget.compile=true",), {"stop": True}),
     "fsdp2 compiled": (2, ("budget.parallel=fsdp", "budget.compile=true"), {"stop": True}),
     "fsdp2 stopped": (2, ("budget.parallel=fsdp",), {"stop": True}),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qat.models.loss import token_losses
+from qat.models.loss import distilled_losses, token_losses
 from qat.utils import device
 
 SIZES = {
@@ -21,8 +21,8 @@ SIZES = {
 }
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
@@ -84,6 +84,48 @@ def test_pieces_are_of_a_multiple_of_128_rows_where_so_many_fit(rows):
     with torch.no_grad():
         token_losses(model, batch, largest_logits=rows * 101 + 100)
     assert sum(sizes) == 300 and set(sizes[:-1]) == {rows if rows < 128 else rows // 128 * 128}
+
+
+def distilled(model, teacher, **how) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """(objective, cross-entropy, gradients of the mean objective)"""
+    model.zero_grad()
+    objective, cross_entropy = distilled_losses(model, teacher, tokens(), **how)
+    objective.mean().backward()
+    return objective.detach(), cross_entropy, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_distillation_is_the_kl_divergence_from_the_teacher(share):
+    model, teacher = llama(), llama(seed=1).requires_grad_(False)
+    ours, cross_entropy, gradients_of_ours = distilled(model, teacher, distill=share)
+    model.zero_grad()
+    logs = [each(input_ids=tokens()[:, :-1]).logits.log_softmax(-1) for each in (model, teacher)]
+    plain = F.kl_div(*logs, reduction="none", log_target=True).sum(-1)
+    own = token_losses(model, tokens())
+    torch.testing.assert_close(cross_entropy, own.detach())
+    wanted = share * plain + (1 - share) * own
+    wanted.mean().backward()
+    torch.testing.assert_close(ours, wanted.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients_of_ours, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_distillation_in_pieces_is_the_same_and_never_holds_more_logits(rows):
+    model, teacher, sizes = llama(), llama(seed=1).requires_grad_(False), []
+    whole = distilled(model, teacher, distill=0.5)
+    for each in (model, teacher):
+        each.lm_head.register_forward_hook(lambda *call: sizes.append(call[2].numel()))
+    torch.testing.assert_close(distilled(model, teacher, distill=0.5, largest_logits=2 * rows * 101), whole)
+    assert max(sizes) <= rows * 101
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [7, 100])
+def test_a_teacher_that_is_the_model_leaves_no_gradient_at_all(arithmetic, rows):
+    model, teacher = llama(), llama().requires_grad_(False)
+    with device.autocast(arithmetic):
+        objective, _, gradients_of_ours = distilled(model, teacher, distill=1.0, largest_logits=2 * rows * 101)
+    assert not objective.any() and not any(each.any() for each in gradients_of_ours)
 
 
 @pytest.mark.parametrize("pieces", [1, 11, 33])

@@ -10,7 +10,7 @@ from qat.config import Config, QuantConfig, ScalingConfig
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.formats import FORMATS, to_e4m3
 from qat.quant.kernels import dispatch
-from qat.quant.linear import forget_rounded_weights, round_weights
+from qat.quant.linear import draw_to_grid, forget_rounded_weights, round_weights
 from qat.quant.matmul import Matmul, Rounded
 from qat.utils import device
 
@@ -201,6 +201,63 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     assert torch.equal(results["masked"][~beyond], results["pass_through"][~beyond])
     assert not results["masked"][beyond].any()
     assert results["pass_through"][beyond].all()
+
+
+@pytest.mark.parametrize("ste", ["pass_through", "masked"])
+@pytest.mark.parametrize("role", ["activation", "weight"])
+def test_a_scale_learns_what_finite_differences_say(role, ste):
+    """Of the straight-through forward pass: a change of 1 / scale leaves the errors of rounding as they are."""
+    (x, upstream), (linear, bank) = data(), single(algo="lsq", ste=ste, gradients=False)
+    bank.unseen, bank.recording = frozenset(), True
+    w, place = linear.weight.detach(), bank.names.index(f"layers.0.mlp.up_proj/{role}")
+    scales = {
+        "activation": 15 / (0.5 * x.detach().abs().max()),
+        "weight": 15 / (0.8 * w.abs().max()),
+    }  # some are clipped
+    for name, scale in scales.items():
+        bank.scales[bank.names.index(f"layers.0.mlp.up_proj/{name}")].fill_(scale)
+
+    def operand(name: str, value: torch.Tensor, size: float) -> torch.Tensor:
+        value, scale = value.detach().double(), scales[name].double()
+        v = value * scale
+        error = FORMATS["hif8"].quantize(v.float(), "clip", 15.0) - v.clamp(-15, 15)
+        return torch.where(v.abs() > 15, v.sign() * 15 * size, value + error * size)
+
+    def objective(change: float) -> torch.Tensor:
+        sizes = {name: 1 / scale.double() + (change if name == role else 0) for name, scale in scales.items()}
+        return (
+            operand("activation", x, sizes["activation"]) @ operand("weight", w, sizes["weight"]).t() * upstream
+        ).sum()
+
+    with torch.autocast("cpu", enabled=False):
+        backward(linear, x, upstream)
+    slope = (objective(1e-4) - objective(-1e-4)) / 2e-4
+    count = {"activation": 16, "weight": w.numel()}[role]
+    assert bank.slopes[place].item() == pytest.approx((slope / (count * 15) ** 0.5).item(), rel=1e-4)
+    beyond = {"activation": x, "weight": w}[role].detach().abs() * scales[role] > 15
+    gradient = {"activation": x, "weight": linear.weight}[role].grad
+    assert beyond.any() and bool(gradient[beyond].any()) == (ste == "pass_through") and gradient[~beyond].all()
+
+
+def test_cage_draws_weights_to_their_rounded_values():
+    linear, bank = single(algo="most_recent")
+    before, yes = linear.weight.detach().clone(), torch.tensor(True)
+    draw_to_grid([linear], 0.25, yes)
+    assert torch.equal(linear.weight, before)  # it has no scale yet
+    scale = torch.tensor(12.0) / before.abs().max()  # the largest are clipped by a target of 11
+    bank.scale.fill_(scale)
+    bank.unseen, linear.quantizers["weight"].target = frozenset(), 11.0
+    amaxes = [amax.clone() for amax in bank.amaxes]
+    draw_to_grid([linear], 0.25, torch.tensor(False))
+    assert torch.equal(linear.weight, before)
+    draw_to_grid([linear], 0.25, yes)
+    grid = FORMATS["hif8"].quantize(before * scale, "clip", 11.0) / scale
+    torch.testing.assert_close(linear.weight.detach(), before - 0.25 * (before - grid), rtol=1e-6, atol=0)
+    assert not torch.equal(linear.weight, before) and amaxes == bank.amaxes
+    with torch.no_grad():
+        linear.weight.copy_(grid)
+    draw_to_grid([linear], 0.25, yes)
+    assert torch.equal(linear.weight, grid)
 
 
 def test_a_weight_is_rounded_ahead_or_in_every_pass(monkeypatch, arithmetic):

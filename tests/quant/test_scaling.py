@@ -56,6 +56,25 @@ def test_against_a_list(algo, window):
         assert bank.scale.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_learned_scale_begins_at_the_first_amax_and_follows_its_slope():
+    bank = make("lsq", tensors=3, lr=0.5)
+    bank._learned[2] = False  # as of a gradient
+    tick(bank, 1, [3.0, 6.0, 5.0])
+    assert bank.scale.tolist() == pytest.approx([5, 2.5, 3])
+    for slope, value in zip(bank.slopes, (-0.2, 100.0, 100.0), strict=True):
+        slope.fill_(value)
+    tick(bank, 2, [30.0, 30.0, 30.0])
+    # 1 / 5 + 0.5 * 0.2; 1 / 2.5 halves at most; gradients use the last amax.
+    assert bank.scale.tolist() == pytest.approx([1 / 0.3, 2 / 0.4, 0.5])
+    assert not any(slope.any() for slope in bank.slopes)
+    bank.slopes[0].fill_(math.nan)
+    bank.begin_step(3, 1)
+    bank.tick(torch.tensor(False))
+    tick(bank, 4, [1.0, 1.0, 1.0])
+    assert bank.scale.tolist() == pytest.approx([1 / 0.3, 2 / 0.4, 15])
+    assert make("most_recent").slopes is None
+
+
 def test_the_ring_forgets():
     bank = make("max", window=4, tensors=1)
     amaxes = [100.0, 1.0, 1.0, 1.0, 1.0, 2.0]

@@ -1,8 +1,10 @@
 """What the report arranges for its figures, and what it reads from the studies beside it."""
 
+import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
@@ -11,7 +13,7 @@ from qat.config import BenchmarkConfig
 from qat.errors import UserError
 from qat.report import studies, tables
 from qat.report.experiment import SHARES, Experiment, Telemetry, published
-from qat.report.page import write_report
+from qat.report.page import _recipe, write_report
 from qat.report.panels import amax, overshoot
 from qat.runs.folder import Run
 from qat.studies import factorial
@@ -110,3 +112,12 @@ def test_recipes_with_other_tasks_stand_side_by_side(tmp_path):
     experiments = [Experiment(run.parent.name, [Run(run)], [Run(base)]) for run, base in pairs]
     rows = tables.overview(experiments, published()).rows
     assert [[str(cell) == "–" for cell in row[-2:]] for row in rows] == [[False, True], [True, False]]
+
+
+def test_a_recipe_names_what_it_trains_by_unless_that_is_the_default(config):
+    words = ("estimator=cage", "loss=distill", "optim.moments=bf16", "scaling=lsq")
+    told, plain = (
+        _recipe(SimpleNamespace(config=dataclasses.asdict(cfg)), cfg) for cfg in (config(*words), config("scaling=max"))
+    )
+    assert "lsq, learning rate 0.1 · CAGE 10 · distillation 1 · Adam moments in bf16 · quantized from" in told
+    assert "max of the last 64 · quantized from" in plain

@@ -41,6 +41,8 @@ CHANGES = {
     "optim.beta2": 0.96,
     "optim.lr_warmup": 0.1,
     "optim.master_weights": False,
+    "optim.moments": "bf16",
+    "loss.distill": 0.5,
     "quant.format": "fp8_e5m2",
     "quant.scope": ["mlp.down_proj"],
     "quant.bf16_blocks": 4,
@@ -48,6 +50,7 @@ CHANGES = {
     "quant.target_weight": 14.0,
     "quant.overflow": "inf",
     "quant.ste": "masked",
+    "quant.cage": 10.0,
     "quant.operands": "descaled",
     "scaling.algo": "current",
     "scaling.window": 32,
@@ -113,6 +116,8 @@ HUB = {"data.source": "hub"}
         ({"scaling.algo": "current"}, "scaling.alpha", (0.5, 0.9), False),
         ({"scaling.algo": "most_recent"}, "scaling.alpha", (0.5, 0.9), False),
         ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
+        ({"scaling.algo": "exp_smooth"}, "scaling.lr", (0.1, 0.2), False),
+        ({"scaling.algo": "lsq"}, "scaling.lr", (0.1, 0.2), True),
         ({"warmup.bf16": 0.0}, "scaling.discard_after_warmup", (True, False), False),
         ({"warmup.bf16": 0.5}, "scaling.discard_after_warmup", (True, False), True),
         (HUB, "data.cache", (True, False), False),
@@ -168,6 +173,10 @@ def test_names_are_readable(config):
     released = config("experiment=exp3", "protocol=released", seed=7)
     assert run_id(released).startswith("tiny-hif8-most_recent-warm0-twice-lr0.0001-12steps-s7-")
     assert run_id(pretrained_of(released)).startswith("tiny-untouched-")
+    other = config("experiment=exp8", "estimator=cage", "loss=distill")
+    assert run_id(other).startswith("tiny-hif8-max-w64-warm1-cage-distill-lr1e-05-12steps-s0-")
+    assert run_id(baseline_of(other)).startswith("tiny-bf16-distill-lr1e-05-12steps-s0-")
+    assert other.variations == ["CAGE 10", "distillation 1"] and not released.variations
     again = config("experiment=exp8", repeat=2)
     assert "-12steps-s0-r2-" in run_id(again) and "-12steps-s0-r2-" in run_id(baseline_of(again))
     assert run_id(pretrained_of(again)) == run_id(pretrained_of(config("experiment=exp8")))

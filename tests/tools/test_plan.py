@@ -60,10 +60,15 @@ def kept_by_autograd(trainer: Trainer, tokens: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
-@pytest.mark.parametrize("scope", [None, ["mlp.*"], ALL], ids=["bf16", "mlp", "all"])
-def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
+@pytest.mark.parametrize(
+    ("scope", "algo"),
+    [(None, "max"), (["mlp.*"], "max"), (ALL, "max"), (ALL, "lsq")],
+    ids=["bf16", "mlp", "all", "learned"],
+)
+def test_activations_are_what_autograd_keeps(arithmetic, scope, algo, config):
     sizes = {"budget.micro_batch": 4, "budget.seq_len": 128, "budget.arithmetic": arithmetic}
-    cfg = config("quant=bf16" if scope is None else "quant=hif8", **sizes, **{"model.architecture": SMALL})
+    words = "quant=bf16" if scope is None else "quant=hif8", f"scaling={algo}"
+    cfg = config(*words, **sizes, **{"model.architecture": SMALL})
     cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], 2
     model, _ = load_model(cfg.model, seed=0)
     bank, coverage = convert(model, cfg)
@@ -81,7 +86,8 @@ def test_activations_are_what_autograd_keeps(arithmetic, scope, config):
         assert held == parts["rounded weights"]
     casts = parts.get("other linears in BF16", 0)
     measured = kept_by_autograd(trainer, tokens) - casts
-    assert measured == pytest.approx(memory.activations(shape, planned, size) * 4 * 128, rel=memory.ERROR - 1)
+    estimated = memory.activations(shape, planned, size, learns=algo == "lsq") * 4 * 128
+    assert measured == pytest.approx(estimated, rel=memory.ERROR - 1)
 
 
 @pytest.mark.parametrize(("step", "scope", "keep"), [("bf16", None, 0), ("mlp", ["mlp.*"], 5), ("all", ALL, 0)])
@@ -127,6 +133,19 @@ def test_ranks_share_what_fsdp_shards_and_ddp_adds_buckets(tmp_path):
     )
 
 
+def test_a_teacher_takes_memory_and_time(tmp_path):
+    words = (*PANGU, "budget.parallel=fsdp")
+    plain, distilled = (
+        plan.make(typed(tmp_path, *words, f"loss={loss}"), 8, CPU, on_gpus=True) for loss in ("ce", "distill")
+    )
+    before, after = (made.trainings[-1].memory for made in (plain, distilled))
+    assert after.keys() - before.keys() == {"teacher, FP32", "teacher's last states"}
+    assert after["teacher, FP32"] == 4 * plain.shape.parameters / 8
+    assert before["logits"] < after["logits"] == 12 * plain.cfg.budget.largest_logits  # of both models together
+    assert distilled.trainings[0].hours(1e9, 8) == pytest.approx([h / 0.75 for h in plain.trainings[0].hours(1e9, 8)])
+    assert "teacher, FP32" in page(distilled)
+
+
 # --------------------------------------------------------------------------------------------------- sizes and costs
 
 
@@ -138,7 +157,7 @@ def test_openpangu_is_known_where_no_hub_answers(tmp_path):
     # Without attention scores: six FLOPs for each of the 1,155.7 M weights of linears, the tied head's too.
     assert made.shape.flops(0) == 6 * made.coverage.matmul_parameters
     assert costs.tokens(made.cfg) == (1_048_576, 10_485_760_000)
-    assert costs.checkpoints(made.shape) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
+    assert costs.checkpoints(made.cfg, made.shape) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
     assert costs.cached_tokens(made.cfg, made.shape) == 4 * 10_485_760_000
 
 
@@ -227,7 +246,7 @@ def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config)
     cfg = config()
     before = plan.make(cfg, 1, CPU, on_gpus=False)
     run = train(cfg)
-    planned = costs.checkpoints(before.shape)[1]
+    planned = costs.checkpoints(before.cfg, before.shape)[1]
     assert sum(f.stat().st_size for f in run.checkpoints.rglob("*.safetensors")) == pytest.approx(planned, rel=0.1)
     rows = sum((run.path / name).stat().st_size for name in ("metrics.jsonl", "telemetry.jsonl"))
     estimate = costs.rows(cfg, 3 * len(before.coverage.linears))

@@ -57,13 +57,14 @@ VARIANTS = {
     "max": ("experiment=exp8", *BOTH),
     "all linears": ("experiment=exp8", "quant.scope=[mlp.*,self_attn.*]", "quant.rounding=hybrid"),
     "current": ("experiment=exp8", "scaling=current"),
-    "masked": ("experiment=exp8", "quant.ste=masked"),
+    "masked, CAGE": ("experiment=exp8", "estimator=cage", "quant.cage_silent=0.1", "quant.ste=masked"),
+    "learned": ("experiment=exp8", "scaling=lsq"),
     "descaled, by call": ("experiment=exp8", "quant.operands=descaled", "scaling.tick=call"),
     "fp8_e4m3": ("experiment=exp8", "quant=fp8_e4m3"),
     "BF16 warmup": ("experiment=exp8", "warmup.bf16=0.5", "scaling.discard_after_warmup=false"),
     "fp8 products": ("experiment=exp8", "quant.gemm=fp8"),
     "BF16 arithmetic": ("experiment=exp8", "budget.arithmetic=bf16"),
-    "in pieces": ("experiment=exp8", "budget.largest_logits=65536"),
+    "distilled, in pieces": ("experiment=exp8", "loss.distill=0.5", "budget.largest_logits=65536"),
     "activation checkpointing": ("experiment=exp8", "budget.activation_checkpointing=true"),
     "bf16": ("quant=bf16",),
 }
@@ -72,7 +73,7 @@ VARIANTS = {
 def configured(config, variant: str):
     """(configuration, how many steps show all that is compiled of it)."""
     cfg = config(*SMALL, *VARIANTS[variant], **{"optim.lr": 1e-3})
-    cfg.budget.micro_batch = 12 if variant == "in pieces" else 2
+    cfg.budget.micro_batch = 12 if variant == "distilled, in pieces" else 2
     if variant == "BF16 warmup":
         return cfg, 9
     cfg.warmup.bf16 = 0.0
@@ -94,7 +95,9 @@ def test_one_graph_gives_the_eager_numbers(config, fp32, traced, variant):
         assert trainer.bank.history.any(0).all()
 
 
-@pytest.mark.parametrize("variant", ["all linears", "current", "masked", "fp8 products", "activation checkpointing"])
+@pytest.mark.parametrize(
+    "variant", ["all linears", "current", "masked, CAGE", "fp8 products", "activation checkpointing"]
+)
 def test_looking_up_in_the_graph_gives_the_eager_numbers(config, bf16, traced, monkeypatch, variant):
     """Steps compiled for a GPU, here run on the CPU: rounding is part of the graph, and each amax has its own entry."""
     monkeypatch.setattr(
@@ -141,7 +144,7 @@ def test_inductor_gives_the_eager_numbers(config, variant):
 def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatch):
     """Find what would wait on a GPU, as far as Python shows it: `.item()`, `.tolist()`, a tensor as a condition. Fused
     CPU kernels may read."""
-    cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
+    cfg = config("experiment=exp8", "estimator=cage", **{"warmup.bf16": 0.0, "quant.cage_silent": 0.1})
     _, trainer = trained(cfg, 2)
     monkeypatch.setattr("qat.quant.kernels.dispatch._fused", lambda *_: None)
     monkeypatch.setattr("qat.quant.matmul.dispatch.mm", lambda a, b, factor: (a @ b) * factor)

@@ -42,11 +42,14 @@ ROWS = {
     "quant.overflow": (("saturate", "inf"), {}),
     "quant.rounding": (("hybrid",), {}),
     "quant.ste": (("masked",), {}),
+    "quant.cage": ((10.0,), {"quant.cage_silent": 0.5, "quant.cage": 1.0}),
+    "quant.cage_silent": ((0.5,), {"quant.cage": 10.0}),
     "quant.operands": (("descaled",), {}),
     "quant.gemm": (("fp8",), {}),
-    "scaling.algo": (("current", "most_recent", "exp_smooth"), {}),
+    "scaling.algo": (("current", "most_recent", "exp_smooth", "lsq"), {}),
     "scaling.window": ((1, 2), {}),
     "scaling.alpha": ((0.9,), {"scaling.algo": "exp_smooth"}),
+    "scaling.lr": ((1.0,), {"scaling.algo": "lsq"}),
     "scaling.tick": (("call",), {}),
     "scaling.sync": (("none",), {}),
     "scaling.update_every": ((2,), {}),
@@ -54,6 +57,7 @@ ROWS = {
     "scaling.settle": ((1.0,), {}),
     "scaling.observe_in_warmup": ((False,), WARMED_UP),
     "scaling.discard_after_warmup": ((True,), WARMED_UP),
+    "loss.distill": ((0.5, 1.0), {}),
 }
 NEEDS_RANKS = {"scaling.sync"}  # tests/utils/test_distributed.py
 

@@ -34,6 +34,16 @@ RELEASED = ("experiment=exp3", "protocol=released", "budget.accumulation=3", "bu
 RELEASED += ("budget.steps=5", "model.blocks=3", "model.architecture.num_hidden_layers=3")
 RELEASED += ("+model.architecture.attention_dropout=0.1",)  # so the state of the RNG matters
 VENDOR = ("experiment=exp4", "protocol=vendor", "model.blocks=2", "model.architecture.num_hidden_layers=2")
+# Whatever has state or a schedule beside the defaults.
+OTHER = (
+    "experiment=exp8",
+    "scaling=lsq",
+    "estimator=cage",
+    "quant.cage_silent=0.4",
+    "loss.distill=0.5",
+    "warmup.bf16=0",
+)
+OTHER += ("optim.moments=hif8", "budget.accumulation=1", "quant.bf16_blocks=0", *RELEASED[3:-1])
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +209,7 @@ STOPS = [  # (run, where it is stopped, the step, rows that are there then, the 
     (PAPER, before_checkpoint, 8, 8, 4),
     (PAPER, after_checkpoint, 8, 8, 8),
     (RELEASED, before_step, 5, 4, 3),
+    (OTHER, before_step, 5, 4, 3),
 ]
 
 

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with
 from qat.data import packing
 from qat.models import tokenizer
 from qat.models.load import load_model
+from qat.quant import hif8
 from qat.quant.convert import convert
 from qat.runs.identity import baseline_of
+from qat.train import schedule
 from qat.train.loop import train
-from qat.train.schedule import learning_rate
 from qat.train.step import Trainer
 from qat.train.tensor_stats import TensorStats
 from qat.utils import device
@@ -139,13 +140,13 @@ def test_a_micro_batch_of_more_sequences_weighs_more(config):
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(config):
     cfg = config(**{"budget.steps": 200, "optim.lr_warmup": 0.1, "optim.lr": 2.0})
-    rates = [learning_rate(cfg, step) for step in range(1, 201)]
+    rates = [schedule.learning_rate(cfg, step) for step in range(1, 201)]
     assert rates[:20] == pytest.approx([0.1 * step for step in range(1, 21)])
     assert rates[20] == 2.0 and all(a > b for a, b in itertools.pairwise(rates[20:]))
     assert rates[20 + 90] == pytest.approx(1.0)  # halfway down
     assert 0 < rates[-1] < 2.0 * 1e-3
     cfg.optim.lr_warmup = 0.0
-    assert learning_rate(cfg, 1) == 2.0 and learning_rate(cfg, 101) == pytest.approx(1.0)
+    assert schedule.learning_rate(cfg, 1) == 2.0 and schedule.learning_rate(cfg, 101) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("protocol", ["paper", "released"])
@@ -153,11 +154,45 @@ def test_the_released_code_warms_up_one_step_behind_the_paper(config, protocol):
     """Its schedule is transformers' cosine with warmup, whose first step has a rate of 0."""
     cfg = config("experiment=exp3", f"protocol={protocol}", **{"budget.steps": 200, "optim.lr_warmup": 0.1})
     parameter = torch.nn.Parameter(torch.zeros(()))
-    schedule = get_cosine_schedule_with_warmup(torch.optim.SGD([parameter], lr=cfg.optim.lr), 20, 200)
-    released = [schedule.lr_lambdas[0](step) * cfg.optim.lr for step in range(200)]
-    rates = [learning_rate(cfg, step) for step in range(1, 201)]
+    theirs = get_cosine_schedule_with_warmup(torch.optim.SGD([parameter], lr=cfg.optim.lr), 20, 200)
+    released = [theirs.lr_lambdas[0](step) * cfg.optim.lr for step in range(200)]
+    rates = [schedule.learning_rate(cfg, step) for step in range(1, 201)]
     assert rates[20:] == pytest.approx(released[20:])
     assert rates[:20] == pytest.approx(released[:20] if protocol == "released" else released[1:21])
+
+
+# ----------------------------------------------------------------------------------------------------------------- CAGE
+
+
+def test_cage_is_silent_and_then_rises_linearly(config):
+    cfg = config("estimator=cage", **{"budget.steps": 50})
+    rise = [schedule.cage(cfg, step) for step in range(1, 51)]
+    assert rise[:40] == [0] * 40 and rise[40:] == pytest.approx(list(range(1, 11)))
+
+
+@pytest.mark.parametrize("masters", [True, False])
+def test_cage_corrects_what_adamw_made_of_the_weights(config, masters):
+    """Its step is STE's, and then w -= lr * lambda * (w - round(w * s) / s) of every quantized weight alone."""
+    words = {"optim.lr": 1e-2, "optim.master_weights": masters, "warmup.bf16": 0.0}
+    plain, ours = build(config(**words)), build(config("estimator=cage", **words, **{"quant.cage_silent": 0.5}))
+    for number in range(1, 7):
+        for trainer in (plain, ours):
+            trainer.step(number, [tokens(2, seed=number)])
+        assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), ours.model.parameters(), strict=True))
+    scales = {name: scale.clone() for name, scale in zip(ours.bank.names, ours.bank.scales, strict=True)}
+    plain._store = lambda: None  # what AdamW made is rounded to BF16 only after CAGE
+    rate = [trainer.step(7, [tokens(2, seed=7)]) for trainer in (plain, ours)][1].lr * 10 / 6
+    corrected = 0
+    for name, weight in parameters(plain).items():
+        scale = scales.get(name.replace(".weight", "/weight"))
+        if scale is not None:
+            error = weight - hif8.fake_quantize((weight * scale).clamp(-15, 15)) / scale
+            weight, corrected = weight - rate * error, corrected + (error != 0).sum()
+        if masters:
+            torch.testing.assert_close(parameters(ours)[name], weight, rtol=1e-6, atol=1e-9)
+        else:
+            torch.testing.assert_close(parameters(ours)[name], weight.bfloat16().float(), rtol=2**-7, atol=0)
+    assert corrected and (masters or all(map(holds_bf16, ours.model.parameters())))
 
 
 def holds_bf16(tensor: torch.Tensor) -> bool:
@@ -205,12 +240,48 @@ def test_without_master_weights_a_small_update_vanishes(config):
     assert changed[True] > 0.99 and changed[False] == 0
 
 
+# --------------------------------------------------------------------------------------------------------- distillation
+
+
+def test_a_distilled_baseline_starts_without_a_gradient(config):
+    """Its first step only decays weights, of which its teacher sees nothing. The cross-entropy is reported as ever."""
+    words = {"optim.lr": 1e-2, "optim.lr_warmup": 0.0}
+    plain, ours = (build(config("quant=bf16", f"loss={loss}", **words)) for loss in ("ce", "distill"))
+    before = parameters(ours)
+    results = [trainer.step(1, [tokens(2), tokens(2, seed=1)]) for trainer in (plain, ours)]
+    assert results[0].loss == results[1].loss and results[0].objective == results[0].loss
+    assert results[1].objective == results[1].grad_norm == 0 and results[1].finite
+    for name, weight in parameters(ours).items():
+        torch.testing.assert_close(weight, (1 - 1e-2 * 0.1) * before[name])
+    teacher = ours.losses.teacher
+    assert all(torch.equal(before[name], weight) for name, weight in teacher.named_parameters())
+    assert not teacher.training and ours.losses.model.training and not ours.losses.eval().model.training
+    assert ours.step(2, [tokens(2)]).objective > 0
+
+
+def test_a_quantized_model_is_distilled_from_the_unquantized_one(config, arithmetic):
+    """Against `F.kl_div` of plain models, in the first quantized step."""
+    words = ("experiment=exp8", "warmup.bf16=0", "+model.architecture.initializer_range=0.2")
+    trainer, pretrained, other = (build(config(*words, word)) for word in ("loss=distill", "quant=bf16", "loss=ce"))
+    result, batch = trainer.step(1, [tokens(4)]), tokens(4)
+    other.bank.begin_step(1, 1)
+    logs = []
+    for each in (other, pretrained):
+        with device.autocast(each.arithmetic):
+            logs.append(each.model(input_ids=batch[:, :-1]).logits.float().log_softmax(-1))
+    wanted = F.kl_div(*logs, reduction="none", log_target=True).sum(-1).mean()
+    wanted.backward()
+    assert result.objective == pytest.approx(wanted.item(), rel=1e-3) and result.objective > 1e-3
+    norm = torch.cat([p.grad.flatten() for p in other.model.parameters()]).norm().item()
+    assert result.grad_norm == pytest.approx(norm, rel=2**-7 if arithmetic == "bf16" else 1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize("algo", ["max", "current"])
 def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_scale(config, algo):
-    trainer = build(config(**{"scaling.algo": algo}))
+    trainer = build(config(**{"scaling.algo": algo, "quant.cage": 10.0, "quant.cage_silent": 0.0}))
     trainer.step(1, [tokens(2)])
     with torch.no_grad():
         trainer.model.model.norm.weight[0] = math.inf

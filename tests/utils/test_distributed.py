@@ -107,6 +107,16 @@ def test_unrounded_weights_can_be_sharded(seen):
     assert [step.loss for step in two] == pytest.approx([step.loss for step in one], abs=5e-5)
 
 
+@pytest.mark.parametrize("name", ["other ddp2", "other fsdp2"])
+def test_cage_and_a_teacher_are_the_same_on_any_number_of_ranks(seen, name):
+    one, ours = steps(seen, "other1"), steps(seen, name)
+    assert len({step.loss for step in one}) == 4
+    for step, wanted in zip(ours, one, strict=True):
+        assert step.loss == pytest.approx(wanted.loss, rel=1e-4)
+        assert step.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-2)
+        assert step.scale == pytest.approx(wanted.scale, rel=1e-3)
+
+
 @pytest.mark.parametrize(("after", "name"), [("fsdp2 stopped", "then 4"), ("ddp4 stopped", "then 1")])
 def test_a_checkpoint_continues_on_another_number_of_ranks(seen, after, name):
     one, before, ours = steps(seen, "one"), steps(seen, after), steps(seen, name)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qat.config import Config
+from qat.quant.rules import RULES
 from qat.tools.flops import Shape
 
 _BUCKET = 25 * 2**20  # bytes, after which DDP begins another all-reduce
@@ -33,18 +34,23 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     """Return what is sent in a step of `calls` micro-batches a rank."""
     if ranks == 1:
         return []
-    small = [Traffic("all_reduce", 2, 8)]  # the loss, and whether a rank was told to stop
+    models = 2 if cfg.loss.distill else 1
+    small = [Traffic("all_reduce", 2, 4 * (models + 1))]  # the losses, and whether a rank was told to stop
     if shape.scales and cfg.scaling.sync == "max":
         ticks = 1 if cfg.scaling.tick == "step" else calls
-        small.append(Traffic("all_reduce", ticks, 4 * ticks * shape.scales))
+        each = 2 if RULES[cfg.scaling.algo].learns else 1  # amaxes, slopes
+        small.append(Traffic("all_reduce", each * ticks, 4 * each * ticks * shape.scales))
     gradients = 4 * shape.parameters
     if cfg.budget.parallel == "ddp":
         buckets = math.ceil(gradients / _BUCKET)
-        return [Traffic("all_reduce", buckets, gradients), *small, Traffic("broadcast", 1, 4 * shape.buffers)]
-    # A block is gathered twice, for the forward and the backward pass. Parameters outside of blocks are gathered once.
-    blocks = 4 * shape.blocks * shape.block
+        return [Traffic("all_reduce", buckets, gradients), *small, Traffic("broadcast", 1, 4 * models * shape.buffers)]
+    # A block is gathered twice, for the forward and the backward pass. Parameters outside of blocks are gathered once,
+    # those of a teacher together with the model's. A teacher's blocks are gathered once, and the last once more, which
+    # FSDP prefetches for a backward pass that a teacher has not.
+    again = shape.blocks + (models - 1)
+    size = models * gradients + 4 * again * shape.block
     return [
-        Traffic("all_gather", calls * (2 * shape.blocks + 1), calls * (gradients + blocks)),
+        Traffic("all_gather", calls * (models * shape.blocks + again + 1), calls * size),
         Traffic("reduce_scatter", shape.blocks + 1, gradients),
         *small,
         Traffic("all_reduce", 1, 4 * shape.tensors),  # norms of the gradients

@@ -54,6 +54,9 @@ DATA_LICENCES = {
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2": "CC BY-SA 3.0",
     "manuals": "manuals of Python PSF, of PostgreSQL its own, of Linux GPL-2; speeches US federal works",
 }
+# Share of its rate that a step keeps beside a teacher, whose forward pass takes a third of a BF16 step, or less of a
+# quantized one.
+DISTILLED = 3 / 4
 _METRICS_ROW, _TELEMETRY_ROW, _SAMPLE_ROW = 350, 350, 400  # bytes, as runs write them
 
 
@@ -136,6 +139,13 @@ def measured(model: str, kind: str) -> list[Rate]:
 
 def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
     """Return the rates of one rank, first the one to plan with. kind: of the quantized steps, None for BF16."""
+    found = _rates(cfg, shape, kind, machine, on_gpus)
+    if not cfg.loss.distill:
+        return found
+    return [Rate(DISTILLED * r.low, DISTILLED * r.high, f"{r.basis}; less a quarter for the teacher") for r in found]
+
+
+def _rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
     step = f"{kind}, current scaling" if kind and cfg.scaling.algo == "current" else kind or "bf16"
     records = measured(cfg.model.name, step)
     here = [rate for rate in records if machine.name in rate.basis]
@@ -160,9 +170,9 @@ def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) ->
     return Rate(shares[0] * peak / flops / slow, shares[1] * peak / flops / fast, basis)
 
 
-def checkpoints(shape: Shape) -> tuple[float, float]:
+def checkpoints(cfg: Config, shape: Shape) -> tuple[float, float]:
     """Return (largest, final) bytes of a run's checkpoints: at most two and one being written; then only weights."""
-    return 3 * 12.0 * shape.parameters, 4.0 * shape.parameters
+    return 3.0 * (4 + cfg.optim.moment_bytes) * shape.parameters, 4.0 * shape.parameters
 
 
 def rows(cfg: Config, tensors: int) -> float:

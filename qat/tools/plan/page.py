@@ -162,8 +162,9 @@ def _evaluation(plan: Plan) -> Iterator[str]:
     yield _row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", "one a model, one under PTQ's scales")
     if plan.shape is not None:
         low, high = plan.trainings[0].hours(plan.scored * tokens + plan.passes * heldout, 1)
+        share = (costs.DISTILLED if plan.cfg.loss.distill else 1) / 3
         basis = "a forward pass as a third of a BF16 step; short prompts are slower"
-        yield _row("time", span(low / 3, high / 3, duration), basis)
+        yield _row("time", span(share * low, share * high, duration), basis)
 
 
 def _disk(plan: Plan) -> Iterator[str]:
@@ -171,9 +172,10 @@ def _disk(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"disk ({cfg.runs_dir}: {size(plan.machine.runs_free)} free)"
     if plan.shape is not None:
-        most, final = costs.checkpoints(plan.shape)
+        most, final = costs.checkpoints(plan.cfg, plan.shape)
         value = f"{size(most)} while a run trains, {size(final)} of each that is finished"
-        basis = f"12 and 4 bytes a parameter; two kept, one being written, every {cfg.budget.checkpoint_every} steps"
+        basis = f"{4 + cfg.optim.moment_bytes} and 4 bytes a parameter; two kept, one being written, every "
+        basis += f"{cfg.budget.checkpoint_every} steps"
         yield _row("checkpoints", value, basis)
         tensors = 3 * len(plan.coverage.linears)
         basis = f"{tensors} tensors at most, every {cfg.budget.telemetry_every} steps"
@@ -247,7 +249,7 @@ def _missing_memory_and_disk(plan: Plan) -> Iterator[str]:
             f"GPU memory: {size(need)} for {size(machine.gpu_memory)}; lower budget.micro_batch, or set "
             f"budget.activation_checkpointing=true"
         )
-    most, final = costs.checkpoints(plan.shape)
+    most, final = costs.checkpoints(plan.cfg, plan.shape)
     cached = costs.cached_tokens(plan.cfg, plan.shape)
     disk = most + (len(plan.trainings) - 1) * final + (cached if machine.one_disk else 0)
     if disk > machine.runs_free:
