@@ -89,8 +89,13 @@ class Figures:
 
 def _html(view: Mapping) -> str:
     figures = Figures()
+    return html(_markdown(view, figures), figures, TITLE)
+
+
+def html(text: str, figures: Figures, title: str) -> str:
+    """Return Markdown with the numbers of figures as its images as a page that stands alone."""
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
-    tokens, links = parser.parse(_markdown(view, figures)), []
+    tokens, links = parser.parse(text), []
     for token, content in pairwise(tokens):
         if token.type == "heading_open" and token.tag == "h2":
             anchor = re.sub(r"[^\w\- ]", "", content.content.lower()).replace(" ", "-")  # as GitHub's
@@ -107,7 +112,7 @@ def _html(view: Mapping) -> str:
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<h2", f"<nav>{' '.join(links)}</nav>\n<h2", 1)
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    return _SHELL.format(title=TITLE, style=style, body=body)
+    return _SHELL.format(title=title, style=style, body=body)
 
 
 def _json(experiments: Sequence[Experiment], view: Mapping) -> str:
@@ -261,7 +266,10 @@ def _recipe(pair: Pair, bf16_steps: int) -> str:
     bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
     warmup = bf16.get(bf16_steps, f"first {bf16_steps} steps in BF16")
     parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), warmup]
-    parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks']} BF16 blocks"]
+    parts += [
+        f"lr {scientific(pair.config['optim']['lr'])}",
+        f"{quant['bf16_blocks'] + len(quant['bf16_also'])} BF16 blocks",
+    ]
     return " · ".join([*parts, ", ".join(quant["scope"])])
 
 
