@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from qat.analysis.decisions import APE_THRESHOLD, decided
 from qat.analysis.measures import Answers
@@ -118,11 +119,16 @@ def order(content: Mapping) -> list[tuple[int, float]]:
     Ranked by KL and not by loss: of a text that the unquantized model had written itself, the expected rise of the loss
     is the KL, whose noise between documents is far smaller.
     """
+    return sorted(_by_block(content, "left_out").items(), key=lambda pair: -pair[1])
+
+
+def _by_block(content: Mapping, way: str) -> dict[int, float]:
+    """Return the KL of both roles of each block."""
     moved: dict[int, float] = {}
-    for row in rows(content, "block", "kl", "left_out"):
+    for row in rows(content, "block", "kl", way):
         block = int(row["group"].partition("/")[0])
         moved[block] = moved.get(block, 0.0) + row["difference"]
-    return sorted(moved.items(), key=lambda pair: -pair[1])
+    return moved
 
 
 def first_choices(content: Mapping) -> list[list[int]]:
@@ -148,3 +154,10 @@ def choices(content: Mapping) -> list[dict]:
             row[measure] = _row(own - plain, plain, measure)
         found.append(row)
     return found
+
+
+def agreement(content: Mapping) -> tuple[list[int], float]:
+    """Return the blocks in the order of Model-Optimizer's scores, and Spearman's correlation with ours: KL, alone."""
+    theirs, ours = {int(block): score for block, score in content["auto_quantize"].items()}, _by_block(content, "alone")
+    correlation = spearmanr([ours[block] for block in theirs], list(theirs.values()))[0]
+    return sorted(theirs, key=lambda block: -theirs[block]), float(correlation)

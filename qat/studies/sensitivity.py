@@ -12,6 +12,7 @@ What is measured is written after every unit of text or questions, and a second 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -35,6 +36,7 @@ from qat.quant.convert import quantized_linears
 from qat.quant.switches import only
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of, ptq_mode, ptq_of
+from qat.studies import auto_quantize
 from qat.utils import device, environment, files
 
 LEVELS = {  # what tensors of a group have in common
@@ -308,7 +310,26 @@ class Study:
                 for blocks in analysis.first_choices(self.content)
             }
             self._do(board, [("kept", unit, chosen, ("left_out",)) for unit in fresh])
+        if "auto_quantize" not in self.content and auto_quantize.installed():
+            self.content["auto_quantize"] = self._auto_quantize(board, texts)
+            self._write()
         return self.content
+
+    def _auto_quantize(self, board: Switchboard, texts: Sequence[Unit]) -> dict[str, float] | str:
+        """Return Model-Optimizer's score of each block; why it has none, where it fails."""
+        places = {id(module): block for block, parent in enumerate(board.blocks) for module in parent.modules()}
+        rounded = {name: places[id(linear)] for name, linear in quantized_linears(board.model).items()}
+        plain, _ = dataclasses.replace(self.subject, mode="bf16").build()
+        batches = [tuple(map(device.to_device, unit.pieces[0])) for unit in texts]
+        try:
+            found = auto_quantize.scores(plain, rounded, self.subject.cfg.quant, batches)
+        except Exception as error:  # of any type: its interface is experimental, and not every model is known to it
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        totals: dict[str, float] = {}
+        for name, score in found.items():
+            if name in rounded:
+                totals[str(rounded[name])] = totals.get(str(rounded[name]), 0.0) + float(score)
+        return totals
 
     def _texts(self, tokenizer) -> tuple[list[Unit], list[Unit]]:
         """Return the units of the held-out texts: those to measure, and as many to check a choice on."""
@@ -343,5 +364,8 @@ class Study:
                 units = measured.setdefault(level, {}).setdefault(unit.source, {})
                 units[unit.key] = unit.facts | values
                 self.content["seconds"] += round(time.perf_counter() - started, 1)
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                files.replace(self.path, json.dumps(self.content))
+                self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(self.path, json.dumps(self.content))

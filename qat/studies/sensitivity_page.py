@@ -9,6 +9,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
@@ -30,6 +31,7 @@ READING = (
     "documents or questions; a star stands where p is below 0.05 after Holm's correction over the level. KL says how "
     "far predictions move, not for better or worse; nor do the log-probability of a right letter and the choice mass."
 )
+_SHIFT = "The log-probability of a right choice moves by {} nats"
 _WAYS = {"alone": "alone", "left_out": "left out"}
 _LEVELS = {"block": "Blocks", "projection": "Projections", "linear": "Linears"}
 _COLUMNS = [("loss", "alone"), ("loss", "left_out"), ("kl", "alone"), ("logprob", "alone"), ("logprob", "left_out")]
@@ -82,7 +84,7 @@ def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
         if level in content["measured"]:
             parts += [f"## {title}", _ranking(content, level)]
     if "kept" in content["measured"]:
-        parts += ["## Blocks to keep in BF16", _CHOICES, _choices(content)]
+        parts += ["## Blocks to keep in BF16", _CHOICES, _choices(content), _agreement(content)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,11 +98,21 @@ _CHOICES = (
 
 
 def _lead(content: Mapping) -> str:
-    """Say in two sentences what the map shows."""
-    level = next(iter(content["measured"]))
-    whole = analysis.total(content, level, "loss")
-    text = f"**W8A8 costs {_value(whole, 'loss')} nats a token of held-out text: {whole['decision']}.**"
-    return text
+    """Say what rounding costs, and which role and which groups make most of it."""
+    levels, text = content["measured"], ""
+    for measure, says in (("loss", "W8A8 costs {} nats a token of held-out text"), ("logprob", _SHIFT)):
+        if not analysis.sources(content, next(iter(levels)), measure):
+            continue
+        whole = analysis.total(content, next(iter(levels)), measure)
+        text += says.format(_value(whole, measure)) + (f" ({whole['decision']})" if measure == "loss" else "")
+        roles = analysis.rows(content, "role", measure, "alone") if "role" in levels else []
+        text += "".join(f", {row['group']}s alone {_value(row, measure)}" for row in roles) + ". "
+        groups = analysis.rows(content, "block", measure, "alone") if "block" in levels else []
+        marked = sorted((row for row in groups if row["p_holm"] < LEVEL), key=lambda row: -abs(row["difference"]))
+        if groups:
+            largest = ", ".join(f"{row['group']} {signed(row['difference'], 3)}" for row in marked[:5])
+            text += f"Of {len(groups)} groups by block {len(marked)} are beyond noise{': ' * bool(marked)}{largest}. "
+    return f"**{text.strip()}**"
 
 
 def _whole(content: Mapping) -> str:
@@ -123,10 +135,17 @@ def _ranking(content: Mapping, level: str) -> str:
     """Write the groups of a level, those that matter most first."""
     columns = [(m, way, analysis.rows(content, level, m, way)) for m, way in _COLUMNS]
     columns = [column for column in columns if column[2]]
-    places = sorted(range(len(columns[0][2])), key=lambda i: -sum(c[2][i]["difference"] for c in columns[:2]))
+    kl = next(rows for measure, _, rows in columns if measure == "kl")
+    places = sorted(range(len(kl)), key=lambda place: -kl[place]["difference"])
     header = ["Group", *(f"{MEASURES[m].name}, {_WAYS[way]}" for m, way, _ in columns)]
     cells = [[columns[0][2][i]["group"], *(_value(rows[i], m) for m, _, rows in columns)] for i in places[:_SHOWN]]
-    return markdown(header, cells)
+    least = [
+        f"{MEASURES[measure].name.lower()} {np.median([row['detectable'] for row in rows]):.2g}"
+        for measure, way, rows in columns
+        if way == "alone" and measure != "kl" and rows[0]["detectable"]
+    ]
+    note = f"Found in four of five cases (nats, median over {len(kl)} groups, alone): {', '.join(least)}."
+    return f"{markdown(header, cells)}\n\n{note}"
 
 
 def _choices(content: Mapping) -> str:
@@ -138,6 +157,19 @@ def _choices(content: Mapping) -> str:
             measured = [_value(loss, "loss"), f"{loss['margin']:.4f}", loss["decision"], _value(row["kl"], "kl")]
         cells.append([str(len(row["blocks"])), signed(row["expected"], 5), *measured, f"`quant.bf16_also=[{name}]`"])
     return markdown([*header, "Setting"], cells)
+
+
+def _agreement(content: Mapping) -> str:
+    """Say what Model-Optimizer makes of the blocks, where it was asked."""
+    scores = content.get("auto_quantize")
+    if not scores or isinstance(scores, str):
+        return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores or 'it is not installed'})."
+    order, correlation = analysis.agreement(content)
+    return (
+        f"NVIDIA Model-Optimizer's `auto_quantize` (gradient score, max calibration, on the same text) puts the blocks "
+        f"in the order {', '.join(map(str, order))}. Its scores and the KL of a block rounded alone have a rank "
+        f"correlation of {correlation:.2f} (Spearman, {len(order)} blocks)."
+    )
 
 
 def _value(row: Mapping, measure: str) -> str:

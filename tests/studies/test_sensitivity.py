@@ -13,7 +13,7 @@ from qat.models.load import load_model
 from qat.quant.convert import convert, quantized_linears
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
-from qat.studies import sensitivity
+from qat.studies import auto_quantize, sensitivity
 from qat.studies.sensitivity import Group, Switchboard, groups
 from tests.helpers.scored import subjects
 
@@ -118,6 +118,22 @@ def test_a_block_whose_weights_lose_their_bits_is_found(config):
     assert analysis.first_choices(content)[0] == [4]
 
 
+@pytest.mark.slow
+def test_model_optimizer_scores_every_block(board, scored, tmp_path):
+    """It takes half a minute to import."""
+    pytest.importorskip("modelopt")
+    study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
+    tokens = torch.randint(257, (32, 65), generator=torch.Generator().manual_seed(0))
+    units = sensitivity.of_text("embedded", tokens, torch.arange(32))
+    found = study._auto_quantize(board, units)
+    assert set(found) == {"3", "4", "5"} and min(found.values()) > 0
+    chosen = groups(board.rounded, "block")
+    values = {unit.key: unit.facts | board.measure(unit, chosen) for unit in units}
+    content = {"measured": {"block": {"embedded": values}}, "auto_quantize": found}
+    order, correlation = analysis.agreement(content)
+    assert [str(block) for block in order] == sorted(found, key=found.get, reverse=True) and correlation >= 0.5
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -133,13 +149,14 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
         done.append(unit.key)
         return measure(self, unit, *more)
 
+    monkeypatch.setattr(auto_quantize, "installed", lambda: False)
     monkeypatch.setattr(Switchboard, "measure", stopping)
     assert main("sensitivity.py", *words)[0] == 130
     monkeypatch.setattr(Switchboard, "measure", lambda *given: done.append(given[1].key) or measure(*given))
     code, stdout, _ = main("sensitivity.py", *words)
     folder = tmp_path / "out" / "sensitivity" / run.id
     assert code == 0 and f"sensitivity: {folder.relative_to(tmp_path)}/sensitivity.html" in stdout
-    # Two texts of two units at three levels, one at `linear`, and as many to check the choice of blocks on.
+    # A unit of either text at three levels, of one at `linear`, and one of either to check the choice of blocks on.
     assert len(done) == 3 * 2 + 1 + 2
     assert {path.name for path in folder.iterdir()} == {f"sensitivity.{end}" for end in ("md", "html", "json", "png")}
     text, content = (folder / "sensitivity.md").read_text(), json.loads((folder / "sensitivity.json").read_text())
