@@ -83,7 +83,8 @@ class Figures:
         lines = []
         for panel in panels:
             lines.append(f"![{label + ': ' if label else ''}{panel.title}]({len(self.images)})")
-            self.images.append((svg(panel), 340 if panel.width < 400 else 526))  # three in a row, or two
+            width = 340 if panel.width < 400 else 526 if panel.width < 800 else 1064  # three in a row, two, or one
+            self.images.append((svg(panel), width))
         return "\n".join(lines)
 
 
