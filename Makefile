@@ -43,7 +43,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit rerun_noise diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit sensitivity rerun_noise diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -94,6 +94,11 @@ factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its
 
 audit: $(READY) ## what the released code did otherwise, one switch at a time -> report/audit/
 	$(call RUNS,$@)
+
+# Of EXP=exp8, which it trains where that is missing, or of a run folder: make sensitivity RUN=runs/<id>
+RUN ?=
+sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, roles, one at a time; RUN=runs/<id> or EXP=exp8 -> report/sensitivity/
+	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES))
 
 # With several GPUs or threads, a run and its repeat may differ.
 rerun_noise: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make rerun_noise EXP=exp8

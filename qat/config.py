@@ -21,6 +21,13 @@ from omegaconf import MISSING, OmegaConf
 
 ROLES = ("activation", "weight", "gradient")
 
+GROUPS = (
+    "role",
+    "block",
+    "projection",
+    "linear",
+)  # rounded tensors by role; by block, by projection, by both, and role
+
 CHOICES = {
     "protocol": ("paper", "released", "vendor"),
     "model.source": ("package", "hub", "random"),
@@ -41,6 +48,7 @@ CHOICES = {
     "benchmark.split": ("test", "validation"),
     "benchmark.arithmetic": ("training", "export"),
     "launch.launcher": ("basic", "slurm"),
+    "sensitivity.of": ("run", "baseline", "pretrained"),
 }
 
 STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
@@ -123,6 +131,7 @@ class QuantConfig:
     format: str = MISSING  # what is rounded to; none: nothing is
     scope: list[str] = field(default_factory=lambda: ["mlp.*"])  # linears of a block, with * and ?
     bf16_blocks: int = 5  # the first ceil(n/2) and the last floor(n/2) blocks keep BF16
+    bf16_also: list[int] = field(default_factory=list)  # blocks between these, counted from 0, that keep BF16, too
     weights: bool = True  # whether weights are rounded
     activations: bool = True  # whether inputs of linears are rounded
     gradients: bool = True  # whether gradients of their outputs are rounded
@@ -245,6 +254,15 @@ class ExportConfig:
 
 
 @dataclass
+class SensitivityConfig:
+    of: str = "run"  # whose damage: the run's; or of its baseline or the pretrained checkpoint, by PTQ
+    groups: list[str] = field(default_factory=lambda: list(GROUPS))  # which sets of rounded tensors
+    tokens: int = 1024  # of each held-out text, half of them for `linear`; as many more check the choice of blocks
+    task: str = "mmlu"  # whose questions
+    questions: int = 1  # of it (MMLU: of each of the 57 subjects); 0: none
+
+
+@dataclass
 class DashboardConfig:
     out: str | None = None  # a file for the workspace's specification, instead of saving it in W&B
 
@@ -258,13 +276,14 @@ class Config:
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"  # where run folders are
     retrain: bool = False  # train.py: train a finished run again whose checkpoint is gone, as of a restored record
-    run: str | None = None  # eval.py, export.py, dashboard.py: a run folder, instead of the overrides that describe it
+    run: str | None = None  # eval.py, export.py, sensitivity.py, dashboard.py: a run folder, instead of its overrides
     runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
     record: str | None = None  # record.py, restore.py, verify.py: the folder of a record
     report: ReportConfig = field(default_factory=ReportConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     dashboard: DashboardConfig = field(default_factory=DashboardConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

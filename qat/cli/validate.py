@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from qat import config
-from qat.config import ROLES, Config, QuantConfig, ValidationConfig
+from qat.config import GROUPS, ROLES, Config, QuantConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -33,7 +33,7 @@ def validate(cfg: Config) -> None:
     if cfg.launch.launcher != "slurm" and (cfg.launch.nodes > 1 or cfg.launch.sbatch):
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
-    texts = (_check_sources, _check_validation, _check_benchmark)
+    texts = (_check_sources, _check_validation, _check_benchmark, _check_sensitivity)
     for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, *texts):
         check(cfg)
 
@@ -82,6 +82,8 @@ _RANGES = [
     ("budget.checkpoint_every", 1, _INF),
     ("budget.telemetry_every", 1, _INF),
     ("bench.rounds", 1, _INF),
+    ("sensitivity.tokens", 1, _INF),
+    ("sensitivity.questions", 0, _INF),
     ("launch.ranks", 1, _INF),
     ("launch.nodes", 1, _INF),
     ("budget.largest_logits", 2**16, _INF),
@@ -353,3 +355,13 @@ def _check_benchmark(cfg: Config) -> None:
         for key, value, low in (("shots", task.shots, 0), ("limit", task.limit, 1)):
             if value is not None and value < low:
                 raise ConfigError(f"benchmark.tasks.{name}.{key}={value}: the nearest valid value is {low}")
+
+
+def _check_sensitivity(cfg: Config) -> None:
+    asked = cfg.sensitivity
+    for key, values, choices in (("groups", asked.groups, GROUPS), ("task", [asked.task], TASKS)):
+        for value in values:
+            if value not in choices:
+                raise ConfigError(f"sensitivity.{key}={value}: unknown value; {nearest(value, choices)}")
+    if not asked.groups or len(set(asked.groups)) < len(asked.groups):
+        raise ConfigError(f"sensitivity.groups={asked.groups}: must be some of {', '.join(GROUPS)}, once each")

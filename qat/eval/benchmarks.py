@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -139,6 +140,40 @@ def check(
                     f"takes {max_length - 1}; leave the task out by ~benchmark.tasks.{name}"
                 )
     return prepared
+
+
+class Question(NamedTuple):
+    """Hold the tokens of a question's prompt, those of its choices, and the place of the right one."""
+
+    prompt: list[int]
+    choices: list[list[int]]
+    target: int
+
+
+def tokenized(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, benchmark: BenchmarkConfig, cache: Path, max_length: int
+) -> dict[str, list[Question]]:
+    """Return the questions of each task as `score` asks them, in its order; arguments and errors are those of it."""
+    prepared = check(benchmark, tokenizer, cache, max_length)
+    lm = _language_model(model, tokenizer, benchmark.batch_size, max_length, progress=False, share_prefixes=False)
+    questions = {}
+    for name, task in prepared.items():
+        with _quiet():
+            for leaf in task.leaves:
+                leaf.set_fewshot_seed(_FEWSHOT_SEED)
+                leaf.build_all_requests()
+        questions[name] = [
+            _question(lm, leaf, list(instances))
+            for leaf in task.leaves
+            for _, instances in itertools.groupby(leaf.instances, lambda instance: instance.doc_id)
+        ]
+    return questions
+
+
+def _question(lm, leaf: ConfigurableTask, instances: list) -> Question:
+    pairs = [lm._encode_pair(*instance.args) for instance in instances]
+    target = leaf.doc_to_target(instances[0].doc) if leaf.OUTPUT_TYPE == "multiple_choice" else 0
+    return Question(pairs[0][0], [choice for _, choice in pairs], target)
 
 
 def requests(name: str, shots: int, limit: int, cache: Path) -> list:

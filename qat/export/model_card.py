@@ -83,7 +83,7 @@ def _making(cfg: Config, run: Run) -> dict[str, str]:
             [f"learning rate {cfg.optim.lr:g}", f"the first {cfg.bf16_warmup_steps} steps in BF16", *cfg.variations]
         ),
         "Quantized": f"{', '.join(targets)} in {q.format}, "
-        f"overflow {q.overflow}; {', '.join(q.scope)} of all blocks but {q.bf16_blocks}",
+        f"overflow {q.overflow}; {', '.join(q.scope)} of all blocks but {q.bf16_blocks + len(q.bf16_also)}",
         "Scaling": f"{s.algo}{options}",
         "Arithmetic": b.arithmetic.upper(),
         "Hardware": hardware_name(machine),

@@ -51,7 +51,9 @@ class Coverage:
         if not self.linears:
             return "  quantized: nothing"
         blocks = sorted({int(_BLOCK.match(name)[1]) for name in self.linears})
-        lines = [f"  {f'quantized, blocks {blocks[0]}..{blocks[-1]}':<28}linears  parameters  of all  of the FLOPs"]
+        left_out = ", ".join(str(block) for block in range(blocks[0], blocks[-1]) if block not in blocks)
+        named = f"quantized, blocks {blocks[0]}..{blocks[-1]}" + (f" but {left_out}" if left_out else "")
+        lines = [f"  {named:<27} linears  parameters  of all  of the FLOPs"]
         rows = [*self.kinds().items(), ("together", (len(self.linears), self.parameters))]
         for kind, (count, size) in rows:
             shares = f"{size / self.all_parameters:>6.1%}  {size / self.matmul_parameters:>12.1%}"
@@ -120,10 +122,17 @@ def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
             f"quant.bf16_blocks={in_bf16}: {cfg.model.name} has {blocks} blocks; the largest valid value is "
             f"{blocks - 1}"
         )
+    also = set(cfg.quant.bf16_also)
+    quantized = set(range(first, end)) - also
+    if len(also | quantized) > end - first or not quantized:
+        raise ConfigError(
+            f"quant.bf16_also={sorted(also)}: must name some of the blocks {first} to {end - 1}, which "
+            f"quant.bf16_blocks={in_bf16} quantizes, and not all of them"
+        )
     return {
         name: linear
         for name, (block, kind, linear) in candidates.items()
-        if first <= block < end and any(fnmatchcase(kind, pattern) for pattern in cfg.quant.scope)
+        if block in quantized and any(fnmatchcase(kind, pattern) for pattern in cfg.quant.scope)
     }
 
 

@@ -84,14 +84,20 @@ class Figures:
         lines = []
         for panel in panels:
             lines.append(f"![{label + ': ' if label else ''}{panel.title}]({len(self.images)})")
-            self.images.append((svg(panel), 340 if panel.width < 400 else 526))  # three in a row, or two
+            width = 340 if panel.width < 400 else 526 if panel.width < 800 else 1064  # three in a row, two, or one
+            self.images.append((svg(panel), width))
         return "\n".join(lines)
 
 
 def _html(view: Mapping) -> str:
     figures = Figures()
+    return html(_markdown(view, figures), figures, TITLE)
+
+
+def html(text: str, figures: Figures, title: str) -> str:
+    """Return Markdown with the numbers of figures as its images as a page that stands alone."""
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
-    tokens, links = parser.parse(_markdown(view, figures)), []
+    tokens, links = parser.parse(text), []
     for token, content in pairwise(tokens):
         if token.type == "heading_open" and token.tag == "h2":
             anchor = re.sub(r"[^\w\- ]", "", content.content.lower()).replace(" ", "-")  # as GitHub's
@@ -108,7 +114,7 @@ def _html(view: Mapping) -> str:
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<h2", f"<nav>{' '.join(links)}</nav>\n<h2", 1)
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-    return _SHELL.format(title=TITLE, style=style, body=body)
+    return _SHELL.format(title=title, style=style, body=body)
 
 
 def _json(experiments: Sequence[Experiment], view: Mapping) -> str:
@@ -263,7 +269,7 @@ def _recipe(pair: Pair, cfg: Config) -> str:
     bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
     warmup = bf16.get(cfg.bf16_warmup_steps, f"first {cfg.bf16_warmup_steps} steps in BF16")
     parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), *cfg.variations, warmup]
-    parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks']} BF16 blocks"]
+    parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks'] + len(quant['bf16_also'])} BF16 blocks"]
     return " · ".join([*parts, ", ".join(quant["scope"])])
 
 

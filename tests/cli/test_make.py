@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.models.test_openpangu import BLOCKS, random_weights, write_config, write_tokenizer
 
 TARGETS = ("exp8", "plan", "text", "suite", "sweep", "factorial", "audit", "rerun_noise", "diff", "report", "docs")
-TARGETS += ("record", "verify", "restore", "bench")
+TARGETS += ("record", "verify", "restore", "bench", "sensitivity")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -79,6 +79,12 @@ def test_bf16_blocks_and_coverage(keep, blocks):
     assert together[-1] == f"{coverage.parameters / coverage.matmul_parameters:.1%}"
 
 
+def test_further_blocks_keep_bf16():
+    _, coverage = convert(Model(), config(bf16_blocks=2, bf16_also=[3, 5]))
+    assert {int(name.split(".")[1]) for name in coverage.linears} == {1, 2, 4, 6}
+    assert "quantized, blocks 1..6 but 3, 5 " in str(coverage)
+
+
 def test_parameters_keep_their_names_and_identity():
     model = Model()
     names = {name: id(p) for name, p in model.named_parameters()}
@@ -90,6 +96,8 @@ def test_parameters_keep_their_names_and_identity():
     ("quant", "message"),
     [
         ({"scope": ["mlp.gate"]}, r"quant.scope=mlp.gate: matches no linear of toy; did you mean 'mlp.gate_proj'"),
+        ({"bf16_also": [4, 2]}, r"quant.bf16_also=\[2, 4\]: must name some of the blocks 3 to 5"),
+        ({"bf16_also": [3, 4, 5]}, r"quant.bf16_also=\[3, 4, 5\]: .*, and not all of them"),
         ({"bf16_blocks": 8}, r"quant.bf16_blocks=8: toy has 8 blocks; the largest valid value is 7"),
     ],
 )

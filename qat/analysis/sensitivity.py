@@ -1,0 +1,163 @@
+"""Say where the damage of W8A8 sits, from what `qat.studies.sensitivity` measured.
+
+What a group of tensors does is a difference of two models on the same documents or questions: rounded alone, less
+nothing rounded; or everything rounded, less everything but the group. Its noise is that of the documents or questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from qat.analysis.decisions import APE_THRESHOLD, decided
+from qat.analysis.measures import Answers
+from qat.analysis.stats import holm, student
+
+WAYS = ("alone", "left_out")
+_CHOSEN = (1, 2, 3, 5, 10)  # blocks left in BF16 whose model is measured
+
+
+class Measure(NamedTuple):
+    """Describe a measure of a model: its name, its unit, and what it is taken on."""
+
+    name: str
+    unit: str
+    of_text: bool
+
+
+MEASURES = {
+    "loss": Measure("Loss", "nats a token", True),
+    "kl": Measure("KL from the unquantized model", "nats a token", True),
+    "logprob": Measure("Log-probability of the right choice", "nats", False),
+    "mass": Measure("Choice mass", "share", False),
+    "cross_entropy": Measure("Choice cross-entropy", "nats", False),
+}
+
+
+def series(content: Mapping, level: str, measure: str, path: Sequence[str], source: str | None = None) -> np.ndarray:
+    """Return what a model has, FP64 [documents or questions], in the order in which they were measured.
+
+    path: of the model, as in ("alone", "12/weight"). source: one text, else all. Errors: KeyError where a unit lacks
+    the model.
+    """
+    units = list(_units(content, level, MEASURES[measure].of_text, source))
+    found = [_at(unit, path) for _, unit in units]
+    if not MEASURES[measure].of_text:
+        answers = Answers.of([_sample(unit, values) for (_, unit), values in zip(units, found, strict=True)])
+        right = np.take_along_axis(answers.logprobs, answers.target[:, None], axis=1)[:, 0]
+        return {"logprob": right, "mass": answers.mass}.get(measure, answers.measures.get(measure))
+    by_document: dict[tuple, list[float]] = {}
+    for (text, unit), values in zip(units, found, strict=True):
+        for document, value in zip(unit["documents"], values[measure], strict=True):
+            by_document.setdefault((text, document), []).append(value)
+    return np.array([np.mean(values) for values in by_document.values()])
+
+
+def _units(content: Mapping, level: str, of_text: bool, source: str | None) -> Iterator[tuple[str, Mapping]]:
+    for name, units in content["measured"].get(level, {}).items():
+        for unit in units.values():
+            if ("documents" in unit) == of_text and source in (None, name):
+                yield name, unit
+
+
+def _at(unit: Mapping, path: Sequence[str]) -> Mapping:
+    for key in path:
+        unit = unit[key]
+    return unit
+
+
+def _sample(unit: Mapping, values: Mapping) -> dict:
+    return {"logprobs": values["logprobs"], "target": unit["target"], "choice": 0, "correct": 0}
+
+
+def sources(content: Mapping, level: str, measure: str) -> list[str]:
+    """Return the texts, or the task, that a level was measured on."""
+    return list(dict.fromkeys(name for name, _ in _units(content, level, MEASURES[measure].of_text, None)))
+
+
+def names(content: Mapping, level: str, way: str) -> list[str]:
+    """Return the groups of a level, in the model's order."""
+    return next((list(unit[way]) for _, unit in _units(content, level, True, None)), [])
+
+
+def total(content: Mapping, level: str, measure: str, source: str | None = None) -> dict:
+    """Return what rounding everything does, on what a level was measured on."""
+    ends = [series(content, level, measure, [end], source) for end in ("quantized", "unquantized")]
+    return _row(ends[0] - ends[1], ends[1], measure)
+
+
+def rows(content: Mapping, level: str, measure: str, way: str, source: str | None = None) -> list[dict]:
+    """Return what every group of a level does, a row each, in the measure's unit.
+
+    group, difference, ci (95 %), p_value, p_holm (over the level), detectable, n; of the loss also margin and decision.
+    """
+    if not sources(content, level, measure):
+        return []
+    base = series(content, level, measure, ["unquantized" if way == "alone" else "quantized"], source)
+    sign, found = 1 if way == "alone" else -1, []
+    plain = series(content, level, measure, ["unquantized"], source)
+    for group in names(content, level, way):
+        changes = sign * (series(content, level, measure, [way, group], source) - base)
+        found.append({"group": group} | _row(changes, plain, measure))
+    corrected = holm([1.0 if row["p_value"] is None else row["p_value"] for row in found])
+    return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
+
+
+def _row(changes: np.ndarray, plain: np.ndarray, measure: str) -> dict:
+    mean = student(changes) if len(changes) > 1 else None
+    row = {"difference": float(changes.mean()), "n": len(changes), "ci": mean and mean.interval()}
+    row |= {"p_value": mean and mean.p_value(), "detectable": mean and mean.detectable()}
+    return row | (decided(row, APE_THRESHOLD / 100 * float(plain.mean())) if measure == "loss" else {})
+
+
+def order(content: Mapping) -> list[tuple[int, float]]:
+    """Return (block, the KL of both its roles as they are left out), the largest first.
+
+    Ranked by KL and not by loss: of a text that the unquantized model had written itself, the expected rise of the loss
+    is the KL, whose noise between documents is far smaller.
+    """
+    return sorted(_by_block(content, "left_out").items(), key=lambda pair: -pair[1])
+
+
+def _by_block(content: Mapping, way: str) -> dict[int, float]:
+    """Return the KL of both roles of each block."""
+    moved: dict[int, float] = {}
+    for row in rows(content, "block", "kl", way):
+        block = int(row["group"].partition("/")[0])
+        moved[block] = moved.get(block, 0.0) + row["difference"]
+    return moved
+
+
+def first_choices(content: Mapping) -> list[list[int]]:
+    """Return the sets of blocks to keep in BF16 whose models are measured."""
+    blocks = [block for block, _ in order(content)]
+    return [sorted(blocks[:count]) for count in _CHOSEN if count < len(blocks)]
+
+
+def choices(content: Mapping) -> list[dict]:
+    """Return what is left of the damage with each of `first_choices` in BF16.
+
+    blocks; expected: the loss of W8A8 times the share of its KL that is left, as if that added up; loss and kl: on
+    other documents, less the unquantized model's, as `rows` has them, or None where that was not measured.
+    """
+    whole = {measure: total(content, "block", measure)["difference"] for measure in ("loss", "kl")}
+    moved, measured, found = dict(order(content)), names(content, "kept", "left_out"), []
+    for blocks in first_choices(content):
+        name = ",".join(map(str, blocks))
+        left = 1 - sum(moved[block] for block in blocks) / whole["kl"]
+        row = {"blocks": blocks, "expected": whole["loss"] * left, "loss": None, "kl": None}
+        for measure in ("loss", "kl") if name in measured else ():
+            plain, own = (series(content, "kept", measure, path) for path in (["unquantized"], ["left_out", name]))
+            row[measure] = _row(own - plain, plain, measure)
+        found.append(row)
+    return found
+
+
+def agreement(content: Mapping) -> tuple[list[int], float]:
+    """Return the blocks in the order of Model-Optimizer's scores, and Spearman's correlation with ours: KL, alone."""
+    theirs, ours = {int(block): score for block, score in content["auto_quantize"].items()}, _by_block(content, "alone")
+    correlation = spearmanr([ours[block] for block in theirs], list(theirs.values()))[0]
+    return sorted(theirs, key=lambda block: -theirs[block]), float(correlation)

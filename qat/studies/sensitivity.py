@@ -1,0 +1,371 @@
+"""Measure where the damage of W8A8 sits: models in which a group of tensors is rounded alone, or is left out.
+
+A group is a set of rounded tensors, weights or activations, of a block, a projection (`mlp.down_proj`), both, or all:
+
+    alone      the model that rounds only the group, less the one that rounds nothing
+    left out   the model that rounds everything, less the one that rounds all but the group
+
+A group leaves the blocks before its first one as they are, so their outputs are computed once (`qat.models.blocks`).
+What is measured is written after every unit of text or questions, and a second call goes on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from qat.analysis import sensitivity as analysis
+from qat.config import BenchmarkConfig, Config, QuantConfig, TaskConfig
+from qat.data import heldout
+from qat.errors import ConfigError, UserError
+from qat.eval import arithmetic, benchmarks
+from qat.eval.evaluate import Subject
+from qat.models.blocks import recorded, replayed
+from qat.models.load import context_length, transformer_blocks
+from qat.quant.convert import quantized_linears
+from qat.quant.switches import only
+from qat.runs.folder import Run
+from qat.runs.identity import baseline_of, pretrained_of, ptq_mode, ptq_of
+from qat.studies import auto_quantize
+from qat.utils import device, environment, files
+
+LEVELS = {  # what tensors of a group have in common
+    "role": ("role",),
+    "block": ("block", "role"),
+    "projection": ("projection", "role"),
+    "linear": ("block", "projection", "role"),
+}
+ASKED = ("role", "block")  # the levels at which questions are asked, too
+_SEQUENCES = 4  # of text, a forward pass
+
+
+class Tensor(NamedTuple):
+    """Name a rounded tensor. projection: the linear in its block; of an input that linears share, all of these."""
+
+    block: int
+    projection: str
+    role: str
+
+
+class Group(NamedTuple):
+    """Hold the tensors of a group, as indices in the bank, and the first block that has one."""
+
+    tensors: frozenset[int]
+    first: int
+
+
+def tensors(model: torch.nn.Module) -> dict[int, Tensor]:
+    """Return the rounded weights and activations of a converted model by their index in the bank."""
+    found: dict[int, Tensor] = {}
+    for block, module in enumerate(transformer_blocks(model)):
+        for name, linear in quantized_linears(module).items():
+            for role in ("weight", "activation"):
+                quantizer = linear.quantizers[role]
+                if quantizer.enabled:
+                    shared = found.get(quantizer.index)
+                    projection = f"{shared.projection}+{name.rpartition('.')[2]}" if shared else name
+                    found[quantizer.index] = Tensor(block, projection, role)
+    return found
+
+
+def groups(rounded: Mapping[int, Tensor], level: str) -> dict[str, Group]:
+    """Return the groups of a level by name, as in "12/weight" for the weights of block 12."""
+    members: dict[str, list[int]] = {}
+    for index, tensor in rounded.items():
+        members.setdefault("/".join(str(getattr(tensor, key)) for key in LEVELS[level]), []).append(index)
+    return {name: _group(rounded, indices) for name, indices in members.items()}
+
+
+def _group(rounded: Mapping[int, Tensor], indices: Sequence[int]) -> Group:
+    return Group(frozenset(indices), min(rounded[index].block for index in indices))
+
+
+# ------------------------------------------------------------------------------------------------ text and questions
+
+
+class Piece(NamedTuple):
+    """Hold what one forward pass reads, int64 [rows, length], and what it is to predict from its last positions.
+
+    labels: int64 [rows or, of one row, choices, positions].
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+
+
+class Unit(NamedTuple):
+    """Hold a few sequences of a text, or a question. facts: their documents, or the place of the right choice."""
+
+    source: str
+    pieces: list[Piece]
+    facts: dict
+
+    @property
+    def key(self) -> str:
+        """Name it by its tokens."""
+        digest = hashlib.sha256()
+        for tensor in itertools.chain.from_iterable(self.pieces):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.tokens.numel() for piece in self.pieces)
+
+
+def of_text(source: str, tokens: torch.Tensor, documents: torch.Tensor) -> list[Unit]:
+    """Return held-out sequences, int64 [sequences, length + 1], as units."""
+    parts = zip(tokens.split(_SEQUENCES), documents.split(_SEQUENCES), strict=True)
+    return [Unit(source, [Piece(t[:, :-1], t[:, 1:])], {"documents": d.tolist()}) for t, d in parts]
+
+
+def of_question(source: str, question: benchmarks.Question, max_length: int) -> Unit:
+    """Return a question as a unit: a pass for each choice, or one for all if they are a token each."""
+    rows = [([*question.prompt, *choice][:-1][-max_length:], choice) for choice in question.choices]
+    pieces = [
+        Piece(torch.tensor([tokens]), torch.tensor([choice for _, choice in alike]))
+        for tokens, alike in itertools.groupby(rows, lambda row: row[0])
+    ]
+    return Unit(source, pieces, {"target": question.target})
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+class Switchboard:
+    """Measure a model in W8A8 with some of its tensors rounded. Weights, scales and bank stay as they are.
+
+    rounded: its tensors. resumes: whether it can be run from a block on; else every pass is whole.
+    """
+
+    def __init__(self, model: torch.nn.Module, how: str = "fp32"):
+        self.model, self.how = model, how
+        self.blocks, self.linears = transformer_blocks(model), list(quantized_linears(model).values())
+        self.rounded = tensors(model)
+        self.all = frozenset(self.rounded)
+        self.resumes = True
+        self.resumes = self._resumes_exactly()
+
+    @torch.inference_mode()
+    def _resumes_exactly(self) -> bool:
+        piece = Piece(torch.arange(16)[None] % self.model.config.vocab_size, torch.zeros(1, 16))
+        logits, outputs = self._whole(piece, self.all)
+        half = len(self.blocks) // 2
+        if len(outputs) != len(self.blocks):
+            return False
+        return torch.equal(logits, self._logits(piece, self.all, outputs[:half]))
+
+    @torch.inference_mode()
+    def measure(
+        self, unit: Unit, chosen: Mapping[str, Group], ways: Sequence[str] = analysis.WAYS, advance=lambda cost: None
+    ) -> dict:
+        """Return what a unit gives: of each model and measure a list, by sequence or choice.
+
+        {"unquantized", "quantized": {measure: values}, "alone", "left_out": {group: {measure: values}}}. Measures of
+        text: loss, nats a token, and kl, from the unquantized model; of a question: logprobs of the choices.
+        """
+        results: dict = {"unquantized": {}, "quantized": {}} | {way: {name: {} for name in chosen} for way in ways}
+        for piece in unit.pieces:
+            plain, outputs = self._whole(piece, frozenset())
+            full, rounded_outputs = self._whole(piece, self.all)
+            read = _Reader(piece, plain, is_text="documents" in unit.facts)
+            read(plain, results["unquantized"])
+            read(full, results["quantized"])
+            for name, group in chosen.items():
+                for way in ways:
+                    active, known = (
+                        (group.tensors, outputs) if way == "alone" else (self.all - group.tensors, rounded_outputs)
+                    )
+                    read(self._logits(piece, active, known[: group.first]), results[way][name])
+                    advance(self.cost(piece.tokens.numel(), group))
+        return results
+
+    def cost(self, tokens: int, group: Group) -> float:
+        """Return the work of a pass, as that of so many tokens through all blocks."""
+        return tokens * (1 - group.first / len(self.blocks) if self.resumes else 1)
+
+    def _whole(self, piece: Piece, active: frozenset[int]) -> tuple[torch.Tensor, list]:
+        with recorded(self.blocks) as outputs:
+            logits = self._logits(piece, active, [])
+        return logits, outputs
+
+    def _logits(self, piece: Piece, active: frozenset[int], known: Sequence) -> torch.Tensor:
+        """Return the logits at the last positions, FP32 [rows, positions, vocabulary]; known: outputs of the first
+        blocks."""
+        known = known if self.resumes else []
+        with only(self.linears, active), replayed(self.blocks[: len(known)], known), arithmetic.autocast(self.how):
+            tokens = device.to_device(piece.tokens)
+            with device.attention_of_any_length():
+                logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=piece.labels.shape[1]).logits
+        return logits.float()
+
+
+class _Reader:
+    """Turn logits into values, beside those of the unquantized model."""
+
+    def __init__(self, piece: Piece, plain: torch.Tensor, is_text: bool):
+        self.labels, self.is_text = device.to_device(piece.labels), is_text
+        if is_text:
+            logprobs = plain.log_softmax(-1)
+            self.shares = logprobs.exp()
+            self.entropy = self._cross(logprobs)
+
+    def _cross(self, logprobs: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy with the unquantized model's shares, [rows, positions]."""
+        return -torch.einsum("rpv,rpv->rp", self.shares, logprobs)
+
+    def __call__(self, logits: torch.Tensor, values: dict[str, list[float]]) -> None:
+        """Add what the logits give to `values`."""
+        logprobs = logits.log_softmax(-1)
+        found = logprobs.expand(len(self.labels), -1, -1).gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
+        new = {"logprobs": found.sum(1)}
+        if self.is_text:
+            new = {"loss": -found.mean(1), "kl": (self._cross(logprobs) - self.entropy).mean(1)}
+        for measure, numbers in new.items():
+            values.setdefault(measure, []).extend(round(number, 7) for number in numbers.tolist())
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+def subject(cfg: Config, quant: QuantConfig) -> Subject:
+    """Return the model whose damage is measured: a run in W8A8 with its own scales; of a BF16 run or the pretrained
+    checkpoint, its weights by PTQ under `quant`. Errors: ConfigError where nothing is rounded, or single tensors cannot
+    be."""
+    of = {"run": lambda cfg: cfg, "baseline": baseline_of, "pretrained": pretrained_of}[cfg.sensitivity.of](cfg)
+    quant = of.quant if of.quantized else quant
+    if quant.format == "none" or not (quant.weights or quant.activations):
+        raise ConfigError(
+            f"quant.format={quant.format}: nothing is rounded, so there is no damage; name a quantized recipe"
+        )
+    if quant.gemm == "fp8":
+        raise ConfigError("quant.gemm=fp8: single operands cannot be left unrounded; name a run with quant.gemm=bf16")
+    if of.quantized:
+        return Subject(of, Run.of(of), "w8a8")
+    ptq = copy.deepcopy(of)
+    ptq.quant = quant
+    ptq = ptq_of(ptq)
+    return Subject(ptq, Run.of(of), ptq_mode(quant))
+
+
+def folder_name(measured_of: Subject) -> str:
+    """Return the name of the folder that its measurements and page are in."""
+    return measured_of.run.id + (f"-{measured_of.mode}" if measured_of.calibrated else "")
+
+
+class Study:
+    """Measure a subject on held-out texts and questions, and keep what is measured in `folder`/sensitivity.json."""
+
+    def __init__(self, cfg: Config, measured_of: Subject, folder: Path):
+        self.cfg, self.subject, self.path = cfg, measured_of, folder / "sensitivity.json"
+        self.request = {
+            "run": measured_of.run.id,
+            "mode": measured_of.mode,
+            "weights": measured_of.run.fingerprint,
+            "arithmetic": arithmetic.name(cfg),
+        }
+        self.content = self._before()
+
+    def _before(self) -> dict:
+        """Return what the folder holds of these very weights."""
+        empty = {"request": self.request, "seconds": 0.0, "tensors": [], "measured": {}}
+        if not self.path.exists():
+            return empty
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return content if content["request"] == self.request else empty
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is damaged ({error}); delete it, and measure again") from error
+
+    def measure(self) -> dict:
+        """Measure what is missing; returns all that is measured."""
+        device.prepare()
+        model, tokenizer = self.subject.build()
+        board = Switchboard(model, self.request["arithmetic"])
+        self.content["tensors"] = [list(tensor) for tensor in board.rounded.values()]
+        self.content["blocks"] = len(board.blocks)
+        texts, fresh = self._texts(tokenizer)
+        questions = self._questions(model, tokenizer)
+        work = [
+            (level, unit, groups(board.rounded, level), analysis.WAYS)
+            for level in self.cfg.sensitivity.groups
+            for unit in (*texts[:: 2 if level == "linear" else 1], *(questions if level in ASKED else ()))
+        ]
+        self._do(board, work)
+        if "block" in self.cfg.sensitivity.groups:
+            chosen = {
+                ",".join(map(str, blocks)): _group(
+                    board.rounded, [i for i in board.rounded if board.rounded[i].block in blocks]
+                )
+                for blocks in analysis.first_choices(self.content)
+            }
+            self._do(board, [("kept", unit, chosen, ("left_out",)) for unit in fresh])
+        if "auto_quantize" not in self.content and auto_quantize.installed():
+            self.content["auto_quantize"] = self._auto_quantize(board, texts)
+            self._write()
+        return self.content
+
+    def _auto_quantize(self, board: Switchboard, texts: Sequence[Unit]) -> dict[str, float] | str:
+        """Return Model-Optimizer's score of each block; why it has none, where it fails."""
+        places = {id(module): block for block, parent in enumerate(board.blocks) for module in parent.modules()}
+        rounded = {name: places[id(linear)] for name, linear in quantized_linears(board.model).items()}
+        plain, _ = dataclasses.replace(self.subject, mode="bf16").build()
+        batches = [tuple(map(device.to_device, unit.pieces[0])) for unit in texts]
+        try:
+            found = auto_quantize.scores(plain, rounded, self.subject.cfg.quant, batches)
+        except Exception as error:  # of any type: its interface is experimental, and not every model is known to it
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        totals: dict[str, float] = {}
+        for name, score in found.items():
+            if name in rounded:
+                totals[str(rounded[name])] = totals.get(str(rounded[name]), 0.0) + float(score)
+        return totals
+
+    def _texts(self, tokenizer) -> tuple[list[Unit], list[Unit]]:
+        """Return the units of the held-out texts: those to measure, and as many to check a choice on."""
+        cfg, parts = self.cfg, ([], [])
+        for text in (cfg.data, cfg.validation) if cfg.validation else (cfg.data,):
+            held = heldout.load_heldout(text, tokenizer, 2 * cfg.sensitivity.tokens)
+            half = -(-len(held.tokens) // 2)
+            for units, rows in zip(parts, (slice(half), slice(half, None)), strict=True):
+                units += of_text(text.name, held.tokens[rows], held.documents[rows]) if len(held.tokens[rows]) else []
+        return parts
+
+    def _questions(self, model: torch.nn.Module, tokenizer) -> list[Unit]:
+        asked, limit = self.cfg.sensitivity, context_length(model.config)
+        if not asked.questions:
+            return []
+        task = BenchmarkConfig(name="sensitivity", tasks={asked.task: TaskConfig(limit=asked.questions)})
+        questions = benchmarks.tokenized(model, tokenizer, task, environment.cache_dir(), limit)[asked.task]
+        return [of_question(asked.task, question, limit) for question in questions]
+
+    def _do(self, board: Switchboard, work: Sequence[tuple]) -> None:
+        measured = self.content["measured"]
+        work = [
+            (level, unit, chosen, ways)
+            for level, unit, chosen, ways in work
+            if set(chosen) - set(measured.get(level, {}).get(unit.source, {}).get(unit.key, {}).get(ways[-1], {}))
+        ]
+        cost = sum(len(ways) * board.cost(unit.size, g) for _, unit, chosen, ways in work for g in chosen.values())
+        with tqdm(total=round(cost), desc="Running models", unit="token", unit_scale=True, mininterval=1) as bar:
+            for level, unit, chosen, ways in work:
+                started = time.perf_counter()
+                values = board.measure(unit, chosen, ways, bar.update)
+                units = measured.setdefault(level, {}).setdefault(unit.source, {})
+                units[unit.key] = unit.facts | values
+                self.content["seconds"] += round(time.perf_counter() - started, 1)
+                self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(self.path, json.dumps(self.content))

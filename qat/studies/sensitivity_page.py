@@ -1,0 +1,219 @@
+"""Write where the damage of W8A8 sits as Markdown, HTML and a picture, in the folder of what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Rectangle
+
+from qat.analysis import sensitivity as analysis
+from qat.analysis.sensitivity import MEASURES
+from qat.analysis.stats import LEVEL
+from qat.eval.evaluate import Subject
+from qat.report import page
+from qat.report.plots import ACCENT, INK, PAPER, WARM, Panel, png
+from qat.report.text import interval, markdown, signed
+from qat.utils import environment, files
+
+TITLE = "Where the damage of W8A8 sits"
+READING = (
+    "A group of tensors, weights or activations, is rounded **alone**, in a model that is otherwise unquantized, or "
+    "**left out**, in one that is otherwise W8A8. What it does is the difference from the unquantized model, or of the "
+    "W8A8 model from the one without it: above zero it raises the measure either way. Intervals are of 95 %, over "
+    "documents or questions; a star stands where p is below 0.05 after Holm's correction over the level. KL says how "
+    "far predictions move, not for better or worse; nor do the log-probability of a right letter and the choice mass."
+)
+_SHIFT = "The log-probability of a right choice moves by {} nats"
+_WAYS = {"alone": "alone", "left_out": "left out"}
+_LEVELS = {"block": "Blocks", "projection": "Projections", "linear": "Linears"}
+_COLUMNS = [("loss", "alone"), ("loss", "left_out"), ("kl", "alone"), ("logprob", "alone"), ("logprob", "left_out")]
+_MAPS = [("linear", *column) for column in _COLUMNS[:3]] + [("block", *column) for column in _COLUMNS]
+_SHOWN = 12  # rows of a ranking; sensitivity.json has all
+
+
+def write_sensitivity(content: Mapping, subject: Subject, folder: Path) -> Path:
+    """Write sensitivity.md, .html and .png, and the results into .json; returns the path of the page."""
+    panels = [_map(content, *spec) for spec in _MAPS if analysis.sources(content, *spec[:2])]
+    png(panels, 1, folder / "sensitivity.png")
+    figures = page.Figures()
+    write = partial(_page, content, _facts(content, subject))
+    files.replace(folder / "sensitivity.md", write("![Maps of the damage](sensitivity.png)"))
+    files.replace(folder / "sensitivity.html", page.html(write(figures.add(panels)), figures, TITLE))
+    files.replace(folder / "sensitivity.json", json.dumps(content | {"results": _results(content)}))
+    return folder / "sensitivity.html"
+
+
+def _results(content: Mapping) -> dict:
+    levels = [level for level in content["measured"] if level != "kept"]
+    return {
+        level: {
+            f"{measure} {way}": analysis.rows(content, level, measure, way) for measure in MEASURES for way in _WAYS
+        }
+        for level in levels
+    }
+
+
+def _facts(content: Mapping, subject: Subject) -> dict[str, str]:
+    level, quant = next(iter(content["measured"])), subject.cfg.quant
+    asked = [(measure, name) for measure in ("loss", "logprob") for name in analysis.sources(content, level, measure)]
+    sizes = {name: len(analysis.series(content, level, m, ["unquantized"], name)) for m, name in asked}
+    return {
+        "Model": f"{subject.run.id}, {'by PTQ (max calibration)' if subject.calibrated else 'with its own scales'}",
+        "Quantization": f"{quant.format}, {', '.join(quant.scope)}; {len(content['tensors'])} tensors",
+        "Measured on": ", ".join(f"{count} of {name}" for name, count in sizes.items()) + " (documents, questions)",
+        "Arithmetic": content["request"]["arithmetic"],
+        "Hardware": environment.machine_summary(),
+        "Time": f"{content['seconds'] / 60:.0f} minutes",
+        "Command": f"python {' '.join(sys.argv)}",
+        "Date": str(date.today()),
+    }
+
+
+def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
+    parts = [f"# {TITLE}", _lead(content), READING, "\n".join(f"- {label}: {text}" for label, text in facts.items())]
+    parts += ["## Maps", maps, "## Weights and activations", _whole(content)]
+    for level, title in _LEVELS.items():
+        if level in content["measured"]:
+            parts += [f"## {title}", _ranking(content, level)]
+    if "kept" in content["measured"]:
+        parts += ["## Blocks to keep in BF16", _CHOICES, _choices(content), _agreement(content)]
+    return "\n\n".join(parts) + "\n"
+
+
+_CHOICES = (
+    "The blocks that move predictions most, by the KL of leaving them out, are kept first: of a text that the "
+    "unquantized model had written itself, the expected rise of the loss is the KL, and its noise is far smaller than "
+    "that of the loss. Expected: the loss times the share of the KL that is left, as if that added up. Measured: that "
+    "model less the unquantized one, on documents that had no part in the choice. Keep as many as the budget of loss "
+    "asks for; the setting trains or calibrates the model so."
+)
+
+
+def _lead(content: Mapping) -> str:
+    """Say what rounding costs, and which role and which groups make most of it."""
+    levels, text = content["measured"], ""
+    for measure, says in (("loss", "W8A8 costs {} nats a token of held-out text"), ("logprob", _SHIFT)):
+        if not analysis.sources(content, next(iter(levels)), measure):
+            continue
+        whole = analysis.total(content, next(iter(levels)), measure)
+        text += says.format(_value(whole, measure)) + (f" ({whole['decision']})" if measure == "loss" else "")
+        roles = analysis.rows(content, "role", measure, "alone") if "role" in levels else []
+        text += "".join(f", {row['group']}s alone {_value(row, measure)}" for row in roles) + ". "
+        groups = analysis.rows(content, "block", measure, "alone") if "block" in levels else []
+        marked = sorted((row for row in groups if row["p_holm"] < LEVEL), key=lambda row: -abs(row["difference"]))
+        if groups:
+            largest = ", ".join(f"{row['group']} {signed(row['difference'], 3)}" for row in marked[:5])
+            text += f"Of {len(groups)} groups by block {len(marked)} are beyond noise{': ' * bool(marked)}{largest}. "
+    return f"**{text.strip()}**"
+
+
+def _whole(content: Mapping) -> str:
+    level = next(iter(content["measured"]))
+    header, cells = ["Rounded"], [["Everything"]]
+    rows = {way: {} for way in _WAYS}
+    for measure in MEASURES:
+        for source in analysis.sources(content, level, measure):
+            header.append(f"{MEASURES[measure].name}, {source}")
+            cells[0].append(_value(analysis.total(content, level, measure, source), measure))
+            for way in _WAYS if "role" in content["measured"] else ():
+                for row in analysis.rows(content, "role", measure, way, source):
+                    rows[way].setdefault(row["group"], []).append(_value(row, measure))
+    for way, name in _WAYS.items():
+        cells += [[f"{group}s {name}", *values] for group, values in rows[way].items()]
+    return markdown(header, cells)
+
+
+def _ranking(content: Mapping, level: str) -> str:
+    """Write the groups of a level, those that matter most first."""
+    columns = [(m, way, analysis.rows(content, level, m, way)) for m, way in _COLUMNS]
+    columns = [column for column in columns if column[2]]
+    kl = next(rows for measure, _, rows in columns if measure == "kl")
+    places = sorted(range(len(kl)), key=lambda place: -kl[place]["difference"])
+    header = ["Group", *(f"{MEASURES[m].name}, {_WAYS[way]}" for m, way, _ in columns)]
+    cells = [[columns[0][2][i]["group"], *(_value(rows[i], m) for m, _, rows in columns)] for i in places[:_SHOWN]]
+    least = [
+        f"{MEASURES[measure].name.lower()} {np.median([row['detectable'] for row in rows]):.2g}"
+        for measure, way, rows in columns
+        if way == "alone" and measure != "kl" and rows[0]["detectable"]
+    ]
+    note = f"Found in four of five cases (nats, median over {len(kl)} groups, alone): {', '.join(least)}."
+    return f"{markdown(header, cells)}\n\n{note}"
+
+
+def _choices(content: Mapping) -> str:
+    header = ["Blocks in BF16", "Expected loss", "Measured loss, nats", "Margin", "Decision", "Measured KL, nats"]
+    cells = []
+    for row in analysis.choices(content):
+        loss, name, measured = row["loss"], ",".join(map(str, row["blocks"])), ["-"] * 4
+        if loss:
+            measured = [_value(loss, "loss"), f"{loss['margin']:.4f}", loss["decision"], _value(row["kl"], "kl")]
+        cells.append([str(len(row["blocks"])), signed(row["expected"], 5), *measured, f"`quant.bf16_also=[{name}]`"])
+    return markdown([*header, "Setting"], cells)
+
+
+def _agreement(content: Mapping) -> str:
+    """Say what Model-Optimizer makes of the blocks, where it was asked."""
+    scores = content.get("auto_quantize")
+    if not scores or isinstance(scores, str):
+        return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores or 'it is not installed'})."
+    order, correlation = analysis.agreement(content)
+    return (
+        f"NVIDIA Model-Optimizer's `auto_quantize` (gradient score, max calibration, on the same text) puts the blocks "
+        f"in the order {', '.join(map(str, order))}. Its scores and the KL of a block rounded alone have a rank "
+        f"correlation of {correlation:.2f} (Spearman, {len(order)} blocks)."
+    )
+
+
+def _value(row: Mapping, measure: str) -> str:
+    star = " *" if row.get("p_holm", 1) < LEVEL and measure != "kl" else ""
+    return f"{signed(row['difference'], 5)} {interval(row['ci'], 5)}{star}".replace("*", "\\*")
+
+
+def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
+    """Draw a level's groups as blocks against projection and role."""
+    cells = {}
+    for row in analysis.rows(content, level, measure, way):
+        block, *rest = row["group"].split("/")
+        cells[" ".join(rest), int(block)] = row
+    lines = list(dict.fromkeys(line for line, _ in cells))
+    blocks = sorted({block for _, block in cells})
+    largest = max(abs(row["difference"]) for row in cells.values()) or 1.0
+    colours = LinearSegmentedColormap.from_list("damage", [ACCENT, PAPER, WARM])
+
+    def draw(axes: Axes) -> None:
+        values = [[cells[line, block]["difference"] for block in blocks] for line in lines]
+        axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
+        for (line, block), row in cells.items():
+            x, y = blocks.index(block), lines.index(line)
+            marked = measure != "kl" and row["p_holm"] < LEVEL
+            axes.text(
+                x,
+                y,
+                f"{1000 * row['difference']:.{_digits(largest)}f}",
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color=INK,
+            )
+            if marked:
+                axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
+        axes.set_xticks(range(len(blocks)), blocks)
+        axes.set_yticks(range(len(lines)), lines)
+        axes.tick_params(length=0, labelcolor=INK)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("Block")
+
+    title = f"{MEASURES[measure].name}, {_WAYS[way]}: thousandths of {'a nat' if measure != 'mass' else 'one'}"
+    return Panel(title, draw, width=1000, height=230, margins=(190, 12, 32, 44))
+
+
+def _digits(largest: float) -> int:
+    return 0 if largest >= 0.02 else 1 if largest >= 0.002 else 2
