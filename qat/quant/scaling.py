@@ -48,6 +48,7 @@ class ScaleBank:
     updates: ticks since quantization began.
 
     Only `tick` changes history and scales. The training step calls it, and PTQ calibration once on a bank of its own.
+    On a bank of its own, `replay` does what ticks did.
     """
 
     def __init__(
@@ -96,13 +97,20 @@ class ScaleBank:
     def tick(self, finite: torch.Tensor | None = None) -> torch.Tensor:
         """Write the recorded amaxes of all ranks into the history and derive the next scales.
 
+        finite: as `advance`. Returns FP32 [2, tensors]: the amaxes, 0 where nothing was recorded, and the overshoot.
+        """
+        if not self.recording:
+            return self.scale.new_zeros(2, len(self))
+        amax = self._take_amaxes()
+        return torch.stack([amax, self.advance(amax, finite)])
+
+    def advance(self, amax: torch.Tensor, finite: torch.Tensor | None = None) -> torch.Tensor:
+        """Write the amaxes of a tick, FP32 [tensors], into the history and derive the next scales.
+
         finite: 0-dim bool on the device; if false, history and scales stay as they are.
         Returns the overshoot, amax now / predicted amax, FP32 [tensors]: 0 where nothing was recorded, 2^-guard where a
         tensor scaled by its own amax. Above 1 values are beyond the target.
         """
-        if not self.recording:
-            return torch.zeros_like(self.scale)
-        amax = self._take_amaxes()
         overshoot = self._overshoot(amax)
         advance = torch.ones_like(self.written) if finite is None else finite.to(self.written.dtype)
         is_new = self._without_history() if self.unseen else None
@@ -160,6 +168,18 @@ class ScaleBank:
         self.scale.copy_(torch.where(changes, to_scale(predicted, self._mapped, self.scale), self.scale))
 
     # Outside of the training step ------------------------------------------------------------------------------
+
+    def replay(self, amaxes: torch.Tensor, first_quantized_step: int) -> torch.Tensor:
+        """Tick, on this new bank, as a run with these amaxes would have, step by step from the first.
+
+        amaxes: FP32 [steps, tensors] (`qat.runs.trace`). Returns the overshoot of every step, in the same shape.
+        """
+        overshoot = torch.zeros_like(amaxes)
+        for step, amax in enumerate(amaxes, start=1):
+            self.begin_step(step, first_quantized_step)
+            if self.recording:
+                overshoot[step - 1] = self.advance(amax, ~amax.isnan().all())
+        return overshoot
 
     def freeze(self) -> None:
         """Quantize with the scales as they are and record nothing, until a step begins."""

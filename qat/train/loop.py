@@ -77,7 +77,7 @@ class _Session:
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.state = TrainState(cfg, run, self.trainer)
         cursor = self.state.restore()
-        self.log = RunLog(run, self.state.done, cfg.steps)
+        self.log = RunLog(run, self.state.done, cfg.steps, self.bank.names if self.bank is not None else [])
         self.stream = None if self.state.final else self._open_stream(tokenizer, cursor)
         self.batch = None  # hash of the tokens of the step
         self.history = None if self.bank is None else monitor.History(self.bank)
@@ -168,6 +168,8 @@ class _Session:
         finite = bool(result.finite)
         if not finite:
             self._report_skipped(step, loss)
+        if result.amax is not None:
+            self.log.write_amax(step, result.amax if finite else torch.full_like(result.amax, math.nan))
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
         overshoot = result.overshoot if quantized and finite else None
         return {

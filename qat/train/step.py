@@ -29,7 +29,7 @@ class StepResult:
     loss: mean in nats a token. grad_norm: before clipping. finite: whether both are; if not, nothing was changed. These
         three are 0-dim tensors on the device.
     lr: learning rate. tokens: how many were trained on.
-    overshoot: of every quantized tensor, FP32 [tensors] on the device; None in BF16.
+    amax, overshoot: of every quantized tensor, FP32 [tensors] on the device; None in BF16.
     """
 
     loss: torch.Tensor
@@ -37,6 +37,7 @@ class StepResult:
     finite: torch.Tensor
     lr: float
     tokens: int
+    amax: torch.Tensor | None
     overshoot: torch.Tensor | None
 
 
@@ -86,24 +87,26 @@ class Trainer:
         """
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
-        loss, tokens, overshoot = self._accumulate(micro_batches, observed)
+        loss, tokens, ticked = self._accumulate(micro_batches, observed)
         grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
         finite = grad_norm.isfinite() & loss.isfinite()
         lr = self._update_weights(number, finite)
         if self.bank is not None and self.cfg.scaling.tick == "step":
-            overshoot = self.bank.tick(finite)
-        return StepResult(loss, grad_norm, finite, lr, tokens, overshoot)
+            ticked = self.bank.tick(finite)
+        amax, overshoot = (None, None) if ticked is None else ticked
+        return StepResult(loss, grad_norm, finite, lr, tokens, amax, overshoot)
 
     def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool):
         """Accumulate the gradients of the mean loss over all tokens of the step, of all micro-batches and ranks.
 
-        Returns (loss, tokens, with a tick a call the largest overshoot).
+
+        Returns (loss, tokens, with a tick a call the largest of what `ScaleBank.tick` returns).
         """
         self.optimizer.zero_grad(set_to_none=True)
         shift = 2 if self.cfg.data.label_shift == "twice" else 1
         tokens = environment.world_size() * sum(batch.shape[0] * (batch.shape[1] - shift) for batch in micro_batches)
         tick_a_call = self.bank is not None and self.cfg.scaling.tick == "call"
-        total, overshoot = 0.0, None
+        total, ticked = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):
             if index == 1 or tick_a_call:
                 self.round_weights()
@@ -113,8 +116,8 @@ class Trainer:
             total = total + loss.detach()
             if tick_a_call:
                 now = self.bank.tick()
-                overshoot = now if overshoot is None else torch.maximum(overshoot, now)
-        return distributed.all_reduce_sum(total), tokens, overshoot
+                ticked = now if ticked is None else torch.maximum(ticked, now)
+        return distributed.all_reduce_sum(total), tokens, ticked
 
     def _stance(self, observed: bool):
         """Return the context of a forward and backward pass: eager where compiled code cannot be used.
