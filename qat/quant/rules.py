@@ -13,10 +13,12 @@ which takes seconds: naming a run and checking a command line need only this fil
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from qat.config import ScalingConfig
+from qat.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,32 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {}
+
+
+def named(name: str, scaling: ScalingConfig, key: str) -> ScalingConfig:
+    """Return `scaling` under the rule of a name `<rule>[:<window or alpha>][/<ticks between updates>]`.
+
+    As in most_recent, max:64, exp_smooth:0.3, max:64/10. What the name leaves out is as in `scaling`, but for
+    `update_every`, which is 1, and `settle`, which is 0. key: where the name stands. Errors: ConfigError.
+    """
+    rest, _, every = name.partition("/")
+    algo, _, value = rest.partition(":")
+    if algo not in RULES:
+        raise ConfigError(f"{key}={name}: unknown rule; {nearest(algo, RULES)}")
+    changes = {"algo": algo, "settle": 0.0, "update_every": every or "1"}
+    if value:
+        reads = RULES[algo].reads
+        if len(reads) != 1:
+            raise ConfigError(f"{key}={name}: {algo} reads {' and '.join(reads) or 'no setting'}; leave out :{value}")
+        changes[reads[0]] = value
+    try:
+        changes |= {field: _TYPES[field](text) for field, text in changes.items() if field in _TYPES}
+    except ValueError as error:
+        raise ConfigError(f"{key}={name}: must be like max:64, exp_smooth:0.5 or max:64/10") from error
+    return dataclasses.replace(scaling, **changes)
+
+
+_TYPES = {"window": int, "alpha": float, "update_every": int}
 
 
 def rule(entries: int | None = 1, reads: tuple[str, ...] = ()):

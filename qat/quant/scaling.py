@@ -186,6 +186,21 @@ class ScaleBank:
         self.quantizing, self.recording = True, False
 
     @contextlib.contextmanager
+    def borrowing(self, other: ScaleBank | None):
+        """Quantize with the scales of another bank, or with None not at all, and record nothing within this context."""
+        fields = ("scaling", "unseen", "quantizing", "recording")
+        before, scale = {field: getattr(self, field) for field in fields}, self.scale.clone()
+        self.quantizing, self.recording = other is not None, False
+        if other is not None:
+            self.scaling, self.unseen = other.scaling, other.unseen
+            self.scale.copy_(other.scale)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+            self.scale.copy_(scale)
+
+    @contextlib.contextmanager
     def paused(self):
         """Record nothing within this context."""
         recording, self.recording = self.recording, False

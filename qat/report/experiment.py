@@ -38,7 +38,9 @@ _LABELS = {  # how a label puts a setting; the usual ones, and in this order bef
     "seed": "seed {}".format,
 }
 # What is about commands and folders, not about a run.
-_OF_COMMANDS = re.compile(r"(runs?|record|runs_dir|retrain|experiment|seeds)$|(report|launch|bench|export|dashboard)\.")
+_OF_COMMANDS = re.compile(
+    r"(runs?|record|runs_dir|retrain|experiment|seeds)$|(report|launch|bench|replay|export|dashboard)\."
+)
 
 
 def published() -> dict:

@@ -96,9 +96,17 @@ class Trainer:
         amax, overshoot = (None, None) if ticked is None else ticked
         return StepResult(loss, grad_norm, finite, lr, tokens, amax, overshoot)
 
-    def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool):
+    def gradients(self, micro_batches: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the loss and the gradients of a step that is not made, over all ranks; parameters keep none."""
+        loss, _, _ = self._accumulate(micro_batches, observed=True, synchronized=False)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, [distributed.all_reduce_sum(gradient) for gradient in gradients]
+
+    def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool, synchronized: bool = True):
         """Accumulate the gradients of the mean loss over all tokens of the step, of all micro-batches and ranks.
 
+        synchronized: whether gradients are summed over the ranks, by DDP or FSDP.
 
         Returns (loss, tokens, with a tick a call the largest of what `ScaleBank.tick` returns).
         """
@@ -110,7 +118,8 @@ class Trainer:
         for index, batch in enumerate(micro_batches, start=1):
             if index == 1 or tick_a_call:
                 self.round_weights()
-            with distributed.gradient_sync(self.losses, last=index == len(micro_batches)), self._stance(observed):
+            last = synchronized and index == len(micro_batches)
+            with distributed.gradient_sync(self.losses, last), self._stance(observed):
                 loss = self._forward(device.to_device(batch)).sum() / tokens
                 loss.backward()
             total = total + loss.detach()

@@ -33,14 +33,16 @@ from qat.utils import distributed
 WORDS = (*TINY, "experiment=exp8", "budget.steps=6", "budget.accumulation=4", "budget.checkpoint_every=2")
 WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "quant.bf16_blocks=1")
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2")
+SHADOW = "scaling.shadow=[most_recent,max:4]"
 STOP = 3  # the step before which an interrupted run stops
 
 # name -> (ranks, words, what else). stop: before step STOP; after: continues what that run left; bare: without the
 # reduction of amaxes. Neighbours with as many ranks share their processes.
 RUNS = {
-    "one": (1, (), {}),
+    "one": (1, (SHADOW,), {}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
     "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
+    "ddp2 shadow": (2, ("budget.activation_checkpointing=true", SHADOW), {}),
     "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
     "compiled": (2, ("budget.compile=true",), {"stop": True}),
@@ -51,7 +53,7 @@ RUNS = {
     "own stopped": (2, ("scaling.sync=none", "scaling.tick=call"), {"stop": True}),
     "own resumed": (2, ("scaling.sync=none", "scaling.tick=call"), {"after": "own stopped"}),
     "uneven": (2, ("budget.accumulation=3",), {}),
-    "ddp4": (4, (), {}),
+    "ddp4": (4, (SHADOW,), {}),
     "then 4": (4, (), {"after": "fsdp2 stopped"}),
     "ddp4 stopped": (4, (), {"stop": True}),
     "then 1": (1, (), {"after": "ddp4 stopped"}),

@@ -16,14 +16,17 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
     size = 2 if cfg.budget.arithmetic == "bf16" else 4
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
     tokens = cfg.batch[0] * cfg.budget.seq_len
+    shadow = cfg.quantized and bool(cfg.scaling.shadow)
+    codes = cfg.quant.weights and not on_gpus and not shadow  # a CPU has codes where amaxes are recorded
     parts = {
         "parameters, FP32": 4 * shape.parameters / sharded,
         "gradients, FP32": 4 * shape.parameters / sharded,
         "Adam moments, FP32": 8 * shape.parameters / sharded,
-        "rounded weights": (1 if cfg.quant.weights and not on_gpus else size) * coverage.parameters,  # a CPU has codes
+        "rounded weights": (1 if codes else size) * coverage.parameters,
         "other linears in BF16": 2 * (shape.linears - coverage.parameters) if size == 2 else 0,
         "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing) * tokens,
         "logits": 12 * min(tokens * shape.vocabulary, cfg.budget.largest_logits),
+        "gradients unquantized": 4 * shadow * shape.parameters,  # with which those of scaling.shadow are compared
     }
     if sharded > 1:  # two blocks and the parameters outside of blocks are whole, with their gradients
         rest = shape.parameters - shape.blocks * shape.block
