@@ -14,6 +14,7 @@ which takes seconds: naming a run and checking a command line need only this fil
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,17 +46,31 @@ class Rule(NamedTuple):
 RULES: dict[str, Rule] = {}
 
 
-def named(name: str, scaling: ScalingConfig, key: str) -> ScalingConfig:
-    """Return `scaling` under the rule of a name `<rule>[:<window or alpha>][/<ticks between updates>]`.
+_NAME = re.compile(r"(\w+)(?::([^/+]+))?(?:/([^+]+))?(?:\+(.+))?")
+_TYPES = {"window": int, "alpha": float, "update_every": int, "guard": float}
 
-    As in most_recent, max:64, exp_smooth:0.3, max:64/10. What the name leaves out is as in `scaling`, but for
-    `update_every`, which is 1, and `settle`, which is 0. key: where the name stands. Errors: ConfigError.
+
+def split(name: str, key: str) -> tuple[str | None, ...]:
+    """Split the name of a rule with settings, `<rule>[:<window or alpha>][/<ticks between updates>][+<guard>]`.
+
+    As in most_recent, max:64, exp_smooth:0.3, max:64/10+1. key: where it stands. Errors: ConfigError.
     """
-    rest, _, every = name.partition("/")
-    algo, _, value = rest.partition(":")
-    if algo not in RULES:
-        raise ConfigError(f"{key}={name}: unknown rule; {nearest(algo, RULES)}")
-    changes = {"algo": algo, "settle": 0.0, "update_every": every or "1"}
+    parts = _NAME.fullmatch(name)
+    if not parts:
+        raise ConfigError(f"{key}={name}: must be like max:64, exp_smooth:0.5 or max:64/10+1")
+    if parts[1] not in RULES:
+        raise ConfigError(f"{key}={name}: unknown rule; {nearest(parts[1], RULES)}")
+    return parts.groups()
+
+
+def named(name: str, scaling: ScalingConfig, key: str) -> ScalingConfig:
+    """Return `scaling` under the rule and the settings of a name, as `split`.
+
+    What the name leaves out is as in `scaling`, but for `update_every`, which is 1, and `guard` and `settle`, which
+    are 0. Errors: ConfigError.
+    """
+    algo, value, every, guard = split(name, key)
+    changes = {"algo": algo, "settle": 0.0, "update_every": every or "1", "guard": guard or "0"}
     if value:
         reads = RULES[algo].reads
         if len(reads) != 1:
@@ -64,11 +79,8 @@ def named(name: str, scaling: ScalingConfig, key: str) -> ScalingConfig:
     try:
         changes |= {field: _TYPES[field](text) for field, text in changes.items() if field in _TYPES}
     except ValueError as error:
-        raise ConfigError(f"{key}={name}: must be like max:64, exp_smooth:0.5 or max:64/10") from error
+        raise ConfigError(f"{key}={name}: must be like max:64, exp_smooth:0.5 or max:64/10+1") from error
     return dataclasses.replace(scaling, **changes)
-
-
-_TYPES = {"window": int, "alpha": float, "update_every": int}
 
 
 def rule(entries: int | None = 1, reads: tuple[str, ...] = ()):

@@ -188,11 +188,11 @@ class ScaleBank:
     @contextlib.contextmanager
     def borrowing(self, other: ScaleBank | None):
         """Quantize with the scales of another bank, or with None not at all, and record nothing within this context."""
-        fields = ("scaling", "unseen", "quantizing", "recording")
+        fields = ("scaling", "_mapped", "unseen", "quantizing", "recording")
         before, scale = {field: getattr(self, field) for field in fields}, self.scale.clone()
         self.quantizing, self.recording = other is not None, False
         if other is not None:
-            self.scaling, self.unseen = other.scaling, other.unseen
+            self.scaling, self._mapped, self.unseen = other.scaling, other._mapped, other.unseen
             self.scale.copy_(other.scale)
         try:
             yield

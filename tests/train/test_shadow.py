@@ -15,10 +15,10 @@ from tests.helpers.torture import left
 pytestmark = pytest.mark.usefixtures("arithmetic")
 
 # Dropout, so that random numbers matter, and a history from the start, so that rules differ at the first quantized step
-SMALL = ("experiment=exp8", "model.blocks=3", "model.architecture.num_hidden_layers=3", "quant.bf16_blocks=1")
-SMALL += ("+model.architecture.attention_dropout=0.1", "budget.steps=8", "budget.checkpoint_every=2", "validation=none")
-SMALL += ("warmup.bf16=0.25", "scaling.discard_after_warmup=false", "budget.telemetry_every=2", "scaling.window=3")
-SHADOW = "scaling.shadow=[most_recent,max:3,max:3/10,exp_smooth:0.3,current]"
+SMALL = ("experiment=exp8", "model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")
+SMALL += ("+model.architecture.attention_dropout=0.1", "budget.steps=6", "budget.checkpoint_every=2", "validation=none")
+SMALL += ("warmup.bf16=0.34", "scaling.discard_after_warmup=false", "budget.telemetry_every=2", "scaling.window=3")
+SHADOW = "scaling.shadow=[most_recent,max:3,max:3/10,exp_smooth:0.3,current,max:3+2]"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tried(run: Run) -> list[dict]:
 
 def test_trying_rules_changes_nothing(trained):
     ours, plain, _ = trained
-    assert ours.id == plain.id and len(tried(ours)) == 5 * 4  # steps 3, 5, 7 and 8
+    assert ours.id == plain.id and len(tried(ours)) == 6 * 3  # steps 3, 5 and 6
     a, b = left(ours), left(plain)
     a["telemetry"] = [row for row in a["telemetry"] if "shadow" not in row]
     assert a == b
@@ -56,18 +56,17 @@ def test_rules_round_with_scales_of_their_own(trained):
     by_rule = {}
     for row in tried(trained[0]):
         by_rule.setdefault(row["shadow"], []).append(row)
-    assert len({tuple(row["loss"] for row in rows) for rows in by_rule.values()}) == 5
+    assert len({tuple(row["loss"] for row in rows) for rows in by_rule.values()}) == 6
     clipped = {rule: sum(row["clipped"]["gradient"] for row in rows) for rule, rows in by_rule.items()}
     assert clipped["current"] == 0 < clipped["most_recent"] and clipped["max:3"] <= clipped["most_recent"]
     assert all(20 < value < 40 for rows in by_rule.values() for row in rows for value in row["sqnr_db"].values())
 
 
-@pytest.mark.parametrize("stop", [3, 6])
-def test_a_resumed_run_tries_the_same(trained, config, stop):
+def test_a_resumed_run_tries_the_same(trained, config):
     cfg, real = config(*SMALL, SHADOW), Trainer.step
 
     def step(self, number, batches, **how):
-        if number == stop:
+        if number == 6:  # a step with rules, after the checkpoint of the fourth
             raise KeyboardInterrupt
         return real(self, number, batches, **how)
 
