@@ -43,7 +43,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit sensitivity rerun_noise diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit sensitivity rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -103,6 +103,11 @@ sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, rol
 # With several GPUs or threads, a run and its repeat may differ.
 rerun_noise: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make rerun_noise EXP=exp8
 	$(call RUNS,suite,"report.experiments=[$(EXP)]" report.out=report/$(EXP) repeat=1)
+
+RUN ?=
+replay: $(READY) ## what any scaling rule would have predicted in a run, from its amaxes: make replay RUN=runs/<id> -> report/replay/
+	@[ -n "$(RUN)" ] || { echo "error: name a run, or its seeds: make $@ RUN=runs/<id>,runs/<id>"; exit 2; }
+	$(PY) scripts/$@.py "runs=[$(RUN)]" $(ARGS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }

@@ -167,6 +167,8 @@ class ScalingConfig:
     settle: float = 0.0  # share of the steps run as most_recent with an update a tick, before `algo` takes over
     observe_in_warmup: bool = True  # whether amaxes are observed before quantization starts
     discard_after_warmup: bool = True  # whether that history is dropped when it starts
+    # rules tried beside this one on the same weights and batch, at steps with telemetry, as in [most_recent,max:64]
+    shadow: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -249,6 +251,15 @@ class BenchConfig:
 
 
 @dataclass
+class ReplayConfig:
+    # to try on the amaxes of a run, as in max:64, exp_smooth:0.3 max:64/10 (held for 10 ticks) or max:64+1 (guard)
+    rules: list[str] = field(default_factory=lambda: ["most_recent", "exp_smooth", "max"])
+    windows: list[int] = field(default_factory=lambda: [4, 16, 64])  # of rules that have one and are named without it
+    update_every: list[int] = field(default_factory=lambda: [1, 10])  # the same for ticks between updates
+    tensor: str | None = None  # whose amaxes are drawn; null: of the one that exceeds its prediction most
+
+
+@dataclass
 class ExportConfig:
     out: str | None = None  # null: <run folder>/export
 
@@ -277,11 +288,12 @@ class Config:
     runs_dir: str = "runs"  # where run folders are
     retrain: bool = False  # train.py: train a finished run again whose checkpoint is gone, as of a restored record
     run: str | None = None  # eval.py, export.py, sensitivity.py, dashboard.py: a run folder, instead of its overrides
-    runs: list[str] | None = None  # report.py, diff.py: the run folders to show, instead of the experiments
+    runs: list[str] | None = None  # report.py, diff.py, replay.py: run folders, instead of the experiments
     record: str | None = None  # record.py, restore.py, verify.py: the folder of a record
     report: ReportConfig = field(default_factory=ReportConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     dashboard: DashboardConfig = field(default_factory=DashboardConfig)

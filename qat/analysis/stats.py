@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.fft import dct
 from scipy.optimize import brentq
 from scipy.special import bdtr, bdtrc, ndtri, stdtr, stdtrit
 
@@ -156,6 +157,25 @@ def crossed(changes: np.ndarray, reach: float = 0.0) -> Mean:
     spread = over_runs**4 / df + over_units**4 / df_units
     together = math.sqrt(variance), max(variance**2 / spread if spread else 0, min(df, df_units))
     return mean._replace(noise=((over_runs, df), (over_units, df_units), together))
+
+
+def over_steps(series: Sequence[np.ndarray]) -> Mean | None:
+    """Return the mean of what changed, FP64 [steps] of each run, whose neighbouring steps are correlated.
+
+    The variance of a run's mean is its spectrum near zero, the mean square of the first 0.4 n^(2/3) cosine transforms,
+    which is as many degrees of freedom: the equal-weighted cosine estimator of Lazarus, Lewis, Stock and Watson (2018),
+    whose intervals keep their coverage in short series better than Newey's and West's. Of several runs, the noise
+    between them counts too, where it is larger. None without noise: a single step, or changes that all agree.
+    """
+    if min(map(len, series)) < 2 or all(np.ptp(steps) < 1e-12 for steps in series):
+        return None
+    means, variances, terms = np.array([steps.mean() for steps in series]), [], 0
+    for steps in series:
+        count = max(1, int(0.4 * len(steps) ** (2 / 3)))
+        variances.append((dct(steps, norm="ortho")[1 : count + 1] ** 2).mean() / len(steps))
+        terms += count
+    within = math.sqrt(sum(variances)) / len(series), terms
+    return Mean(float(means.mean()), (within, *(student(means).noise if len(series) > 1 else ())))
 
 
 def _extended(units: np.ndarray, reach: float) -> np.ndarray:

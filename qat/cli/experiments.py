@@ -13,7 +13,8 @@ from qat.runs.folder import Run
 from qat.runs.identity import run_id
 from qat.runs.job import Job
 
-_OF_COMMANDS = ("experiment=", "report.", "launch.", "bench.", "sensitivity.", "seeds=", "run=", "runs=", "record=")
+_OF_COMMANDS = ("experiment=", "report.", "launch.", "bench.", "replay.", "sensitivity.")
+_OF_COMMANDS += ("seeds=", "run=", "runs=", "record=")
 
 
 def jobs_of(experiment: str, overrides: Sequence[str], seeds: Sequence[int] | None = None) -> list[Job]:

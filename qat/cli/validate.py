@@ -12,7 +12,7 @@ from qat.config import GROUPS, ROLES, Config, QuantConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
-from qat.quant.rules import RULES
+from qat.quant.rules import RULES, named
 from qat.utils.environment import ROOT
 
 
@@ -34,7 +34,7 @@ def validate(cfg: Config) -> None:
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
     texts = (_check_sources, _check_validation, _check_benchmark, _check_sensitivity)
-    for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, *texts):
+    for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, _check_rules, *texts):
         check(cfg)
 
 
@@ -273,6 +273,25 @@ def _check_learning(cfg: Config) -> None:
         raise ConfigError(
             f"scaling={algo}: learns no scale of gradients, and they alone are rounded; set quant.weights=true"
         )
+
+
+def _check_rules(cfg: Config) -> None:
+    ranges = {key.removeprefix("scaling."): ends for key, *ends in _RANGES if key.startswith("scaling.")}
+    shadow = cfg.scaling.shadow
+    for key, names in (("scaling.shadow", shadow), ("replay.rules", cfg.replay.rules)):
+        for name in names:
+            for field, value in vars(named(name, cfg.scaling, key)).items():
+                low, high = ranges.get(field, (value, value))
+                if not low <= value <= high:
+                    raise ConfigError(f"{key}={name}: {field} must lie in [{low}, {high}]")
+    if len(set(shadow)) < len(shadow):
+        raise ConfigError(f"scaling.shadow={shadow}: names a rule twice; name each once")
+    for key in ("windows", "update_every"):
+        if not all(value >= 1 for value in getattr(cfg.replay, key)):
+            raise ConfigError(f"replay.{key}={getattr(cfg.replay, key)}: the smallest valid value is 1")
+    for key, value in (("budget.parallel", "fsdp"), ("scaling.tick", "call"), ("scaling.sync", "none")):
+        if shadow and attrgetter(key)(cfg) == value:  # gradients in shards; amaxes that are not those of the trace
+            raise ConfigError(f"scaling.shadow={shadow}: cannot be tried with {key}={value}; leave one of them out")
 
 
 def _check_fp8(cfg: Config) -> None:

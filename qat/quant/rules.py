@@ -14,10 +14,13 @@ which takes seconds: naming a run and checking a command line need only this fil
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from qat.config import ScalingConfig
+from qat.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +47,45 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {}
+
+
+_NAME = re.compile(r"(\w+)(?::([^/+]+))?(?:/([^+]+))?(?:\+(.+))?")
+_TYPES = {"window": int, "alpha": float, "update_every": int, "guard": float}
+
+
+def split(name: str, key: str) -> tuple[str | None, ...]:
+    """Split the name of a rule with settings, `<rule>[:<window or alpha>][/<ticks between updates>][+<guard>]`.
+
+    As in most_recent, max:64, exp_smooth:0.3, max:64/10+1. key: where it stands. Errors: ConfigError.
+    """
+    parts = _NAME.fullmatch(name)
+    if not parts:
+        raise ConfigError(f"{key}={name}: must be like max:64, exp_smooth:0.5 or max:64/10+1")
+    if parts[1] not in RULES:
+        raise ConfigError(f"{key}={name}: unknown rule; {nearest(parts[1], RULES)}")
+    if RULES[parts[1]].learns:
+        raise ConfigError(f"{key}={name}: {parts[1]} learns from gradients, and amaxes do not tell what; leave it out")
+    return parts.groups()
+
+
+def named(name: str, scaling: ScalingConfig, key: str) -> ScalingConfig:
+    """Return `scaling` under the rule and the settings of a name, as `split`.
+
+    What the name leaves out is as in `scaling`, but for `update_every`, which is 1, and `guard` and `settle`, which
+    are 0. Errors: ConfigError.
+    """
+    algo, value, every, guard = split(name, key)
+    changes = {"algo": algo, "settle": 0.0, "update_every": every or "1", "guard": guard or "0"}
+    if value:
+        reads = RULES[algo].reads
+        if len(reads) != 1:
+            raise ConfigError(f"{key}={name}: {algo} reads {' and '.join(reads) or 'no setting'}; leave out :{value}")
+        changes[reads[0]] = value
+    try:
+        changes |= {field: _TYPES[field](text) for field, text in changes.items() if field in _TYPES}
+    except ValueError as error:
+        raise ConfigError(f"{key}={name}: must be like max:64, exp_smooth:0.5 or max:64/10+1") from error
+    return dataclasses.replace(scaling, **changes)
 
 
 def rule(entries: int | None = 1, reads: tuple[str, ...] = (), learns: bool = False):

@@ -53,6 +53,7 @@ class ScaleBank:
     updates: ticks since quantization began.
 
     Only `tick` changes history and scales. The training step calls it, and PTQ calibration once on a bank of its own.
+    On a bank of its own, `replay` does what ticks did.
     """
 
     def __init__(
@@ -108,13 +109,20 @@ class ScaleBank:
     def tick(self, finite: torch.Tensor | None = None) -> torch.Tensor:
         """Write the recorded amaxes of all ranks into the history and derive the next scales.
 
+        finite: as `advance`. Returns FP32 [2, tensors]: the amaxes, 0 where nothing was recorded, and the overshoot.
+        """
+        if not self.recording:
+            return self.scale.new_zeros(2, len(self))
+        amax = self._take_amaxes()
+        return torch.stack([amax, self.advance(amax, finite)])
+
+    def advance(self, amax: torch.Tensor, finite: torch.Tensor | None = None) -> torch.Tensor:
+        """Write the amaxes of a tick, FP32 [tensors], into the history and derive the next scales.
+
         finite: 0-dim bool on the device; if false, history and scales stay as they are.
         Returns the overshoot, amax now / predicted amax, FP32 [tensors]: 0 where nothing was recorded, 2^-guard where a
         tensor scaled by its own amax. Above 1 values are beyond the target.
         """
-        if not self.recording:
-            return torch.zeros_like(self.scale)
-        amax = self._take_amaxes()
         overshoot = self._overshoot(amax)
         advance = torch.ones_like(self.written) if finite is None else finite.to(self.written.dtype)
         is_new = self._without_history() if self.unseen else None
@@ -191,9 +199,36 @@ class ScaleBank:
 
     # Outside of the training step ------------------------------------------------------------------------------
 
+    def replay(self, amaxes: torch.Tensor, first_quantized_step: int) -> torch.Tensor:
+        """Tick, on this new bank, as a run with these amaxes would have, step by step from the first.
+
+        amaxes: FP32 [steps, tensors] (`qat.runs.trace`). Returns the overshoot of every step, in the same shape.
+        """
+        overshoot = torch.zeros_like(amaxes)
+        for step, amax in enumerate(amaxes, start=1):
+            self.begin_step(step, first_quantized_step)
+            if self.recording:
+                overshoot[step - 1] = self.advance(amax, ~amax.isnan().all())
+        return overshoot
+
     def freeze(self) -> None:
         """Quantize with the scales as they are and record nothing, until a step begins."""
         self.quantizing, self.recording = True, False
+
+    @contextlib.contextmanager
+    def borrowing(self, other: ScaleBank | None):
+        """Quantize with the scales of another bank, or with None not at all, and record nothing within this context."""
+        fields = ("scaling", "_mapped", "unseen", "quantizing", "recording")
+        before, scale = {field: getattr(self, field) for field in fields}, self.scale.clone()
+        self.quantizing, self.recording = other is not None, False
+        if other is not None:
+            self.scaling, self._mapped, self.unseen = other.scaling, other._mapped, other.unseen
+            self.scale.copy_(other.scale)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+            self.scale.copy_(scale)
 
     @contextlib.contextmanager
     def paused(self):

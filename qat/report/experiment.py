@@ -39,7 +39,7 @@ _LABELS = {  # how a label puts a setting; the usual ones, and in this order bef
 }
 # What is about commands and folders, not about a run.
 _OF_COMMANDS = re.compile(
-    r"(runs?|record|runs_dir|retrain|experiment|seeds)$|(report|launch|bench|export|sensitivity|dashboard)\."
+    r"(runs?|record|runs_dir|retrain|experiment|seeds)$|(report|launch|bench|replay|export|sensitivity|dashboard)\."
 )
 
 

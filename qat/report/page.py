@@ -269,7 +269,8 @@ def _recipe(pair: Pair, cfg: Config) -> str:
     bf16 = {0: "quantized from the first step", 1: "first step in BF16"}
     warmup = bf16.get(cfg.bf16_warmup_steps, f"first {cfg.bf16_warmup_steps} steps in BF16")
     parts = [quant["format"], scaling["algo"] + detail.get(scaling["algo"], ""), *cfg.variations, warmup]
-    parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{quant['bf16_blocks'] + len(quant['bf16_also'])} BF16 blocks"]
+    in_bf16 = quant["bf16_blocks"] + len(quant["bf16_also"])
+    parts += [f"lr {scientific(pair.config['optim']['lr'])}", f"{in_bf16} BF16 blocks"]
     return " · ".join([*parts, ", ".join(quant["scope"])])
 
 

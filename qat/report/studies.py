@@ -1,4 +1,4 @@
-"""Show the factorial and the audit in the report, from the JSON in their folders beside it."""
+"""Show the studies in the report, from the JSON in their folders beside it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qat.report.plots import ACCENT, BASE, INK, PAPER, WARM, Panel
 
 TITLES = {
     "factorial": "Scaling × learning rate × BF16 warmup",
+    "replay": "Scaling rules on the amaxes of the same run",
     "audit": "The switches between the paper's text and its released code",
 }
 

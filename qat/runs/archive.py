@@ -26,7 +26,7 @@ from qat.runs.folder import Run
 from qat.utils import files
 
 _FILES = ("config.yaml", "environment.json", "sources.json", "status.json", "coverage.json", "metrics.jsonl")
-_FILES += ("warnings.jsonl", "telemetry.jsonl", "eval.json", "samples/*/*/*.jsonl")
+_FILES += ("warnings.jsonl", "telemetry.jsonl", "amax.safetensors", "eval.json", "samples/*/*/*.jsonl")
 
 Contents = dict[str, dict[str, bytes]]  # of an archive: {run id: {file: content}}
 

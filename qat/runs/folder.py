@@ -1,7 +1,7 @@
 """A run is a folder, named by what can change its numbers (`qat.runs.identity`).
 
 runs/<id>/  config.yaml  environment.json  sources.json  status.json  metrics.jsonl  telemetry.jsonl
-            warnings.jsonl  coverage.json  eval.json  samples/  checkpoints/  wandb/
+            amax.safetensors  warnings.jsonl  coverage.json  eval.json  samples/  checkpoints/  wandb/
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import contextlib
 import copy
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config import Config
 from qat.errors import UserError
-from qat.runs import fingerprints
+from qat.runs import fingerprints, trace
 from qat.runs.identity import digest, run_id
 from qat.utils import environment, files
 
 # Groups of commands, which say nothing of a run; those of recorded runs are of their time.
-_OF_COMMANDS = ("report", "launch", "study", "bench", "export", "sensitivity", "dashboard")
+_OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "export", "sensitivity", "dashboard")
 
 
 @contextlib.contextmanager
@@ -137,6 +138,10 @@ class Run:
     def warnings(self) -> list[dict]:
         return self._lines(self.path / "warnings.jsonl", "step")
 
+    def amaxes(self) -> tuple[list[str], np.ndarray]:
+        """Return the trace of amaxes: (names, FP32 [steps, tensors]), as `qat.runs.trace` has it."""
+        return trace.read(self.path / trace.NAME)
+
     def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
         return self._lines(self.path / "samples" / benchmark / mode / f"{task}.jsonl")
 
@@ -212,6 +217,10 @@ class Run:
             with files.naming(path):  # closing writes what could not be written before, and may fail as well
                 file.close()
 
+    def traced(self, tensors: Sequence[str], steps: int):
+        """Return a context that yields a function to write amaxes of these tensors (`qat.runs.trace.opened`)."""
+        return trace.opened(self.path / trace.NAME, tensors, steps) if tensors else contextlib.nullcontext()
+
     def keep_rows(self, name: str, last_step: int) -> None:
         """Drop the rows of steps after `last_step`: a resumed run writes them again."""
         rows = self._lines(self.path / name, "step")
@@ -235,6 +244,9 @@ class ReadOnlyRun(Run):
     @contextlib.contextmanager
     def append(self, name: str):
         yield lambda rows: None
+
+    def traced(self, tensors: Sequence[str], steps: int):
+        return contextlib.nullcontext(lambda step, amax: None)
 
     @contextlib.contextmanager
     def lock(self):

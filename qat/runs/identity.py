@@ -68,12 +68,12 @@ def _changed(group) -> dict:
 
 
 def _effective_scaling(cfg: Config) -> dict:
-    """Return the scaling settings without those that have no effect: of other rules, and of a warmup that is not there.
+    """Return the scaling settings without those that have no effect: of other rules, of a warmup that is not there.
 
     `settle` and `update_every` have no effect under the rule `current`, nor `observe_in_warmup` where the history is
     discarded. They stay, because recorded runs are named by them.
     """
-    ignored = {"window", "alpha", "lr"} - set(RULES[cfg.scaling.algo].reads)
+    ignored = {"shadow"} | {"window", "alpha", "lr"} - set(RULES[cfg.scaling.algo].reads)
     if not cfg.bf16_warmup_steps:
         ignored |= {"observe_in_warmup", "discard_after_warmup"}
     return {name: value for name, value in _changed(cfg.scaling).items() if name not in ignored}

@@ -37,7 +37,7 @@ def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cf
     """Write `factorial.md`, `.json` and `.png` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
     claims, effects = factorial.claims(measured), factorial.effects(measured)
-    sections = [_REPEATED if factorial.repeated(measured) else "", *_claims(claims)]
+    sections = [_REPEATED if factorial.repeated(measured) else "", *claims_sections(claims)]
     interactions = _interactions(measured) if measured else []
     if measured:
         png([interaction(panel, legend=not i) for i, panel in enumerate(interactions)], 2, out / "factorial.png")
@@ -45,7 +45,7 @@ def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cf
         sections += ["## Baselines", _NOTE_BASELINES, _rates(measured), "## Effects", _NOTE_EFFECTS]
         sections += [section for table in effects for section in _effects(table)]
     content = {"claims": claims, "interactions": interactions, "effects": effects, "missing": missing}
-    return _write("factorial", measured, cfg, out, missing, sections, content)
+    return _write("factorial", measured, cfg, out, factorial.registered(), missing, sections, content)
 
 
 def write_audit(
@@ -54,7 +54,7 @@ def write_audit(
     """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
     claims, effects = audit.claims(measured, cfg), audit.effects(measured)
-    sections = _claims(claims)
+    sections = claims_sections(claims)
     if effects:
         height = max(300, 80 + 20 * len(effects))
         png([_forest(effects, height), _scopes(measured, height)], 2, out / "audit.png")
@@ -63,7 +63,7 @@ def write_audit(
         sections += [_switches(effects, responses), "## The cells they are thrown in", _plain(measured)]
         sections += ["\n".join(f"- {name}: {response.noise()}" for name, response in responses.items())]
     content = {"claims": claims, "effects": effects, "missing": missing, "left_out": left_out}
-    return _write("audit", measured, cfg, out, missing | left_out, sections, content)
+    return _write("audit", measured, cfg, out, audit.registered(), missing | left_out, sections, content)
 
 
 _NOTE_BASELINES = (
@@ -90,16 +90,29 @@ def _write(
     measured: Sequence[Measured],
     cfg: Config,
     out: Path,
+    registered: Registration,
     missing: Mapping[str, str],
     sections: Sequence[str],
     content: Mapping,
 ) -> Path:
-    """Write what both studies open with and then `sections` as Markdown, and `content` as JSON."""
-    registered = {"factorial": factorial, "audit": audit}[study].registered()
-    facts, reading = _facts(measured, cfg, registered), READING.format_map(registered.margins)
-    parts = [f"# {TITLES[study]}", _summary(content["claims"]), reading, _listed(facts)]
-    parts += [*(["## Missing", _listed(missing)] if missing else []), *sections]
-    content = {"facts": facts, **content, "runs": _runs(measured)}
+    """Write a study that measured runs, with what is missing of them."""
+    sections = [*(["## Missing", _listed(missing)] if missing else []), *sections]
+    content = {**content, "runs": _runs(measured)}
+    return write(study, _facts(measured, cfg, registered), registered, sections, content, out)
+
+
+def write(
+    study: str,
+    facts: Mapping[str, str],
+    registered: Registration,
+    sections: Sequence[str],
+    content: Mapping,
+    out: Path,
+) -> Path:
+    """Write what all studies open with and then `sections` as Markdown, and `content` as JSON."""
+    reading = READING.format_map(registered.margins)
+    parts = [f"# {TITLES[study]}", _summary(content["claims"]), reading, _listed(facts), *sections]
+    content = {"facts": facts, **content}
     (out / f"{study}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
     path = out / f"{study}.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -131,9 +144,6 @@ def _verdict(judged: Mapping) -> str:
 
 def _facts(measured: Sequence[Measured], cfg: Config, registered: Registration) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
-    environments = [environment for m in measured for environment in Run(runs / m.run).environments()]
-    machines = "; ".join(dict.fromkeys(map(hardware_name, environments)))
-    commits = "; ".join(dict.fromkeys(commit_name(environment["git"]) for environment in environments))
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
     sizes = {(len(m.losses("baseline")), len(m.answers("baseline"))) for m in measured}
     planned = ", ".join(map(str, registered.seeds))
@@ -145,8 +155,15 @@ def _facts(measured: Sequence[Measured], cfg: Config, registered: Registration) 
         "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
         "Runs": f"{len({m.run for m in measured})} quantized runs, {'seeds' if ',' in seeds else 'seed'} {seeds}",
         "Registered": f"seeds {planned}; {registered.texts}; {registered.questions}",
-        "Hardware": machines or "unknown",
-        "Code": commits or "unknown",
+    } | origin(Run(runs / m.run) for m in measured)
+
+
+def origin(runs: Iterable[Run]) -> dict[str, str]:
+    """Return where numbers come from: hardware and code of the runs, and this command."""
+    environments = [environment for run in runs for environment in run.environments()]
+    return {
+        "Hardware": "; ".join(dict.fromkeys(map(hardware_name, environments))) or "unknown",
+        "Code": "; ".join(dict.fromkeys(commit_name(environment["git"]) for environment in environments)) or "unknown",
         "Command": f"python {' '.join(sys.argv)}",
         "Date": str(date.today()),
     }
@@ -156,7 +173,8 @@ def _listed(lines: Mapping[str, str]) -> str:
     return "\n".join(f"- {label}: {text}" for label, text in lines.items())
 
 
-def _claims(claims: Sequence[Mapping]) -> list[str]:
+def claims_sections(claims: Sequence[Mapping]) -> list[str]:
+    """Write the claims as tables, with the damage that is known to be there."""
     if not claims:
         return []
     rows = [

@@ -14,6 +14,7 @@ from qat.utils.environment import ROOT
 CLAIMS = ROOT / "experiments" / "claims.yaml"
 MEASURES = {  # what a claim may rest on, by name: how a page writes it
     "heldout_loss": "held-out loss, nats",
+    "batch_loss": "loss of the same batch on the same weights, nats",
     "accuracy": "accuracy, points",
     "loss_ape": "loss APE, a factor",
     "overshoot": "tensors beyond their predicted amax, points",
@@ -22,7 +23,7 @@ MEASURES = {  # what a claim may rest on, by name: how a page writes it
     "linears_exponent": "exponent of the number of linears",
     "quantized_calls": "quantized calls",
 }
-_FILE = ("margins", "controls", "factorial", "audit")
+_FILE = ("margins", "controls", "factorial", "audit", "replay")
 _STUDY = ("seeds", "texts", "questions", "claims")
 _CLAIM = ("claim", "says", "measures", "control")
 _MEASURE = ("margin", "detectable")

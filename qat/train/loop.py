@@ -20,6 +20,7 @@ from qat.quant.formats import TOLERANCE
 from qat.runs.folder import Run
 from qat.train import checkpoint, monitor, wandb_log
 from qat.train.run_log import RunLog
+from qat.train.shadow import Shadow
 from qat.train.state import TrainState
 from qat.train.step import StepResult, Trainer
 from qat.train.tensor_stats import TensorStats, UpdateStats
@@ -77,10 +78,11 @@ class _Session:
         self.trainer = Trainer(self.model, self.bank, cfg)
         self.state = TrainState(cfg, run, self.trainer)
         cursor = self.state.restore()
-        self.log = RunLog(run, self.state.done, cfg.steps)
+        self.log = RunLog(run, self.state.done, cfg.steps, self.bank.names if self.bank is not None else [])
         self.stream = None if self.state.final else self._open_stream(tokenizer, cursor)
         self.batch = None  # hash of the tokens of the step
         self.history = None if self.bank is None else monitor.History(self.bank)
+        self.shadow = Shadow(self.trainer, cfg, run, self.state.done)
         self.validator = None if self.state.final else Validator(self.trainer, tokenizer, cfg)
 
     def _open_stream(self, tokenizer, cursor: dict | None) -> packing.TokenStream:
@@ -143,15 +145,23 @@ class _Session:
         first = self.trainer.first_quantized_step if self.bank is not None else 1
         due = step == self.cfg.steps or (step >= first and (step - first) % self.cfg.budget.telemetry_every == 0)
         if not due:
-            return self._row(step, self.trainer.step(step, batches), start), []
+            return self._row(step, self._train(step, batches), start), []
+        before = time.perf_counter()
+        rows = self.shadow.rows(step, batches)
+        start += time.perf_counter() - before  # it is no part of the step
         updates = UpdateStats(self.model, self.bank, self.cfg)
         if self.bank is None:
-            return self._row(step, self.trainer.step(step, batches), start), [updates.row(step)]
+            return self._row(step, self._train(step, batches), start), [updates.row(step)]
         tensors = TensorStats(self.model, self.bank, self.cfg)
         with tensors.attached():
-            result = self.trainer.step(step, batches, observed=True)
+            result = self._train(step, batches, observed=True)
         row = self._row(step, result, start)
-        return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step)]
+        return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step), *rows]
+
+    def _train(self, step: int, batches: list[torch.Tensor], observed: bool = False) -> StepResult:
+        result = self.trainer.step(step, batches, observed=observed)
+        self.shadow.tick(step, result)
+        return result
 
     def _batches(self) -> list[torch.Tensor]:
         """Return this rank's slice of a step's micro-batches, int64 [sequences, length + 1]."""
@@ -168,6 +178,8 @@ class _Session:
         finite = bool(result.finite)
         if not finite:
             self._report_skipped(step, loss)
+        if result.amax is not None:
+            self.log.write_amax(step, result.amax if finite else torch.full_like(result.amax, math.nan))
         quantized = self.bank is not None and step >= self.trainer.first_quantized_step
         overshoot = result.overshoot if quantized and finite else None
         return {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from tqdm import tqdm
 
 from qat.errors import UserError
+from qat.runs import trace
 from qat.runs.folder import Run
 from qat.utils import environment, files
 
@@ -17,12 +19,13 @@ _FILES = ("metrics.jsonl", "telemetry.jsonl", "warnings.jsonl")
 class RunLog:
     """The rows of a run, continued after `done` steps. Rows of later steps are dropped: these steps are run again.
 
-    skipped: how many steps in a row, up to now, had a gradient that was not finite. pretrained: telemetry from before
-    the first step. warned: the warnings so far. Errors: UserError when rows are missing.
+    tensors: names of the quantized ones. skipped: how many steps in a row, up to now, had a gradient that was not
+    finite. pretrained: telemetry from before the first step. warned: the warnings so far. Errors: UserError when rows
+    are missing.
     """
 
-    def __init__(self, run: Run, done: int, steps: int):
-        self.run, self.done, self.steps = run, done, steps
+    def __init__(self, run: Run, done: int, steps: int, tensors: Sequence[str] = ()):
+        self.run, self.done, self.steps, self.tensors = run, done, steps, tensors
         rows = [row for row in run.metrics() if row["step"] <= done]
         if [row["step"] for row in rows] != list(range(1, done + 1)):
             raise UserError(
@@ -44,6 +47,7 @@ class RunLog:
         options["disable"] = not environment.is_main_process()
         with contextlib.ExitStack() as stack:
             self._append = [stack.enter_context(self.run.append(name)) for name in _FILES]
+            self._write_amax = stack.enter_context(self.run.traced(self.tensors, self.steps))
             self._mirror = mirror
             self._bar = stack.enter_context(tqdm(total=self.steps, initial=self.done, **options))
             yield
@@ -53,6 +57,10 @@ class RunLog:
         self.pretrained = telemetry
         self._append[1](telemetry)
         self._mirror({"step": 0}, telemetry)
+
+    def write_amax(self, step: int, amax: torch.Tensor) -> None:
+        """Write the amaxes of a step, FP32 [tensors], before its row of metrics: they are as long-lived as that."""
+        self._write_amax(step, amax.cpu().numpy())
 
     def write(self, row: dict, telemetry: list[dict], warnings: list[dict]) -> None:
         """Write the rows of a step."""
@@ -73,5 +81,5 @@ class RunLog:
 
     def flush(self) -> None:
         """Write the rows out to the disk: after a crash, a checkpoint without the rows before it would be no use."""
-        for name in _FILES:
+        for name in (*([trace.NAME] if self.tensors else []), *_FILES):
             files.flush(self.run.path / name)

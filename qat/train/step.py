@@ -30,7 +30,7 @@ class StepResult:
         grad_norm: before clipping. finite: whether loss and norm are; if not, nothing was changed. These four are 0-dim
         tensors on the device.
     lr: learning rate. tokens: how many were trained on.
-    overshoot: of every quantized tensor, FP32 [tensors] on the device; None in BF16.
+    amax, overshoot: of every quantized tensor, FP32 [tensors] on the device; None in BF16.
     """
 
     loss: torch.Tensor
@@ -39,6 +39,7 @@ class StepResult:
     finite: torch.Tensor
     lr: float
     tokens: int
+    amax: torch.Tensor | None
     overshoot: torch.Tensor | None
 
 
@@ -89,37 +90,48 @@ class Trainer:
         """
         if self.bank is not None:
             self.bank.begin_step(number, self.first_quantized_step)
-        objective, loss, tokens, overshoot = self._accumulate(micro_batches, observed)
+        objective, loss, tokens, ticked = self._accumulate(micro_batches, observed)
         grad_norm = distributed.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.optim.clip))
         finite = grad_norm.isfinite() & loss.isfinite()
         lr = self._update_weights(number, finite)
         if self.bank is not None and self.cfg.scaling.tick == "step":
-            overshoot = self.bank.tick(finite)
-        return StepResult(loss, objective, grad_norm, finite, lr, tokens, overshoot)
+            ticked = self.bank.tick(finite)
+        amax, overshoot = (None, None) if ticked is None else ticked
+        return StepResult(loss, objective, grad_norm, finite, lr, tokens, amax, overshoot)
 
-    def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool):
+    def gradients(self, micro_batches: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the loss and the gradients of a step that is not made, over all ranks; parameters keep none."""
+        _, loss, _, _ = self._accumulate(micro_batches, observed=True, synchronized=False)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, [distributed.all_reduce_sum(gradient) for gradient in gradients]
+
+    def _accumulate(self, micro_batches: list[torch.Tensor], observed: bool, synchronized: bool = True):
         """Accumulate the gradients of the mean objective over all tokens of the step, of all micro-batches and ranks.
 
-        Returns (objective, cross-entropy, tokens, with a tick a call the largest overshoot).
+        synchronized: whether gradients are summed over the ranks, by DDP or FSDP.
+
+        Returns (objective, cross-entropy, tokens, with a tick a call the largest of what `ScaleBank.tick` returns).
         """
         self.optimizer.zero_grad(set_to_none=True)
         shift = 2 if self.cfg.data.label_shift == "twice" else 1
         tokens = environment.world_size() * sum(batch.shape[0] * (batch.shape[1] - shift) for batch in micro_batches)
         tick_a_call = self.bank is not None and self.cfg.scaling.tick == "call"
-        total, overshoot = 0.0, None
+        total, ticked = 0.0, None
         for index, batch in enumerate(micro_batches, start=1):
             if index == 1 or tick_a_call:
                 self.round_weights()
-            with distributed.gradient_sync(self.losses, last=index == len(micro_batches)), self._stance(observed):
+            last = synchronized and index == len(micro_batches)
+            with distributed.gradient_sync(self.losses, last), self._stance(observed):
                 losses = self._forward(device.to_device(batch))
                 means = [part.sum() / tokens for part in (losses if isinstance(losses, tuple) else (losses,))]
                 means[0].backward()
             total = total + torch.stack(means).detach()
             if tick_a_call:
                 now = self.bank.tick()
-                overshoot = now if overshoot is None else torch.maximum(overshoot, now)
+                ticked = now if ticked is None else torch.maximum(ticked, now)
         total = distributed.all_reduce_sum(total)
-        return total[0], total[-1], tokens, overshoot
+        return total[0], total[-1], tokens, ticked
 
     def _stance(self, observed: bool):
         """Return the context of a forward and backward pass: eager where compiled code cannot be used.

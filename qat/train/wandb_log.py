@@ -162,6 +162,7 @@ def _points(row: dict, telemetry: Sequence[dict], baseline_loss: float | None) -
         flat |= {f"telemetry/{role}/{key}": value for key, value in summary.items()}
     for updated in (entry["updated"] for entry in telemetry if "updated" in entry):
         flat |= {f"telemetry/lost_updates/{key}": 1 - share for key, share in updated.items() if share is not None}
+    flat |= _damage(telemetry)
     flat |= {f"validation/{entry['text']}": entry["loss"] for entry in telemetry if "text" in entry}
     return {key: value for key, value in flat.items() if value is not None}
 
@@ -175,14 +176,23 @@ def _summarize(rows: list[dict]) -> dict[str, float | None]:
     return flat | {tier: fmean(row[tier] for row in rows) for tier in ("tier3", "tier2", "tier1", "tier0")}
 
 
+def _damage(telemetry: Sequence[dict]) -> dict[str, float]:
+    """Return what quantization costs under each rule of `scaling.shadow`, in nats on the same weights and batches."""
+    costs = defaultdict(list)
+    for entry in telemetry:
+        if "shadow" in entry and None not in (entry["loss"], entry["unquantized"]):
+            costs[f"shadow/{entry['shadow']}/damage"].append(entry["loss"] - entry["unquantized"])
+    return {key: fmean(values) for key, values in costs.items()}
+
+
 def results(run: Run, cfg: Config, comparison: dict | None) -> dict[str, float | str]:
     """Return the results of a folder as flat values, which dashboards sort and filter by.
 
-    All runs have the number of warnings. A compared run has loss APE, held-out differences and KL, scores, points,
-    relative drops and p-values by task and mode, and the pooled measures of the answers with what is decided
-    (`qat.analysis.decisions`). A baseline has its scores.
+    All runs have the number of warnings, and what the rules of `scaling.shadow` cost. A compared run has loss APE,
+    held-out differences and KL, scores, points, relative drops and p-values by task and mode, and the pooled measures
+    of the answers with what is decided (`qat.analysis.decisions`). A baseline has its scores.
     """
-    flat = {"warnings": len(run.warnings())}
+    flat = {"warnings": len(run.warnings())} | _damage(run.telemetry())
     if comparison:
         flat["loss_ape_percent"] = comparison["loss"]["ape"]
         for row in (*comparison["tasks"], *comparison["pooled"]):

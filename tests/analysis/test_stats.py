@@ -14,6 +14,7 @@ from qat.analysis.stats import (
     half_width,
     holm,
     mcnemar,
+    over_steps,
     paired_mean,
     tang,
     tango,
@@ -181,3 +182,27 @@ def test_answers_of_which_none_flipped_are_as_uncertain_as_one_runs():
     low, high = crossed(np.zeros((3, 60)), reach=1.0).interval()
     padded = [0.0] * 60 + [-1.0, 1.0]
     assert (low, high) == pytest.approx(tuple(ttest_1samp(padded, 0).confidence_interval()))
+
+
+@pytest.mark.parametrize("steps", [40, 150])
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.7])
+def test_intervals_over_steps_keep_their_coverage_where_neighbours_are_alike(steps, correlation):
+    """Of 600 autoregressive series of mean 0; Student's intervals of the same series have it in less than 0.8."""
+    draw, series = np.random.default_rng(steps), np.zeros((600, steps + 50))
+    for step in range(1, steps + 50):
+        series[:, step] = correlation * series[:, step - 1] + draw.normal(size=600)
+    covered = []
+    for mean in map(over_steps, series[:, None, 50:]):
+        low, high = mean.interval()
+        covered.append(low < 0 < high)
+    assert 0.9 < np.mean(covered) < 0.98
+
+
+def test_the_noise_between_runs_counts_over_steps():
+    draw = np.random.default_rng(0)
+    alike = [draw.normal(0, 1, 60) for _ in range(4)]
+    apart = [series + shift for series, shift in zip(alike, (-2, -1, 1, 2), strict=True)]
+    (alone,), (within, _), (_, between) = (over_steps(runs).noise for runs in (alike[:1], alike, apart))
+    assert within[0] < alone[0] and within[1] == 4 * alone[1]
+    assert between == pytest.approx((np.std([run.mean() for run in apart], ddof=1) / 2, 3))
+    assert over_steps([np.full(9, 2.0)]) is None and over_steps([np.ones(1)]) is None

@@ -35,15 +35,17 @@ WORDS += ("budget.seq_len=16", "warmup.bf16=0", "budget.telemetry_every=2", "qua
 WORDS += ("model.blocks=2", "model.architecture.num_hidden_layers=2")
 OTHER = ("scaling=lsq", "estimator=cage", "quant.cage_silent=0.3", "loss=distill", "budget.steps=4")
 OTHER += ("optim.moments=bf16", "optim.lr=1e-2", "+model.architecture.initializer_range=0.2")
+SHADOW = "scaling.shadow=[most_recent,max:4]"
 STOP = 3  # the step before which an interrupted run stops
 
 # name -> (ranks, words, what else). stop: before step STOP; after: continues what that run left; bare: without the
 # reduction of amaxes. Neighbours with as many ranks share their processes.
 RUNS = {
-    "one": (1, (), {}),
+    "one": (1, (SHADOW,), {}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
     "other1": (1, OTHER, {}),
     "ddp2": (2, ("budget.activation_checkpointing=true",), {}),
+    "ddp2 shadow": (2, ("budget.activation_checkpointing=true", SHADOW), {}),
     "fsdp2": (2, ("budget.parallel=fsdp", "budget.activation_checkpointing=true"), {}),
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
     "other ddp2": (2, OTHER, {}),
@@ -56,7 +58,7 @@ RUNS = {
     "own stopped": (2, ("scaling.sync=none", "scaling.tick=call"), {"stop": True}),
     "own resumed": (2, ("scaling.sync=none", "scaling.tick=call"), {"after": "own stopped"}),
     "uneven": (2, ("budget.accumulation=3",), {}),
-    "ddp4": (4, (), {}),
+    "ddp4": (4, (SHADOW,), {}),
     "then 4": (4, (), {"after": "fsdp2 stopped"}),
     "ddp4 stopped": (4, (), {"stop": True}),
     "then 1": (1, (), {"after": "ddp4 stopped"}),

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.runs import trace
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from tests.conftest import ROOT, RUNS, TINY, typed
@@ -34,7 +35,7 @@ _CLOCKS = ("seconds", "tokens_per_second")
 
 def left(run: Run) -> dict:
     """Return everything that a run leaves behind, without what depends on the clock."""
-    files = {path.name: path.read_bytes() for path in run.checkpoints.glob("*/*.*")}
+    files = {path.name: path.read_bytes() for path in (*run.checkpoints.glob("*/*.*"), *run.path.glob(trace.NAME))}
     rows = [{key: value for key, value in row.items() if key not in _CLOCKS} for row in run.metrics()]
     scratch = sorted(path.name for path in run.path.rglob(".*") if path.name != ".lock")
     return {"files": files, "metrics": rows, "telemetry": run.telemetry(), "status": run.status(), "scratch": scratch}

@@ -89,6 +89,7 @@ SAME = {
     "benchmark.split": "validation",
     "benchmark.batch_size": 2,
     "scaling.alpha": 0.9,  # of exp_smooth only
+    "scaling.shadow": ["most_recent"],
     "optim.max_skipped": 99,
 }
 

@@ -146,6 +146,18 @@ def test_a_teacher_takes_memory_and_time(tmp_path):
     assert "teacher, FP32" in page(distilled)
 
 
+def test_rules_tried_beside_the_own_take_another_gradient_and_passes(tmp_path):
+    plain, shadow = (
+        plan.make(typed(tmp_path, *PANGU, *words), 1, CPU, True)
+        for words in ((), ("scaling.shadow=[most_recent,max:64,max:16]", "budget.telemetry_every=8"))
+    )
+    assert shadow.trainings[0].memory == plain.trainings[0].memory  # the baseline tries nothing
+    more = {"gradients unquantized": 4 * plain.shape.parameters}
+    assert shadow.trainings[1].memory == plain.trainings[1].memory | more
+    assert [shadow.passes_a_step(training) for training in shadow.trainings] == [1, 1.5]
+    assert "1.50 passes a step (scaling.shadow: every 8 steps 3 rules, and one" in " ".join(page(shadow).split())
+
+
 # --------------------------------------------------------------------------------------------------- sizes and costs
 
 
@@ -248,7 +260,8 @@ def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config)
     run = train(cfg)
     planned = costs.checkpoints(before.cfg, before.shape)[1]
     assert sum(f.stat().st_size for f in run.checkpoints.rglob("*.safetensors")) == pytest.approx(planned, rel=0.1)
-    rows = sum((run.path / name).stat().st_size for name in ("metrics.jsonl", "telemetry.jsonl"))
+    names = ("metrics.jsonl", "telemetry.jsonl", "amax.safetensors")
+    rows = sum((run.path / name).stat().st_size for name in names)
     estimate = costs.rows(cfg, 3 * len(before.coverage.linears))
     assert estimate / 2 < rows < estimate * 2
     after = plan.make(cfg, 1, CPU, on_gpus=False)

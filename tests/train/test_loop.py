@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,12 @@ def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
         files = {"facts.json", "model.safetensors"} | ({"scales.safetensors"} if each.quantized else set())
         assert {file.name for file in path.iterdir()} == files
         assert checkpoint.load(path)[1]["final"]
+    names, amax = Run.of(cfg).amaxes()
+    assert amax.shape == (cfg.steps, len(names)) and (amax > 0).all()
+    looked = [row for row in Run.of(cfg).telemetry() if "role" in row]
+    at = [(row["step"] - 1, names.index(f"{row['layer']}/{row['role']}")) for row in looked]
+    assert looked and [row["amax"] for row in looked] == [amax[place] for place in at]
+    assert not (Run.of(baseline_of(cfg)).path / "amax.safetensors").exists()
 
 
 def test_a_quantized_run_is_its_baseline_until_quantization_starts(reference):
@@ -234,7 +241,7 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, 
 def test_no_checkpoint_outlives_the_rows_before_it(config, monkeypatch):
     """Not even if the machine fails: they are on the disk when the last one takes the place of the others."""
     done, real = [], checkpoint.save
-    noted = SimpleNamespace(flush=lambda path: done.append((path.name, len(path.read_text().splitlines()))))
+    noted = SimpleNamespace(flush=lambda path: done.append((path.name, len(path.read_bytes().splitlines()))))
     monkeypatch.setattr(run_log, "files", noted)
     monkeypatch.setattr(checkpoint, "save", lambda *rest, **how: done.append("saved") or real(*rest, **how))
     cfg = config(*PAPER)
@@ -376,6 +383,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(config, monkeypatch
     assert run.finished and (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, True)
     assert sum(row["skipped"] for row in run.metrics()) == 1
     assert "warning: step 3: the gradient is not finite (loss nan), weights were not changed" in capsys.readouterr().out
+    assert [bool(np.isnan(row).all()) for row in run.amaxes()[1]] == [number == 2 for number in range(cfg.steps)]
     scales = checkpoint.latest(run.checkpoints)[0]["scales"]
     assert scales["counters"].tolist()[0] == cfg.steps - 1  # eleven entries in the history, not twelve
     assert all(tensor.isfinite().all() for tensor in checkpoint.latest(run.checkpoints)[0]["model"].values())

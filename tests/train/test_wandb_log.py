@@ -135,6 +135,9 @@ def test_results_are_the_comparison_as_flat_numbers(config):
     cfg = config("experiment=exp8")
     run = Run.of(cfg)
     run.create(cfg)
+    tried = {"step": 2, "shadow": "max:4", "unquantized": 3.0}
+    with run.append("telemetry.jsonl") as append:
+        append([{**tried, "loss": loss} for loss in (3.25, 3.75, None)])
     row = {"mode": "w8a8", "task": "mmlu", "score": 24.0, "points": -1.0, "relative_drop": 4.0, "p_value": 0.5}
     own = {"text": "embedded", "mode": "w8a8", "loss": 3.0, "difference": 0.01, "kl": 0.02, "decision": "equivalent"}
     wikipedia = own | {"text": "wikipedia", "loss": 2.0}
@@ -147,7 +150,8 @@ def test_results_are_the_comparison_as_flat_numbers(config):
     heldout = {f"w8a8/heldout/{key}": own[key] for key in ("loss", "difference", "kl", "decision")}
     heldout |= {f"w8a8/heldout/wikipedia/{key}": wikipedia[key] for key in ("loss", "difference", "kl", "decision")}
     heldout |= {f"w8a8/pooled/bits_per_byte/{key}": bits[key] for key in ("difference", "decision")}
-    assert wandb_log.results(run, cfg, comparison) == {"warnings": 0, "loss_ape_percent": 0.2} | mmlu | easy | heldout
+    alone = {"warnings": 0, "loss_ape_percent": 0.2, "shadow/max:4/damage": 0.5}
+    assert wandb_log.results(run, cfg, comparison) == alone | mmlu | easy | heldout
 
 
 @pytest.mark.parametrize("changes", [{"logger.name": "local"}, {"logger.name": "wandb", "logger.mode": "disabled"}])

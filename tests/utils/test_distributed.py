@@ -102,6 +102,24 @@ def test_held_out_texts_have_the_same_losses_on_any_number_of_ranks(seen, name):
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in one], abs=5e-5)
 
 
+def test_rules_tried_beside_the_own_change_nothing_on_any_rank(seen):
+    for rank in (0, 1):
+        assert steps(seen, "ddp2 shadow", rank) == steps(seen, "ddp2", rank)
+
+
+@pytest.mark.parametrize("name", ["ddp2 shadow", "ddp4"])
+def test_rules_tried_beside_the_own_give_the_same_on_any_number_of_ranks(seen, name):
+    runs = [Run(next((seen.runs / each).iterdir())) for each in ("one", name)]
+    one, ours = ([row for row in run.telemetry() if "shadow" in row] for run in runs)
+    assert [(row["step"], row["shadow"]) for row in ours] == [
+        (step, rule) for step in (3, 5, 6) for rule in ("most_recent", "max:4")
+    ]
+    for key, error in (("loss", 5e-5), ("unquantized", 5e-5), ("cosine", 1e-4), ("norm_error", 1e-3)):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in one], abs=error)
+    traces = [run.amaxes() for run in runs]
+    assert traces[0][0] == traces[1][0] and traces[1][1] == pytest.approx(traces[0][1], rel=1e-3)
+
+
 def test_unrounded_weights_can_be_sharded(seen):
     one, two = steps(seen, "unrounded1"), steps(seen, "unrounded2")
     assert [step.loss for step in two] == pytest.approx([step.loss for step in one], abs=5e-5)

@@ -176,8 +176,8 @@ def checkpoints(cfg: Config, shape: Shape) -> tuple[float, float]:
 
 
 def rows(cfg: Config, tensors: int) -> float:
-    """Return the bytes of metrics and telemetry; tensors: how many are quantized."""
-    return cfg.steps * (_METRICS_ROW + tensors * _TELEMETRY_ROW / cfg.budget.telemetry_every)
+    """Return the bytes of metrics, amaxes and telemetry; tensors: how many are quantized."""
+    return cfg.steps * (_METRICS_ROW + 4 * tensors + tensors * _TELEMETRY_ROW / cfg.budget.telemetry_every)
 
 
 def samples(cfg: Config, models: int) -> float:

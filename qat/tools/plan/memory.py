@@ -17,16 +17,19 @@ def training(shape: Shape, coverage: Coverage, cfg: Config, ranks: int, on_gpus:
     size = 2 if cfg.budget.arithmetic == "bf16" else 4
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
     tokens = cfg.batch[0] * cfg.budget.seq_len
+    shadow = cfg.quantized and bool(cfg.scaling.shadow)
+    codes = cfg.quant.weights and not on_gpus and not shadow  # a CPU has codes where amaxes are recorded
     models = 2 if cfg.loss.distill else 1  # whose logits are made together
     logits = min(models * tokens * shape.vocabulary, cfg.budget.largest_logits)
     parts = {
         "parameters, FP32": 4 * shape.parameters / sharded,
         "gradients, FP32": 4 * shape.parameters / sharded,
         f"Adam moments, {_MOMENTS[cfg.optim.moments]}": cfg.optim.moment_bytes * shape.parameters / sharded,
-        "rounded weights": (1 if cfg.quant.weights and not on_gpus else size) * coverage.parameters,  # a CPU has codes
+        "rounded weights": (1 if codes else size) * coverage.parameters,
         "other linears in BF16": 2 * (shape.linears - coverage.parameters) if size == 2 else 0,
         "activations": activations(shape, coverage, size, cfg.budget.activation_checkpointing, _learns(cfg)) * tokens,
         "logits": 12 * logits,
+        "gradients unquantized": 4 * shadow * shape.parameters,  # with which those of scaling.shadow are compared
     }
     if cfg.loss.distill:  # its activations are gone before logits are made, except for the last
         parts["teacher, FP32"] = 4 * shape.parameters / sharded

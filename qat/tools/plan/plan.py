@@ -61,6 +61,11 @@ class Plan:
         """Count the models that evaluation scores: the pretrained one, baseline, its PTQ, and the run in both modes."""
         return 5 if self.cfg.quantized else 2
 
+    def passes_a_step(self, training: Training) -> float:
+        """Count forward and backward passes a step, on average: at steps with telemetry `scaling.shadow` adds some."""
+        shadow = len(self.cfg.scaling.shadow) if training.quantized else 0
+        return 1 + (shadow + 1) / self.cfg.budget.telemetry_every if shadow else 1.0
+
     @property
     def passes(self) -> int:
         """Count passes over the held-out texts: one a model, and for a quantized run one more under PTQ's scales."""
