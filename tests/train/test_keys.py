@@ -33,6 +33,7 @@ ROWS = {
     "quant.format": (("none", "fp8_e4m3", "fp8_e5m2"), {}),
     "quant.scope": ((["mlp.down_proj"],), {}),
     "quant.bf16_blocks": ((0, 2), {}),
+    "quant.bf16_also": (([1],), {}),
     "quant.weights": ((False,), {}),
     "quant.activations": ((False,), {}),
     "quant.gradients": ((False,), {}),
