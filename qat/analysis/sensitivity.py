@@ -30,8 +30,8 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "loss": Measure("Loss", "nats a token", True),
-    "kl": Measure("KL from the unquantized model", "nats a token", True),
-    "logprob": Measure("Log-probability of the right choice", "nats", False),
+    "kl": Measure("KL", "nats a token", True),
+    "logprob": Measure("ln p of the right choice", "nats", False),
     "mass": Measure("Choice mass", "share", False),
     "cross_entropy": Measure("Choice cross-entropy", "nats", False),
 }

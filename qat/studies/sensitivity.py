@@ -242,6 +242,8 @@ def subject(cfg: Config, quant: QuantConfig) -> Subject:
     """Return the model whose damage is measured: a run in W8A8 with its own scales; of a BF16 run or the pretrained
     checkpoint, its weights by PTQ under `quant`. Errors: ConfigError where nothing is rounded, or single tensors cannot
     be."""
+    if environment.world_size() > 1:
+        raise ConfigError("this is one process's work: start scripts/sensitivity.py without torchrun")
     of = {"run": lambda cfg: cfg, "baseline": baseline_of, "pretrained": pretrained_of}[cfg.sensitivity.of](cfg)
     quant = of.quant if of.quantized else quant
     if quant.format == "none" or not (quant.weights or quant.activations):
@@ -293,7 +295,6 @@ class Study:
         model, tokenizer = self.subject.build()
         board = Switchboard(model, self.request["arithmetic"])
         self.content["tensors"] = [list(tensor) for tensor in board.rounded.values()]
-        self.content["blocks"] = len(board.blocks)
         texts, fresh = self._texts(tokenizer)
         questions = self._questions(model, tokenizer)
         work = [
@@ -303,17 +304,19 @@ class Study:
         ]
         self._do(board, work)
         if "block" in self.cfg.sensitivity.groups:
-            chosen = {
-                ",".join(map(str, blocks)): _group(
-                    board.rounded, [i for i in board.rounded if board.rounded[i].block in blocks]
-                )
-                for blocks in analysis.first_choices(self.content)
-            }
-            self._do(board, [("kept", unit, chosen, ("left_out",)) for unit in fresh])
+            self._check_choices(board, texts, fresh)
+        return self.content
+
+    def _check_choices(self, board: Switchboard, texts: Sequence[Unit], fresh: Sequence[Unit]) -> None:
+        """Measure what is left of the damage with some blocks in BF16, and ask Model-Optimizer about all of them."""
+        chosen = {}
+        for blocks in analysis.first_choices(self.content):
+            members = [index for index, tensor in board.rounded.items() if tensor.block in blocks]
+            chosen[",".join(map(str, blocks))] = _group(board.rounded, members)
+        self._do(board, [("kept", unit, chosen, ("left_out",)) for unit in fresh])
         if "auto_quantize" not in self.content and auto_quantize.installed():
             self.content["auto_quantize"] = self._auto_quantize(board, texts)
             self._write()
-        return self.content
 
     def _auto_quantize(self, board: Switchboard, texts: Sequence[Unit]) -> dict[str, float] | str:
         """Return Model-Optimizer's score of each block; why it has none, where it fails."""

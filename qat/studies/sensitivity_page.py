@@ -83,7 +83,7 @@ def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
     for level, title in _LEVELS.items():
         if level in content["measured"]:
             parts += [f"## {title}", _ranking(content, level)]
-    if "kept" in content["measured"]:
+    if "block" in content["measured"]:
         parts += ["## Blocks to keep in BF16", _CHOICES, _choices(content), _agreement(content)]
     return "\n\n".join(parts) + "\n"
 
@@ -186,24 +186,18 @@ def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
     lines = list(dict.fromkeys(line for line, _ in cells))
     blocks = sorted({block for _, block in cells})
     largest = max(abs(row["difference"]) for row in cells.values()) or 1.0
+    digits = 0 if largest >= 0.02 else 1 if largest >= 0.002 else 2
+    nothing = {"difference": np.nan}  # not every block has every linear
     colours = LinearSegmentedColormap.from_list("damage", [ACCENT, PAPER, WARM])
 
     def draw(axes: Axes) -> None:
-        values = [[cells[line, block]["difference"] for block in blocks] for line in lines]
+        values = [[cells.get((line, block), nothing)["difference"] for block in blocks] for line in lines]
         axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
         for (line, block), row in cells.items():
             x, y = blocks.index(block), lines.index(line)
-            marked = measure != "kl" and row["p_holm"] < LEVEL
-            axes.text(
-                x,
-                y,
-                f"{1000 * row['difference']:.{_digits(largest)}f}",
-                ha="center",
-                va="center",
-                fontsize=7.5,
-                color=INK,
-            )
-            if marked:
+            number = f"{1000 * row['difference']:.{digits}f}"
+            axes.text(x, y, number, ha="center", va="center", fontsize=7.5, color=INK)
+            if measure != "kl" and row["p_holm"] < LEVEL:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
         axes.set_xticks(range(len(blocks)), blocks)
         axes.set_yticks(range(len(lines)), lines)
@@ -211,9 +205,5 @@ def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("Block")
 
-    title = f"{MEASURES[measure].name}, {_WAYS[way]}: thousandths of {'a nat' if measure != 'mass' else 'one'}"
+    title = f"{MEASURES[measure].name}, {_WAYS[way]}: thousandths of a nat"
     return Panel(title, draw, width=1000, height=230, margins=(190, 12, 32, 44))
-
-
-def _digits(largest: float) -> int:
-    return 0 if largest >= 0.02 else 1 if largest >= 0.002 else 2

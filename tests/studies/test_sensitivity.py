@@ -183,12 +183,12 @@ def test_a_bf16_run_is_measured_under_ptqs_scales(scored, monkeypatch):
         cfg.sensitivity.of = "run"
 
 
-def test_what_cannot_be_measured_is_refused(config, main):
+def test_what_cannot_be_measured_is_refused(config):
     cfg = config("experiment=exp8")
     for words, message in (
         ({"quant.format": "none"}, "nothing is rounded"),
         ({"quant.weights": False, "quant.activations": False}, "nothing is rounded"),
-        ({"quant.gemm": "fp8"}, "set|name a run with quant.gemm=bf16"),
+        ({"quant.gemm": "fp8"}, "name a run with quant.gemm=bf16"),
     ):
         changed = config("experiment=exp8", **words)
         with pytest.raises(ConfigError, match=message):
