@@ -12,17 +12,20 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config import Config
 from qat.errors import UserError
-from qat.runs import fingerprints, trace
+from qat.runs import fingerprints
 from qat.runs.identity import digest, run_id
 from qat.utils import environment, files
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Groups of commands, which say nothing of a run; those of recorded runs are of their time.
 _OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "export", "sensitivity", "dashboard")
@@ -140,6 +143,8 @@ class Run:
 
     def amaxes(self) -> tuple[list[str], np.ndarray]:
         """Return the trace of amaxes: (names, FP32 [steps, tensors]), as `qat.runs.trace` has it."""
+        from qat.runs import trace  # NumPy is not needed to name a run
+
         return trace.read(self.path / trace.NAME)
 
     def samples(self, benchmark: str, mode: str, task: str) -> list[dict]:
@@ -219,6 +224,8 @@ class Run:
 
     def traced(self, tensors: Sequence[str], steps: int):
         """Return a context that yields a function to write amaxes of these tensors (`qat.runs.trace.opened`)."""
+        from qat.runs import trace
+
         return trace.opened(self.path / trace.NAME, tensors, steps) if tensors else contextlib.nullcontext()
 
     def keep_rows(self, name: str, last_step: int) -> None:

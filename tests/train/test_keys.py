@@ -58,9 +58,11 @@ ROWS = {
     "scaling.settle": ((1.0,), {}),
     "scaling.observe_in_warmup": ((False,), WARMED_UP),
     "scaling.discard_after_warmup": ((True,), WARMED_UP),
+    "scaling.shadow": ((["most_recent"],), {}),
     "loss.distill": ((0.5, 1.0), {}),
 }
-NEEDS_RANKS = {"scaling.sync"}  # tests/utils/test_distributed.py
+# What one rank has no use for (tests/utils/test_distributed.py), and what only looks (tests/train/test_shadow.py).
+CHANGES_NOTHING = {"scaling.sync", "scaling.shadow"}
 
 
 @pytest.fixture(scope="module")
@@ -96,4 +98,4 @@ def test_it_changes_a_loss_a_scale_or_a_weight(trained, key, value):
     beside = ROWS[key][1]
     without, with_it = trained(**beside), trained(**beside | {key: value})
     same = len(without) == len(with_it) and all(map(torch.equal, without, with_it))
-    assert same == (key in NEEDS_RANKS)
+    assert same == (key in CHANGES_NOTHING)
