@@ -77,7 +77,7 @@ def activations(
     return blocks + 8 * h  # and the norm after the last block
 
 
-_MOMENTS = {"fp32": "FP32", "bf16": "BF16", "hif8": "HiF8 and FP16"}
+_MOMENTS = {"fp32": "FP32", "bf16": "BF16", "hif8": "HiF8/FP16"}
 
 _READERS = {  # input -> linears that may read it
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
