@@ -33,18 +33,18 @@ def of_studies(report: Path) -> set[str]:
 
 
 def keep_report(report: Path, record: Path) -> None:
-    """Copy a report's folder into a record, without its page, of megabytes, which `make report` writes again.
+    """Copy a report's folder into a record, without its pages, of megabytes, which their commands write again.
 
     Errors: UserError for a folder of no report.
     """
-    studies = [name for name in TITLES if (report / name).exists()]
+    studies = [name for name in (*TITLES, "sensitivity") if (report / name).exists()]
     if not studies and not (report / "report.md").exists():
         raise UserError(f"{report} has no report.md and no study; write it first: make report")
     record.mkdir(parents=True, exist_ok=True)
     for path in (*report.glob("report.md"), *report.glob("report.json"), *report.glob("*.png")):
         shutil.copy(path, record)
     for name in studies:
-        shutil.copytree(report / name, record / name, dirs_exist_ok=True)
+        shutil.copytree(report / name, record / name, ignore=shutil.ignore_patterns("*.html"), dirs_exist_ok=True)
 
 
 def keep_runs(runs: Iterable[Run], record: Path) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from qat.analysis import sensitivity as analysis
 from qat.errors import ConfigError, UserError
 from qat.models.load import load_model
 from qat.quant.convert import convert, quantized_linears
+from qat.report import record
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.studies import auto_quantize, sensitivity
@@ -163,6 +164,9 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
     assert "quant.bf16_also=[" in text and "4/weight" in text
     assert content["results"]["block"]["loss alone"][0]["group"] == "3/weight"
     assert {path: path.read_bytes() for path in before} == before
+    record.keep_report(tmp_path / "out", tmp_path / "record")
+    copied = {path.name for path in (tmp_path / "record" / "sensitivity" / run.id).iterdir()}
+    assert copied == {f"sensitivity.{end}" for end in ("md", "json", "png")}
     done.clear()
     assert main("sensitivity.py", *words)[0] == 0 and not done
 
