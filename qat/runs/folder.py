@@ -25,7 +25,7 @@ from qat.runs.identity import digest, run_id
 from qat.utils import environment, files
 
 # Groups of commands, which say nothing of a run; those of recorded runs are of their time.
-_OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "export", "sensitivity", "dashboard")
+_OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "ptq", "export", "sensitivity", "dashboard")
 
 
 @contextlib.contextmanager
