@@ -68,21 +68,26 @@ def _facts(ladders: Sequence[Ladder]) -> dict[str, str]:
 
 
 def _losses(rows: Sequence[Mapping], text: str) -> str:
-    header = ["Row", "Less BF16, nats", "Decision (finds, margin)", "Less max, nats", "Decision (finds, margin)"]
-    cells = []
-    for row in rows:
-        sides = [_change(row["bf16"][text]), _change(row["max"].get(text))]
-        seconds = number(row["seconds"], 1)
-        cells.append([f"`{row['rung']}`", *(cell for side in sides for cell in side), row["expected"] or "–", seconds])
-    return markdown([*header, "Registered", "Seconds"], cells)
+    cells = [
+        [
+            f"`{row['rung']}`",
+            _change(row["bf16"][text]),
+            _change(row["max"].get(text)),
+            row["expected"] or "–",
+            number(row["seconds"], 1),
+        ]
+        for row in rows
+    ]
+    return markdown(["Row", "Less BF16, nats", "Less max, nats", "Registered", "Seconds"], cells)
 
 
-def _change(row: Mapping | None, digits: int = 4) -> tuple[str, str]:
-    """Write a difference with its interval, and what it says."""
+def _change(row: Mapping | None, digits: int = 4) -> str:
+    """Write a difference with its interval, and below it what that says."""
     if row is None:
-        return "–", "–"
-    limits = f"({number(row['detectable'], digits)}, {number(row['margin'], digits)})"
-    return f"{signed(row['difference'], digits)} {interval(row['ci'], digits)}", f"**{row['decision']}** {limits}"
+        return "–"
+    limits = f"finds {number(row['detectable'], digits)}, margin {number(row['margin'], digits)}"
+    difference = f"{signed(row['difference'], digits)} {interval(row['ci'], digits)}"
+    return f"{difference}<br>**{row['decision']}** ({limits})"
 
 
 def _answers(rows: Sequence[Mapping]) -> str:
@@ -91,20 +96,15 @@ def _answers(rows: Sequence[Mapping]) -> str:
     if not asked:
         return "No row was asked the benchmark's questions."
     names = [name for name in ("accuracy", "cross_entropy", "contrast") if name in asked[0]["answers"]]
-    header = [cell for name in names for cell in (_heading(name), "Decision (finds, margin)")]
     cells = [
-        [f"`{row['rung']}`", *(cell for name in names for cell in _change(row["answers"][name], _digits(name)))]
+        [f"`{row['rung']}`", *(_change(row["answers"][name], 1 if name == "accuracy" else 4) for name in names)]
         for row in asked
     ]
-    return markdown(["Row", *header], cells)
+    return markdown(["Row", *map(_heading, names)], cells)
 
 
 def _heading(measure: str) -> str:
     return ", ".join(filter(None, (MEASURES[measure].name, MEASURES[measure].unit)))
-
-
-def _digits(measure: str) -> int:
-    return 1 if measure == "accuracy" else 4
 
 
 def _methods(rows: Sequence[Mapping]) -> str:
