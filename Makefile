@@ -23,7 +23,7 @@ SBATCH   ?=
 LAUNCH    = $(if $(filter-out basic,$(LAUNCHER)),launch.launcher=$(LAUNCHER)) \
   $(if $(filter-out 1,$(RANKS)),launch.ranks=$(RANKS)) $(if $(filter-out 1,$(NODES)),launch.nodes=$(NODES)) \
   $(if $(SBATCH),'launch.sbatch="$(SBATCH)"')
-# Many runs by one script, $(1): suite, factorial or audit.
+# Many runs by one script, $(1): suite, factorial, audit or ptq.
 RUNS      = $(PY) scripts/$(1).py "seeds=[$(SEEDS)]" $(LAUNCH) $(2) $(OVERRIDES)
 
 VENV   := .venv
@@ -43,7 +43,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit sensitivity rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit sensitivity ptq rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -99,6 +99,11 @@ audit: $(READY) ## what the released code did otherwise, one switch at a time ->
 RUN ?=
 sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, roles, one at a time; RUN=runs/<id> or EXP=exp8 -> report/sensitivity/
 	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES))
+
+# Of any model, without training: make ptq ARGS="model=hub model.path=Qwen/Qwen3-0.6B ptq.on=pretrained"
+ptq: $(READY) ## is training needed? post-training quantization of EXP's BF16 baseline, method by method -> report/ptq/
+	@$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[ptq]'
+	$(call RUNS,$@,experiment=$(EXP))
 
 # With several GPUs or threads, a run and its repeat may differ.
 rerun_noise: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make rerun_noise EXP=exp8

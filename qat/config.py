@@ -49,6 +49,7 @@ CHOICES = {
     "benchmark.arithmetic": ("training", "export"),
     "launch.launcher": ("basic", "slurm"),
     "sensitivity.of": ("run", "baseline", "pretrained"),
+    "ptq.on": ("baseline", "pretrained"),
 }
 
 STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
@@ -260,6 +261,37 @@ class ReplayConfig:
 
 
 @dataclass
+class PTQConfig:
+    on: str = "baseline"  # whose weights: of the matched BF16 baseline, or of the pretrained model, without training
+    # rows: methods of `qat.quant.ptq`, with a number where they take one, and other formats, which max calibrates
+    rungs: list[str] = field(
+        default_factory=lambda: [
+            "max",
+            "cast",
+            "quantile",
+            "ofmr",
+            "mse",
+            "smoothquant:0.3",
+            "smoothquant:0.5",
+            "smoothquant:0.7",
+            "awq",
+            "gptq",
+            "per_channel",
+            "llm_int8:6",
+            "rotation",
+            "fp8_e4m3",
+            "fp8_e5m2",
+            "int8",
+            "mxfp8",
+        ]
+    )
+    # which of them also answer the benchmark's questions, which takes longest; of the others only the loss is taken
+    questions: list[str] = field(default_factory=lambda: ["max", "per_channel", "fp8_e4m3"])
+    sequences: int | None = None  # of the first training text, which calibrate; null: 16, as everywhere
+    tokens: int | None = None  # of each of them; null: budget.seq_len
+
+
+@dataclass
 class ExportConfig:
     out: str | None = None  # null: <run folder>/export
 
@@ -283,7 +315,7 @@ class Config:
     experiment: str | None = None  # the experiment it belongs to: a file of conf/experiment/
     protocol: str = "paper"  # the paper's text, what its released code did, or how the format's vendor trains
     seed: int = 0  # of the order of the text, and of random weights
-    seeds: list[int] | None = None  # several in its place: suite.py, factorial.py, audit.py, report.py, record.py
+    seeds: list[int] | None = None  # several in its place: suite.py, the studies, report.py, record.py
     repeat: int = 0  # above 0: the same run once more, to see what the machine alone changes
     runs_dir: str = "runs"  # where run folders are
     retrain: bool = False  # train.py: train a finished run again whose checkpoint is gone, as of a restored record
@@ -294,6 +326,7 @@ class Config:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    ptq: PTQConfig = field(default_factory=PTQConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     dashboard: DashboardConfig = field(default_factory=DashboardConfig)

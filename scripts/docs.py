@@ -128,7 +128,7 @@ def claims(study: Path) -> str:
 def registered(claims: Path) -> str:
     """Return what the registered claims rest on, a measure a row, and the damage that the measures were shown."""
     tree, rows = yaml.safe_load(claims.read_text()), []
-    for claim in (claim for study in ("factorial", "audit") for claim in tree[study]["claims"].values()):
+    for claim in (claim for study in ("factorial", "audit", "ptq") for claim in tree[study]["claims"].values()):
         name, control = claim["claim"], f"`{claim['control']}`"
         for measure, entry in claim["measures"].items():
             margin = entry["margin"] and f"{tree['margins'][entry['margin']]:g} % of the {entry['margin']}"

@@ -166,7 +166,7 @@ def aggregate(matches: Sequence[Match]) -> dict:
         "seeds": len(matches),
         "scored_on": sorted(set(sources) - {None}),
         "loss": _loss(matches) if others else first.loss,
-        "heldout": [_heldout(matches, text, mode) for text in texts for mode in modes],
+        "heldout": [heldout_row(matches, text, mode) for text in texts for mode in modes],
         "qat": [_qat_gain(matches, text) for text in texts] if "ptq" in modes else [],
         "tasks": [task_row(matches, task, mode) for task in tasks for mode in modes],
         "pooled": [{"mode": mode} | pooled_answers(matches, tasks, mode) for mode in modes if len(tasks) > 1],
@@ -260,7 +260,8 @@ def _loss(matches: Sequence[Match]) -> dict:
     return {"ape": mean.value, "ci": [max(0.0, low), high], "passes": mean.value < APE_THRESHOLD}
 
 
-def _heldout(matches: Sequence[Match], text: str, mode: str) -> dict:
+def heldout_row(matches: Sequence[Match], text: str, mode: str) -> dict:
+    """Return the losses on a text in a mode and how they differ from the references', in nats a token."""
     own = [m.own[mode].record["heldout"][text] for m in matches]
     reference = [m.reference.record["heldout"][text]["loss"] for m in matches]
     origin = [m.origin and m.origin.record["heldout"][text]["loss"] for m in matches]

@@ -98,8 +98,11 @@ class EvalResult:
         return self.outcomes - other.outcomes
 
     def refuse_unlike(self, other: EvalResult) -> None:
-        """Raise `UserError` unless both answered the same questions and read the same text, in the same way."""
+        """Raise `UserError` unless both answered the same questions and read the same text, in the same way. Where one
+        was asked no questions, the text counts."""
         ours, theirs = self.record, other.record
+        if not (ours["tasks"] and theirs["tasks"]):
+            return self._refuse_unlike_texts(other)
         self._refuse_unequal(other, "lm-eval version", ours["lm_eval"], theirs["lm_eval"])
         self._refuse_unequal(other, "tasks", sorted(ours["tasks"]), sorted(theirs["tasks"]))
         self._refuse_unequal(other, "held-out texts", sorted(ours["heldout"]), sorted(theirs["heldout"]))

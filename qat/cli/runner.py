@@ -91,14 +91,20 @@ def _outcome(name: str, job: Job, baseline: Outcome, ranks: int) -> Outcome:
 
 
 def _train_and_score(job: Job, ranks: int) -> None:
+    train_job(job, ranks)
+    if ranks == 1:
+        evaluate_and_compare(job.cfg)
+    else:
+        _call([ROOT / "scripts" / "eval.py"], job)
+
+
+def train_job(job: Job, ranks: int) -> None:
+    """Train a run and its baseline where they are missing, in this process or by torchrun."""
     if ranks == 1:
         train_with_baseline(job.cfg)
-        evaluate_and_compare(job.cfg)
-        return
-    if job.cfg.retrain or not Run.of(job.cfg).finished:
+    elif job.cfg.retrain or not Run.of(job.cfg).finished:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         _call([*torchrun, ROOT / "scripts" / "train.py"], job)
-    _call([ROOT / "scripts" / "eval.py"], job)
 
 
 def _call(command: Sequence[str | Path], job: Job) -> None:

@@ -12,6 +12,7 @@ from qat.config import GROUPS, ROLES, Config, QuantConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
+from qat.quant.ptq import rung
 from qat.quant.rules import RULES, named
 from qat.utils.environment import ROOT
 
@@ -33,7 +34,7 @@ def validate(cfg: Config) -> None:
     if cfg.launch.launcher != "slurm" and (cfg.launch.nodes > 1 or cfg.launch.sbatch):
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
-    texts = (_check_sources, _check_validation, _check_benchmark, _check_sensitivity)
+    texts = (_check_sources, _check_validation, _check_benchmark, _check_sensitivity, _check_ptq)
     for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, _check_rules, *texts):
         check(cfg)
 
@@ -384,3 +385,19 @@ def _check_sensitivity(cfg: Config) -> None:
                 raise ConfigError(f"sensitivity.{key}={value}: unknown value; {nearest(value, choices)}")
     if not asked.groups or len(set(asked.groups)) < len(asked.groups):
         raise ConfigError(f"sensitivity.groups={asked.groups}: must be some of {', '.join(GROUPS)}, once each")
+
+
+def _check_ptq(cfg: Config) -> None:
+    ptq = cfg.ptq
+    for name in ptq.rungs:
+        rung(name)
+    for name in ptq.questions:
+        rung(name, "ptq.questions")
+    if len(set(ptq.rungs)) < len(ptq.rungs) or "max" not in ptq.rungs:
+        raise ConfigError(
+            f"ptq.rungs=[{','.join(ptq.rungs)}]: must be different rows, one of them max, which the others are "
+            f"compared with"
+        )
+    for key, value, low in (("sequences", ptq.sequences, 1), ("tokens", ptq.tokens, 4)):
+        if value is not None and value < low:
+            raise ConfigError(f"ptq.{key}={value}: the nearest valid value is {low}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +25,16 @@ from qat.errors import ConfigError, UserError
 from qat.eval import arithmetic, benchmarks
 from qat.models.load import context_length, load_model, store_in_bf16
 from qat.models.loss import has_plain_head
-from qat.quant.calibrate import calibrate
+from qat.quant.calibrate import prepare
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.linear import round_weights
+from qat.quant.ptq import Rung
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, is_ptq, pretrained_of, ptq_mode, ptq_of, with_ptq_scales
 from qat.train import checkpoint
 from qat.utils import device, environment
 
+_MAX = Rung("max")
 _HELDOUT_BATCH = 4  # sequences a forward call
 CALIBRATION_SEQUENCES = 16  # of the run's first training text that calibrate PTQ, in the run's own micro-batches
 
@@ -46,6 +48,10 @@ class Subject:
     # bf16; w8a8, with the run's own scales; `qat.runs.identity.ptq_mode`, with calibrated ones; control, with 4-bit
     # weights, which any measure that is worth its name must see
     mode: str
+    rung: Rung = _MAX  # how it is calibrated
+    unusual: dict = dataclasses.field(default_factory=dict)  # what makes its calibration another one than usual
+    asked: bool = True  # whether it answers the benchmark's questions
+    calibration_seconds: float | None = None  # once it is built
 
     @property
     def trained(self) -> bool:
@@ -86,11 +92,13 @@ class Subject:
 
     def _quantize(self, model: nn.Module, tokenizer, how: str, tensors: dict, facts: dict) -> None:
         """Swap in quantized linears, with the checkpoint's scales or calibrated ones, and weights rounded once."""
-        bank, _ = convert(model, self.cfg)
         if self.calibrated:
+            batches, started = calibration_batches(self.cfg, tokenizer), time.perf_counter()
             with arithmetic.autocast(how):
-                calibrate(model, bank, calibration_batches(self.cfg, tokenizer))
+                bank = prepare(model, self.cfg, self.rung, batches)
+            self.calibration_seconds = round(time.perf_counter() - started, 1)
         else:
+            bank, _ = convert(model, self.cfg)
             with checkpoint.restoring(self.run.checkpoints):
                 bank.load_state_dict(tensors.get("scales", {}), facts.get("scales"))
         bank.freeze()
@@ -123,13 +131,8 @@ class Subject:
 def evaluate(cfg: Config) -> list[Subject]:
     """Score what `cfg` describes and what it is compared with, and return what was not scored already.
 
-    Raises:
-        ConfigError: there are several ranks.
-        UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
+    Errors: as `score`.
     """
-    if environment.world_size() > 1:
-        raise ConfigError("evaluation is one process's work: start scripts/eval.py without torchrun")
-    device.prepare()
     pretrained, baseline = pretrained_of(cfg), baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
     subjects = [Subject(pretrained, Run.of(pretrained), "bf16"), reference]
@@ -139,6 +142,43 @@ def evaluate(cfg: Config) -> list[Subject]:
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
     if cfg.benchmark.control:
         subjects += [Subject(baseline, reference.run, "control")]
+    return score(cfg, reference, subjects)
+
+
+def reference_of(cfg: Config) -> Subject:
+    """Return what the ladder of PTQ methods is scored on and compared with: the model that `cfg.ptq.on` names."""
+    plain = pretrained_of(cfg) if cfg.ptq.on == "pretrained" else baseline_of(cfg)
+    return Subject(plain, Run.of(plain), "bf16")
+
+
+def rung_of(cfg: Config, rung: Rung) -> Subject:
+    """Return a row of the ladder; cfg: a quantized run in the row's format.
+
+    The row `max` of a baseline is the PTQ that the run is compared with, and shares its scores.
+    """
+    ptq, quantized, reference = cfg.ptq, ptq_of(cfg), reference_of(cfg)
+    unusual = {"method": rung.method, "number": rung.number} if rung.method != "max" else {}
+    unusual |= {"sequences": ptq.sequences} if ptq.sequences else {}
+    unusual |= {"tokens": ptq.tokens} if ptq.tokens else {}
+    if not reference.trained:  # one folder for all texts and lengths
+        unusual["text"] = [cfg.data.path, cfg.data.subset, cfg.seed, cfg.budget.seq_len]
+        quantized.budget.steps = 0
+    mode, asked = ptq_mode(quantized.quant, unusual), rung.name in ptq.questions
+    return Subject(quantized, reference.run, mode, rung, unusual, asked)
+
+
+def score(cfg: Config, reference: Subject, subjects: Sequence[Subject]) -> list[Subject]:
+    """Score subjects on the benchmark and texts of `cfg`, and return what was not scored already.
+
+    reference: the baseline whose predictions those of quantized ones are set beside.
+
+    Raises:
+        ConfigError: there are several ranks.
+        UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
+    """
+    if environment.world_size() > 1:
+        raise ConfigError("evaluation is one process's work: start it without torchrun")
+    device.prepare()
     for subject in subjects:
         subject.check()
     scorer = _Scorer(cfg, reference)
@@ -166,7 +206,8 @@ class _Scorer:
         mixed = done.get("qat_weights_ptq_scales") or {"sequences": CALIBRATION_SEQUENCES}
         # What was scored before arithmetic had a name was scored as an export.
         unnamed = self.arithmetic if self.cfg.benchmark.arithmetic == "export" else None
-        alike = done.get("arithmetic", unnamed) == self.arithmetic and done.get("request") == self._request(subject)
+        requests = [self._request(subject, asked) for asked in {subject.asked, True}]  # answers are more than was asked
+        alike = done.get("arithmetic", unnamed) == self.arithmetic and done.get("request") in requests
         return alike and mixed["sequences"] == CALIBRATION_SEQUENCES
 
     def _done(self, subject: Subject) -> dict:
@@ -178,16 +219,18 @@ class _Scorer:
         """Return the weights that a result is of, and those that it is compared with."""
         return [subject.run.fingerprint, *([self.reference.run.fingerprint] if subject.compared else [])]
 
-    def _request(self, subject: Subject) -> dict:
+    def _request(self, subject: Subject, asked: bool) -> dict:
         """Return what is asked of a subject: a result counts only for its own questions, text and calibration."""
         data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
+        benchmark["tasks"] = benchmark["tasks"] if asked else {}
         del benchmark["arithmetic"], benchmark["control"]  # named beside it, as what it came to; another subject
         heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
         heldout |= {"revision": data.revision} if data.revision else {}
         kind = self.cfg.validation
         validation = {"path": kind.path, "subset": kind.subset, "revision": kind.revision} if kind else None
         request = {"benchmark": benchmark, "heldout": heldout} | ({"validation": validation} if validation else {})
-        return request | ({"calibration_sequences": CALIBRATION_SEQUENCES} if subject.calibrated else {})
+        request |= {"ptq": subject.unusual} if subject.unusual else {}
+        return request | ({"calibration_sequences": calibration_size(subject.cfg)[0]} if subject.calibrated else {})
 
     @functools.cached_property
     def _baseline(self) -> tuple[nn.Module, object]:
@@ -196,12 +239,13 @@ class _Scorer:
 
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
+        about = f"{mode}, {subject.rung.name}" if subject.unusual else mode
         if self.scored(subject):
             lacks = mode == "w8a8" and not self._done(subject)["qat_weights_ptq_scales"]
             note = ", without losses under PTQ's scales: to have them, delete its eval.json" if lacks else ""
-            print(f"{subject.run.id} ({mode}): scored already{note}", flush=True)
+            print(f"{subject.run.id} ({about}): scored already{note}", flush=True)
             return
-        print(f"\n{subject.run.id} ({mode}): scoring on {name}", flush=True)
+        print(f"\n{subject.run.id} ({about}): scoring on {name}", flush=True)
         started = time.perf_counter()
         model, tokenizer = self._baseline if subject is self.reference else subject.build()
         answered, samples = self._questions(subject, model, tokenizer)
@@ -211,12 +255,12 @@ class _Scorer:
             record["qat_weights_ptq_scales"] = self._under_ptq_scales(subject)
         seconds = round(time.perf_counter() - started, 1)
         record |= {
-            "request": self._request(subject),
+            "request": self._request(subject, subject.asked),
             "arithmetic": self.arithmetic,
             "weights": self._weights(subject),
             "scored_on": environment.machine_summary(),
             "seconds": seconds,
-        }
+        } | ({"calibration_seconds": subject.calibration_seconds} if subject.calibrated else {})
         with subject.run.lock():
             if not subject.trained:
                 subject.run.create(subject.cfg)
@@ -236,7 +280,9 @@ class _Scorer:
     def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
         """Return (scores by task and lm-eval's version, samples by task to be written). Where only a text has changed,
         the answers that are there are still those to what is asked."""
-        done, request = self._done(subject), self._request(subject)
+        if not subject.asked:
+            return {"tasks": {}, "lm_eval": None}, {}
+        done, request = self._done(subject), self._request(subject, asked=True)
         asked = ("benchmark", "calibration_sequences")
         if done.get("arithmetic") == self.arithmetic and all(done["request"].get(k) == request.get(k) for k in asked):
             return {key: done[key] for key in ("tasks", "lm_eval")}, {}
@@ -319,14 +365,20 @@ def _round_to_4_bits(model: nn.Module) -> None:
             module.weight.copy_((module.weight.float() / scale).round() * scale)
 
 
+def calibration_size(cfg: Config) -> tuple[int, int]:
+    """Return how many training sequences calibrate a PTQ, and how many tokens each has."""
+    return cfg.ptq.sequences or CALIBRATION_SEQUENCES, cfg.ptq.tokens or cfg.budget.seq_len
+
+
 def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:
     """Yield the first training sequences of a run, int64 [sequences, length]. Errors: UserError when the text cannot be
     read."""
+    sequences, length = calibration_size(cfg)
     once = dataclasses.replace(cfg.data, duplicate_workers=1)
     stream, (micro, _) = packing.training_stream(once, cfg.seed, tokenizer), cfg.batch
-    for done in range(0, CALIBRATION_SEQUENCES, micro):
-        tokens = stream.micro_batch(min(micro, CALIBRATION_SEQUENCES - done), cfg.budget.seq_len)
-        yield tokens.to(device.get_device())[:, :-1]
+    for done in range(0, sequences, micro):
+        batch = stream.micro_batch(min(micro, sequences - done), length)
+        yield batch.to(device.get_device())[:, :-1]
 
 
 def _means(values: list[float], groups: torch.Tensor) -> list[float]:

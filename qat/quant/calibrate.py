@@ -1,16 +1,20 @@
 """Post-training quantization (PTQ): the baseline's weights in W8A8 without QAT, to show what QAT gains.
 
 Static max calibration: training text passes through the unquantized model, and each tensor's scale is target / amax
-from then on, whatever scaling rule the compared run has.
+from then on, whatever scaling rule the compared run has. `qat.quant.ptq` has what may be done before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
+from qat.config import Config
+from qat.quant.convert import convert, same_inputs, select
+from qat.quant.ptq import METHODS, Calibration, Rung
 from qat.quant.scaling import ScaleBank
 
 
@@ -24,3 +28,40 @@ def calibrate(model: nn.Module, bank: ScaleBank, batches: Iterable[torch.Tensor]
     for tokens in batches:
         model.get_decoder()(input_ids=tokens, use_cache=False)  # the head is never quantized
     bank.tick()
+
+
+class Around(nn.Module):
+    """A function that runs in the place of a quantized linear, which it is given with the input."""
+
+    def __init__(self, linear: nn.Module, function: Callable[[nn.Module, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.linear, self.function = linear, function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.linear, x)
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, cfg: Config, rung: Rung, batches: Iterable[torch.Tensor]) -> ScaleBank:
+    """Convert a model in eval mode for `cfg` by a PTQ method; returns the bank, with its scales.
+
+    batches: as in `calibrate`.
+    """
+    batches = list(batches)
+
+    def run() -> None:
+        for tokens in batches:
+            model.get_decoder()(input_ids=tokens, use_cache=False)
+
+    method, linears = METHODS[rung.method], select(model, cfg)
+    if method.saturates:
+        cfg = dataclasses.replace(cfg, quant=dataclasses.replace(cfg.quant, overflow="saturate"))
+    calibration = Calibration(linears, same_inputs(linears), cfg.quant, run)
+    method.prepare(calibration, *([] if rung.number is None else [rung.number]))
+    bank, _ = convert(model, cfg)
+    for name, function in calibration.around.items():
+        model.set_submodule(name, Around(model.get_submodule(name), function))
+    if any(name not in calibration.scales and not name.endswith("/gradient") for name in bank.names):
+        calibrate(model, bank, batches)
+    bank.set_scales(calibration.scales)
+    return bank

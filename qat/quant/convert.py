@@ -67,7 +67,7 @@ def convert(model: nn.Module, cfg: Config) -> tuple[ScaleBank | None, Coverage]:
     Returns the bank of their scales (None with quant=bf16, which swaps nothing) and the coverage. Errors:
     ConfigError when a scope pattern matches no linear, no block is left to quantize, or quant.gemm=fp8 cannot run.
     """
-    linears = _select(model, cfg) if cfg.quantized else {}
+    linears = select(model, cfg) if cfg.quantized else {}
     if cfg.quant.gemm == "fp8":
         _check_fp8(linears)
     bank = _swap(model, linears, cfg) if linears else None
@@ -97,7 +97,7 @@ def _check_fp8(linears: dict[str, nn.Linear]) -> None:
             )
 
 
-def _select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
+def select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
     """Return {name: linear} of what to quantize: in a block of the chosen range, of a kind that the scope names."""
     candidates = {}  # name -> (block, kind, linear)
     for name, module in model.named_modules():
@@ -169,6 +169,15 @@ def _owner_of_input(name: str, linears: dict[str, nn.Linear]) -> str:
     parent, _, child = name.rpartition(".")
     siblings = next((group for group in _SAME_INPUT if child in group), (child,))
     return next(f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in linears)
+
+
+def same_inputs(linears: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """Return the names of the linears by the tensor that they read, a tuple a tensor."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for name in linears:
+        owner = _owner_of_input(name, linears)
+        groups[owner] = (*groups.get(owner, ()), name)
+    return list(groups.values())
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:

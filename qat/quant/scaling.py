@@ -14,6 +14,7 @@ Where a rule learns (LSQ, arXiv 1902.08153), scales of weights and activations l
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 
@@ -210,6 +211,13 @@ class ScaleBank:
             if self.recording:
                 overshoot[step - 1] = self.advance(amax, ~amax.isnan().all())
         return overshoot
+
+    def set_scales(self, scales: Mapping[str, torch.Tensor]) -> None:
+        """Set the scales of tensors by name, where the bank has them: what PTQ found."""
+        index = {i: scales[name] for i, name in enumerate(self.names) if name in scales}
+        for i, scale in index.items():
+            self.scale[i] = scale
+        self.unseen -= index.keys()
 
     def freeze(self) -> None:
         """Quantize with the scales as they are and record nothing, until a step begins."""

@@ -16,6 +16,7 @@ TITLES = {
     "factorial": "Scaling × learning rate × BF16 warmup",
     "replay": "Scaling rules on the amaxes of the same run",
     "audit": "The switches between the paper's text and its released code",
+    "ptq": "Post-training quantization",
 }
 
 
@@ -43,7 +44,7 @@ def studies_in(out: Path) -> list[dict]:
     """Return the studies with a result in `out`, a report's folder: name, title, facts, claims as a table, panels."""
     studies = []
     for name, result in results(out).items():
-        # The audit has no interactions.
+        # Only the factorial has interactions.
         drawn = [interaction(response, legend=not i) for i, response in enumerate(result.get("interactions", []))]
         facts = " · ".join(f"{label}: {text}" for label, text in result["facts"].items())
         claims = claims_table(result["claims"])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Groups of commands, which say nothing of a run; those of recorded runs are of their time.
-_OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "export", "sensitivity", "dashboard")
+_OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "ptq", "export", "sensitivity", "dashboard")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 
 from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, WarmupConfig
 from qat.quant.rules import RULES
@@ -100,12 +101,14 @@ def is_ptq(mode: str) -> bool:
     return mode.startswith("ptq-")
 
 
-def ptq_mode(quant: QuantConfig) -> str:
+def ptq_mode(quant: QuantConfig, method: Mapping | None = None) -> str:
     """Return the name of the evaluation of a baseline's weights under a quantization.
 
-    All runs with the same quantization in the forward pass share it.
+    All runs with the same quantization in the forward pass share it. method: what makes its PTQ another one than max
+    calibration on the usual text, JSON-able.
     """
     parts = {name: value for name, value in _changed(quant).items() if name not in _BACKWARD_ONLY}
+    parts |= {"ptq": dict(method)} if method else {}
     return f"ptq-{digest(parts)}"
 
 

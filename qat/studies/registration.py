@@ -23,7 +23,7 @@ MEASURES = {  # what a claim may rest on, by name: how a page writes it
     "linears_exponent": "exponent of the number of linears",
     "quantized_calls": "quantized calls",
 }
-_FILE = ("margins", "controls", "factorial", "audit", "replay")
+_FILE = ("margins", "controls", "factorial", "audit", "replay", "ptq")
 _STUDY = ("seeds", "texts", "questions", "claims")
 _CLAIM = ("claim", "says", "measures", "control")
 _MEASURE = ("margin", "detectable")

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.models.test_openpangu import BLOCKS, random_weights, write_config, write_tokenizer
 
 TARGETS = ("exp8", "plan", "text", "suite", "sweep", "factorial", "audit", "rerun_noise", "diff", "report", "docs")
-TARGETS += ("replay", "record", "verify", "restore", "bench", "sensitivity")
+TARGETS += ("ptq", "replay", "record", "verify", "restore", "bench", "sensitivity")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -25,7 +25,7 @@ def test_a_recipe_runs_a_script_that_is_there(target):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     scripts = re.findall(r"scripts/\S*", printed)
     assert scripts and all((ROOT / script).is_file() for script in scripts)
-    made = ("exp8", "suite", "factorial", "audit", "rerun_noise")
+    made = ("exp8", "suite", "factorial", "audit", "ptq", "rerun_noise")
     assert ('"seeds=[0,1]" launch.ranks=2' in " ".join(printed.split())) == (target in made)
 
 
