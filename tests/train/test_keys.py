@@ -16,7 +16,7 @@ from qat.models.load import load_model
 from qat.quant.convert import convert
 from qat.train.step import Trainer
 
-GROUPS = [name for name in ("quant", "scaling", "ptq", "estimator", "loss") if hasattr(Config(), name)]
+GROUPS = ("quant", "scaling", "loss")
 WORDS = ("experiment=exp7", "model.blocks=3", "model.architecture.num_hidden_layers=3", "budget.steps=4")
 WORDS += ("quant.bf16_blocks=1",)
 BASE = {
