@@ -154,8 +154,9 @@ def test_rules_tried_beside_the_own_take_another_gradient_and_passes(tmp_path):
     assert shadow.trainings[0].memory == plain.trainings[0].memory  # the baseline tries nothing
     more = {"gradients unquantized": 4 * plain.shape.parameters}
     assert shadow.trainings[1].memory == plain.trainings[1].memory | more
-    assert [shadow.passes_a_step(training) for training in shadow.trainings] == [1, 1.5]
-    assert "1.50 passes a step (scaling.shadow: every 8 steps 3 rules, and one" in " ".join(page(shadow).split())
+    assert [shadow.lengthened(training) for training in shadow.trainings] == [1, 1.6875]
+    text = " ".join(page(shadow).split())
+    assert "steps 1.69 times as long (scaling.shadow: every 8 steps 3 rules and a pass" in text
 
 
 # --------------------------------------------------------------------------------------------------- sizes and costs

@@ -132,7 +132,7 @@ def _time(plan: Plan) -> Iterator[str]:
 
 def _hours_left(plan: Plan, training: Training) -> tuple[float, float]:
     step, _ = costs.tokens(plan.cfg)
-    return training.hours(step * (plan.cfg.steps - training.done) * plan.passes_a_step(training), plan.ranks)
+    return training.hours(step * (plan.cfg.steps - training.done) * plan.lengthened(training), plan.ranks)
 
 
 def _rates(plan: Plan, training: Training) -> Iterator[str]:
@@ -141,9 +141,9 @@ def _rates(plan: Plan, training: Training) -> Iterator[str]:
     rate = span(first.low, first.high, lambda r: f"{r:,.0f}")
     yield _row(name, f"{span(*_hours_left(plan, training), duration)}, {rate} tokens/s a rank")
     yield _row("", first.basis)
-    if plan.passes_a_step(training) > 1:
+    if plan.lengthened(training) > 1:
         every = f"scaling.shadow: every {plan.cfg.budget.telemetry_every} steps {len(plan.cfg.scaling.shadow)} rules"
-        yield _row("", f"{plan.passes_a_step(training):.2f} passes a step ({every}, and one pass without quantization)")
+        yield _row("", f"steps {plan.lengthened(training):.2f} times as long ({every} and a pass without quantization)")
     for other in others:
         rate = span(other.low, other.high, lambda r: f"{r:,.0f}")
         yield _row("", f"for comparison {rate}: {other.basis}")
