@@ -101,7 +101,7 @@ class EvalResult:
         """Raise `UserError` unless both answered the same questions and read the same text, in the same way. Where one
         was asked no questions, the text counts."""
         ours, theirs = self.record, other.record
-        if not (ours["tasks"] and theirs["tasks"]):
+        if not (_asked(ours) and _asked(theirs)):
             return self._refuse_unlike_texts(other)
         self._refuse_unequal(other, "lm-eval version", ours["lm_eval"], theirs["lm_eval"])
         self._refuse_unequal(other, "tasks", sorted(ours["tasks"]), sorted(theirs["tasks"]))
@@ -152,6 +152,11 @@ class EvalResult:
             stale = f"{right} of {len(samples)} right, eval.json says {record['score']:.4f} of {record['n']}"
             raise UserError(f"{self.run.id} samples of {task} in {self.mode}: {stale}; redo it: {self.command}")
         return samples
+
+
+def _asked(record: dict) -> bool:
+    """Return whether questions were to be answered; rows of the PTQ ladder may go without."""
+    return record.get("request", {}).get("benchmark", {}).get("tasks") != {}
 
 
 class PtqScalesResult(EvalResult):

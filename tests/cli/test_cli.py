@@ -74,7 +74,7 @@ def test_every_option_of_every_group_composes_and_validates():
     skipped = ("specialization", "experiment", "hydra")
     groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
     groups = {name: options for name, options in groups.items() if name not in skipped}
-    assert len(groups) == 14 and all(groups.values())
+    assert len(groups) == 15 and all(groups.values())
     for number in range(max(map(len, groups.values()))):
         words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
