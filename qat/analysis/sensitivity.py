@@ -80,7 +80,7 @@ def sources(content: Mapping, level: str, measure: str) -> list[str]:
 
 def names(content: Mapping, level: str, way: str) -> list[str]:
     """Return the groups of a level, in the model's order."""
-    return next((list(unit[way]) for _, unit in _units(content, level, True, None)), [])
+    return next((list(unit.get(way, ())) for _, unit in _units(content, level, True, None)), [])
 
 
 def total(content: Mapping, level: str, measure: str, source: str | None = None) -> dict:
@@ -94,7 +94,7 @@ def rows(content: Mapping, level: str, measure: str, way: str, source: str | Non
 
     group, difference, ci (95 %), p_value, p_holm (over the level), detectable, n; of the loss also margin and decision.
     """
-    if not sources(content, level, measure):
+    if not (names(content, level, way) and sources(content, level, measure)):
         return []
     base = series(content, level, measure, ["unquantized" if way == "alone" else "quantized"], source)
     sign, found = 1 if way == "alone" else -1, []
@@ -113,27 +113,23 @@ def _row(changes: np.ndarray, plain: np.ndarray, measure: str) -> dict:
     return row | (decided(row, APE_THRESHOLD / 100 * float(plain.mean())) if measure == "loss" else {})
 
 
-def order(content: Mapping) -> list[tuple[int, float]]:
-    """Return (block, the KL of both its roles as they are left out), the largest first.
+def order(content: Mapping) -> dict[int, float]:
+    """Return what the rounding of each block alone does, as KL of both its roles; the largest first.
 
     Ranked by KL and not by loss: of a text that the unquantized model had written itself, the expected rise of the loss
-    is the KL, whose noise between documents is far smaller.
+    is the KL, whose noise between documents is far smaller. Alone and not left out: a block that is left out changes
+    what all later ones round, and that noise is larger than what the block does.
     """
-    return sorted(_by_block(content, "left_out").items(), key=lambda pair: -pair[1])
-
-
-def _by_block(content: Mapping, way: str) -> dict[int, float]:
-    """Return the KL of both roles of each block."""
     moved: dict[int, float] = {}
-    for row in rows(content, "block", "kl", way):
+    for row in rows(content, "block", "kl", "alone"):
         block = int(row["group"].partition("/")[0])
         moved[block] = moved.get(block, 0.0) + row["difference"]
-    return moved
+    return dict(sorted(moved.items(), key=lambda pair: -pair[1]))
 
 
 def first_choices(content: Mapping) -> list[list[int]]:
     """Return the sets of blocks to keep in BF16 whose models are measured."""
-    blocks = [block for block, _ in order(content)]
+    blocks = list(order(content))
     return [sorted(blocks[:count]) for count in _CHOSEN if count < len(blocks)]
 
 
@@ -144,7 +140,7 @@ def choices(content: Mapping) -> list[dict]:
     other documents, less the unquantized model's, as `rows` has them, or None where that was not measured.
     """
     whole = {measure: total(content, "block", measure)["difference"] for measure in ("loss", "kl")}
-    moved, measured, found = dict(order(content)), names(content, "kept", "left_out"), []
+    moved, measured, found = order(content), names(content, "kept", "left_out"), []
     for blocks in first_choices(content):
         name = ",".join(map(str, blocks))
         left = 1 - sum(moved[block] for block in blocks) / whole["kl"]
@@ -158,6 +154,6 @@ def choices(content: Mapping) -> list[dict]:
 
 def agreement(content: Mapping) -> tuple[list[int], float]:
     """Return the blocks in the order of Model-Optimizer's scores, and Spearman's correlation with ours: KL, alone."""
-    theirs, ours = {int(block): score for block, score in content["auto_quantize"].items()}, _by_block(content, "alone")
+    theirs, ours = {int(block): score for block, score in content["auto_quantize"].items()}, order(content)
     correlation = spearmanr([ours[block] for block in theirs], list(theirs.values()))[0]
     return sorted(theirs, key=lambda block: -theirs[block]), float(correlation)

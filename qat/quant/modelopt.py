@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from qat.config import QuantConfig
 from qat.quant.formats import FORMATS
 from qat.quant.kernels import dispatch
 from qat.quant.ptq import Calibration, amax
@@ -38,50 +39,54 @@ def smoothing(calibration: Calibration, algorithm: Mapping) -> dict[str, torch.T
     return {name: linear.input_quantizer.pre_quant_scale.float() for name, linear in calibration.linears.items()}
 
 
+@contextlib.contextmanager
+def silent():
+    """Say nothing of what the library warns of and reports, while it is imported and works."""
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def quantizers(quant: QuantConfig) -> list[dict]:
+    """Return how the library rounds weights and inputs: by our own rounding, which is registered as its backend."""
+    from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
+    from modelopt.torch.quantization.utils.calib_utils import GPTQHelper, gptq_blockwise_update, register_gptq_helper
+
+    class Columns(GPTQHelper):
+        """Round the columns that are asked for: the library rounds all of them for each."""
+
+        def _blockwise_update(self, block_size):
+            round_weight = self.module.weight_quantizer
+            gptq_blockwise_update(self.weight, self.h_inv, block_size, lambda weight: _Lazy(weight, round_weight))
+
+    if not is_registered_quant_backend(quant.format):
+        register_quant_backend(quant.format, _round)
+        register_gptq_helper(quant.format, Columns)
+    return [
+        {
+            "quantizer_name": f"*{role}_quantizer",
+            "cfg": {
+                "num_bits": 8,
+                "axis": None,
+                "backend": quant.format,
+                "backend_extra_args": {"overflow": quant.overflow, "target": target},
+            },
+            "enable": True,
+        }
+        for role, target in (("weight", quant.target_weight), ("input", quant.target_activation))
+    ]
+
+
 def _calibrate(calibration: Calibration, algorithm: Mapping) -> None:
     """Convert the linears in place and run one of the library's algorithms on them."""
-    quant = calibration.quant
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
+    with silent():
         import modelopt.torch.quantization as library
-        from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
-        from modelopt.torch.quantization.utils.calib_utils import (
-            GPTQHelper,
-            gptq_blockwise_update,
-            register_gptq_helper,
-        )
 
-        class Columns(GPTQHelper):
-            """Round the columns that are asked for: the library rounds all of them for each."""
-
-            def _blockwise_update(self, block_size):
-                round_weight = self.module.weight_quantizer
-                gptq_blockwise_update(self.weight, self.h_inv, block_size, lambda weight: _Lazy(weight, round_weight))
-
-        if not is_registered_quant_backend(quant.format):
-            register_quant_backend(quant.format, _round)
-            register_gptq_helper(quant.format, Columns)
-        quantizers = [
-            {
-                "quantizer_name": f"*{role}_quantizer",
-                "cfg": {
-                    "num_bits": 8,
-                    "axis": None,
-                    "backend": quant.format,
-                    "backend_extra_args": {"overflow": quant.overflow, "target": target},
-                },
-                "enable": True,
-            }
-            for role, target in (("weight", quant.target_weight), ("input", quant.target_activation))
-        ]
         # Only these are converted, and the whole model runs: it has these very linears.
         chosen = nn.ModuleDict({name.replace(".", "/"): linear for name, linear in calibration.linears.items()})
         everything_else = {"quantizer_name": "*", "enable": False}
-        how = {"quant_cfg": [everything_else, *quantizers], "algorithm": dict(algorithm)}
+        how = {"quant_cfg": [everything_else, *quantizers(calibration.quant)], "algorithm": dict(algorithm)}
         library.quantize(chosen, how, lambda _: calibration.run())
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import warnings
 from collections.abc import Collection, Sequence
 
 import torch
@@ -13,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat.config import QuantConfig
-from qat.quant.kernels import dispatch
+from qat.quant import modelopt
 
 
 def installed() -> bool:
     """Return whether Model-Optimizer is installed; print a line where it is not."""
     found = importlib.util.find_spec("modelopt") is not None
     if not found:
-        print("Model-Optimizer is not installed, and left out: pip install nvidia-modelopt", flush=True)
+        print("Model-Optimizer is not installed, and left out: pip install -e '.[ptq]'", flush=True)
     return found
 
 
@@ -33,31 +30,11 @@ def scores(
     loss to second order. model: unquantized; it is changed. rounded: names of the linears that are rounded. batches:
     (tokens, labels), int64, that calibrate, too.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with modelopt.silent():
         import modelopt.torch.quantization as library
-        from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
 
-        def fake_quantize(x: torch.Tensor, quantizer) -> torch.Tensor:
-            target = quantizer.backend_extra_args["target"]
-            scale = target / (x.abs().max() if quantizer.amax is None else quantizer.amax).float()
-            values, _ = dispatch.quantize(x.detach(), scale, None, quant.format, quant.overflow, target, "values")
-            return (values.float() / scale).to(x.dtype)
-
-        backend = f"sensitivity_{quant.format}"
-        if not is_registered_quant_backend(backend):
-            register_quant_backend(backend, fake_quantize)
-        quantizers = [
-            {
-                "quantizer_name": f"*{name}_quantizer",
-                "cfg": {"num_bits": 8, "axis": None, "backend": backend, "backend_extra_args": {"target": target}},
-                "enable": enabled,
-            }
-            for name, target, enabled in (
-                ("weight", quant.target_weight, quant.weights),
-                ("input", quant.target_activation, quant.activations),
-            )
-        ]
+        roles = zip(modelopt.quantizers(quant), (quant.weights, quant.activations), strict=True)
+        quantizers = [{"quantizer_name": "*", "enable": False}, *(role for role, enabled in roles if enabled)]
         _, state = library.auto_quantize(
             model,
             constraints={"effective_bits": 16.0},  # only its scores are asked for
@@ -69,6 +46,5 @@ def scores(
             num_score_steps=len(batches),
             disabled_layers=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in rounded],
         )
-    return {
-        name.removesuffix(".quant_recipe"): max(stats["scores"]) for name, stats in state["candidate_stats"].items()
-    }
+    found = state["candidate_stats"].items()
+    return {name.removesuffix(".quant_recipe"): max(choices["scores"]) for name, choices in found}

@@ -3,7 +3,8 @@
 A group is a set of rounded tensors, weights or activations, of a block, a projection (`mlp.down_proj`), both, or all:
 
     alone      the model that rounds only the group, less the one that rounds nothing
-    left out   the model that rounds everything, less the one that rounds all but the group
+    left out   the model that rounds everything, less the one that rounds all but the group; of single linears it is not
+               measured, for there is more noise in it than damage
 
 A group leaves the blocks before its first one as they are, so their outputs are computed once (`qat.models.blocks`).
 What is measured is written after every unit of text or questions, and a second call goes on from there.
@@ -298,9 +299,9 @@ class Study:
         texts, fresh = self._texts(tokenizer)
         questions = self._questions(model, tokenizer)
         work = [
-            (level, unit, groups(board.rounded, level), analysis.WAYS)
+            (level, unit, groups(board.rounded, level), ("alone",) if level == "linear" else analysis.WAYS)
             for level in self.cfg.sensitivity.groups
-            for unit in (*texts[:: 2 if level == "linear" else 1], *(questions if level in ASKED else ()))
+            for unit in (*texts, *(questions if level in ASKED else ()))
         ]
         self._do(board, work)
         if "block" in self.cfg.sensitivity.groups:

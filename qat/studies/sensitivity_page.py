@@ -35,13 +35,13 @@ _SHIFT = "The log-probability of a right choice moves by {} nats"
 _WAYS = {"alone": "alone", "left_out": "left out"}
 _LEVELS = {"block": "Blocks", "projection": "Projections", "linear": "Linears"}
 _COLUMNS = [("loss", "alone"), ("loss", "left_out"), ("kl", "alone"), ("logprob", "alone"), ("logprob", "left_out")]
-_MAPS = [("linear", *column) for column in _COLUMNS[:3]] + [("block", *column) for column in _COLUMNS]
+_MAPS = [("linear", "kl", "alone"), ("linear", "loss", "alone"), *(("block", *column) for column in _COLUMNS)]
 _SHOWN = 12  # rows of a ranking; sensitivity.json has all
 
 
 def write_sensitivity(content: Mapping, subject: Subject, folder: Path) -> Path:
     """Write sensitivity.md, .html and .png, and the results into .json; returns the path of the page."""
-    panels = [_map(content, *spec) for spec in _MAPS if analysis.sources(content, *spec[:2])]
+    panels = [_map(content, *spec) for spec in _MAPS if analysis.rows(content, *spec)]
     png(panels, 1, folder / "sensitivity.png")
     figures = page.Figures()
     write = partial(_page, content, _facts(content, subject))
@@ -89,11 +89,12 @@ def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
 
 
 _CHOICES = (
-    "The blocks that move predictions most, by the KL of leaving them out, are kept first: of a text that the "
+    "The blocks that move predictions most, by the KL of rounding them alone, are kept first: of a text that the "
     "unquantized model had written itself, the expected rise of the loss is the KL, and its noise is far smaller than "
-    "that of the loss. Expected: the loss times the share of the KL that is left, as if that added up. Measured: that "
-    "model less the unquantized one, on documents that had no part in the choice. Keep as many as the budget of loss "
-    "asks for; the setting trains or calibrates the model so."
+    "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: the loss "
+    "times the share of the KL that is left, as if that added up. Measured: that model less the unquantized one, on "
+    "documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
+    "calibrates the model so."
 )
 
 

@@ -157,8 +157,8 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
     code, stdout, _ = main("sensitivity.py", *words)
     folder = tmp_path / "out" / "sensitivity" / run.id
     assert code == 0 and f"sensitivity: {folder.relative_to(tmp_path)}/sensitivity.html" in stdout
-    # A unit of either text at three levels, of one at `linear`, and one of either to check the choice of blocks on.
-    assert len(done) == 3 * 2 + 1 + 2
+    # A unit of either text at four levels, and one of either to check the choice of blocks on.
+    assert len(done) == 4 * 2 + 2
     assert {path.name for path in folder.iterdir()} == {f"sensitivity.{end}" for end in ("md", "html", "json", "png")}
     text, content = (folder / "sensitivity.md").read_text(), json.loads((folder / "sensitivity.json").read_text())
     assert "quant.bf16_also=[" in text and "4/weight" in text
