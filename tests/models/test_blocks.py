@@ -26,9 +26,7 @@ def test_a_pass_from_a_block_on_equals_the_whole_pass(kind):
     assert len(outputs) == len(blocks) == 3
     computed = []
     for block in blocks:
-        block.input_layernorm.register_forward_hook(lambda module, *_: computed.append(module)) if hasattr(
-            block, "input_layernorm"
-        ) else block.post_attention_layernorm.register_forward_hook(lambda module, *_: computed.append(module))
+        block.mlp.register_forward_hook(lambda module, *_: computed.append(module))
     for first in range(len(blocks) + 1):
         computed.clear()
         with replayed(blocks[:first], outputs[:first]):
