@@ -134,21 +134,22 @@ def first_choices(content: Mapping) -> list[list[int]]:
 
 
 def choices(content: Mapping) -> list[dict]:
-    """Return what is left of the damage with each of `first_choices` in BF16.
+    """Return what is left of the damage with no further block in BF16 and with each of `first_choices`.
 
-    blocks; expected: the loss of W8A8 times the share of its KL that is left, as if that added up; loss and kl: on
+    blocks; expected: loss and KL of W8A8 times the share of the KL that is left, as if that added up; loss and kl: on
     other documents, less the unquantized model's, as `rows` has them, or None where that was not measured.
     """
     whole = {measure: total(content, "block", measure)["difference"] for measure in ("loss", "kl")}
     moved, measured, found = order(content), names(content, "kept", "left_out"), []
-    for blocks in first_choices(content):
+    for blocks in ([], *first_choices(content)):
         name = ",".join(map(str, blocks))
-        left = 1 - sum(moved[block] for block in blocks) / whole["kl"]
-        row = {"blocks": blocks, "expected": whole["loss"] * left, "loss": None, "kl": None}
-        for measure in ("loss", "kl") if name in measured else ():
-            plain, own = (series(content, "kept", measure, path) for path in (["unquantized"], ["left_out", name]))
-            row[measure] = _row(own - plain, plain, measure)
-        found.append(row)
+        share = 1 - sum(moved[block] for block in blocks) / whole["kl"]
+        row = {"blocks": blocks, "expected": {measure: share * value for measure, value in whole.items()}}
+        found.append(row | dict.fromkeys(whole))
+        for measure in whole if name in measured or (measured and not blocks) else ():
+            plain = series(content, "kept", measure, ["unquantized"])
+            left = series(content, "kept", measure, ["left_out", name] if blocks else ["quantized"])
+            found[-1][measure] = _row(left - plain, plain, measure)
     return found
 
 

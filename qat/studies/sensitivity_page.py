@@ -62,9 +62,13 @@ def _results(content: Mapping) -> dict:
 
 
 def _facts(content: Mapping, subject: Subject) -> dict[str, str]:
-    level, quant = next(iter(content["measured"])), subject.cfg.quant
-    asked = [(measure, name) for measure in ("loss", "logprob") for name in analysis.sources(content, level, measure)]
-    sizes = {name: len(analysis.series(content, level, m, ["unquantized"], name)) for m, name in asked}
+    quant, levels = subject.cfg.quant, [level for level in content["measured"] if level != "kept"]
+    sizes = {
+        name: len(analysis.series(content, level, measure, ["unquantized"], name))
+        for level in levels
+        for measure in ("loss", "logprob")
+        for name in analysis.sources(content, level, measure)
+    }
     return {
         "Model": f"{subject.run.id}, {'by PTQ (max calibration)' if subject.calibrated else 'with its own scales'}",
         "Quantization": f"{quant.format}, {', '.join(quant.scope)}; {len(content['tensors'])} tensors",
@@ -91,9 +95,9 @@ def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
 _CHOICES = (
     "The blocks that move predictions most, by the KL of rounding them alone, are kept first: of a text that the "
     "unquantized model had written itself, the expected rise of the loss is the KL, and its noise is far smaller than "
-    "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: the loss "
-    "times the share of the KL that is left, as if that added up. Measured: that model less the unquantized one, on "
-    "documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
+    "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: KL "
+    "and loss times the share of the KL that is left, as if that added up. Measured: that model less the unquantized "
+    "one, on documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
     "calibrates the model so."
 )
 
@@ -102,9 +106,10 @@ def _lead(content: Mapping) -> str:
     """Say what rounding costs, and which role and which groups make most of it."""
     levels, text = content["measured"], ""
     for measure, says in (("loss", "W8A8 costs {} nats a token of held-out text"), ("logprob", _SHIFT)):
-        if not analysis.sources(content, next(iter(levels)), measure):
+        level = next((level for level in levels if analysis.sources(content, level, measure)), None)
+        if level is None:
             continue
-        whole = analysis.total(content, next(iter(levels)), measure)
+        whole = analysis.total(content, level, measure)
         text += says.format(_value(whole, measure)) + (f" ({whole['decision']})" if measure == "loss" else "")
         roles = analysis.rows(content, "role", measure, "alone") if "role" in levels else []
         text += "".join(f", {row['group']}s alone {_value(row, measure)}" for row in roles) + ". "
@@ -117,14 +122,14 @@ def _lead(content: Mapping) -> str:
 
 
 def _whole(content: Mapping) -> str:
-    level = next(iter(content["measured"]))
+    level = "role" if "role" in content["measured"] else next(iter(content["measured"]))
     header, cells = ["Rounded"], [["Everything"]]
     rows = {way: {} for way in _WAYS}
     for measure in MEASURES:
         for source in analysis.sources(content, level, measure):
             header.append(f"{MEASURES[measure].name}, {source}")
             cells[0].append(_value(analysis.total(content, level, measure, source), measure))
-            for way in _WAYS if "role" in content["measured"] else ():
+            for way in _WAYS if level == "role" else ():
                 for row in analysis.rows(content, "role", measure, way, source):
                     rows[way].setdefault(row["group"], []).append(_value(row, measure))
     for way, name in _WAYS.items():
@@ -150,13 +155,26 @@ def _ranking(content: Mapping, level: str) -> str:
 
 
 def _choices(content: Mapping) -> str:
-    header = ["Blocks in BF16", "Expected loss", "Measured loss, nats", "Margin", "Decision", "Measured KL, nats"]
+    header = [
+        "Blocks",
+        "KL expected, nats",
+        "KL measured",
+        "Loss expected, nats",
+        "Loss measured",
+        "Margin",
+        "Decision",
+    ]
     cells = []
     for row in analysis.choices(content):
-        loss, name, measured = row["loss"], ",".join(map(str, row["blocks"])), ["-"] * 4
-        if loss:
-            measured = [_value(loss, "loss"), f"{loss['margin']:.4f}", loss["decision"], _value(row["kl"], "kl")]
-        cells.append([str(len(row["blocks"])), signed(row["expected"], 5), *measured, f"`quant.bf16_also=[{name}]`"])
+        expected = {measure: signed(value, 5) for measure, value in row["expected"].items()}
+        found = {measure: _value(row[measure], measure) if row[measure] else "-" for measure in expected}
+        loss, setting = (
+            row["loss"],
+            f"`quant.bf16_also=[{','.join(map(str, row['blocks']))}]`" if row["blocks"] else "-",
+        )
+        decision = [f"{loss['margin']:.4f}", loss["decision"]] if loss else ["-", "-"]
+        numbers = [cell for measure in ("kl", "loss") for cell in (expected[measure], found[measure])]
+        cells.append([str(len(row["blocks"])), *numbers, *decision, setting])
     return markdown([*header, "Setting"], cells)
 
 
@@ -196,7 +214,7 @@ def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
         axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
         for (line, block), row in cells.items():
             x, y = blocks.index(block), lines.index(line)
-            number = f"{1000 * row['difference']:.{digits}f}"
+            number = signed(1000 * row["difference"], digits, plus="")
             axes.text(x, y, number, ha="center", va="center", fontsize=7.5, color=INK)
             if measure != "kl" and row["p_holm"] < LEVEL:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
@@ -206,5 +224,5 @@ def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("Block")
 
-    title = f"{MEASURES[measure].name}, {_WAYS[way]}: thousandths of a nat"
+    title = f"{_LEVELS[level]}: {MEASURES[measure].name}, {_WAYS[way]}, in thousandths of a nat"
     return Panel(title, draw, width=1000, height=230, margins=(190, 12, 32, 44))

@@ -88,12 +88,14 @@ def test_blocks_are_kept_in_the_order_of_what_they_do():
     assert list(analysis.order(measured))[:2] == [4, 6]
     assert analysis.order(measured)[6] == pytest.approx(0.012)  # both roles
     assert analysis.first_choices(measured)[:2] == [[4], [4, 6]]
-    first = analysis.choices(measured)[0]
-    whole = analysis.total(measured, "block", "loss")["difference"]
-    assert first["expected"] == pytest.approx(whole * 0.012 / 0.042) and first["loss"] is None
-    unit = {"documents": [0, 1], "unquantized": {"loss": [3.0, 3.1], "kl": [0.0, 0.0]}, "quantized": {}}
+    whole, first = analysis.choices(measured)[:2]
+    loss = analysis.total(measured, "block", "loss")["difference"]
+    assert whole["expected"] == pytest.approx({"loss": loss, "kl": 0.042}) and whole["blocks"] == []
+    assert first["expected"] == pytest.approx({"loss": loss * 0.012 / 0.042, "kl": 0.012}) and first["loss"] is None
+    unit = {"documents": [0, 1], "unquantized": {"loss": [3.0, 3.1], "kl": [0.0, 0.0]}}
+    unit["quantized"] = {"loss": [3.05, 3.13], "kl": [0.04, 0.05]}
     unit["left_out"] = {"4": {"loss": [3.02, 3.1], "kl": [0.01, 0.02]}}
     measured["measured"]["kept"] = {"speeches": {"a": unit}}
-    first, second = analysis.choices(measured)[:2]
+    whole, first, second = analysis.choices(measured)[:3]
+    assert whole["loss"]["difference"] == pytest.approx(0.04) and second["loss"] is None
     assert first["loss"]["difference"] == pytest.approx(0.01) and first["kl"]["difference"] == pytest.approx(0.015)
-    assert second["loss"] is None
