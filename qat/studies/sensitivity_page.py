@@ -95,9 +95,9 @@ def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
 _CHOICES = (
     "The blocks that move predictions most, by the KL of rounding them alone, are kept first: of a text that the "
     "unquantized model had written itself, the expected rise of the loss is the KL, and its noise is far smaller than "
-    "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: KL "
-    "and loss times the share of the KL that is left, as if that added up. Measured: that model less the unquantized "
-    "one, on documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
+    "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: KL and loss "
+    "times the share of the KL that is left, as if that added up. Measured: that model less the unquantized one, on "
+    "documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
     "calibrates the model so."
 )
 
