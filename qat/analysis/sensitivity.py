@@ -78,9 +78,10 @@ def sources(content: Mapping, level: str, measure: str) -> list[str]:
     return list(dict.fromkeys(name for name, _ in _units(content, level, MEASURES[measure].of_text, None)))
 
 
-def names(content: Mapping, level: str, way: str) -> list[str]:
-    """Return the groups of a level, in the model's order."""
-    return next((list(unit.get(way, ())) for _, unit in _units(content, level, True, None)), [])
+def names(content: Mapping, level: str, measure: str, way: str) -> list[str]:
+    """Return the groups of a level that were measured so, in the model's order."""
+    units = _units(content, level, MEASURES[measure].of_text, None)
+    return next((list(unit.get(way, ())) for _, unit in units), [])
 
 
 def total(content: Mapping, level: str, measure: str, source: str | None = None) -> dict:
@@ -94,12 +95,13 @@ def rows(content: Mapping, level: str, measure: str, way: str, source: str | Non
 
     group, difference, ci (95 %), p_value, p_holm (over the level), detectable, n; of the loss also margin and decision.
     """
-    if not (names(content, level, way) and sources(content, level, measure)):
+    groups = names(content, level, measure, way)
+    if not groups:
         return []
     base = series(content, level, measure, ["unquantized" if way == "alone" else "quantized"], source)
     sign, found = 1 if way == "alone" else -1, []
     plain = series(content, level, measure, ["unquantized"], source)
-    for group in names(content, level, way):
+    for group in groups:
         changes = sign * (series(content, level, measure, [way, group], source) - base)
         found.append({"group": group} | _row(changes, plain, measure))
     corrected = holm([1.0 if row["p_value"] is None else row["p_value"] for row in found])
@@ -140,7 +142,7 @@ def choices(content: Mapping) -> list[dict]:
     other documents, less the unquantized model's, as `rows` has them, or None where that was not measured.
     """
     whole = {measure: total(content, "block", measure)["difference"] for measure in ("loss", "kl")}
-    moved, measured, found = order(content), names(content, "kept", "left_out"), []
+    moved, measured, found = order(content), names(content, "kept", "kl", "left_out"), []
     for blocks in ([], *first_choices(content)):
         name = ",".join(map(str, blocks))
         share = 1 - sum(moved[block] for block in blocks) / whole["kl"]

@@ -3,8 +3,7 @@
 A group is a set of rounded tensors, weights or activations, of a block, a projection (`mlp.down_proj`), both, or all:
 
     alone      the model that rounds only the group, less the one that rounds nothing
-    left out   the model that rounds everything, less the one that rounds all but the group; of single linears it is not
-               measured, for there is more noise in it than damage
+    left out   the model that rounds everything, less the one that rounds all but the group
 
 A group leaves the blocks before its first one as they are, so their outputs are computed once (`qat.models.blocks`).
 What is measured is written after every unit of text or questions, and a second call goes on from there.
@@ -46,7 +45,10 @@ LEVELS = {  # what tensors of a group have in common
     "projection": ("projection", "role"),
     "linear": ("block", "projection", "role"),
 }
-ASKED = ("role", "block")  # the levels at which questions are asked, too
+# How text is measured, and questions are: what leaving out a single linear does, or to a question a block, is hidden by
+# the noise of all that is rounded otherwise after it.
+READ = dict.fromkeys(("role", "block", "projection"), analysis.WAYS) | {"linear": ("alone",)}
+ASKED = {"role": analysis.WAYS, "block": ("alone",)}
 _SEQUENCES = 4  # of text, a forward pass
 
 
@@ -299,9 +301,10 @@ class Study:
         texts, fresh = self._texts(tokenizer)
         questions = self._questions(model, tokenizer)
         work = [
-            (level, unit, groups(board.rounded, level), ("alone",) if level == "linear" else analysis.WAYS)
+            (level, unit, groups(board.rounded, level), ways)
             for level in self.cfg.sensitivity.groups
-            for unit in (*texts, *(questions if level in ASKED else ()))
+            for units, ways in ((texts, READ[level]), (questions if level in ASKED else [], ASKED.get(level)))
+            for unit in units
         ]
         self._do(board, work)
         if "block" in self.cfg.sensitivity.groups:
