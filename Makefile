@@ -43,7 +43,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit sensitivity ptq rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_tests gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial audit sensitivity ptq rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_dry gpu_first gpu_tests gpu_test_kernels gpu_test_eager gpu_test_compiled gpu_test_inductor gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -142,14 +142,34 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	@[ -d $(VENV)/comparators ] || $(PY) -m pip install -q --no-compile --no-deps --target $(VENV)/comparators torchao==0.18.0
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
 
-# In parts, each meant to take less than ten minutes; not measured yet. On a machine that has PyTorch and what else is
-# needed (transformers, hydra-core, pytest-xdist): make gpu_tests PY=python3 READY= TESTED=, and so the other three.
+# Needs no GPU, but Triton and g++. VARIANT="max" compiles that one alone; the names are in qat/tools/gpu_dry/table.py.
+gpu_dry: $(TESTED) ## compile the GPU's step in every variant on a machine without one: graphs, kernels, registers -> docs/performance.md
+	$(PY) scripts/gpu_dry.py $(if $(VARIANT),"$(VARIANT)")
+
+# On a machine that has PyTorch and what else is needed (scripts/wheels.sh brings it): make gpu_first PY=python3 READY=
+# TESTED=, and so the others.
+gpu_first: $(TESTED) ## the first time on a GPU: what would break first comes first; stops there and says what to report
+	$(PY) scripts/gpu_first.py
+
+# In parts; a part of the tests is stopped after three minutes. Not measured yet.
 OUT       ?= gpu
-GPU_TESTS := $(shell grep -rl mark.gpu tests)
 gpu: gpu_tests gpu_steps gpu_fp8 gpu_memory ## on a machine with an NVIDIA GPU: every GPU test, and the benchmark at the paper's model size -> gpu/
 
-gpu_tests: $(TESTED)
-	$(PY) -m pytest -n0 -m gpu $(GPU_TESTS)
+gpu_tests: gpu_test_kernels gpu_test_eager gpu_test_compiled gpu_test_inductor
+
+PART = timeout 180 $(PY) -m pytest -m gpu
+gpu_test_kernels: $(TESTED)
+	$(PART) -n0 tests/quant
+
+gpu_test_eager: $(TESTED)
+	$(PART) -n0 tests/train -k "never_waits and False"
+
+# Compiling takes processors, a worker each.
+gpu_test_compiled: $(TESTED)
+	$(PART) -n auto --dist load tests/train -k "never_waits and True"
+
+gpu_test_inductor: $(TESTED)
+	$(PART) -n auto --dist load tests/train -k inductor
 
 gpu_steps: $(READY)
 	$(PY) scripts/bench.py $(GPU) bench.out=$(OUT)/steps "bench.parts=[kernels,steps]" "bench.steps=[mlp,all]"

@@ -102,7 +102,7 @@ def test_every_experiment_composes_with_every_protocol_and_budget():
 
 
 def test_a_budget_changes_nothing_but_sizes():
-    sizes = {"name", "steps", "micro_batch", "accumulation", "seq_len", "compile", "largest_logits"}
+    sizes = {"name", "steps", "micro_batch", "accumulation", "seq_len", "compile"}
     sizes |= {"checkpoint_every", "telemetry_every", "heldout_tokens", "validation_tokens"}
     for budget in BUDGETS:
         keys = changes((f"budget={budget}",)).keys()

@@ -16,12 +16,13 @@ from tests.conftest import ROOT
 from tests.models.test_openpangu import BLOCKS, random_weights, write_config, write_tokenizer
 
 TARGETS = ("exp8", "plan", "text", "suite", "sweep", "factorial", "audit", "rerun_noise", "diff", "report", "docs")
-TARGETS += ("ptq", "replay", "record", "verify", "restore", "bench", "sensitivity")
+TARGETS += ("ptq", "replay", "record", "verify", "restore", "bench", "sensitivity", "gpu_dry", "gpu_first")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_recipe_runs_a_script_that_is_there(target):
-    command = ["make", "-n", target, "READY=", "A=exp7", "B=exp8", "RECORD=somewhere", "SEEDS=0,1", "RANKS=2", "RUN=a"]
+    command = ["make", "-n", target, "READY=", "TESTED=", "A=exp7", "B=exp8", "RECORD=somewhere", "SEEDS=0,1"]
+    command += ["RANKS=2", "RUN=a"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     scripts = re.findall(r"scripts/\S*", printed)
     assert scripts and all((ROOT / script).is_file() for script in scripts)

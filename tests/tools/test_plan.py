@@ -16,9 +16,11 @@ from qat.config import BenchmarkConfig, Config, TaskConfig
 from qat.eval import evaluate, questions
 from qat.models.load import load_config, load_model
 from qat.models.tokenizer import byte_tokenizer
-from qat.quant.convert import convert, quantized_linears
+from qat.quant.convert import convert
+from qat.quant.kernels import dispatch
 from qat.runs.folder import Run
 from qat.tools import flops
+from qat.tools.bench import steps, timing
 from qat.tools.plan import costs, memory, plan
 from qat.tools.plan.machine import Machine
 from qat.tools.plan.page import missing, page
@@ -38,56 +40,46 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddin
 ALL = ["mlp.*", "self_attn.*"]
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+    """Tracing takes seconds; most tests are about something else."""
+    monkeypatch.setattr(memory, "_peak", lambda *_: (10**9, 5 * 10**10))
+
+
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def kept_by_autograd(trainer: Trainer, tokens: torch.Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, apart from parameters, rounded weights and logits."""
-    linears = quantized_linears(trainer.model).values()
-    held = [*trainer.model.parameters(), *(linear.rounded_weight.codes for linear in linears)]
-    skipped, found, alive = {each.data_ptr() for each in held}, {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        alive.append(tensor)
-        if storage.data_ptr() not in skipped:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        trainer._forward(tokens)
-    return sum(found.values()) - 4 * tokens.shape[0] * (tokens.shape[1] - 1) * SMALL["vocab_size"]
+def planned(cfg: Config, ranks: int = 1, on_gpus: bool = False) -> dict[str, float]:
+    architecture = load_config(cfg.model)
+    return memory.training(architecture, flops.model_shape(architecture, cfg)[0], cfg, ranks, on_gpus)
 
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("scope", "algo"),
-    [(None, "max"), (["mlp.*"], "max"), (ALL, "max"), (ALL, "lsq")],
-    ids=["bf16", "mlp", "all", "learned"],
+    ("scope", "words"),
+    [
+        (None, ["quant=bf16"]),
+        (["mlp.*"], []),
+        (ALL, []),
+        (ALL, ["scaling=lsq"]),
+        (ALL, ["loss=distill", "optim.moments=hif8"]),
+    ],
+    ids=["bf16", "mlp", "all", "learned", "distilled"],
 )
-def test_activations_are_what_autograd_keeps(arithmetic, scope, algo, config):
-    sizes = {"budget.micro_batch": 4, "budget.seq_len": 128, "budget.arithmetic": arithmetic}
-    words = "quant=bf16" if scope is None else "quant=hif8", f"scaling={algo}"
+def test_a_step_without_data_allocates_what_a_real_one_does(arithmetic, scope, words, config):
+    sizes = {"budget.micro_batch": 4, "budget.accumulation": 1, "budget.arithmetic": arithmetic}
     cfg = config(*words, **sizes, **{"model.architecture": SMALL})
     cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], 2
     model, _ = load_model(cfg.model, seed=0)
-    bank, coverage = convert(model, cfg)
-    trainer, tokens = Trainer(model, bank, cfg), torch.randint(512, (4, 129))
-    trainer.step(1, [tokens])
-    if bank is not None:
-        bank.begin_step(2, 1)
-        trainer.round_weights()
-    shape, planned = flops.model_shape(load_config(cfg.model), cfg)
-    assert planned == coverage
-    size = 2 if arithmetic == "bf16" else 4
-    parts = memory.training(shape, planned, cfg, ranks=1, on_gpus=False)
-    if bank is not None:
-        held = sum(linear.rounded_weight.codes.nbytes for linear in quantized_linears(model).values())
-        assert held == parts["rounded weights"]
-    casts = parts.get("other linears in BF16", 0)
-    measured = kept_by_autograd(trainer, tokens) - casts
-    estimated = memory.activations(shape, planned, size, learns=algo == "lsq") * 4 * 128
-    assert measured == pytest.approx(estimated, rel=memory.ERROR - 1)
+    trainer = Trainer(model, convert(model, cfg)[0], cfg)
+    batches = [torch.randint(512, (4, 33))]
+    for number in range(1, cfg.steps):
+        trainer.step(number, batches)
+    with memory.Allocations(lambda: 0) as allocations:
+        trainer.step(cfg.steps, batches)
+    parts = planned(cfg)
+    passes = parts["activations and logits"] + parts.get("gradients, FP32", 0)
+    assert passes == pytest.approx(allocations.peak, rel=0.02)
 
 
 @pytest.mark.parametrize(("step", "scope", "keep"), [("bf16", None, 0), ("mlp", ["mlp.*"], 5), ("all", ALL, 0)])
@@ -102,50 +94,70 @@ def test_memory_is_within_its_stated_error_of_the_peak_that_a_record_measured(st
     sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     cfg = typed(tmp_path, *TINY, "quant=bf16" if scope is None else "quant=hif8", **{"model.architecture": sizes})
-    cfg.budget.micro_batch, cfg.budget.seq_len, cfg.budget.arithmetic = 4, 256, "fp32"
+    cfg.budget.micro_batch, cfg.budget.accumulation, cfg.budget.seq_len, cfg.budget.arithmetic = 4, 1, 256, "fp32"
     cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], keep
-    parts = memory.training(*flops.model_shape(load_config(cfg.model), cfg), cfg, ranks=1, on_gpus=False)
-    assert measured / memory.ERROR < sum(parts.values()) < measured * memory.ERROR
+    assert sum(planned(cfg).values()) == pytest.approx(measured, rel=memory.ERROR)
 
 
-def test_activation_checkpointing_leaves_a_block_and_what_enters_each(tmp_path):
-    cfg = typed(tmp_path, *PANGU)
-    shape, coverage = flops.model_shape(plan._architecture(cfg, CPU)[0], cfg)
-    plain = memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [
+        ({"num_hidden_layers": 8, "vocab_size": 8192}, (4, 1, 256)),
+        ({"num_hidden_layers": 4, "vocab_size": 32768, "tie_word_embeddings": False}, (4, 2, 256)),
+        ({"num_hidden_layers": 6, "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 3072}, (8, 1, 128)),
+    ],
+    ids=["deep", "untied", "wide"],
+)
+def test_memory_is_within_its_stated_error_of_the_peak_measured_here(sizes, batch, config):
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4} | sizes
+    cfg = config("experiment=exp8", **{"model.architecture": SMALL | sizes, "budget.arithmetic": "fp32"})
+    cfg.quant.bf16_blocks, cfg.warmup.bf16 = 2, 0.0
+    cfg.budget.micro_batch, cfg.budget.accumulation, cfg.budget.seq_len = batch
+    process = timing.peak_memory(dispatch._cpu)
+    measured = timing.peak_memory(steps.one_model_alone, cfg) - process
+    assert sum(planned(cfg).values()) == pytest.approx(measured, rel=memory.ERROR)
+
+
+def test_activation_checkpointing_leaves_little_but_what_enters_each_block(config):
+    cfg = config("experiment=exp8", **{"model.architecture": SMALL})
+    plain = planned(cfg, on_gpus=True)
     cfg.budget.activation_checkpointing = True
-    tokens, after = 16 * 1024, memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
-    block = (plain["activations"] - 8 * 1536 * tokens) / 26
-    assert after == plain | {"activations": pytest.approx(block + (26 * 4 + 8) * 1536 * tokens)}
+    assert planned(cfg, on_gpus=True)["activations and logits"] < 0.6 * plain["activations and logits"]
 
 
-def test_ranks_share_what_fsdp_shards_and_ddp_adds_buckets(tmp_path):
-    cfg = typed(tmp_path, *PANGU)
-    shape, coverage = flops.model_shape(plan._architecture(cfg, CPU)[0], cfg)
-    alone = memory.training(shape, coverage, cfg, ranks=1, on_gpus=True)
-    ddp = memory.training(shape, coverage, cfg, ranks=8, on_gpus=True)
-    assert ddp == alone | {"gradient buckets": 4 * shape.parameters}
+def test_ranks_share_what_fsdp_shards_and_ddp_adds_buckets(config):
+    cfg = config("experiment=exp8", **{"model.architecture": SMALL, "budget.accumulation": 16})
+    alone, ddp = planned(cfg), planned(cfg, ranks=8)
+    assert ddp == alone | {"gradient buckets": alone["parameters, FP32"]}
     cfg.budget.parallel = "fsdp"
-    sharded = memory.training(shape, coverage, cfg, ranks=8, on_gpus=True)
+    sharded = planned(cfg, ranks=8)
     for part in ("parameters, FP32", "gradients, FP32", "Adam moments, FP32"):
         assert sharded[part] == alone[part] / 8
-    assert (
-        0 < sharded["gathered for use"] < alone["parameters, FP32"] and sharded["activations"] == alone["activations"]
-    )
+    assert sharded["activations and logits"] == alone["activations and logits"]
+    assert sharded["gathered for use"] > 0
 
 
+def test_the_papers_run_fits_the_papers_gpus(tmp_path):
+    cfg = typed(tmp_path, "experiment=exp8", "budget=paper", "model=openpangu_1b_random", "budget.arithmetic=bf16")
+    cfg.quant.format = "none"  # as in the BF16 warmup, which takes more
+    assert sum(planned(cfg, ranks=8, on_gpus=True).values()) <= (1 - memory.ERROR) * 80e9
+
+
+@pytest.mark.usefixtures("untraced")
 def test_a_teacher_takes_memory_and_time(tmp_path):
     words = (*PANGU, "budget.parallel=fsdp")
     plain, distilled = (
         plan.make(typed(tmp_path, *words, f"loss={loss}"), 8, CPU, on_gpus=True) for loss in ("ce", "distill")
     )
     before, after = (made.trainings[-1].memory for made in (plain, distilled))
-    assert after.keys() - before.keys() == {"teacher, FP32", "teacher's last states"}
+    assert after.keys() - before.keys() == {"teacher, FP32"}
     assert after["teacher, FP32"] == 4 * plain.shape.parameters / 8
-    assert before["logits"] < after["logits"] == 12 * plain.cfg.budget.largest_logits  # of both models together
     assert distilled.trainings[0].hours(1e9, 8) == pytest.approx([h / 0.75 for h in plain.trainings[0].hours(1e9, 8)])
     assert "teacher, FP32" in page(distilled)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_rules_tried_beside_the_own_take_another_gradient_and_passes(tmp_path):
     plain, shadow = (
         plan.make(typed(tmp_path, *PANGU, *words), 1, CPU, True)
@@ -162,6 +174,7 @@ def test_rules_tried_beside_the_own_take_another_gradient_and_passes(tmp_path):
 # --------------------------------------------------------------------------------------------------- sizes and costs
 
 
+@pytest.mark.usefixtures("untraced")
 def test_openpangu_is_known_where_no_hub_answers(tmp_path):
     made = plan.make(typed(tmp_path, *PANGU), 8, CPU, on_gpus=True)
     assert made.source.startswith("conf/model/openpangu_1b_random.yaml")
@@ -182,6 +195,7 @@ def test_a_model_that_nobody_knows_leaves_a_page_without_its_sizes(tmp_path):
     assert "the model's config.json" in missing(made)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_what_a_record_measured_on_this_machine_is_reckoned_with(tmp_path, monkeypatch):
     facts = {"model": "openpangu_1b_random", "hardware": "NVIDIA H200", "batch": "16 x 1024 tokens"}
     rows = [("bf16", "50,000 tokens/s, 40% of"), ("mlp", "40000 tokens/s"), ("all", "20000 tokens/s")]
@@ -216,6 +230,7 @@ def test_all_questions_of_a_task_are_those_that_the_split_has(split, tmp_path):
     assert costs.questions(Config(benchmark=mmlu))[0] == {"test": 14042, "validation": 1531}[split]
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("words", ["validation=wikipedia", "validation=none", "quant=bf16"])
 def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
     counted = []
@@ -255,6 +270,7 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
     assert sum(counted) == planned.passes * costs.heldout(cfg)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config):
     cfg = config()
     before = plan.make(cfg, 1, CPU, on_gpus=False)
@@ -273,6 +289,7 @@ def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config)
 # ---------------------------------------------------------------------------------------------------------- the page
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_experiment_has_a_page(budget, tmp_path):
     for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS[:2]):  # vendor's scope is released's of exp2
@@ -283,6 +300,7 @@ def test_every_experiment_has_a_page(budget, tmp_path):
     assert not Run.of(cfg).path.exists()
 
 
+@pytest.mark.usefixtures("untraced")
 def test_the_page_of_the_paper_says_what_is_to_be_paid_and_what_is_missing(tmp_path):
     made = plan.make(typed(tmp_path, *PANGU), 8, dataclasses.replace(CPU, problems=["no shots"]), True)
     assert "  together                         63     594.5 M   51.4%         51.4%" in page(made).splitlines()
@@ -295,7 +313,7 @@ def test_the_page_of_the_paper_says_what_is_to_be_paid_and_what_is_missing(tmp_p
         "no shots",
         "a hub that answers: what is not cached cannot be downloaded",
     ]
-    small = dataclasses.replace(GPUS, gpu_memory=80 * 10**9, runs_free=50 * 10**9, hub=True)
+    small = dataclasses.replace(GPUS, gpu_memory=48 * 10**9, runs_free=50 * 10**9, hub=True)
     lacking = missing(plan.make(made.cfg, 8, small, True))
     assert [line.split(":")[0] for line in lacking] == ["GPU memory", f"disk in {tmp_path} and for the token cache"]
     assert missing(plan.make(made.cfg, 8, GPUS, True)) == []

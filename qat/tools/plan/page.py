@@ -109,13 +109,16 @@ def _memory(plan: Plan) -> Iterator[str]:
         value, before = size(run[part]), size(baseline.get(part, 0))
         yield _row(part, value if value == before else f"{value}  (baseline {before})")
     total, before = sum(run.values()), sum(baseline.values())
-    basis = f"eager steps; right within a factor {memory.ERROR} on CPUs, not measured on GPUs, nor compiled"
+    basis = f"an eager step, traced; right within {memory.ERROR:.0%} on CPUs, not measured on GPUs"
     yield _row("together", f"{size(total)}  (baseline {size(before)})", basis)
     if plan.on_gpus:
-        enough = next((f"{gpu / 1e9:.0f} GB" for gpu in _GPUS if gpu >= max(total, before)), "none of one GPU")
+        need = max(total, before) / (1 - memory.ERROR)
+        enough = next((f"{gpu / 1e9:.0f} GB" for gpu in _GPUS if gpu >= need), "none of one GPU")
         less = "" if plan.cfg.budget.activation_checkpointing else "budget.activation_checkpointing=true, "
         less += "a smaller budget.micro_batch at more accumulation, or a smaller budget.largest_logits"
-        yield _row("a GPU that holds it", f"{enough}; less with {less}")
+        yield _row("a GPU that holds it", f"{enough}, with {memory.ERROR:.0%} to spare; less with {less}")
+        if plan.cfg.budget.name == "paper":
+            yield _row("", f"the paper's GPUs have 80 GB: {'it fits' if need <= 80e9 else 'IT DOES NOT FIT'}")
 
 
 def _time(plan: Plan) -> Iterator[str]:

@@ -92,7 +92,7 @@ def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:
         if architecture is not None:
             shape, coverage = flops.model_shape(architecture, one)
             kind = costs.scope(coverage.kinds()) if one.quantized else None
-            parts = memory.training(shape, coverage, one, ranks, on_gpus)
+            parts = memory.training(architecture, shape, one, ranks, on_gpus)
             rates = costs.rates(one, shape, kind, machine, on_gpus)
         trainings.append(Training(run.id, run.status().get("step", 0), one.quantized, parts, rates))
     return Plan(cfg, ranks, machine, on_gpus, shape, coverage, source, unknown, trainings)

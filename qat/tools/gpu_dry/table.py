@@ -1,0 +1,108 @@
+"""Compile the training step in many variants for a GPU that is not there, a process each, and write a table of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from qat.errors import UserError, nearest
+from qat.report.text import markdown
+from qat.utils.environment import ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+LAUNCHES_A_BLOCK = 60  # of kernels that Inductor writes, forward and backward, at most
+_SECTION = re.compile(r"(<!-- gpu_dry: written by `make gpu_dry` -->\n).*?(<!-- end -->)", re.DOTALL)
+_BASE = (
+    "budget=gpu data=embedded model=openpangu_1b_random logger=local warmup.bf16=0.0 quant.bf16_blocks=1 "
+    "budget.arithmetic=bf16 model.blocks=2 model.architecture.num_hidden_layers=2 experiment=exp8"
+)
+_CHECKPOINTING = "budget.activation_checkpointing=true"
+VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which one is quantized
+    "max": "",
+    "max, 4 blocks": "model.blocks=4 model.architecture.num_hidden_layers=4",
+    "BF16 baseline": "quant=bf16",
+    "current": "scaling=current",
+    "masked": "quant.ste=masked",
+    "all linears": "quant.scope=[mlp.*,self_attn.*]",
+    "fp8 products": "quant.gemm=fp8",
+    "fp8_e4m3": "quant=fp8_e4m3",
+    "fp8_e5m2": "quant=fp8_e5m2",
+    "released": "protocol=released",
+    "FP32": "budget.arithmetic=fp32",
+    "activation checkpointing": f"{_CHECKPOINTING} budget.largest_logits=4294967296",
+    "activation checkpointing, pieces": _CHECKPOINTING,
+}
+
+
+def check(names: list[str]) -> None:
+    """Raise `UserError` for an unknown variant, and without what compiles."""
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"{name}: unknown variant; {nearest(name, list(VARIANTS))}")
+    if importlib.util.find_spec("triton") is None or shutil.which("g++") is None:
+        raise UserError("gpu_dry compiles with Triton and g++, and one of them is missing: `make test` installs Triton")
+
+
+def traces(names: list[str]):
+    """Yield (name, facts of `qat.tools.gpu_dry.trace.Trace`). Errors: UserError when one cannot be compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        surroundings = os.environ | {
+            "LD_PRELOAD": str(_preloaded(Path(folder))),
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "TRITON_CACHE_DIR": f"{folder}/triton",
+            "HIF8_CACHE": f"{folder}/hif8",
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        for name in names:
+            command = [sys.executable, "-m", "qat.tools.gpu_dry.trace", *_BASE.split(), *VARIANTS[name].split()]
+            done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{name}: cannot be compiled\n{done.stderr[-4000:]}")
+            yield name, json.loads(done.stdout.splitlines()[-1])
+
+
+def _preloaded(folder: Path) -> Path:
+    """Compile pretend.cpp."""
+    source, torch_folder = Path(__file__).with_name("pretend.cpp"), Path(torch.__file__).parent
+    target, libraries = folder / "pretend.so", torch_folder / "lib"
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-w", f"-I{torch_folder / 'include'}", source, f"-L{libraries}"]
+    subprocess.run([*command, "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}", "-o", target], check=True)
+    return target
+
+
+def launches_a_block(rows: dict[str, dict]) -> float:
+    """Return by how many launches of written kernels a step grows with a quantized block."""
+    return (rows["max, 4 blocks"]["launches"] - rows["max"]["launches"]) / 2
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Return the table in Markdown."""
+    columns = {"Graphs": "graphs", "Kernels": "kernels", "Launches": "launches"}
+    columns |= {"Registers, most": "registers", "With spills": "spilled"}
+    cells = [
+        [name, *(str(facts[key]) for key in columns.values()), f"{facts['peak'] / 2**30:.1f}"]
+        for name, facts in rows.items()
+    ]
+    return markdown(["Variant", *columns, "Peak, GiB"], cells) + "\n"
+
+
+def write(rows: dict[str, dict]) -> None:
+    """Write the table into the page, with the versions it was compiled by."""
+    import triton
+
+    about = (
+        f"PyTorch {torch.__version__.partition('+')[0]}, Triton {triton.__version__}, compute capability 9.0; "
+        f"compiled, not run. A quantized block adds {launches_a_block(rows):g} launches.\n\n"
+    )
+    text = PAGE.read_text()
+    PAGE.write_text(_SECTION.sub(lambda match: match[1] + about + table(rows) + match[2], text))
