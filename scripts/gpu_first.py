@@ -1,6 +1,6 @@
 """Run on a GPU what would break first, in that order; stop at the first failure and say what to report.
 
-python scripts/gpu_first.py          a quarter of an hour at most; numbers and logs go to gpu_first/
+python scripts/gpu_first.py          a quarter of an hour at most; runs and logs go to gpu/first/
 """
 
 import subprocess
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = "gpu_first"
+OUT = "gpu/first"
 STEP = f"model=openpangu_1b_random model.blocks=4 model.architecture.num_hidden_layers=4 logger=local runs_dir={OUT}"
 STEP += " experiment=exp8 budget=gpu data=embedded quant.bf16_blocks=2 warmup.bf16=0.0 budget.checkpoint_every=2"
 STEP += " budget.heldout_tokens=1024 budget.validation_tokens=1024 benchmark=smoke validation=none"
@@ -26,7 +26,7 @@ STAGES = (  # name, seconds at most, command
 
 def main() -> int:
     folder = ROOT / OUT
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, limit, command in STAGES:
         log, start = folder / f"{name.replace(' ', '_')}.log", time.monotonic()
         with log.open("w") as output:

@@ -71,13 +71,17 @@ class Writer:
 def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], facts: dict, keep: int = 2) -> Path:
     """Write `folder/step-<step>/`: a safetensors file for each entry of `tensors`, and `facts` as JSON with checksums.
 
-    Then remove all but the newest `keep` checkpoints; the second newest is for the case that the newest is damaged.
+    Then remove all but the newest `keep` checkpoints; the second newest is for the case that the newest is damaged. On
+    a disk too full for one more it is removed before.
     Errors: OSError that names the file; earlier checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(".writing-*"):  # left by a killed process
         files.remove(unfinished)
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    if shutil.disk_usage(folder).free < 1.01 * sum(t.nbytes for group in tensors.values() for t in group.values()):
+        for old in sorted(path for path in folder.glob("step-*") if path.name < target.name)[:-1]:
+            files.remove(old)
     try:
         _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
         for path in folder.glob("step-*"):

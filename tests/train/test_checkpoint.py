@@ -103,6 +103,17 @@ def test_a_crash_while_writing_leaves_the_checkpoints_that_were_there(folder, fa
     assert names(folder) == ["step-00000008", "step-00000012"] and checkpoint.latest(folder)[1]["step"] == 12
 
 
+def test_on_a_full_disk_one_older_checkpoint_stays_while_the_next_is_written(folder, monkeypatch):
+    usage = checkpoint.shutil.disk_usage(folder)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=0))
+    before, write = [], checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *what: (before.append(names(folder)), write(*what)))
+    checkpoint.save(folder, 6, tensors(6), {"data": {}})  # from step 4, because 8 is damaged
+    checkpoint.save(folder, 12, tensors(12), {"data": {}})
+    assert before == [["step-00000004", "step-00000008"], ["step-00000006"]]
+    assert names(folder) == ["step-00000006", "step-00000012"]
+
+
 def test_what_a_kill_left_unfinished_goes_with_the_next_checkpoint(folder):
     (folder / ".writing-00000010").mkdir()
     (folder / ".writing-00000010" / "model.safetensors").write_bytes(b"half")

@@ -180,8 +180,8 @@ def _disk(plan: Plan) -> Iterator[str]:
     if plan.shape is not None:
         most, final = costs.checkpoints(plan.cfg, plan.shape)
         value = f"{size(most)} while a run trains, {size(final)} of each that is finished"
-        basis = f"{4 + cfg.optim.moment_bytes} and 4 bytes a parameter; two kept, one being written, every "
-        basis += f"{cfg.budget.checkpoint_every} steps"
+        basis = f"{4 + cfg.optim.moment_bytes} and 4 bytes a parameter; two kept, on a full disk one, and one being "
+        basis += f"written, every {cfg.budget.checkpoint_every} steps"
         yield _row("checkpoints", value, basis)
         tensors = 3 * len(plan.coverage.linears)
         basis = f"{tensors} tensors at most, every {cfg.budget.telemetry_every} steps"
@@ -257,7 +257,7 @@ def _missing_memory_and_disk(plan: Plan) -> Iterator[str]:
         )
     most, final = costs.checkpoints(plan.cfg, plan.shape)
     cached = costs.cached_tokens(plan.cfg, plan.shape)
-    disk = most + (len(plan.trainings) - 1) * final + (cached if machine.one_disk else 0)
+    disk = 2 / 3 * most + (len(plan.trainings) - 1) * final + (cached if machine.one_disk else 0)
     if disk > machine.runs_free:
         what = " and for the token cache" if machine.one_disk and cached else ""
         yield f"disk in {plan.cfg.runs_dir}{what}: {size(disk)} for {size(machine.runs_free)} free"
