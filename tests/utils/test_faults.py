@@ -222,7 +222,8 @@ def results(cfg) -> dict:
         records = run.evaluations()
         for modes in records.values():
             for record in modes.values():
-                record.pop("seconds")
+                for clock in ("seconds", "calibration_seconds"):
+                    record.pop(clock, None)
         found[run.id] = records, comparison_of(run, "smoke"), run.samples("smoke", "bf16", "hellaswag")
     return found
 
