@@ -192,8 +192,7 @@ class BudgetConfig:
     activation_checkpointing: bool = (
         False  # keep only what enters each block, and compute the rest again for its gradients
     )
-    # elements; more are made in pieces, in compiled steps only with activation_checkpointing or a teacher
-    largest_logits: int = 2**28
+    largest_logits: int = 2**28  # elements; steps that are not compiled make more in pieces
     checkpoint_every: int = 100  # between two checkpoints, in steps
     telemetry_every: int = 10  # between two steps whose tensors are looked at, in steps
     heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL; half as many of `validation`

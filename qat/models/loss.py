@@ -52,9 +52,8 @@ def token_losses(
 
     tokens: int64 [sequences, length + 1]. "once": position i predicts token i+1. "twice" repeats the released code's
     mistake (experiments/README.md): position i is trained to predict token i+2, so one column is lost.
-    largest_logits: more logits than this are computed in pieces, in the forward pass and again in the backward pass;
-    compiled code does so only with activation checkpointing, or a teacher. A piece has a multiple of 128 rows where
-    possible, which keeps the products aligned.
+    largest_logits: more logits than this are computed in pieces, in the forward pass and again in the backward pass,
+    unless the code is compiled. A piece has a multiple of 128 rows where possible, which keeps the products aligned.
     """
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if label_shift == "twice":
@@ -88,7 +87,9 @@ def _by_token(
     """Return losses(labels [rows], logits [rows, vocabulary] of every model) -> FP32 [..., rows] of all labels."""
     heads = [model.get_output_embeddings() for model in models]
     rows, length = max(1, largest_logits // (len(models) * heads[0].out_features)), labels.shape[1]
-    if rows >= labels.numel() or _compiles_whole(models) or not has_plain_head(models[0]):
+    # Compiled code keeps logits as products give them, in BF16, and writes their gradients over them: pieces would take
+    # more memory, and time (docs/performance.md).
+    if rows >= labels.numel() or torch.compiler.is_compiling() or not has_plain_head(models[0]):
         logits = [model(input_ids=inputs, use_cache=False).logits[:, :length].flatten(0, 1) for model in models]
         return losses(labels.flatten(), *logits)
 
@@ -100,15 +101,6 @@ def _by_token(
     pieces = zip(labels.flatten().split(rows), *(states.flatten(0, 1).split(rows) for states in hidden), strict=True)
     parts = [checkpoint(piece, *part, use_reentrant=False, preserve_rng_state=False) for part in pieces]
     return torch.cat(parts, -1)
-
-
-def _compiles_whole(models: Sequence[nn.Module]) -> bool:
-    """Return whether compiled code now computes all logits at once.
-
-    It keeps those of one model as the product gives them, in BF16, and writes their gradients over them. That is less
-    memory than an eager step takes with pieces, and nothing is computed again.
-    """
-    return torch.compiler.is_compiling() and len(models) == 1 and not models[0].is_gradient_checkpointing
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -307,6 +307,7 @@ def test_the_page_of_the_paper_says_what_is_to_be_paid_and_what_is_missing(tmp_p
     text = " ".join(page(made).split())
     for said in ("European Union is forbidden", "ODC-By", "GPU hours", "ASSUMED", "the paper's logs"):
         assert said in text
+    assert "the paper's GPUs have 80 GB: IT DOES NOT FIT" in text  # 73.1 GB, with 10 % to spare
     assert "model.revision is not pinned" in text and "up to 27.6 GB" in text
     assert missing(made) == [
         "8 GPU(s): this machine has 0",

@@ -46,6 +46,21 @@ class _Driver:
         return True
 
 
+class _Generator(torch.Generator):
+    """A generator on the GPU: with activation checkpointing, compiled code saves and restores its state."""
+
+    device = torch.device("cuda", 0)
+
+    def clone_state(self):
+        return _Generator()
+
+    def graphsafe_get_state(self):
+        return self
+
+    def graphsafe_set_state(self, state):
+        pass
+
+
 def pretend() -> None:
     """Make this process take the GPU for present. It cannot be undone."""
     _cuda()
@@ -64,7 +79,7 @@ def _cuda() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, _constant(answer))
     torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
-    torch.cuda.default_generators = (torch.Generator(),)
+    torch.cuda.default_generators = (_Generator(),)
     for name in ("getCurrentRawStream", "getDevice", "exchangeDevice", "maybeExchangeDevice", "setDevice"):
         setattr(torch._C, f"_cuda_{name}", _constant(0))
     torch._C._cuda_hasPrimaryContext = _constant(True)

@@ -25,7 +25,6 @@ _BASE = (
     "budget=gpu data=embedded model=openpangu_1b_random logger=local warmup.bf16=0.0 quant.bf16_blocks=1 "
     "budget.arithmetic=bf16 model.blocks=2 model.architecture.num_hidden_layers=2 experiment=exp8"
 )
-_CHECKPOINTING = "budget.activation_checkpointing=true"
 VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which one is quantized
     "max": "",
     "max, 4 blocks": "model.blocks=4 model.architecture.num_hidden_layers=4",
@@ -38,8 +37,8 @@ VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which o
     "fp8_e5m2": "quant=fp8_e5m2",
     "released": "protocol=released",
     "FP32": "budget.arithmetic=fp32",
-    "activation checkpointing": f"{_CHECKPOINTING} budget.largest_logits=4294967296",
-    "activation checkpointing, pieces": _CHECKPOINTING,
+    "activation checkpointing": "budget.activation_checkpointing=true",
+    "distilled": "loss=distill",
 }
 
 

@@ -80,7 +80,9 @@ def _without_kernels() -> None:
     made = torch._C._dynamo.guards
     made._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cuda")
     made._reinterpret_tensor = lambda x, size, stride, offset=0: x.as_strided(size, stride, x.storage_offset() + offset)
-    memory.Allocations.is_infra_mode = classmethod(lambda _: True)  # or compiled code would not run within it
+    # Or compiled code would not run within it.
+    memory.Allocations.is_infra_mode = classmethod(lambda _: True)
+    memory.Allocations.supports_higher_order_operators = True
     F.scaled_dot_product_attention = _attend
 
 
