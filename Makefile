@@ -109,7 +109,6 @@ ptq: $(READY) ## is training needed? post-training quantization of EXP's BF16 ba
 rerun_noise: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make rerun_noise EXP=exp8
 	$(call RUNS,suite,"report.experiments=[$(EXP)]" report.out=report/$(EXP) repeat=1)
 
-RUN ?=
 replay: $(READY) ## what any scaling rule would have predicted in a run, from its amaxes: make replay RUN=runs/<id> -> report/replay/
 	@[ -n "$(RUN)" ] || { echo "error: name a run, or its seeds: make $@ RUN=runs/<id>,runs/<id>"; exit 2; }
 	$(PY) scripts/$@.py "runs=[$(RUN)]" $(ARGS)
