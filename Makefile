@@ -46,7 +46,7 @@ EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 .PHONY: help setup suite sweep factorial audit sensitivity ptq rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_dry gpu_first gpu_tests gpu_test_kernels gpu_test_eager gpu_test_compiled gpu_test_inductor gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
-	@grep -hE '^[a-z0-9$$()A-Z_ ]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
+	@grep -hE '^[a-z0-9$$()A-Z_ -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
 	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "  what trains takes BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released|vendor SEED=0 SEEDS=0,1,2 RANKS=1 ARGS=\"any.key=value ...\""
 
@@ -101,9 +101,12 @@ sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, rol
 	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES))
 
 # Of any model, without training: make ptq ARGS="model=hub model.path=Qwen/Qwen3-0.6B ptq.on=pretrained"
-ptq: $(READY) ## is training needed? post-training quantization of EXP's BF16 baseline, method by method -> report/ptq/
-	@$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[ptq]'
+ptq: $(VENV)/.ptq ## is training needed? post-training quantization of EXP's BF16 baseline, method by method -> report/ptq/
 	$(call RUNS,$@,experiment=$(EXP))
+
+$(VENV)/.ptq: $(READY)
+	$(PY) -m pip install -q --no-compile -c constraints.txt -e '.[ptq]'
+	@touch $@
 
 # With several GPUs or threads, a run and its repeat may differ.
 rerun_noise: $(READY) ## noise of the machine alone: an experiment and its baseline trained twice, compared: make rerun_noise EXP=exp8

@@ -186,7 +186,7 @@ class BudgetConfig:
     seq_len: int = MISSING  # tokens a sequence
     steps_factor: float = 1.0  # an experiment's own share of the budget (exp2: half the steps ...)
     batch_factor: float = 1.0  # (... at a quarter of the batch)
-    arithmetic: str = "auto"  # auto: BF16 on GPUs and processors with AMX, else FP32
+    arithmetic: str = "auto"  # auto: BF16 on GPUs, AMX and Arm's BF16, else FP32
     parallel: str = "ddp"  # under torchrun: ddp, or fsdp (FSDP2: parameters and Adam moments sharded over the ranks)
     compile: bool = False  # torch.compile of the forward and backward pass; needs a C++ compiler on a CPU
     activation_checkpointing: bool = (

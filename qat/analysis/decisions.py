@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qat.analysis.stats import LEVEL, holm
+
 APE_THRESHOLD = 0.5  # percent of a loss: what the paper allows a loss curve to differ by (section 1)
 DROP_THRESHOLD = 1.0  # percent of a score: what the paper allows it to drop by (section 1)
 
@@ -49,3 +51,14 @@ def decided(row: Mapping, margin: float, more_is_worse: bool = True, can_move: b
     if not more_is_worse:
         harm, ci = -harm, ci and [-end for end in reversed(ci)]
     return {"margin": margin, "decision": decide(harm, ci, margin, row["detectable"], can_move)}
+
+
+def correct(family: Sequence[dict], word: str = "decision") -> None:
+    """Call `undecided`, in place, what is not beyond noise after Holm's correction over a family of decisions.
+
+    family: rows with p_value (None: there is none) and, under the key `word`, a word of `DECISIONS`.
+    """
+    family = [row for row in family if row["p_value"] is not None and row[word] != "powerless"]
+    for row, p_value in zip(family, holm([row["p_value"] for row in family]), strict=True):
+        if row[word] in ("harm", "gain") and p_value > LEVEL:
+            row[word] = "undecided"

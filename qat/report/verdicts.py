@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from qat.analysis.compare import MODES
+from qat.analysis.decisions import correct
 from qat.analysis.measures import MEASURES
-from qat.analysis.stats import LEVEL, holm
 from qat.report.experiment import Experiment, distinct
 
 _POOLED = ("contrast", "bits_per_byte", "accuracy")  # of the measures of answers, those on the first screen
@@ -59,9 +59,6 @@ def _correct(rows: Sequence[Mapping]) -> None:
     families = defaultdict(list)
     for row in rows:
         for name, answer in row["answers"].items():
-            if answer["p_value"] is not None and answer["answer"] != "powerless":
-                families[row["mode"], name].append(answer)
+            families[row["mode"], name].append(answer)
     for family in families.values():
-        for answer, p_value in zip(family, holm([answer["p_value"] for answer in family]), strict=True):
-            if answer["answer"] in ("harm", "gain") and p_value > LEVEL:
-                answer["answer"] = "undecided"
+        correct(family, "answer")

@@ -21,6 +21,7 @@ import numpy as np
 
 from qat.analysis.answers import measure_rows
 from qat.analysis.compare import heldout_row
+from qat.analysis.decisions import correct
 from qat.analysis.results import EvalResult, Match
 from qat.config import Config
 from qat.errors import ConfigError
@@ -30,7 +31,7 @@ from qat.studies.contrasts import Claim, Response, Statement
 from qat.studies.design import Compose, refuse
 from qat.studies.registration import Registration, registration
 
-ONLY_SCALES = ("quantile", "ofmr", "mse", "smoothquant", "awq", "per_channel")
+ONLY_SCALES = ("cast", "quantile", "ofmr", "mse", "smoothquant", "awq", "per_channel")
 EXPECTED = dict.fromkeys(ONLY_SCALES, "ties with max") | {"rotation": "no better than max", "max": "below the margin"}
 
 
@@ -89,7 +90,7 @@ def rows(ladders: Sequence[Ladder]) -> list[dict]:
 
     bf16, max: by text, as `qat.analysis.compare.heldout_row`; answers: by measure, as
     `qat.analysis.answers.measure_rows`, of all tasks, where the row was asked; seconds: of calibration, None where
-    they were not taken.
+    they were not taken. Harm and gain hold after Holm's correction over the rows of a column.
     """
     matches, beside_max = ([ladder.match(against) for ladder in ladders] for against in (None, "max"))
     texts, tasks = list(matches[0].reference.record["heldout"]), list(matches[0].reference.record["tasks"])
@@ -108,6 +109,9 @@ def rows(ladders: Sequence[Ladder]) -> list[dict]:
                 "seconds": None if None in seconds else float(np.mean(seconds)),
             }
         )
+    for column in ("bf16", "max", "answers"):
+        for name in dict.fromkeys(name for row in compared for name in row[column]):
+            correct([row[column][name] for row in compared if name in row[column]])
     return compared
 
 
