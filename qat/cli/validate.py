@@ -197,6 +197,8 @@ def _check_warmup(cfg: Config) -> None:
 def _check_training(cfg: Config) -> None:
     if cfg.optim.pure_bf16 and cfg.optim.master_weights:
         raise ConfigError("optim.pure_bf16=true: leaves no FP32 master weights; set optim.master_weights=false")
+    if cfg.optim.pure_bf16 and cfg.budget.arithmetic != "bf16":
+        raise ConfigError("optim.pure_bf16=true: trains and scores in BF16; set budget.arithmetic=bf16")
     if cfg.optim.pure_bf16 and cfg.optim.moments != "fp32":
         raise ConfigError(f"optim.moments={cfg.optim.moments}: optim.pure_bf16=true has them in BF16; leave it out")
     if cfg.loss.distill and cfg.data.label_shift == "twice":
@@ -238,6 +240,10 @@ def _check_quant(cfg: Config) -> None:
     if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
         fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
+    if q.rounding == "hybrid" and q.overflow == "clip" and q.target_gradient > 16:  # up to there it is to nearest
+        raise ConfigError("quant.rounding=hybrid: rounds values past the clip again; set quant.overflow=saturate")
+    if q.bf16_also != sorted(set(q.bf16_also)):
+        raise ConfigError(f"quant.bf16_also={q.bf16_also}: name blocks once and in order: {sorted(set(q.bf16_also))}")
     _check_cage(cfg)
     _check_learning(cfg)
     _check_fp8(cfg)
@@ -251,6 +257,10 @@ def _check_cage(cfg: Config) -> None:
     q = cfg.quant
     if not q.cage and q.cage_silent != QuantConfig.cage_silent:
         raise ConfigError(f"quant.cage_silent={q.cage_silent:g}: has no effect without CAGE; set estimator=cage")
+    if q.cage and not cfg.optim.master_weights:
+        raise ConfigError(
+            f"quant.cage={q.cage:g}: draws weights by less than BF16 can hold; set optim.master_weights=true"
+        )
     if q.cage and not q.weights:
         raise ConfigError(f"quant.cage={q.cage:g}: weights are not rounded (quant.weights=false); set quant.cage=0")
     if q.cage and cfg.cage_silent_steps >= cfg.steps:
@@ -266,7 +276,8 @@ def _check_learning(cfg: Config) -> None:
     q, algo = cfg.quant, cfg.scaling.algo
     if cfg.scaling.update_every > 1:
         raise ConfigError(
-            f"scaling.update_every={cfg.scaling.update_every}: scaling={algo} learns every step; leave it out"
+            f"scaling.update_every={cfg.scaling.update_every}: scaling={algo} learns every step; set "
+            f"scaling.update_every=1"
         )
     if q.overflow == "inf":
         raise ConfigError(f"quant.overflow=inf: scaling={algo} learns where to clip; set quant.overflow=clip")

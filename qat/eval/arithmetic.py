@@ -17,12 +17,14 @@ from qat.utils import device
 
 
 def name(cfg: Config) -> str:
-    """Return what a model is scored in, as eval.json names it.
+    """Return what a model is scored in, as eval.json names it; one that was trained in pure BF16 as an export.
 
     training: BF16 products, FP32 residual stream and logits; export: BF16 throughout; fp32: what both come to where
     `budget.arithmetic` is FP32.
     """
-    return cfg.benchmark.arithmetic if device.resolve_arithmetic(cfg.budget.arithmetic) == "bf16" else "fp32"
+    if device.resolve_arithmetic(cfg.budget.arithmetic) == "fp32":
+        return "fp32"
+    return "export" if cfg.optim.pure_bf16 else cfg.benchmark.arithmetic
 
 
 def products(arithmetic: str) -> torch.dtype:

@@ -194,9 +194,10 @@ class ScaleBank:
         self.scale.copy_(torch.where(changes, scale, self.scale))
 
     def _follow(self, slopes: torch.Tensor) -> torch.Tensor:
-        """Return the scales after a step of gradient descent on 1 / scale, which at most halves."""
+        """Return the scales after a step of gradient descent on 1 / scale, which at most halves; skip slopes of NaN."""
         size = self.scale.reciprocal()
-        return torch.maximum(size - self.scaling.lr * slopes, size / 2).reciprocal()
+        scale = torch.maximum(size - self.scaling.lr * slopes, size / 2).reciprocal()
+        return torch.where(slopes.isfinite(), scale.clamp(max=FP32_MAX), self.scale)
 
     # Outside of the training step ------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ SWITCHES = (
     Switch("attention too", 6, [_ALL], ("exp8", "exp3")),
     Switch("attention too, all blocks", 6, [_ALL, "quant.bf16_blocks=0"], ("exp8", "exp3")),
     Switch("no master weights", 9, ["optim.master_weights=false"]),
-    Switch("BF16 throughout", 15, ["optim.pure_bf16=true", "optim.master_weights=false"]),
+    Switch("BF16 throughout", 15, ["optim.pure_bf16=true", "optim.master_weights=false", "budget.arithmetic=bf16"]),
     Switch("every micro-batch twice", 10, ["data.duplicate_workers=2"]),
     Switch("operands descaled first", 13, ["quant.operands=descaled"]),
     Switch("learning rate from 0", 14, ["optim.lr_from_zero=true"]),

@@ -67,6 +67,8 @@ def design(experiment: str, overrides: Sequence[str], compose: Compose, seeds: S
     rungs = [rung(name) for name in job.cfg.ptq.rungs]
     if not (job.cfg.quantized and job.cfg.quant.weights and job.cfg.quant.activations):
         raise ConfigError("quant.weights, quant.activations: the ladder rounds both; leave them as they are")
+    if job.cfg.quant.gemm == "fp8":
+        raise ConfigError("quant.gemm=fp8: rows that do not clip have values past E4M3's range; set quant.gemm=bf16")
     library = [each.name for each in rungs if METHODS[each.method].needs_modelopt]
     if library and not importlib.util.find_spec("modelopt"):
         raise ConfigError(f"ptq.rungs={library[0]}: nvidia-modelopt is not installed; pip install -e '.[ptq]'")

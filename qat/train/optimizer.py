@@ -4,6 +4,8 @@
 FP16, both with a scale of their own for every parameter. The second moment stays in 16 bits because with beta2 = 0.95 a
 step takes at most 5 % off it: of HiF8's neighbours, 6 to 12 % apart where it is finest, some would never be left, and
 the learning rate of that weight would never recover. (MindSpeed's HiF8 moments have the second in HiF8, too, to 224.)
+The first moment forgets 10 % a step, and small values of HiF8 lie 12 to 50 % apart: a value whose decay is rounded away
+takes the next one below instead, or the second moment would shrink under it and the weight would run away.
 
 torchao's low-bit optimizers would not do: they cannot skip a step on the device, compile every update, which on a CPU
 needs a C++ compiler, and take another format only by a private class.
@@ -17,11 +19,13 @@ import torch
 from torch.optim.adamw import adamw
 
 from qat.config import OptimConfig
+from qat.quant import hif8
 from qat.quant.kernels import dispatch
 from qat.quant.scaling import to_scale
 from qat.utils.distributed import local
 
 _TARGETS = 15.0, 2.0**15  # what the largest value of a moment is mapped to: in HiF8, in FP16
+_LAST = 2.0**-15  # below it HiF8 has one value an octave
 
 
 def make(parameters: Iterable[torch.nn.Parameter], cfg: OptimConfig) -> torch.optim.AdamW:
@@ -85,6 +89,12 @@ class HiF8AdamW(BF16AdamW):
 
     def packed(self, first: torch.Tensor, second: torch.Tensor, state: dict) -> dict[str, torch.Tensor]:
         amaxes = torch.stack([dispatch.amax(first), dispatch.amax(second)])
-        scales = to_scale(amaxes, amaxes.new_tensor(_TARGETS), state["scales"])
-        _, codes = dispatch.quantize(first, scales[0], None, "hif8", "clip", _TARGETS[0], "codes")
+        targets = torch.stack([amaxes.new_full((), target) for target in _TARGETS])  # a copy from the host would wait
+        scales = to_scale(amaxes, targets, state["scales"])
+        before, now = (moment.abs() * scales[0] for moment in (self.unpacked(state)[0], first))
+        values, _ = dispatch.quantize(first, scales[0], None, "hif8", "clip", _TARGETS[0], "values")
+        undone = (now < before) & (values.abs() > (now + before) / 2)
+        below = hif8.fake_quantize(0.8 * values)  # the next value, or at most one further
+        below = below.where(values.abs() > _LAST, 0.0)
+        codes = hif8.encode(torch.where(undone, below, values))
         return {"exp_avg": codes, "exp_avg_sq": (second * scales[1]).half(), "scales": scales}

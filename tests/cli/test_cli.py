@@ -289,10 +289,20 @@ VALUES = [
     ),
     ("optim.moments=hif8 budget.parallel=fsdp", "optim.moments=hif8: a moment has one scale, and budget.parallel=fsdp"),
     (
-        "optim.moments=bf16 optim.pure_bf16=true optim.master_weights=false",
+        "optim.moments=bf16 optim.pure_bf16=true optim.master_weights=false budget.arithmetic=bf16",
         "optim.moments=bf16: optim.pure_bf16=true has them in BF16; leave it out",
     ),
-    ("scaling.algo=lsq scaling.update_every=2", "scaling.update_every=2: scaling=lsq learns every step; leave it out"),
+    (
+        "scaling.algo=lsq scaling.update_every=2",
+        "scaling.update_every=2: scaling=lsq learns every step; set scaling.update",
+    ),
+    ("optim.pure_bf16=true optim.master_weights=false", "trains and scores in BF16; set budget.arithmetic=bf16"),
+    ("estimator=cage optim.master_weights=false", "less than BF16 can hold; set optim.master_weights=true"),
+    (
+        "quant.rounding=hybrid quant.target_gradient=224",
+        "rounds values past the clip again; set quant.overflow=saturate",
+    ),
+    ("quant.bf16_also=[2,1]", "name blocks once and in order: [1, 2]"),
     ("scaling.algo=lsq quant.overflow=inf", "quant.overflow=inf: scaling=lsq learns where to clip; set"),
     ("scaling.algo=lsq quant.weights=false quant.activations=false", "scaling=lsq: learns no scale of gradients"),
     ("loss.distill=2", "loss.distill=2.0: must lie in [0, 1]; the nearest valid value is 1"),

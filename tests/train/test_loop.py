@@ -133,6 +133,7 @@ def test_under_the_vendors_protocol_every_linear_is_scaled_and_held(reference):
 
 def test_a_run_in_pure_bf16_is_stored_resumed_and_scored_as_such(configure, tmp_path, monkeypatch):
     words = ("experiment=exp3", "optim.pure_bf16=true", "optim.master_weights=false", "quant.bf16_blocks=1")
+    words += ("budget.arithmetic=bf16",)
     words += ("model.blocks=2", "model.architecture.num_hidden_layers=2", "budget.steps=3", "budget.checkpoint_every=1")
     whole, stopped = (configure(tmp_path / name, *words) for name in ("whole", "stopped"))
     loop.train(whole)

@@ -97,3 +97,18 @@ def test_training_with_small_moments_goes_like_training_with_fp32(config):
     wide, narrow = (losses(build(config(**WORDS, **{"optim.moments": how})), 12) for how in ("fp32", "hif8"))
     fall = wide[0] - wide[-1]
     assert fall > 0.3 and narrow == pytest.approx(wide, abs=0.05 * fall) and narrow != wide
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_hif8_moment_forgets_beside_large_neighbours(noise):
+    """Without a gradient the second moment shrinks: were the first one held, the weight would run away."""
+    draw, lr, beta = torch.Generator().manual_seed(0), 1e-3, (0.9, 0.95)
+    weight = torch.nn.Parameter(torch.zeros(1024))
+    ours = optimizer.HiF8AdamW([weight], lr=lr, betas=beta, eps=1e-8, weight_decay=0.0, fused=True)
+    ours.found_inf = torch.zeros(())
+    small = torch.logspace(-7, -3, 960)
+    for step in range(600):
+        busy = 0.01 * (1 + noise * torch.randn(64, generator=draw))
+        weight.grad = torch.cat([small * (step == 0), busy])
+        ours.step()
+    assert weight[:960].abs().max() < 20 * lr  # FP32: 7 lr

@@ -213,7 +213,7 @@ def test_without_master_weights_all_that_is_kept_is_bf16(config, masters):
 
 def test_a_pure_bf16_model_is_bf16_throughout(config):
     """Residual stream and sums of gradients over micro-batches, too, as in the released code."""
-    words = {"optim.master_weights": False, "optim.pure_bf16": True, "optim.clip": 1e9}
+    words = {"optim.master_weights": False, "optim.pure_bf16": True, "budget.arithmetic": "bf16", "optim.clip": 1e9}
     batches, gradients, residuals = [tokens(2, seed=seed) for seed in (1, 2)], [], []
     for micro_batches in ([batches[0]], [batches[1]], batches):
         trainer = build(config("experiment=exp5", **words))
