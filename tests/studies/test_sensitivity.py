@@ -171,6 +171,25 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
     assert main("sensitivity.py", *words)[0] == 0 and not done
 
 
+def test_the_command_rounds_a_checkpoint_as_the_run_that_it_names(config, main, monkeypatch):
+    cfg = config("experiment=exp8", **{"quant.format": "fp8_e4m3", "quant.overflow": "inf", "quant.bf16_blocks": 0})
+    run, baseline = Run.of(cfg), Run.of(baseline_of(cfg))
+    run.create(cfg)
+    baseline.create(baseline_of(cfg))
+    asked, subject = [], sensitivity.subject
+
+    def asking(*given):
+        asked.append(subject(*given))
+        raise UserError("asked")
+
+    monkeypatch.setattr(sensitivity, "subject", asking)
+    for of in ("baseline", "pretrained"):
+        assert main("sensitivity.py", f"run={run.path}", f"sensitivity.of={of}")[0] == 2
+        assert asked[-1].cfg.quant == cfg.quant and asked[-1].calibrated
+    assert main("sensitivity.py", f"run={baseline.path}", "quant=hif8", "quant.target_weight=8")[0] == 2
+    assert (asked[-1].cfg.quant.format, asked[-1].cfg.quant.target_weight) == ("hif8", 8)
+
+
 def test_a_bf16_run_is_measured_under_ptqs_scales(scored, monkeypatch):
     cfg = scored[0]
     baseline = baseline_of(cfg)
