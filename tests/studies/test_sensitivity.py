@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -133,6 +134,28 @@ def test_model_optimizer_scores_every_block(board, scored, tmp_path):
     content = {"measured": {"block": {"embedded": values}}, "auto_quantize": found}
     order, correlation = analysis.agreement(content)
     assert [str(block) for block in order] == sorted(found, key=found.get, reverse=True) and correlation >= 0.5
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 200_000])
+def test_a_choice_of_blocks_is_checked_on_other_documents(scored, tmp_path, tokens):
+    """Of 400 thousand tokens documents have more than one sequence."""
+    cfg = copy.deepcopy(scored[0])
+    cfg.sensitivity.tokens = tokens
+    parts = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path)._texts(load_model(cfg.model, cfg.seed)[1])
+    first, other = ({(u.source, d) for u in units for d in u.facts["documents"]} for units in parts)
+    assert first and other and not first & other
+    assert tokens < 1000 or len(first) < sum(len(unit.facts["documents"]) for unit in parts[0])
+
+
+@pytest.mark.parametrize("key, value", [("tokens", 256), ("questions", 2), ("task", "arc_easy"), ("groups", ["role"])])
+def test_what_was_measured_for_another_request_is_left(scored, tmp_path, key, value):
+    cfg = copy.deepcopy(scored[0])
+    before = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path)
+    before.content["seconds"] = 7.0
+    before._write()
+    setattr(cfg.sensitivity, key, value)
+    again = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path).content["seconds"]
+    assert again == (7.0 if key == "groups" else 0.0)  # groups are measured beside others
 
 
 # --------------------------------------------------------------------------------------------------------- the command
