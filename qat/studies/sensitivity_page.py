@@ -180,9 +180,9 @@ def _choices(content: Mapping) -> str:
 
 def _agreement(content: Mapping) -> str:
     """Say what Model-Optimizer makes of the blocks, where it was asked."""
-    scores = content.get("auto_quantize")
-    if not scores or isinstance(scores, str):
-        return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores or 'it is not installed'})."
+    scores = content.get("auto_quantize", "it is not asked yet")
+    if isinstance(scores, str):
+        return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores})."
     order, correlation = analysis.agreement(content)
     return (
         f"NVIDIA Model-Optimizer's `auto_quantize` (gradient score, max calibration, on the same text) puts the blocks "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -121,9 +122,9 @@ def test_a_block_whose_weights_lose_their_bits_is_found(config):
 
 
 @pytest.mark.slow
-def test_model_optimizer_scores_every_block(board, scored, tmp_path):
+def test_model_optimizer_scores_every_block(board, scored, tmp_path, monkeypatch):
     """It takes half a minute to import."""
-    pytest.importorskip("modelopt")
+    library = pytest.importorskip("modelopt.torch.quantization")
     study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
     tokens = torch.randint(257, (32, 65), generator=torch.Generator().manual_seed(0))
     units = sensitivity.of_text("embedded", tokens, torch.arange(32))
@@ -134,6 +135,20 @@ def test_model_optimizer_scores_every_block(board, scored, tmp_path):
     content = {"measured": {"block": {"embedded": values}}, "auto_quantize": found}
     order, correlation = analysis.agreement(content)
     assert [str(block) for block in order] == sorted(found, key=found.get, reverse=True) and correlation >= 0.5
+    monkeypatch.setattr(library, "auto_quantize", mock.Mock(side_effect=[ValueError("not\nthis model"), KeyError(1)]))
+    assert study._auto_quantize(board, units) == "ValueError: not this model"
+    with pytest.raises(KeyError):  # no refusal but a defect
+        study._auto_quantize(board, units)
+
+
+def test_model_optimizer_is_asked_again_until_it_has_scores(board, scored, tmp_path, monkeypatch):
+    study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
+    answers = iter(["ValueError: not this model", {"3": 1.0}])
+    monkeypatch.setattr(auto_quantize, "installed", lambda: True)
+    monkeypatch.setattr(auto_quantize, "scores", lambda *_: next(answers))
+    for known in ("ValueError: not this model", {"3": 1.0}, {"3": 1.0}):
+        study._check_choices(board, [], [])
+        assert study.content["auto_quantize"] == known
 
 
 @pytest.mark.parametrize("tokens", [128, 512, 200_000])
