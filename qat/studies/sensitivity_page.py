@@ -97,8 +97,8 @@ _CHOICES = (
     "unquantized model had written itself, the expected rise of the loss is the KL, and its noise is far smaller than "
     "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: KL and loss "
     "times the share of the KL that is left, as if that added up. Measured: that model less the unquantized one, on "
-    "documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
-    "calibrates the model so."
+    "documents that had no part in the choice; harm and gain hold after Holm's correction over the rows. Keep as many "
+    "as the budget of loss asks for; the setting trains or calibrates the model so."
 )
 
 
