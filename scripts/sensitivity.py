@@ -18,12 +18,13 @@ def main(config, _) -> None:
     from qat.studies import sensitivity
     from qat.studies.sensitivity_page import write_sensitivity
 
-    cfg = config
+    cfg, quant = config, config.quant
     if config.run:
-        own = entry.config_of_run(config.run).quant  # of a BF16 run, the command line says what it is rounded to
-        cfg = entry.config_of_folder(config, "sensitivity", "report", *(["quant"] if own.format == "none" else []))
-        cfg.quant = own
-    subject = sensitivity.subject(cfg, config.quant)
+        own = entry.config_of_run(config.run).quant
+        rounds = own.format != "none"  # of a BF16 run, the command line says what it is rounded to
+        cfg = entry.config_of_folder(config, "sensitivity", "report", *([] if rounds else ["quant"]))
+        cfg.quant, quant = own, own if rounds else quant
+    subject = sensitivity.subject(cfg, quant)
     if not config.run and subject.trained:
         train_with_baseline(baseline_of(cfg) if cfg.sensitivity.of == "baseline" else cfg)
     subject.check()

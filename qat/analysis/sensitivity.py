@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import spearmanr
 
-from qat.analysis.decisions import APE_THRESHOLD, decided
+from qat.analysis.decisions import APE_THRESHOLD, correct, decided
 from qat.analysis.measures import Answers
 from qat.analysis.stats import holm, student
 
@@ -93,7 +93,8 @@ def total(content: Mapping, level: str, measure: str, source: str | None = None)
 def rows(content: Mapping, level: str, measure: str, way: str, source: str | None = None) -> list[dict]:
     """Return what every group of a level does, a row each, in the measure's unit.
 
-    group, difference, ci (95 %), p_value, p_holm (over the level), detectable, n; of the loss also margin and decision.
+    group, difference, ci (95 %), p_value, p_holm (over the level), detectable, n; of the loss also margin and
+    decision, of which harm and gain hold after Holm's correction.
     """
     groups = names(content, level, measure, way)
     if not groups:
@@ -104,6 +105,8 @@ def rows(content: Mapping, level: str, measure: str, way: str, source: str | Non
     for group in groups:
         changes = sign * (series(content, level, measure, [way, group], source) - base)
         found.append({"group": group} | _row(changes, plain, measure))
+    if measure == "loss":
+        correct(found)
     corrected = holm([1.0 if row["p_value"] is None else row["p_value"] for row in found])
     return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
 
@@ -139,7 +142,7 @@ def choices(content: Mapping) -> list[dict]:
     """Return what is left of the damage with no further block in BF16 and with each of `first_choices`.
 
     blocks; expected: loss and KL of W8A8 times the share of the KL that is left, as if that added up; loss and kl: on
-    other documents, less the unquantized model's, as `rows` has them, or None where that was not measured.
+    other documents, less the unquantized model's, as `rows` has them, corrected over the sets; None where not measured.
     """
     whole = {measure: total(content, "block", measure)["difference"] for measure in ("loss", "kl")}
     moved, measured, found = order(content), names(content, "kept", "kl", "left_out"), []
@@ -152,6 +155,7 @@ def choices(content: Mapping) -> list[dict]:
             plain = series(content, "kept", measure, ["unquantized"])
             left = series(content, "kept", measure, ["left_out", name] if blocks else ["quantized"])
             found[-1][measure] = _row(left - plain, plain, measure)
+    correct([row["loss"] for row in found if row["loss"]])
     return found
 
 

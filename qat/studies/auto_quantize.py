@@ -1,9 +1,9 @@
-"""Ask NVIDIA's Model-Optimizer (the extra `ptq`) which linears are sensitive, beside our own measurement."""
+"""Ask NVIDIA's Model-Optimizer (the extra `ptq`) which blocks are sensitive, beside our own measurement."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,37 +14,41 @@ from qat.quant import modelopt
 
 
 def installed() -> bool:
-    """Return whether Model-Optimizer is installed; print a line where it is not."""
-    found = importlib.util.find_spec("modelopt") is not None
-    if not found:
-        print("Model-Optimizer is not installed, and left out: pip install -e '.[ptq]'", flush=True)
-    return found
+    """Return whether Model-Optimizer is installed."""
+    return importlib.util.find_spec("modelopt") is not None
 
 
 def scores(
-    model: nn.Module, rounded: Collection[str], quant: QuantConfig, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> dict[str, float]:
-    """Return the gradient score of `auto_quantize` for each linear, or for the first of those that it rounds alike.
+    model: nn.Module, rounded: Mapping[str, int], quant: QuantConfig, batches: Sequence[tuple[torch.Tensor, ...]]
+) -> dict[str, float] | str:
+    """Return the gradient score of `auto_quantize` for each block; the error's text where the library has none.
 
     The score is the sum of squares of the gradient times what rounding does to the linear's output: the rise of the
-    loss to second order. model: unquantized; it is changed. rounded: names of the linears that are rounded. batches:
-    (tokens, labels), int64, that calibrate, too.
+    loss to second order. model: unquantized; it is changed. rounded: the block of every linear that is rounded.
+    batches: (tokens, labels), int64, that calibrate, too.
     """
     with modelopt.silent():
         import modelopt.torch.quantization as library
 
         roles = zip(modelopt.quantizers(quant), (quant.weights, quant.activations), strict=True)
         quantizers = [{"quantizer_name": "*", "enable": False}, *(role for role, enabled in roles if enabled)]
-        _, state = library.auto_quantize(
-            model,
-            constraints={"effective_bits": 16.0},  # only its scores are asked for
-            quantization_formats=[{"quant_cfg": quantizers, "algorithm": "max"}],
-            data_loader=batches,
-            forward_step=lambda model, batch: model(input_ids=batch[0], use_cache=False).logits,
-            loss_func=lambda logits, batch: F.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten()),
-            num_calib_steps=len(batches),
-            num_score_steps=len(batches),
-            disabled_layers=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in rounded],
-        )
-    found = state["candidate_stats"].items()
-    return {name.removesuffix(".quant_recipe"): max(choices["scores"]) for name, choices in found}
+        try:
+            _, state = library.auto_quantize(
+                model,
+                constraints={"effective_bits": 16.0},  # only its scores are asked for
+                quantization_formats=[{"quant_cfg": quantizers, "algorithm": "max"}],
+                data_loader=batches,
+                forward_step=lambda model, batch: model(input_ids=batch[0], use_cache=False).logits,
+                loss_func=lambda logits, batch: F.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten()),
+                num_calib_steps=len(batches),
+                num_score_steps=len(batches),
+                disabled_layers=[n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in rounded],
+            )
+        except (AssertionError, RuntimeError, ValueError) as error:  # its own, of a model or format that it cannot do
+            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    totals: dict[str, float] = {}
+    for name, choices in state["candidate_stats"].items():  # of linears that it rounds alike, the first
+        block = rounded.get(name.removesuffix(".quant_recipe"))
+        if block is not None:
+            totals[str(block)] = totals.get(str(block), 0.0) + float(max(choices["scores"]))
+    return totals or "it scores none of these linears"

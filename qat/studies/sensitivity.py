@@ -273,16 +273,20 @@ class Study:
 
     def __init__(self, cfg: Config, measured_of: Subject, folder: Path):
         self.cfg, self.subject, self.path = cfg, measured_of, folder / "sensitivity.json"
+        self.texts = [text for text in (cfg.data, cfg.validation) if text]
+        asked = cfg.sensitivity
         self.request = {
             "run": measured_of.run.id,
             "mode": measured_of.mode,
             "weights": measured_of.run.fingerprint,
             "arithmetic": arithmetic.name(cfg),
+            "texts": [[text.path, text.subset, text.revision] for text in self.texts],
+            "asked": [asked.tokens, asked.task, asked.questions],
         }
         self.content = self._before()
 
     def _before(self) -> dict:
-        """Return what the folder holds of these very weights."""
+        """Return what the folder holds of this very request; another one starts anew: it splits documents otherwise."""
         empty = {"request": self.request, "seconds": 0.0, "tensors": [], "measured": {}}
         if not self.path.exists():
             return empty
@@ -318,35 +322,29 @@ class Study:
             members = [index for index, tensor in board.rounded.items() if tensor.block in blocks]
             chosen[",".join(map(str, blocks))] = _group(board.rounded, members)
         self._do(board, [("kept", unit, chosen, ("left_out",)) for unit in fresh])
-        if "auto_quantize" not in self.content and auto_quantize.installed():
+        if not isinstance(self.content.get("auto_quantize"), dict):  # what failed is tried again
             self.content["auto_quantize"] = self._auto_quantize(board, texts)
             self._write()
 
     def _auto_quantize(self, board: Switchboard, texts: Sequence[Unit]) -> dict[str, float] | str:
-        """Return Model-Optimizer's score of each block; why it has none, where it fails."""
+        """Return Model-Optimizer's score of each block; why it has none, where it has none."""
+        if not auto_quantize.installed():
+            return "it is not installed: pip install -e '.[ptq]'"
         places = {id(module): block for block, parent in enumerate(board.blocks) for module in parent.modules()}
         rounded = {name: places[id(linear)] for name, linear in quantized_linears(board.model).items()}
         plain, _ = dataclasses.replace(self.subject, mode="bf16").build()
         batches = [tuple(map(device.to_device, unit.pieces[0])) for unit in texts]
-        try:
-            found = auto_quantize.scores(plain, rounded, self.subject.cfg.quant, batches)
-        except Exception as error:  # of any type: its interface is experimental, and not every model is known to it
-            return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        totals: dict[str, float] = {}
-        for name, score in found.items():
-            if name in rounded:
-                totals[str(rounded[name])] = totals.get(str(rounded[name]), 0.0) + float(score)
-        return totals
+        return auto_quantize.scores(plain, rounded, self.subject.cfg.quant, batches)
 
     def _texts(self, tokenizer) -> tuple[list[Unit], list[Unit]]:
-        """Return the units of the held-out texts: those to measure, and as many to check a choice on."""
-        cfg, parts = self.cfg, ([], [])
-        for text in (cfg.data, cfg.validation) if cfg.validation else (cfg.data,):
-            held = heldout.load_heldout(text, tokenizer, 2 * cfg.sensitivity.tokens)
-            half = -(-len(held.tokens) // 2)
-            for units, rows in zip(parts, (slice(half), slice(half, None)), strict=True):
-                units += of_text(text.name, held.tokens[rows], held.documents[rows]) if len(held.tokens[rows]) else []
-        return parts
+        """Return the units of the held-out texts: half of the documents to measure, the others to check a choice on."""
+        measured, fresh = [], []
+        for text in self.texts:
+            held = heldout.load_heldout(text, tokenizer, 2 * self.cfg.sensitivity.tokens)
+            first = held.documents < -(-len(held.documents.unique()) // 2)
+            for units, rows in ((measured, first), (fresh, ~first)):
+                units += of_text(text.name, held.tokens[rows], held.documents[rows]) if rows.any() else []
+        return measured, fresh
 
     def _questions(self, model: torch.nn.Module, tokenizer) -> list[Unit]:
         asked, limit = self.cfg.sensitivity, context_length(model.config)

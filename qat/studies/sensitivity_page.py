@@ -97,8 +97,8 @@ _CHOICES = (
     "unquantized model had written itself, the expected rise of the loss is the KL, and its noise is far smaller than "
     "that of the loss, or of leaving a block out, after which all later ones round other values. Expected: KL and loss "
     "times the share of the KL that is left, as if that added up. Measured: that model less the unquantized one, on "
-    "documents that had no part in the choice. Keep as many as the budget of loss asks for; the setting trains or "
-    "calibrates the model so."
+    "documents that had no part in the choice; harm and gain hold after Holm's correction over the rows. Keep as many "
+    "as the budget of loss asks for; the setting trains or calibrates the model so."
 )
 
 
@@ -180,9 +180,9 @@ def _choices(content: Mapping) -> str:
 
 def _agreement(content: Mapping) -> str:
     """Say what Model-Optimizer makes of the blocks, where it was asked."""
-    scores = content.get("auto_quantize")
-    if not scores or isinstance(scores, str):
-        return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores or 'it is not installed'})."
+    scores = content.get("auto_quantize", "it is not asked yet")
+    if isinstance(scores, str):
+        return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores})."
     order, correlation = analysis.agreement(content)
     return (
         f"NVIDIA Model-Optimizer's `auto_quantize` (gradient score, max calibration, on the same text) puts the blocks "

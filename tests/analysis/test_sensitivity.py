@@ -99,3 +99,20 @@ def test_blocks_are_kept_in_the_order_of_what_they_do():
     whole, first, second = analysis.choices(measured)[:3]
     assert whole["loss"]["difference"] == pytest.approx(0.04) and second["loss"] is None
     assert first["loss"]["difference"] == pytest.approx(0.01) and first["kl"]["difference"] == pytest.approx(0.015)
+
+
+def test_harm_of_a_choice_holds_after_holms_correction():
+    """A choice's p is 0.036: harm by itself, and not as one of four."""
+
+    def values(*changes):
+        return {"loss": [3 + change for change in changes], "kl": [0.01] * 16}
+
+    unit = {"documents": list(range(16)), "unquantized": values(*[0.0] * 16), "quantized": values(*[0.1, 0.11] * 8)}
+    measured = content()
+    names = [",".join(map(str, blocks)) for blocks in analysis.first_choices(measured)]
+    decisions = []
+    for count in (1, 3):
+        unit["left_out"] = dict.fromkeys(names[:count], values(*[0.268, -0.068] * 8))
+        measured["measured"]["kept"] = {"speeches": {"a": unit}}
+        decisions.append([row["loss"]["decision"] for row in analysis.choices(measured) if row["loss"]])
+    assert decisions == [["harm"] * 2, ["harm", *["undecided"] * 3]]

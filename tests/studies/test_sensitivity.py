@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -120,9 +122,9 @@ def test_a_block_whose_weights_lose_their_bits_is_found(config):
 
 
 @pytest.mark.slow
-def test_model_optimizer_scores_every_block(board, scored, tmp_path):
+def test_model_optimizer_scores_every_block(board, scored, tmp_path, monkeypatch):
     """It takes half a minute to import."""
-    pytest.importorskip("modelopt")
+    library = pytest.importorskip("modelopt.torch.quantization")
     study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
     tokens = torch.randint(257, (32, 65), generator=torch.Generator().manual_seed(0))
     units = sensitivity.of_text("embedded", tokens, torch.arange(32))
@@ -133,6 +135,42 @@ def test_model_optimizer_scores_every_block(board, scored, tmp_path):
     content = {"measured": {"block": {"embedded": values}}, "auto_quantize": found}
     order, correlation = analysis.agreement(content)
     assert [str(block) for block in order] == sorted(found, key=found.get, reverse=True) and correlation >= 0.5
+    monkeypatch.setattr(library, "auto_quantize", mock.Mock(side_effect=[ValueError("not\nthis model"), KeyError(1)]))
+    assert study._auto_quantize(board, units) == "ValueError: not this model"
+    with pytest.raises(KeyError):  # no refusal but a defect
+        study._auto_quantize(board, units)
+
+
+def test_model_optimizer_is_asked_again_until_it_has_scores(board, scored, tmp_path, monkeypatch):
+    study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
+    answers = iter(["ValueError: not this model", {"3": 1.0}])
+    monkeypatch.setattr(auto_quantize, "installed", lambda: True)
+    monkeypatch.setattr(auto_quantize, "scores", lambda *_: next(answers))
+    for known in ("ValueError: not this model", {"3": 1.0}, {"3": 1.0}):
+        study._check_choices(board, [], [])
+        assert study.content["auto_quantize"] == known
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 200_000])
+def test_a_choice_of_blocks_is_checked_on_other_documents(scored, tmp_path, tokens):
+    """Of 400 thousand tokens documents have more than one sequence."""
+    cfg = copy.deepcopy(scored[0])
+    cfg.sensitivity.tokens = tokens
+    parts = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path)._texts(load_model(cfg.model, cfg.seed)[1])
+    first, other = ({(u.source, d) for u in units for d in u.facts["documents"]} for units in parts)
+    assert first and other and not first & other
+    assert tokens < 1000 or len(first) < sum(len(unit.facts["documents"]) for unit in parts[0])
+
+
+@pytest.mark.parametrize("key, value", [("tokens", 256), ("questions", 2), ("task", "arc_easy"), ("groups", ["role"])])
+def test_what_was_measured_for_another_request_is_left(scored, tmp_path, key, value):
+    cfg = copy.deepcopy(scored[0])
+    before = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path)
+    before.content["seconds"] = 7.0
+    before._write()
+    setattr(cfg.sensitivity, key, value)
+    again = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path).content["seconds"]
+    assert again == (7.0 if key == "groups" else 0.0)  # groups are measured beside others
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -169,6 +207,25 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
     assert copied == {f"sensitivity.{end}" for end in ("md", "json", "png")}
     done.clear()
     assert main("sensitivity.py", *words)[0] == 0 and not done
+
+
+def test_the_command_rounds_a_checkpoint_as_the_run_that_it_names(config, main, monkeypatch):
+    cfg = config("experiment=exp8", **{"quant.format": "fp8_e4m3", "quant.overflow": "inf", "quant.bf16_blocks": 0})
+    run, baseline = Run.of(cfg), Run.of(baseline_of(cfg))
+    run.create(cfg)
+    baseline.create(baseline_of(cfg))
+    asked, subject = [], sensitivity.subject
+
+    def asking(*given):
+        asked.append(subject(*given))
+        raise UserError("asked")
+
+    monkeypatch.setattr(sensitivity, "subject", asking)
+    for of in ("baseline", "pretrained"):
+        assert main("sensitivity.py", f"run={run.path}", f"sensitivity.of={of}")[0] == 2
+        assert asked[-1].cfg.quant == cfg.quant and asked[-1].calibrated
+    assert main("sensitivity.py", f"run={baseline.path}", "quant=hif8", "quant.target_weight=8")[0] == 2
+    assert (asked[-1].cfg.quant.format, asked[-1].cfg.quant.target_weight) == ("hif8", 8)
 
 
 def test_a_bf16_run_is_measured_under_ptqs_scales(scored, monkeypatch):
