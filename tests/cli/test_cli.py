@@ -297,7 +297,7 @@ VALUES = [
         "scaling.update_every=2: scaling=lsq learns every step; set scaling.update",
     ),
     ("optim.pure_bf16=true optim.master_weights=false", "trains and scores in BF16; set budget.arithmetic=bf16"),
-    ("estimator=cage optim.master_weights=false", "less than BF16 can hold; set optim.master_weights=true"),
+    ("quant.cage=10 optim.master_weights=false", "less than BF16 can hold; set optim.master_weights=true"),
     (
         "quant.rounding=hybrid quant.target_gradient=224",
         "rounds values past the clip again; set quant.overflow=saturate",
