@@ -253,10 +253,10 @@ class BenchConfig:
 
 @dataclass
 class ReplayConfig:
-    # to try on the amaxes of a run, as in max:64, exp_smooth:0.3 max:64/10 (held for 10 ticks) or max:64+1 (guard)
-    rules: list[str] = field(default_factory=lambda: ["most_recent", "exp_smooth", "max"])
-    windows: list[int] = field(default_factory=lambda: [4, 16, 64])  # of rules that have one and are named without it
-    update_every: list[int] = field(default_factory=lambda: [1, 10])  # the same for ticks between updates
+    # to try on the amaxes of a run, as in max:64, exp_smooth:0.3, max:64/10 (held for 10 ticks) or max:64+1 (guard)
+    rules: list[str] = field(
+        default_factory=lambda: ["most_recent", "exp_smooth", "max:4", "max:16", "max:64", "max:64/10"]
+    )
     tensor: str | None = None  # whose amaxes are drawn; null: of the one that exceeds its prediction most
 
 

@@ -1,6 +1,6 @@
 """Replay the amaxes that runs recorded: what any scaling rule would have predicted. Trains nothing.
 
-python scripts/replay.py runs=[runs/<id>] [replay.rules=[most_recent,max] replay.windows=[16,64]] [report.out=report]
+python scripts/replay.py runs=[runs/<id>] [replay.rules=[most_recent,max:16,max:64]] [report.out=report]
 """
 
 import sys
@@ -18,7 +18,7 @@ def main(config, _) -> None:
 
     if not config.runs:
         raise ConfigError("runs=null: name run folders of one recipe, as in runs=[runs/<id>]")
-    replayed = [replay.read(Path(folder), config.replay) for folder in config.runs]
+    replayed = [replay.read(Path(folder), config.replay.rules) for folder in config.runs]
     replay.refuse_unlike(replayed)
     tensor, names = config.replay.tensor or replay.worst_tensor(replayed), replayed[0].names
     if tensor not in names:

@@ -298,9 +298,6 @@ def _check_rules(cfg: Config) -> None:
                     raise ConfigError(f"{key}={name}: {field} must lie in [{low}, {high}]")
     if len(set(shadow)) < len(shadow):
         raise ConfigError(f"scaling.shadow={shadow}: names a rule twice; name each once")
-    for key in ("windows", "update_every"):
-        if not all(value >= 1 for value in getattr(cfg.replay, key)):
-            raise ConfigError(f"replay.{key}={getattr(cfg.replay, key)}: the smallest valid value is 1")
     for key, value in (("budget.parallel", "fsdp"), ("scaling.tick", "call"), ("scaling.sync", "none")):
         if shadow and attrgetter(key)(cfg) == value:  # gradients in shards; amaxes that are not those of the trace
             raise ConfigError(f"scaling.shadow={shadow}: cannot be tried with {key}={value}; leave one of them out")

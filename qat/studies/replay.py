@@ -27,10 +27,10 @@ import torch
 from qat.analysis import stats
 from qat.analysis.decisions import APE_THRESHOLD, decide
 from qat.analysis.stats import LEVEL
-from qat.config import ROLES, Config, ReplayConfig, ScalingConfig
+from qat.config import ROLES, Config, ScalingConfig
 from qat.errors import UserError
 from qat.quant.formats import TOLERANCE
-from qat.quant.rules import RULES, named, split
+from qat.quant.rules import RULES, named
 from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.runs.identity import identity
@@ -70,20 +70,8 @@ class Replayed:
         return self.shadow[rule]["loss"] - self.shadow[rule]["unquantized"]
 
 
-def rules(cfg: ReplayConfig, scaling: ScalingConfig) -> dict[str, ScalingConfig]:
-    """Return the rules to replay by name, every window and number of ticks between updates in the names."""
-    found = {}
-    for name, window, every in itertools.product(cfg.rules, cfg.windows, cfg.update_every):
-        algo, value, held, guard = split(name, "replay.rules")
-        value = value or (window if "window" in RULES[algo].reads else None)
-        held = held or (every if every > 1 else None)
-        name = "".join(f"{sign}{part}" for sign, part in (("", algo), (":", value), ("/", held), ("+", guard)) if part)
-        found[name] = named(name, scaling, "replay.rules")
-    return found
-
-
-def read(folder: Path, asked: ReplayConfig) -> Replayed:
-    """Replay the trace of a run under the rules that are asked for, and read its shadow rows.
+def read(folder: Path, rules: Sequence[str]) -> Replayed:
+    """Replay the trace of a run under rules by name (`qat.quant.rules.named`), and read its shadow rows.
 
     Errors: UserError for a folder whose trace is missing or cannot be replayed to the bit.
     """
@@ -112,7 +100,7 @@ def read(folder: Path, asked: ReplayConfig) -> Replayed:
         if row["overshoot_max"] != overshoot:
             recorded = f"{overshoot:g} at step {row['step']}, where the run recorded {row['overshoot_max']:g}"
             raise UserError(f"{folder}: its trace is of another run, or damaged: it gives an overshoot of {recorded}")
-    overshoot = {name: replayed(scaling) for name, scaling in rules(asked, cfg.scaling).items()}
+    overshoot = {name: replayed(named(name, cfg.scaling, "replay.rules")) for name in rules}
     steps = np.array(counted) + 1
     one = Replayed(run, cfg, names, steps, amax.numpy()[counted], overshoot, {})
     one.shadow = _shadow(run, one.roles)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat.config import ROLES, ReplayConfig, ScalingConfig
+from qat.config import ROLES, ScalingConfig
 from qat.errors import ConfigError, UserError
 from qat.quant.rules import named
 from qat.quant.scaling import ScaleBank
@@ -58,9 +58,9 @@ def test_a_run_s_own_rule_gives_its_overshoot_and_its_scales_bit_for_bit(config,
             assert (row["overshoot_max"], row["overshoot_share"]) == (float(values.max()), share)
     saved = checkpoint.latest(run.checkpoints)[0]["scales"]
     assert all(torch.equal(saved[key], tensor) for key, tensor in bank.state_dict().items())
-    replayed = replay.read(run.path, ReplayConfig(windows=[3]))
-    names = ("most_recent", "exp_smooth", "max:3")
-    assert set(replayed.overshoot) == {*names, *(f"{name}/10" for name in names)}
+    names = ["most_recent", "exp_smooth:0.3", "max:3", "max:3/10+1"]
+    replayed = replay.read(run.path, names)
+    assert list(replayed.overshoot) == names
     assert replayed.steps.tolist() == [row["step"] for row in rows if row["quantized"] and not row["skipped"]]
 
 
@@ -70,11 +70,11 @@ def trained(configure, tmp_path_factory) -> Run:
 
 
 def test_the_command_replays_a_run_in_seconds(trained, main, tmp_path):
-    code, out, err = main("replay.py", f"runs=[{trained.path}]", "replay.rules=[most_recent,max,exp_smooth:0.3]")
+    code, out, err = main("replay.py", f"runs=[{trained.path}]", "replay.rules=[most_recent,exp_smooth:0.3]")
     assert code == 0, err
     assert out.startswith("replay: report/replay/replay.md")
     page = json.loads((tmp_path / "report" / "replay" / "replay.json").read_text())
-    assert list(page["rules"])[:2] == ["most_recent", "most_recent/10"] and "exp_smooth:0.3" in page["rules"]
+    assert list(page["rules"]) == ["most_recent", "exp_smooth:0.3"]
     assert {"saturation", "damage", "windows", "hold"} == {claim["key"] for claim in page["claims"]}
     assert "What the rules cost was not measured" in page["recommendation"]
 
@@ -89,7 +89,6 @@ def test_the_command_replays_a_run_in_seconds(trained, main, tmp_path):
         (["runs=[{run}]", "replay.rules=[max:0]"], "replay.rules=max:0: window must lie in [1, 65536]"),
         (["runs=[{run}]", "replay.rules=[max:x]"], "replay.rules=max:x: must be like max:64, exp_smooth:0.5"),
         (["runs=[{run}]", "replay.rules=[current:3]"], "current reads no setting; leave out :3"),
-        (["runs=[{run}]", "replay.windows=[0]"], "replay.windows=[0]: the smallest valid value is 1"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused_in_one_line(trained, main, words, says):
@@ -111,7 +110,7 @@ def test_a_run_that_its_trace_does_not_give_is_refused(trained, tmp_path, change
     config = tmp_path / "config.yaml"
     config.write_text(config.read_text().replace(*change))
     with pytest.raises(UserError, match=says.replace("'", ".")):
-        replay.read(tmp_path, ReplayConfig())
+        replay.read(tmp_path, [LAST])
 
 
 def test_a_name_of_a_rule_sets_what_it_names():
@@ -180,9 +179,3 @@ def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):
     beyond = [row["beyond"]["value"] for row in page["rules"].values()]
     assert beyond == pytest.approx([100 * share for share in SHARES.values()], abs=6)
     assert all(len(row["blocks"]) == 10 and row["roles"].keys() == set(ROLES) for row in page["rules"].values())
-
-
-def test_rules_are_named_with_every_window_and_hold():
-    asked = ReplayConfig(rules=["max", "exp_smooth:0.3", "most_recent/2+1"], windows=[4, 16], update_every=[1, 10])
-    names = ["max:4", "max:4/10", "max:16", "max:16/10", "exp_smooth:0.3", "exp_smooth:0.3/10", "most_recent/2+1"]
-    assert list(replay.rules(asked, ScalingConfig(algo="max"))) == names
