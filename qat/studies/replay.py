@@ -14,7 +14,6 @@ Differences between rules are paired by step, and their intervals know that neig
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -147,18 +146,14 @@ def estimate(series: Sequence[np.ndarray], level: float = 1 - LEVEL) -> Estimate
     return Estimate(value, *noise, n, of, level, mean and mean.detectable(level))
 
 
-def of_rule(replayed: Sequence[Replayed], measure: str, rule: str, other: str | None = None) -> list[np.ndarray]:
-    """Return a measure of a rule, or what it is above that of another one, at every step of the runs that have both.
-
-    measure: overshoot, in percent of the tensors; batch_loss: nats over the unquantized loss.
-    """
-    take, where = {"overshoot": (Replayed.beyond, "overshoot"), "batch_loss": (Replayed.damage, "shadow")}[measure]
-    have = [one for one in replayed if {rule, other or rule} <= getattr(one, where).keys()]
-    return [take(one, rule) - (take(one, other) if other else 0) for one in have]
+def of_rule(replayed: Sequence[Replayed], rule: str, other: str | None = None) -> list[np.ndarray]:
+    """Return the damage of a rule, or what it is above that of another one, in nats, of the runs that have both."""
+    have = [one for one in replayed if {rule, other or rule} <= one.shadow.keys()]
+    return [one.damage(rule) - (one.damage(other) if other else 0) for one in have]
 
 
 RESPONSES = {
-    "overshoot": Response("Tensors beyond their predicted amax", "points", 2, {}, measure="overshoot"),
+    "overshoot": Response("Tensors beyond their predicted amax", "points", 2, {}),
     "batch_loss": Response("Loss of the same batch on the same weights", "nats", 4, {}, measure="batch_loss"),
 }
 
@@ -206,8 +201,8 @@ def differences(replayed: Sequence[Replayed]) -> list[dict]:
     first = LAST if LAST in tried else next(iter(tried), None)
     rows, level = [], 1 - LEVEL / max(1, len(tried) - 1)
     for rule in tried:
-        damage = estimate(of_rule(replayed, "batch_loss", rule))
-        change = estimate(of_rule(replayed, "batch_loss", rule, first), level) if rule != first else None
+        damage = estimate(of_rule(replayed, rule))
+        change = estimate(of_rule(replayed, rule, first), level) if rule != first else None
         columns = {
             key: float(np.nanmean([np.nanmean(one.shadow[rule][key]) for one in replayed]))
             for key in replayed[0].shadow[rule]
@@ -266,45 +261,29 @@ def claims(replayed: Sequence[Replayed]) -> list[dict]:
     return [make(registered().claims[key], replayed).judge() for key, make in _CLAIMS.items()]
 
 
-def _states(
-    replayed: Sequence[Replayed], what: str, measure: str, rule: str, other: str, **region: float | None
-) -> Statement:
-    """State something of a measure of a rule less that of another one."""
-    without = f"{rule} and {other} are not both in {'replay.rules' if measure == 'overshoot' else 'scaling.shadow'}"
+def _states(replayed: Sequence[Replayed], what: str, rule: str, other: str, **region: float) -> Statement:
+    """State something of the damage of a rule less that of another one."""
     return Statement(
         what,
-        RESPONSES[measure],
-        margin=margin(replayed) if measure == "batch_loss" else None,
-        estimate=lambda level: estimate(of_rule(replayed, measure, rule, other), level),
-        without=without,
+        RESPONSES["batch_loss"],
+        margin=margin(replayed),
+        estimate=lambda level: estimate(of_rule(replayed, rule, other), level),
+        without=f"{rule} and {other} are not both in scaling.shadow",
         **region,
     )
 
 
-def _saturation(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
-    what = f"fewer tensors exceed their predicted amax under {LONGEST} than under {LAST}"
-    return Claim(claim, [_states(replayed, what, "overshoot", LONGEST, LAST, high=0)])
-
-
 def _damage(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
     what = f"under the scales of {LONGEST} the loss is lower than under those of {LAST}, by more than the threshold"
-    return Claim(claim, [_states(replayed, what, "batch_loss", LONGEST, LAST, high=-(margin(replayed) or 0))])
-
-
-def _windows(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
-    pairs = itertools.pairwise((LAST, "max:4", "max:16", LONGEST))
-    what = "fewer tensors exceed their predicted amax under {} than under {}".format
-    return Claim(claim, [_states(replayed, what(b, a), "overshoot", b, a, high=0) for a, b in pairs])
+    return Claim(claim, [_states(replayed, what, LONGEST, LAST, high=-(margin(replayed) or 0))])
 
 
 def _hold(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
     what = f"under the scales of {HELD} the loss is higher than under those of {LONGEST}, by more than the threshold"
-    return Claim(claim, [_states(replayed, what, "batch_loss", HELD, LONGEST, low=margin(replayed) or 0)])
+    return Claim(claim, [_states(replayed, what, HELD, LONGEST, low=margin(replayed) or 0)])
 
 
 _CLAIMS: dict[str, Callable[[Registered, Sequence[Replayed]], Claim]] = {  # by their keys in experiments/claims.yaml
-    "saturation": _saturation,
     "damage": _damage,
-    "windows": _windows,
     "hold": _hold,
 }

@@ -19,7 +19,8 @@ from qat.studies.replay import LAST, LONGEST, RESPONSES, Replayed
 _PREDICTIONS = (
     "What each rule would have predicted from the amaxes of these runs, which their own rule has shaped. Beyond: share "
     "of tensors and steps. Headroom: the median of predicted / actual amax. /10: scales are held for 10 steps. "
-    "Steps in which a window is not full yet count, too."
+    "Steps in which a window is not full yet count, too. A longer window never predicts less, so that fewer tensors "
+    "exceed it is arithmetic and no finding: what it is worth is asked as damage."
 )
 _SIDE_BY_SIDE = (
     "Forward and backward pass of the same batch on the same weights under the scales of each rule, against those "
@@ -33,7 +34,7 @@ def write_replay(replayed: Sequence[Replayed], tensor: str, out: Path) -> Path:
     claims, shadow, registered = replay.claims(replayed), replay.differences(replayed), replay.registered()
     rules = {
         rule: {
-            "beyond": vars(replay.estimate(replay.of_rule(replayed, "overshoot", rule))),
+            "beyond": vars(replay.estimate([one.beyond(rule) for one in replayed])),
             "roles": replay.by_role(replayed, rule),
             "blocks": replay.by_block(replayed, rule),
         }

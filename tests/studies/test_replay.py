@@ -75,7 +75,7 @@ def test_the_command_replays_a_run_in_seconds(trained, main, tmp_path):
     assert out.startswith("replay: report/replay/replay.md")
     page = json.loads((tmp_path / "report" / "replay" / "replay.json").read_text())
     assert list(page["rules"]) == ["most_recent", "exp_smooth:0.3"]
-    assert {"saturation", "damage", "windows", "hold"} == {claim["key"] for claim in page["claims"]}
+    assert {"damage", "hold"} == {claim["key"] for claim in page["claims"]}
     assert "What the rules cost was not measured" in page["recommendation"]
 
 
@@ -156,10 +156,10 @@ SAME = {LAST: 0.02, "max:16": 0.02, LONGEST: 0.02, HELD: 0.02}
 @pytest.mark.parametrize(
     ("damage", "verdicts", "says"),
     [
-        (SAME, "supported, contradicted, supported, contradicted", "It does not matter"),
-        (SAME | {LONGEST: -0.02}, "supported, supported, supported, supported", "Use max:64: max:64 less most_recent"),
-        (SAME | {HELD: 0.1}, "supported, contradicted, supported, supported", "Any rule but max:64/10:"),
-        ({}, "supported, not decidable at this scale, supported, not decidable at this scale", "was not measured"),
+        (SAME, "contradicted, contradicted", "It does not matter"),
+        (SAME | {LONGEST: -0.02}, "supported, supported", "Use max:64: max:64 less most_recent"),
+        (SAME | {HELD: 0.1}, "contradicted, supported", "Any rule but max:64/10:"),
+        ({}, "not decidable at this scale, not decidable at this scale", "was not measured"),
     ],
 )
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
