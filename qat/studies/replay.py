@@ -24,19 +24,21 @@ import numpy as np
 import torch
 
 from qat.analysis import stats
-from qat.analysis.decisions import APE_THRESHOLD, decide
+from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, decide
 from qat.analysis.stats import LEVEL
 from qat.config import ROLES, Config, ScalingConfig
 from qat.errors import UserError
 from qat.quant.formats import TOLERANCE
-from qat.quant.rules import RULES, named
+from qat.quant.rules import RULES, named, split
 from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.runs.identity import identity
 from qat.studies.contrasts import Claim, Estimate, Response, Statement
 from qat.studies.registration import Registered, Registration, registration
 
-LAST, LONGEST, HELD = "most_recent", "max:64", "max:64/10"  # the rules that the claims are about
+# The rules that the claims are about, and one that is known to do damage.
+LAST, LONGEST, HELD, CONTROL = "most_recent", "max:64", "max:64/10", "max:64+2"
+TO_TRY = (LAST, "max:16", LONGEST, HELD, CONTROL, "current")  # beside a run's own, as docs/results.md recommends
 
 
 @dataclass
@@ -218,34 +220,33 @@ def differences(replayed: Sequence[Replayed]) -> list[dict]:
 
 
 def recommendation(rows: Sequence[Mapping], limit: float | None) -> str:
-    """Say in a sentence which rule to use, or that it does not matter. rows: `differences`; limit: `margin`."""
-    compared = [row for row in rows if row["change"]]
+    """Say in a sentence which rule to use, or that it does not matter. rows: `differences`; limit: `margin`.
+
+    Rules with a guard are not asked: they are the damage that must be seen.
+    """
+    compared = [row for row in rows if row["change"] and not split(row["rule"], "scaling.shadow")[3]]
     if not compared:
-        return "What the rules cost was not measured: train with scaling.shadow=[most_recent,max:16,max:64]."
-    text = RESPONSES["batch_loss"].text
+        return f"What the rules cost was not measured: train with scaling.shadow=[{','.join(TO_TRY)}]."
 
-    def said(row: Mapping) -> str:
-        return f"{row['rule']} less {row['first']} costs {text(Estimate(**row['change']))} nats"
+    def said(rows: Sequence[Mapping]) -> str:
+        row = max(rows, key=lambda row: abs(row["change"]["value"]))
+        return f"{row['rule']} less {row['first']} costs {_nats(Estimate(**row['change']))}"
 
-    better = [row for row in compared if row["decision"] == "gain"]
-    if better:
-        return f"Use {min(better, key=_cost)['rule']}: {said(min(better, key=_cost))}, a gain ({_margin(limit)})."
-    widest = max(compared, key=lambda row: abs(row["change"]["value"]))
-    decisions = {row["decision"] for row in compared}
-    if decisions <= {"equivalent"}:
-        return f"It does not matter on these weights: {said(widest)}, and no other rule more ({_margin(limit)})."
-    worse = [row["rule"] for row in compared if row["decision"] == "harm"]
-    if decisions <= {"equivalent", "harm"}:
-        return f"Any rule but {' and '.join(worse)}: {said(widest)}, a harm ({_margin(limit)})."
-    return f"Not decided at this length: {said(widest)} ({_margin(limit)})."
-
-
-def _cost(row: Mapping) -> float:
-    return row["change"]["value"]
+    by = {word: [row for row in compared if row["decision"] == word] for word in DECISIONS}
+    threshold = f"({APE_THRESHOLD:g} % of the loss is {limit:.4f} nats)"
+    if by["gain"]:
+        best = min(by["gain"], key=lambda row: row["change"]["value"])
+        return f"Use {best['rule']}: {said([best])}, a gain {threshold}."
+    if unclear := by["undecided"] + by["powerless"]:
+        return f"Not decided at this length: {said(unclear)} {threshold}."
+    if by["harm"]:
+        worse = " and ".join(row["rule"] for row in by["harm"])
+        return f"Any rule but {worse}: {said(by['harm'])}, a harm {threshold}."
+    return f"It does not matter on these weights: {said(compared)}, and no other rule more {threshold}."
 
 
-def _margin(limit: float) -> str:
-    return f"{APE_THRESHOLD:g} % of the loss is {limit:.4f} nats"
+def _nats(change: Estimate) -> str:
+    return f"{RESPONSES['batch_loss'].text(change)} nats"
 
 
 # --------------------------------------------------------------------------------------------------- claims

@@ -15,10 +15,12 @@ from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
 from qat.studies import replay
-from qat.studies.replay import HELD, LAST, LONGEST, Replayed
+from qat.studies.contrasts import Estimate
+from qat.studies.replay import CONTROL, HELD, LAST, LONGEST, Replayed
 from qat.studies.replay_page import write_replay
 from qat.train import checkpoint, loop
 from qat.train.step import Trainer
+from qat.utils.environment import ROOT
 
 SMALL = ("experiment=exp8", "model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")
 SMALL += ("budget.accumulation=1", "budget.steps=8", "validation=none")
@@ -169,6 +171,36 @@ def test_planted_effects_are_what_is_said(config, damage, verdicts, says, seeds)
     assert ", ".join(claim["verdict"] for claim in replay.claims(replayed)) == verdicts
     assert says in replay.recommendation(rows, replay.margin(replayed))
     assert all(row["damage"]["low"] < damage[row["rule"]] < row["damage"]["high"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (
+            [("max:4", "equivalent", 0.012), ("max:16", "harm", 0.01)],
+            "Any rule but max:16: max:16 less most_recent costs +",
+        ),
+        (
+            [("max:4", "harm", 0.03), ("max:16", "powerless", -0.01)],
+            "Not decided at this length: max:16 less most_recent",
+        ),
+        ([(LONGEST, "undecided", 0.01), (CONTROL, "harm", 0.4)], "Not decided at this length: max:64 less most_recent"),
+        ([(LONGEST, "equivalent", 0.01), (CONTROL, "harm", 0.4)], "It does not matter on these weights: max:64 less"),
+        ([(LONGEST, "gain", -0.03), ("max:64+1", "gain", -0.1)], "Use max:64: max:64 less most_recent costs -0.0300 "),
+        ([(CONTROL, "harm", 0.4)], "was not measured"),
+    ],
+)
+def test_the_recommendation_quotes_the_rule_that_it_rests_on(rows, says):
+    rows = [
+        {"rule": rule, "first": LAST, "decision": word}
+        | {"change": vars(Estimate(value, value - 0.005, value + 0.005, 0.01, 3, "seeds"))}
+        for rule, word, value in rows
+    ]
+    assert says in replay.recommendation(rows, 0.0155)
+
+
+def test_the_rules_to_try_are_those_of_the_docs():
+    assert f"scaling.shadow=[{','.join(replay.TO_TRY)}]" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):
