@@ -120,7 +120,8 @@ def _effect(change: dict | None, margin: float) -> tuple[str, str]:
 def claims(study: Path) -> str:
     """Return the verdicts of a study, a claim a row, and what each rests on."""
     name, found = study.stem, json.loads(study.read_text())
-    about = "; ".join(found["facts"][key] for key in ("Model", "Budget", "Benchmark", "Runs", "Hardware"))
+    keys, facts = ("Model", "Budget", "Benchmark", "Measured on", "Runs", "Hardware"), found["facts"]
+    about = "; ".join(facts[key] for key in keys if key in facts)
     link = f"[all of it]({study.with_suffix('.md').relative_to(ROOT / 'experiments')})"
     return f"`make {name}` ({about}; {link}):\n\n{studies.claims_table(found['claims']).markdown()}\n"
 
@@ -128,7 +129,7 @@ def claims(study: Path) -> str:
 def registered(claims: Path) -> str:
     """Return what the registered claims rest on, a measure a row, and the damage that the measures were shown."""
     tree, rows = yaml.safe_load(claims.read_text()), []
-    for claim in (claim for study in ("factorial", "audit", "ptq") for claim in tree[study]["claims"].values()):
+    for claim in (claim for part in tree.values() for claim in part.get("claims", {}).values()):
         name, control = claim["claim"], f"`{claim['control']}`"
         for measure, entry in claim["measures"].items():
             margin = entry["margin"] and f"{tree['margins'][entry['margin']]:g} % of the {entry['margin']}"

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from qat.quant.rules import named
 from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
 from qat.report.text import markdown
+from qat.runs.identity import baseline_of, run_id
 from qat.studies import replay
 from qat.studies.contrasts import Estimate
 from qat.studies.page import claims_sections, origin, write
@@ -47,7 +48,7 @@ def write_replay(replayed: Sequence[Replayed], tensor: str, out: Path) -> Path:
     sections += ["## Predictions", _PREDICTIONS, _predictions(rules, roles)]
     sections += ["## Side by side", _SIDE_BY_SIDE, _side_by_side(shadow, roles)] if shadow else []
     content = {"claims": claims, "recommendation": advice, "rules": rules, "shadow": shadow}
-    content["runs"] = [one.run.id for one in replayed]
+    content["runs"] = [{"run": one.run.id, "baseline": run_id(baseline_of(one.cfg))} for one in replayed]
     return write("replay", _facts(replayed, registered), registered, sections, content, out)
 
 

@@ -17,6 +17,7 @@ from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
 from qat.studies import ptq
 from qat.studies.ptq_page import write
+from scripts import docs
 
 WORDS = ["model=tiny", "budget=smoke", "logger=local", "ptq.questions=[max]", "benchmark=smoke"]
 WORDS += ["~benchmark.tasks.mmlu_continuation", "~benchmark.tasks.lambada"]
@@ -59,10 +60,11 @@ def test_a_baselines_row_max_is_the_ptq_of_its_run():
     assert baseline.rows["fp8_e4m3"].cfg.quant.target_activation == 448
 
 
-def test_the_page_has_a_row_a_method_and_judges_the_claims(ladder, tmp_path):
-    page = write([ladder], tmp_path).read_text()
+def test_the_page_has_a_row_a_method_and_judges_the_claims(ladder, tmp_path, monkeypatch):
+    out = tmp_path / "experiments"
+    page = write([ladder], out).read_text()
     assert "<h1>Post-training quantization</h1>" in page and page.count("data:image/svg") == 2
-    found = json.loads((tmp_path / "ptq.json").read_text())
+    found = json.loads((out / "ptq.json").read_text())
     assert [row["rung"] for row in found["rows"]] == list(ladder.rows)
     assert [bool(row["answers"]) for row in found["rows"]] == [True, False, False, False]
     assert found["rows"][0]["max"] == {} and set(found["rows"][1]["max"]) == {"embedded", "wikipedia"}
@@ -70,6 +72,8 @@ def test_the_page_has_a_row_a_method_and_judges_the_claims(ladder, tmp_path):
     assert [statement["statement"] for statement in found["claims"][0]["statements"]] == [
         "per_channel less max is within the threshold"
     ]
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    assert "of benchmark smoke" in docs.claims(out / "ptq.json")
 
 
 @pytest.mark.parametrize(

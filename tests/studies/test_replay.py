@@ -12,8 +12,9 @@ from qat.config import ROLES, ScalingConfig
 from qat.errors import ConfigError, UserError
 from qat.quant.rules import named
 from qat.quant.scaling import ScaleBank
+from qat.report import record
 from qat.runs.folder import Run
-from qat.runs.identity import run_id
+from qat.runs.identity import baseline_of, run_id
 from qat.studies import replay
 from qat.studies.contrasts import Estimate
 from qat.studies.replay import CONTROL, HELD, LAST, LONGEST, Replayed
@@ -21,6 +22,7 @@ from qat.studies.replay_page import write_replay
 from qat.train import checkpoint, loop
 from qat.train.step import Trainer
 from qat.utils.environment import ROOT
+from scripts import docs
 
 SMALL = ("experiment=exp8", "model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")
 SMALL += ("budget.accumulation=1", "budget.steps=8", "validation=none")
@@ -201,6 +203,16 @@ def test_the_recommendation_quotes_the_rule_that_it_rests_on(rows, says):
 
 def test_the_rules_to_try_are_those_of_the_docs():
     assert f"scaling.shadow=[{','.join(replay.TO_TRY)}]" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_a_record_and_the_docs_can_read_what_was_replayed(config, tmp_path, monkeypatch):
+    replayed = invent(config, SAME)
+    write_replay(replayed, NAMES[0], tmp_path / "experiments" / "replay")
+    runs = {run_id(cfg) for one in replayed for cfg in (one.cfg, baseline_of(one.cfg))}
+    assert record.of_studies(tmp_path / "experiments") == runs and len(runs) == 6
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    shown = docs.claims(tmp_path / "experiments" / "replay" / "replay.json")
+    assert "3, seeds 0, 1, 2, under max; unknown; [all of it](replay/replay.md)" in shown and "contradicted" in shown
 
 
 def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):
