@@ -109,8 +109,9 @@ def _by_window(title: str, unit: str, estimates: Mapping[str, Mapping], one: Rep
     for rule, value in estimates.items():
         scaling = named(rule, one.cfg.scaling, "rule")
         held = f"/{scaling.update_every}" if scaling.update_every > 1 else ""
+        guard = f"+{scaling.guard:g}" if scaling.guard else ""
         window = {LAST: 1, "max": scaling.window}.get(scaling.algo)
-        lines.setdefault(f"max{held}" if window else rule, []).append((window or 0, value))
+        lines.setdefault(f"max{held}{guard}" if window else rule, []).append((window or 0, value))
 
     def draw(axes: Axes) -> None:
         colours = iter((ACCENT, WARM, INK, MUTED, BASE) * len(lines))
