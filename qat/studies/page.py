@@ -24,12 +24,16 @@ from qat.studies.measures import MODES, Measured
 from qat.studies.registration import Registration
 from qat.utils.environment import commit_name, hardware_name
 
+TOGETHER = "Intervals are of 95 %, in a claim of several statements of 95 % together"
+VERDICTS = (
+    "A verdict asks whether the whole interval lies where the statement is true (supported), wholly outside "
+    "(contradicted), or neither. Then it is powerless where a difference of the margin's size could not have been "
+    "seen, else undecided. Detectable: the smallest difference that is found in four of five cases. "
+    "Margin: {loss:g} % of the loss"
+)
 READING = (
-    "Intervals are of 95 %, in a claim of several statements of 95 % together; p is against zero, after Holm's "
-    "correction over its column. A verdict asks whether the whole interval lies where the statement is true "
-    "(supported), wholly outside (contradicted), or neither. Then it is powerless where a difference of the margin's "
-    "size could not have been seen, else undecided. Detectable: the smallest difference that is found in four of five "
-    "cases; of loss APE a factor. Margins: {loss:g} % of the loss, {score:g} % of a score."
+    f"{TOGETHER}; p is against zero, after Holm's correction over its column. {VERDICTS}, {{score:g}} % of a score. "
+    "What is detectable of loss APE is a factor."
 )
 
 
@@ -98,7 +102,7 @@ def _write(
     """Write a study that measured runs, with what is missing of them."""
     sections = [*(["## Missing", _listed(missing)] if missing else []), *sections]
     content = {**content, "runs": _runs(measured)}
-    return write(study, _facts(measured, cfg, registered), registered, sections, content, out)
+    return write(study, _facts(measured, cfg, registered), registered, sections, content, out, READING)
 
 
 def write(
@@ -108,10 +112,14 @@ def write(
     sections: Sequence[str],
     content: Mapping,
     out: Path,
+    reading: str,
 ) -> Path:
-    """Write what all studies open with and then `sections` as Markdown, and `content` as JSON."""
-    reading = READING.format_map(registered.margins)
-    parts = [f"# {TITLES[study]}", _summary(content["claims"]), reading, _listed(facts), *sections]
+    """Write what all studies open with and then `sections` as Markdown, and `content` as JSON.
+
+    reading: how to read the page, with the names of margins in braces.
+    """
+    opening = [f"# {TITLES[study]}", _summary(content["claims"]), reading.format_map(registered.margins)]
+    parts = [*opening, _listed(facts), *sections]
     content = {"facts": facts, **content}
     (out / f"{study}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
     path = out / f"{study}.md"

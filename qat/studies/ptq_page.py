@@ -17,7 +17,7 @@ from qat.report.plots import ACCENT, BASE, INK, MUTED, RULE, Panel, png
 from qat.report.studies import TITLES
 from qat.report.text import interval, markdown, number, signed
 from qat.studies import ptq
-from qat.studies.page import claims_sections, origin
+from qat.studies.page import TOGETHER, VERDICTS, claims_sections, origin
 from qat.studies.page import write as write_study
 from qat.studies.ptq import Ladder
 
@@ -27,6 +27,7 @@ _ABOUT = (
     "first run, of the difference from max (of max itself: from BF16). Seconds: of calibration, the "
     "library's own start in its first row included."
 )
+_READING = f"{TOGETHER}. {VERDICTS}, {{score:g}} % of a score."
 _LEGEND = "band: the margin; dotted: max; bars: 95 % intervals"
 
 
@@ -43,7 +44,8 @@ def write(ladders: Sequence[Ladder], out: Path) -> Path:
     sections += ["## Words", "\n".join(f"- **{word}**: {meaning}" for word, meaning in DECISIONS.items())]
     runs = [{"run": ladder.reference.run.id, "baseline": ladder.reference.run.id} for ladder in ladders]
     content = {"claims": claims, "rows": rows, "runs": runs}
-    text = write_study("ptq", _facts(ladders), ptq.registered(), sections, content, out).read_text(encoding="utf-8")
+    path = write_study("ptq", _facts(ladders), ptq.registered(), sections, content, out, _READING)
+    text = path.read_text(encoding="utf-8")
     text = text.replace(sections[0], f"{figures.add(panels)}\n\n{_LEGEND.capitalize()}.")
     (out / "ptq.html").write_text(html(text, figures, TITLES["ptq"]), encoding="utf-8")
     return out / "ptq.html"

@@ -258,8 +258,13 @@ def registered() -> Registration:
 
 
 def claims(replayed: Sequence[Replayed]) -> list[dict]:
-    """Judge the registered claims (`qat.studies.contrasts.Claim`)."""
-    return [make(registered().claims[key], replayed).judge() for key, make in _CLAIMS.items()]
+    """Judge the registered claims (`qat.studies.contrasts.Claim`), and say what their control cost here."""
+    cost, entries = estimate(of_rule(replayed, CONTROL, LONGEST)), registered().claims
+    seen = _nats(cost) if cost else "not run"
+    return [
+        make(entries[key], replayed).judge() | {"control": f"{entries[key].control}: {seen}"}
+        for key, make in _CLAIMS.items()
+    ]
 
 
 def _states(replayed: Sequence[Replayed], what: str, rule: str, other: str, **region: float) -> Statement:

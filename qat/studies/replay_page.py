@@ -14,9 +14,13 @@ from qat.report.text import markdown
 from qat.runs.identity import baseline_of, run_id
 from qat.studies import replay
 from qat.studies.contrasts import Estimate
-from qat.studies.page import claims_sections, origin, write
+from qat.studies.page import VERDICTS, claims_sections, origin, write
 from qat.studies.replay import LAST, LONGEST, RESPONSES, Replayed
 
+_READING = (
+    "Intervals are of 95 %. Those of n rules less the first one are of 100 - 5 / n % each, of 95 % together. "
+    f"{VERDICTS}."
+)
 _PREDICTIONS = (
     "What each rule would have predicted from the amaxes of these runs, which their own rule has shaped. Beyond: share "
     "of tensors and steps. Headroom: the median of predicted / actual amax. /10: scales are held for 10 steps. "
@@ -49,7 +53,7 @@ def write_replay(replayed: Sequence[Replayed], tensor: str, out: Path) -> Path:
     sections += ["## Side by side", _SIDE_BY_SIDE, _side_by_side(shadow, roles)] if shadow else []
     content = {"claims": claims, "recommendation": advice, "rules": rules, "shadow": shadow}
     content["runs"] = [{"run": one.run.id, "baseline": run_id(baseline_of(one.cfg))} for one in replayed]
-    return write("replay", _facts(replayed, registered), registered, sections, content, out)
+    return write("replay", _facts(replayed, registered), registered, sections, content, out, _READING)
 
 
 def _facts(replayed: Sequence[Replayed], registered) -> dict[str, str]:

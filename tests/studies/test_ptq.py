@@ -64,6 +64,7 @@ def test_the_page_has_a_row_a_method_and_judges_the_claims(ladder, tmp_path, mon
     out = tmp_path / "experiments"
     page = write([ladder], out).read_text()
     assert "<h1>Post-training quantization</h1>" in page and page.count("data:image/svg") == 2
+    assert " p is against" not in page and "of 95 % together. A verdict" in page
     found = json.loads((out / "ptq.json").read_text())
     assert [row["rung"] for row in found["rows"]] == list(ladder.rows)
     assert [bool(row["answers"]) for row in found["rows"]] == [True, False, False, False]
