@@ -161,7 +161,7 @@ def rung_of(cfg: Config, rung: Rung) -> Subject:
     unusual |= {"sequences": ptq.sequences} if ptq.sequences else {}
     unusual |= {"tokens": ptq.tokens} if ptq.tokens else {}
     if not reference.trained:  # one folder for all texts and lengths
-        unusual["text"] = [cfg.data.path, cfg.data.subset, cfg.seed, cfg.budget.seq_len]
+        unusual["text"] = calibration_text(cfg)
         quantized.budget.steps = 0
     mode, asked = ptq_mode(quantized.quant, unusual), rung.name in ptq.questions
     return Subject(quantized, reference.run, mode, rung, unusual, asked)
@@ -368,6 +368,12 @@ def _round_to_4_bits(model: nn.Module) -> None:
 def calibration_size(cfg: Config) -> tuple[int, int]:
     """Return how many training sequences calibrate a PTQ, and how many tokens each has."""
     return cfg.ptq.sequences or CALIBRATION_SEQUENCES, cfg.ptq.tokens or cfg.budget.seq_len
+
+
+def calibration_text(cfg: Config) -> list:
+    """Return what names the text that calibrates, where no run's id does."""
+    data, budget = cfg.data, cfg.budget
+    return [data.path, data.subset, data.revision, cfg.seed, budget.seq_len, budget.micro_batch]
 
 
 def calibration_batches(cfg: Config, tokenizer) -> Iterator[torch.Tensor]:

@@ -29,7 +29,7 @@ from qat.config import BenchmarkConfig, Config, QuantConfig, TaskConfig
 from qat.data import heldout
 from qat.errors import ConfigError, UserError
 from qat.eval import arithmetic, benchmarks
-from qat.eval.evaluate import Subject
+from qat.eval.evaluate import Subject, calibration_text
 from qat.models.blocks import recorded, replayed
 from qat.models.load import context_length, transformer_blocks
 from qat.quant.convert import quantized_linears
@@ -280,6 +280,7 @@ class Study:
             "mode": measured_of.mode,
             "weights": measured_of.run.fingerprint,
             "arithmetic": arithmetic.name(cfg),
+            "calibration": calibration_text(measured_of.cfg) if measured_of.calibrated else None,
             "texts": [[text.path, text.subset, text.revision] for text in self.texts],
             "asked": [asked.tokens, asked.task, asked.questions],
         }
