@@ -27,4 +27,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("runs",))
+    entry.run(main, takes=("runs", *entry.REPLAY))

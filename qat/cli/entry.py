@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.cli import sweep
 from qat.cli.outcomes import explain_error
 from qat.cli.validate import validate, validate_ranks, validate_surroundings
-from qat.config import Config, PTQConfig, register
+from qat.config import Config, register
 from qat.data import manuals
 from qat.errors import ConfigError, UserError, nearest
 from qat.runs.folder import Run
@@ -111,12 +111,14 @@ def _mendable(
         raise UserError(explain_error(error)) from error
 
 
-LAUNCH = ("launch.launcher", "launch.ranks", "launch.nodes", "launch.sbatch")
-PTQ = tuple(f"ptq.{field.name}" for field in dataclasses.fields(PTQConfig))
+LAUNCH, PTQ, REPLAY, SENSITIVITY = (
+    tuple(f"{group}.{key}" for key in vars(getattr(Config(), group)))
+    for group in ("launch", "ptq", "replay", "sensitivity")
+)
 _OF_SOME = {  # keys that only some scripts take: what to do where one does not
     **dict.fromkeys(("run", "runs", "record"), "give it the overrides that made a run"),
     "seeds": "give it one seed, as in seed=1",
-    **dict.fromkeys((*LAUNCH, *PTQ), "leave it out"),
+    **dict.fromkeys((*LAUNCH, *PTQ, *REPLAY, *SENSITIVITY), "leave it out"),
 }
 
 

@@ -135,7 +135,7 @@ class _LearnScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (x,), q, bank = ctx.saved_tensors, ctx.quantizer, ctx.quantizer.bank
-        scale = bank.scales[q.index]
+        scale = bank.scale_of(q.index, x)
         rounded, _ = dispatch.quantize(x, scale, None, q.cfg.format, q.cfg.overflow, q.target, "values")
         v = x.float() * scale
         beyond = v.abs() > TOLERANCE * (q.target if q.cfg.overflow == "clip" else FORMATS[q.cfg.format].largest)

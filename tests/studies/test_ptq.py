@@ -129,6 +129,7 @@ def test_the_library_is_asked_for_only_where_a_row_needs_it(monkeypatch):
         design("ptq.rungs=[max,mse]")
 
 
-def test_other_commands_do_not_take_its_keys(main):
-    code, _, error = main("train.py", "experiment=exp8", "model=tiny", "budget=smoke", "ptq.on=pretrained")
-    assert code == 2 and error == "error: ptq.on=pretrained: train.py does not take it; leave it out\n"
+@pytest.mark.parametrize("key", ["ptq.on=pretrained", "replay.tensor=x", "sensitivity.tokens=64"])
+def test_training_does_not_take_the_keys_of_studies(main, key):
+    code, _, error = main("train.py", "experiment=exp8", "model=tiny", "budget=smoke", key)
+    assert code == 2 and error == f"error: {key}: train.py does not take it; leave it out\n"
