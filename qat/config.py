@@ -356,7 +356,7 @@ class Config:
 
     @property
     def variations(self) -> list[str]:
-        """What it trains by instead of the defaults, in words: estimator, loss, moments."""
+        """Name in words what it trains by instead of the defaults: estimator, loss, moments."""
         words = {
             "masked straight-through": self.quant.ste == "masked",
             f"CAGE {self.quant.cage:g}": self.quant.cage,

@@ -187,7 +187,7 @@ def test_answers_of_which_none_flipped_are_as_uncertain_as_one_runs():
 @pytest.mark.parametrize("steps", [40, 150])
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.7])
 def test_intervals_over_steps_keep_their_coverage_where_neighbours_are_alike(steps, correlation):
-    """Of 600 autoregressive series of mean 0; Student's intervals of the same series have it in less than 0.8."""
+    """Simulate 600 autoregressive series of mean 0; Student's intervals of the same series have it in less than 0.8."""
     draw, series = np.random.default_rng(steps), np.zeros((600, steps + 50))
     for step in range(1, steps + 50):
         series[:, step] = correlation * series[:, step - 1] + draw.normal(size=600)

@@ -32,7 +32,7 @@ def design(*words: str, seeds=(0,)) -> list[ptq.Ladder]:
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory) -> ptq.Ladder:
-    """Of the pretrained model, scored."""
+    """Return the ladder of the pretrained model, scored."""
     (made,) = design("ptq.on=pretrained", OURS, f"runs_dir={tmp_path_factory.mktemp('ptq')}")
     score(made.cfg, made.reference, [made.reference, *made.rows.values()])
     return made

@@ -153,7 +153,7 @@ def test_model_optimizer_is_asked_again_until_it_has_scores(board, scored, tmp_p
 
 @pytest.mark.parametrize("tokens", [128, 512, 200_000])
 def test_a_choice_of_blocks_is_checked_on_other_documents(scored, tmp_path, tokens):
-    """Of 400 thousand tokens documents have more than one sequence."""
+    """Ask for 400 thousand tokens, so that documents have more than one sequence."""
     cfg = copy.deepcopy(scored[0])
     cfg.sensitivity.tokens = tokens
     parts = sensitivity.Study(cfg, subjects(cfg)["w8a8"], tmp_path)._texts(load_model(cfg.model, cfg.seed)[1])

@@ -121,7 +121,7 @@ def test_telemetry_is_written_when_it_is_due(reference):
 
 
 def test_under_the_vendors_protocol_every_linear_is_scaled_and_held(reference):
-    """Of gradients 224 is the target; an octave of headroom leaves few tensors beyond it in ten steps."""
+    """Scale gradients to 224; an octave of headroom leaves few tensors beyond it in ten steps."""
     rows = [row for row in Run.of(reference(VENDOR)).telemetry() if "role" in row and row["step"] > 1]
     assert len({row["layer"] for row in rows}) == 2 * 7
     targets = {"activation": 15, "weight": 15, "gradient": 224}

@@ -82,7 +82,7 @@ def test_bf16_moments_are_those_of_bf16_storage(config):
 
 
 def test_the_second_moment_forgets():
-    """What gradients were is gone once they are small: HiF8 instead of FP16 would hold some values for ever."""
+    """Forget gradients once they are small: HiF8 instead of FP16 would hold some values for ever."""
     weight = torch.nn.Parameter(torch.ones(64))
     ours = optimizer.HiF8AdamW([weight], lr=1e-3, betas=(0.9, 0.95), fused=True)
     ours.found_inf = torch.zeros(())
