@@ -206,7 +206,7 @@ def test_masked_ste_stops_gradients_beyond_the_target():
 @pytest.mark.parametrize("ste", ["pass_through", "masked"])
 @pytest.mark.parametrize("role", ["activation", "weight"])
 def test_a_scale_learns_what_finite_differences_say(role, ste):
-    """Take differences of the straight-through forward pass, in which the errors of rounding stay as 1 / scale changes."""
+    """Take differences of the straight-through forward pass: rounding errors stay as they are when scales change."""
     (x, upstream), (linear, bank) = data(), single(algo="lsq", ste=ste, gradients=False)
     bank.unseen, bank.recording = frozenset(), True
     w, place = linear.weight.detach(), bank.names.index(f"layers.0.mlp.up_proj/{role}")
