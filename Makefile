@@ -43,7 +43,7 @@ GPU    := budget=gpu data=embedded model=openpangu_1b_random
 EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup suite sweep factorial audit sensitivity ptq rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_dry gpu_first gpu_tests gpu_test_kernels gpu_test_eager gpu_test_compiled gpu_test_inductor gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
+.PHONY: help setup suite sweep factorial decide audit sensitivity ptq rerun_noise replay diff report docs record restore verify plan text bench gpu gpu_dry gpu_first gpu_tests gpu_test_kernels gpu_test_eager gpu_test_compiled gpu_test_inductor gpu_steps gpu_fp8 gpu_memory test test-all torture lint format clean $(EXPERIMENTS)
 
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
@@ -90,6 +90,12 @@ sweep: $(READY) ## a grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basi
 
 # More seeds than one give intervals that hold for further runs: make factorial SEEDS=0,1,2
 factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its claims -> report/factorial/
+	$(call RUNS,$@)
+
+# Resumable; a table of claims fills while it runs. Other seeds: make decide SEEDS=0,1,2,3
+decide: BUDGET = desk
+decide: SEEDS = 0,1,2,3,4,5,6,7
+decide: $(READY) ## the paper's claims, decided with the fewest runs, overnight on two cores -> report/decide/
 	$(call RUNS,$@)
 
 audit: $(READY) ## what the released code did otherwise, one switch at a time -> report/audit/

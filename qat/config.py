@@ -210,7 +210,7 @@ class BenchmarkConfig:
     name: str = MISSING  # under which scores are kept
     batch_size: int = 8  # choices at a time, of a model that cannot encode shared prompts once
     split: str = "test"  # which questions
-    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # whose questions
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)  # whose questions; none: text alone
     arithmetic: str = "training"  # training: as the model was trained, with FP32 logits; export: BF16 throughout
     control: bool = False  # whether the baseline is also scored with 4-bit weights: a damage that measures must see
 

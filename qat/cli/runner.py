@@ -1,8 +1,8 @@
-"""Train and score many runs: what is missing, baselines first, and what became of each.
+"""Train and score many runs: what is missing, each after its baseline, and what became of each.
 
-`make exp1` ... `make exp8`, `suite`, `rerun_noise`, `factorial` and `audit` all come here. With one rank, runs are
-trained and scored in this process. With several, each is trained by a torchrun of its own and scored by a process of
-its own, so that a failure ends only its run and this process holds no memory of a GPU.
+`make exp1` ... `exp8`, `suite`, `rerun_noise`, `decide`, `factorial` and `audit` all come here. With one rank, runs
+are trained and scored in this process. With several, each is trained by a torchrun of its own and scored by a process
+of its own, so that a failure ends only its run and this process holds no memory of a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,11 +35,12 @@ from qat.utils import distributed, environment, signals
 from qat.utils.environment import ROOT
 
 
-def complete(jobs: Iterable[Job], ranks: int = 1) -> list[Outcome]:
+def complete(jobs: Iterable[Job], ranks: int = 1, after: Callable[[], None] = lambda: None) -> list[Outcome]:
     """Train and score what is missing of `jobs` and their baselines, and print a table of what became of each.
 
-    A run that fails stops no other, save those whose baseline it is. A signal or Ctrl-C stops them all. Errors:
-    ConfigError before anything is trained, for what so many ranks cannot train.
+    after: called when a quantized run that was missing has been trained and scored. A run that fails stops no other,
+    save those whose baseline it is. A signal or Ctrl-C stops them all. Errors: ConfigError before anything is trained,
+    for what so many ranks cannot train.
     """
     if environment.world_size() > 1:
         raise ConfigError(f"WORLD_SIZE={environment.world_size()}: start one process, with launch.ranks for many GPUs")
@@ -55,6 +56,8 @@ def complete(jobs: Iterable[Job], ranks: int = 1) -> list[Outcome]:
             outcomes[name] = _outcome(name, job, outcomes[run_id(baseline_of(job.cfg))], ranks)
             if outcomes[name].reason:
                 print(f"failed: {outcomes[name].reason}", flush=True)
+            elif job.cfg.quantized and name in missing:
+                after()
     except signals.Preempted as stop:
         outcomes[name] = Outcome(name, "preempted", str(stop))
         raise

@@ -30,7 +30,7 @@ def submit(jobs: Iterable[Job], report: Sequence[str], launch: LaunchConfig, run
     report: overrides of report.py. Errors: ConfigError for what so many ranks cannot train, before anything is
     submitted; UserError when sbatch refuses.
     """
-    jobs = list(with_baselines(jobs).values())
+    jobs = sorted(with_baselines(jobs).values(), key=lambda job: job.cfg.quantized)  # baselines first
     for job in jobs:
         distributed.check_world_size(job.cfg, launch.nodes * launch.ranks)
     total, baselines = len(jobs), sum(not job.cfg.quantized for job in jobs)

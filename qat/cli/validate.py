@@ -375,8 +375,6 @@ def _check_validation(cfg: Config) -> None:
 
 
 def _check_benchmark(cfg: Config) -> None:
-    if not cfg.benchmark.tasks:
-        raise ConfigError(f"benchmark.tasks={{}}: nothing to evaluate; name some of {', '.join(TASKS)}")
     for name, task in cfg.benchmark.tasks.items():
         if name not in TASKS:
             raise ConfigError(f"benchmark.tasks.{name}: unknown task; {nearest(name, TASKS)}")

@@ -280,7 +280,7 @@ class _Scorer:
     def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
         """Return (scores by task and lm-eval's version, samples by task to be written). Where only a text has changed,
         the answers that are there are still those to what is asked."""
-        if not subject.asked:
+        if not (subject.asked and self.cfg.benchmark.tasks):
             return {"tasks": {}, "lm_eval": None}, {}
         done, request = self._done(subject), self._request(subject, asked=True)
         asked = ("benchmark", "calibration_sequences")

@@ -13,6 +13,7 @@ from qat.report.cells import Cell, Table
 from qat.report.plots import ACCENT, BASE, INK, PAPER, WARM, Panel
 
 TITLES = {
+    "decide": "The paper's claims, decided",
     "factorial": "Scaling × learning rate × BF16 warmup",
     "replay": "Scaling rules on the amaxes of the same run",
     "audit": "The switches between the paper's text and its released code",

@@ -23,6 +23,5 @@ class Job:
 
 
 def with_baselines(jobs: Iterable[Job]) -> dict[str, Job]:
-    """Return the jobs and their baselines by run id, each run once, all baselines first."""
-    jobs = list(jobs)
-    return {run_id(job.cfg): job for job in (*(job.baseline for job in jobs), *jobs)}
+    """Return the jobs and their baselines by run id, each run once, each after its baseline."""
+    return {run_id(each.cfg): each for job in jobs for each in (job.baseline, job)}

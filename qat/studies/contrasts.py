@@ -13,7 +13,8 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 
 A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported`
 when the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and
-else not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k: together they hold with
+`equivalent` when the difference that it is about lies inside its margin, on whichever side: too small to count. Else it
+is not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k: together they hold with
 95 %. Beside it stands the smallest difference that would be found in four of five cases, from the same noise, and for a
 difference that has a margin a word of `qat.analysis.decisions`.
 """
@@ -35,7 +36,8 @@ from qat.report.text import interval, signed
 from qat.studies.design import Key
 from qat.studies.registration import Registered
 
-SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not decidable at this scale"
+SUPPORTED, CONTRADICTED, EQUIVALENT = "supported", "contradicted", "equivalent"
+OPEN = "not decidable at this scale"
 POWERLESS, UNDECIDED = "powerless", "undecided"  # why a claim is open
 Weights = Mapping[Key, float]
 
@@ -87,17 +89,23 @@ class Response:
 
     def contrast(self, weights: Weights, level: float = 1 - LEVEL) -> Estimate | None:
         """Estimate the weighted sum over cells, its mean over the seeds that have all of them; None where none has."""
+        changes = self.changes(weights)
+        if changes is None:
+            return None
+        n, of = (changes.shape[1], self.sampled) if self.within_units else (len(changes), "seeds")
+        # Answers of one unit can move so far, in points; what else is measured has no end.
+        reach = 100 * sum(map(abs, weights.values())) if (self.sampled, self.unit) == ("questions", "points") else 0.0
+        mean = self._mean(changes, reach)
+        noise = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
+        return Estimate(float(changes.mean()), *noise, n, of, level, mean and mean.detectable(level))
+
+    def changes(self, weights: Weights) -> np.ndarray | None:
+        """Return the weighted sum over cells of the seeds that have all of them, FP64 [seeds, units]; None if none."""
         weights = {key: weight for key, weight in weights.items() if weight}
         seeds = [seed for seed in self.seeds if all((key, seed) in self.values for key in weights)]
         if not weights or not seeds:
             return None
-        changes = np.array([sum(weight * self.values[key, seed] for key, weight in weights.items()) for seed in seeds])
-        n, of = (changes.shape[1], self.sampled) if self.within_units else (len(seeds), "seeds")
-        # Answers of one unit can move so far, in points; what else is measured has no end.
-        reach = 100 * sum(map(abs, weights.values())) if self.sampled == "questions" else 0.0
-        mean = self._mean(changes, reach)
-        noise = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
-        return Estimate(float(changes.mean()), *noise, n, of, level, mean and mean.detectable(level))
+        return np.array([sum(weight * self.values[key, seed] for key, weight in weights.items()) for seed in seeds])
 
     def _mean(self, changes: np.ndarray, reach: float) -> stats.Mean | None:
         """Return the mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
@@ -187,6 +195,8 @@ class Statement:
         low, high = (end if end is None or not response.log else math.log(end) for end in (self.low, self.high))
         verdict = judge(estimate, -math.inf if low is None else low, math.inf if high is None else high)
         decision = self.decide(estimate)
+        if verdict == OPEN and decision == "equivalent":
+            verdict = EQUIVALENT
         powerless = decision == POWERLESS or estimate is None or estimate.low is None
         return {
             "statement": self.what,
@@ -266,9 +276,9 @@ class Claim:
     def _verdict(self, judged: Sequence[dict]) -> str:
         verdicts = [statement["verdict"] for statement in judged]
         decided, other = (CONTRADICTED, SUPPORTED) if self.needs == "all" else (SUPPORTED, CONTRADICTED)
-        if decided in verdicts:
-            return decided
-        return other if set(verdicts) == {other} else OPEN
+        if decided in verdicts or OPEN in verdicts:
+            return decided if decided in verdicts else OPEN
+        return EQUIVALENT if EQUIVALENT in verdicts else other
 
     def _cause(self, judged: Sequence[dict]) -> str:
         """Return why an open claim was not supported, by all of its statements or any."""
@@ -302,6 +312,8 @@ def _power(statement: Mapping) -> str:
 
 def _placed(statement: Mapping) -> str:
     """Say where an interval lies that decides a statement."""
+    if statement["verdict"] == EQUIVALENT:
+        return f"too little to count, where {statement['margin']:.3g} would"
     where = region(statement["region"])
     return f"all of it {where}" if statement["verdict"] == SUPPORTED else f"none of it {where}"
 

@@ -24,7 +24,8 @@ class Measured:
     """Hold the numbers of one run.
 
     scored: by what was scored: w8a8 and bf16 (the run in either mode), baseline, ptq (the baseline in W8A8 without QAT,
-    by the mode `ptq`), pretrained; text: whose losses count, the data's own; ape: percent; overshoot: share of tensors
+    by the mode `ptq`), pretrained, and control (the baseline with 4-bit weights) where it was scored; text: the data's
+    own; other: the text of another kind, empty where there is none; ape: percent; overshoot: share of tensors
     beyond their predicted amax, over quantized steps; clipped: share of elements beyond the target, over probed steps
     and tensors; linears: how many are quantized.
     """
@@ -35,19 +36,29 @@ class Measured:
     baseline: str
     ptq: str
     text: str
+    other: str
     scored: Mapping[str, Outcomes]
     ape: float
     overshoot: float
     clipped: float
     linears: int
 
-    def losses(self, ours: str, theirs: str | None = None) -> np.ndarray:
-        """Return losses by document, FP64, or what they are above those of `theirs`."""
-        return self._outcomes(ours, theirs).losses[self.text]
+    def losses(self, ours: str, theirs: str | None = None, other: bool = False) -> np.ndarray:
+        """Return losses by document of the data's own text or the other one, FP64, or those less the ones of `theirs`.
+        NaN where there is no such text."""
+        return self._outcomes(ours, theirs).losses.get(self.other if other else self.text, np.full(1, np.nan))
 
     def answers(self, ours: str, theirs: str | None = None, task: str | None = None) -> np.ndarray:
-        """Return answers by question, FP64, of a task or of all; or what they are above those of `theirs`."""
-        return self._outcomes(ours, theirs).pooled([task] if task else None)
+        """Return answers by question, FP64, of a task or of all; or what they are above those of `theirs`. NaN where no
+        questions were asked."""
+        outcomes = self._outcomes(ours, theirs)
+        return outcomes.pooled([task] if task else None) if outcomes.answers else np.full(1, np.nan)
+
+    def contrasts(self, ours: str, theirs: str | None = None) -> np.ndarray:
+        """Return the answer contrast by question, FP64 bits per byte, of all tasks that have it; or less `theirs`."""
+        outcomes = self._outcomes(ours, theirs)
+        tasks = [task for task, rows in outcomes.answers.items() if "contrast" in rows]
+        return outcomes.pooled(tasks, "contrast") if tasks else np.full(1, np.nan)
 
     def _outcomes(self, ours: str, theirs: str | None) -> Outcomes:
         return self.scored[ours] - self.scored[theirs] if theirs else self.scored[ours]
@@ -84,6 +95,7 @@ def _read(cell: Cell) -> tuple[Measured, EvalResult]:
         baseline=base.id,
         ptq=results["ptq"].mode,
         text=cfg.data.name,
+        other=cfg.validation.name if cfg.validation else "",
         scored={name: result.outcomes for name, result in results.items()},
         ape=matched.loss["ape"],
         overshoot=_mean(row["overshoot_share"] for row in run.metrics() if row.get("overshoot_share") is not None),
@@ -101,10 +113,18 @@ def _mean(values: Iterable[float]) -> float:
 # ------------------------------------------------------------------------------------------------- responses
 
 
-def heldout(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
-    """Measure the held-out loss of what `ours` names less that of `theirs`."""
-    name = f"Held-out loss, {_versus(ours, theirs)}"
-    return _response(measured, "heldout_loss", name, "nats", 4, lambda m: m.losses(ours, theirs), "documents", **more)
+def heldout(measured: Sequence[Measured], ours: str, theirs: str = "baseline", other: bool = False, **more) -> Response:
+    """Measure the held-out loss of what `ours` names less that of `theirs`, on the data's own text or the other one."""
+    measure = "other_loss" if other else "heldout_loss"
+    name = f"{'Loss on other text' if other else 'Held-out loss'}, {_versus(ours, theirs)}"
+    return _response(measured, measure, name, "nats", 4, lambda m: m.losses(ours, theirs, other), "documents", **more)
+
+
+def contrast(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
+    """Measure the answer contrast of `ours` less that of `theirs`, over all questions whose choices are text."""
+    name = f"Answer contrast, {_versus(ours, theirs)}"
+    unit = "bits per byte"
+    return _response(measured, "contrast", name, unit, 4, lambda m: m.contrasts(ours, theirs), "questions", **more)
 
 
 def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", task: str | None = None, **more):
@@ -148,6 +168,7 @@ def _response(
     key: Callable[[Measured], Key] = lambda m: m.key,
     log: bool = False,
 ) -> Response:
-    values = {(key(m), m.seed): np.asarray(take(m), float) for m in measured}
-    finite = {k: v for k, v in values.items() if np.isfinite(v).all()}
-    return Response(name, unit, digits, finite, sampled, log, len(values) - len(finite), measure)
+    values = [((key(m), m.seed), np.asarray(take(m), float)) for m in measured]
+    finite = {place: row for place, row in values if np.isfinite(row).all()}
+    without = len({place for place, _ in values}) - len(finite)
+    return Response(name, unit, digits, finite, sampled, log, without, measure)

@@ -70,6 +70,22 @@ def write_audit(
     return _write("audit", measured, cfg, out, audit.registered(), missing | left_out, sections, content)
 
 
+def write_decide(
+    measured: Sequence[Measured], missing: Mapping[str, str], claims: Sequence[Mapping], cfg: Config, out: Path
+) -> Path:
+    """Write `decide.md` and `.json` into `out`; returns the path of the first."""
+    out.mkdir(parents=True, exist_ok=True)
+    sections = [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(measured)] if measured else [])]
+    sections += ["## Not measured yet", _listed(missing)] if missing else []
+    registered = factorial.registered()
+    content = {"claims": claims, "missing": missing, "runs": _runs(measured)}
+    return write("decide", _facts(measured, cfg, registered), registered, sections, content, out, READING)
+
+
+_NOTE_CONTROLS = (
+    "The damage of 4-bit weights to the BF16 baselines of exp8 and exp7, by the same measures on the same text and "
+    "questions. Where a measure does not see it, its verdicts mean nothing."
+)
 _NOTE_BASELINES = (
     "What BF16 training made of the pretrained checkpoint, and what W8A8 costs its result without QAT (PTQ). No "
     "scaling rule or warmup has a part in either."
@@ -204,6 +220,14 @@ def claims_sections(claims: Sequence[Mapping]) -> list[str]:
     shown = "Damage that is known to be there, and what these measures saw of it:\n\n" + "\n".join(controls)
     statements = markdown([*header, "Detectable", "Difference"], rows)
     return ["## Claims", claims_table(claims).markdown(), statements, shown]
+
+
+def _controls(measured: Sequence[Measured]) -> str:
+    """Write what the measures see of 4-bit weights, a row a learning rate."""
+    known = [m for m in measured if "control" in m.scored]
+    responses = [measures.heldout(known, "control", other=other) for other in (False, True)]
+    responses += [measures.contrast(known, "control"), measures.points(known, "control")]
+    return _rows({", ".join(key): {key: 1} for key in dict.fromkeys(m.key for m in known)}, responses)
 
 
 def _cells(measured: Sequence[Measured]) -> str:

@@ -14,6 +14,8 @@ from qat.utils.environment import ROOT
 CLAIMS = ROOT / "experiments" / "claims.yaml"
 MEASURES = {  # what a claim may rest on, by name: how a page writes it
     "heldout_loss": "held-out loss, nats",
+    "other_loss": "loss on text of another kind, nats",
+    "contrast": "answer contrast, bits per byte",
     "batch_loss": "loss of the same batch on the same weights, nats",
     "accuracy": "accuracy, points",
     "loss_ape": "loss APE, a factor",
@@ -24,7 +26,7 @@ MEASURES = {  # what a claim may rest on, by name: how a page writes it
     "quantized_calls": "quantized calls",
 }
 _FILE = ("margins", "controls", "factorial", "audit", "replay", "ptq")
-_STUDY = ("seeds", "texts", "questions", "claims")
+_STUDY = ("seeds", "texts", "questions", "cost", "claims")
 _CLAIM = ("claim", "says", "measures", "control")
 _MEASURE = ("margin", "detectable")
 
@@ -53,6 +55,7 @@ class Registration:
     seeds: list[int]
     texts: str
     questions: str
+    cost: str
     claims: dict[str, Registered]
 
 
@@ -71,7 +74,7 @@ def registration(study: str, code: Collection[str], path: Path = CLAIMS) -> Regi
         if key not in about["claims"]:
             raise UserError(f"{where}: no claim {key}, which qat/studies/{study}.py judges")
     claims = {key: _claim(key, entry, tree, f"{where}: {key}") for key, entry in about["claims"].items()}
-    return Registration(tree["margins"], about["seeds"], about["texts"], about["questions"], claims)
+    return Registration(tree["margins"], about["seeds"], about["texts"], about["questions"], about["cost"], claims)
 
 
 def _claim(key: str, entry: Mapping, tree: Mapping, where: str) -> Registered:

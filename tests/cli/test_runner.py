@@ -45,7 +45,7 @@ def table(out: str) -> list[str]:
     return re.sub(" +", " ", out[out.rindex("\nruns:") :]).splitlines()[2:]
 
 
-def test_baselines_come_first_and_a_failure_stops_only_what_needs_it(config, replaced, capsys):
+def test_a_baseline_comes_before_its_runs_and_a_failure_stops_only_what_needs_it(config, replaced, capsys):
     cells = itertools.product(("lr1e-4", "lr1e-5"), ("max", "current"))
     jobs = [Job(config(f"scaling={rule}", f"lr={rate}"), []) for rate, rule in cells]
     ids = [run_id(job.cfg) for job in jobs]
@@ -58,8 +58,9 @@ def test_baselines_come_first_and_a_failure_stops_only_what_needs_it(config, rep
             raise UserError("the gradient is not finite")
 
     trained = replaced(train)
-    outcomes = runner.complete(jobs)
-    assert trained == [*baselines, *ids[:2]]
+    scored = []
+    outcomes = runner.complete(jobs, after=lambda: scored.append(trained[-1]))
+    assert trained == [baselines[0], *ids[:2], baselines[1]] and scored == [ids[1]]
     assert {outcome.name: (outcome.state, outcome.reason) for outcome in outcomes} == {
         baselines[0]: ("done", ""),
         baselines[1]: ("failed", "the gradient is not finite"),
@@ -100,11 +101,9 @@ ENDS = [(preempted, 75, "preempted", "SIGTERM"), (stopped, 130, "stopped", "Ctrl
 def test_a_stop_ends_a_suite_and_the_table_says_where(main, replaced, tmp_path, does, code, state, reason):
     trained = replaced(lambda cfg: does(cfg) if cfg.quantized else None)
     left, out, _ = main(*SUITE)
-    assert left == code and len(trained) == 3 and not (tmp_path / "report").exists()
-    assert [line.split() for line in table(out)][:3] == [
-        ["done", trained[0]], ["done", trained[1]], [state, trained[2], reason],
-    ]  # fmt: skip
-    assert table(out)[3].startswith(" not begun")
+    assert left == code and len(trained) == 2 and not (tmp_path / "report").exists()
+    assert [line.split() for line in table(out)][:2] == [["done", trained[0]], [state, trained[1], reason]]
+    assert table(out)[2].startswith(" not begun")
 
 
 def test_what_so_many_ranks_cannot_train_is_refused_before_anything_is(config, replaced, monkeypatch):
@@ -129,7 +128,7 @@ def test_a_repeat_is_made_beside_its_original_and_the_report_is_the_originals(ma
     assert main(*SUITE, "report.experiments=[exp8]", "seeds=[0,1]", "repeat=1")[0] == 0
     assert len(trained) == 8 and sum("-r1-" in name for name in trained) == 4
     (experiment,) = shown
-    assert [run.id for run in experiment.runs] == [name for name in trained[4:] if "-r1-" not in name]
+    assert [run.id for run in experiment.runs] == [name for name in trained if "-hif8-" in name and "-r1-" not in name]
 
 
 def test_memory_of_a_run_is_free_for_the_next(config, monkeypatch):

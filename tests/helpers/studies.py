@@ -28,30 +28,47 @@ def invent(
     ape: Callable[[Key], float] = lambda key: 0.2,
     overshoot: Callable[[Key], float] = lambda key: 0.1,
     lost: Callable[[Key], float] = lambda key: 0.0,
+    forgotten: Callable[[Key], float] = lambda key: 0.0,
     linears: Callable[[Key], int] = lambda key: 75,
     ptq: Callable[[Key], float] = lambda key: 0.02,
     sequences: int = 16,
     noise: float = 0.001,
 ) -> list[Measured]:
     """damage, ptq: nats of held-out loss over the baseline's, to which each sequence of damage adds normal noise; ape:
-    percent; lost: the share of the questions that a cell's baseline no longer answers, and neither does the run or PTQ.
+    percent; lost: the share of the questions that a cell's baseline no longer answers, and neither does the run or PTQ;
+    forgotten: nats of loss on other text that a cell's baseline has more than the pretrained model.
     """
     rng = np.random.default_rng(0)
-    text, found = 3 + 0.3 * rng.random(sequences), []
+    text, other, found = 3 + 0.3 * rng.random(sequences), 2.5 + 0.2 * rng.random(sequences), []
     for seed in seeds:
         for key in keys:
-            before = {task: {"accuracy": np.ones(n)} for task, n in TASKS.items()}
-            after = {task: {"accuracy": (np.arange(n) >= lost(key) * n).astype(float)} for task, n in TASKS.items()}
-            swing = 0.001 * np.cos(np.arange(sequences))
-            losses = {"baseline": text - 0.05, "pretrained": text, "ptq": text - 0.05 + ptq(key) + swing}
-            for mode in ("w8a8", "bf16"):
-                losses[mode] = losses["baseline"] + damage(key, seed) + rng.normal(0, noise, sequences)
+            before, after = (
+                {
+                    task: {
+                        "accuracy": (np.arange(n) >= share * n).astype(float),
+                        "contrast": np.cos(np.arange(n)) - 0.5,
+                    }
+                    for task, n in TASKS.items()
+                }
+                for share in (0, lost(key))
+            )
+            swing, kinds = 0.001 * np.cos(np.arange(sequences)), {}
+            for kind, start, trained in (("embedded", text, -0.05), ("wikipedia", other, forgotten(key))):
+                losses = {"pretrained": start, "baseline": start + trained}
+                losses["ptq"] = losses["baseline"] + ptq(key) + swing
+                for mode in ("w8a8", "bf16"):
+                    losses[mode] = losses["baseline"] + damage(key, seed) + rng.normal(0, noise, sequences)
+                kinds[kind] = losses
             right = {"w8a8": after, "bf16": after, "baseline": after, "pretrained": before, "ptq": after}
-            run, base = f"run of {key}, {seed}", f"base at {lost(key)}, {seed}"
+            run, base = f"run of {key}, {seed}", f"base at {lost(key)}, {forgotten(key)}, {seed}"
             shares = overshoot(key), 1e-4 * overshoot(key)
-            scored = {name: Outcomes({"embedded": losses[name]}, right[name]) for name in losses}
+            scored = {
+                name: Outcomes({kind: losses[name] for kind, losses in kinds.items()}, rows)
+                for name, rows in right.items()
+            }
             ptq_name = f"ptq of {linears(key)}"
-            found.append(Measured(key, seed, run, base, ptq_name, "embedded", scored, ape(key), *shares, linears(key)))
+            texts = ("embedded", "wikipedia")
+            found.append(Measured(key, seed, run, base, ptq_name, *texts, scored, ape(key), *shares, linears(key)))
     return found
 
 
@@ -73,7 +90,10 @@ def _write(cfg: Config, losses: Sequence[float], m: Measured, scored: dict[str, 
     run = Run.of(cfg)
     if not run.path.exists():
         settings = OmegaConf.to_container(OmegaConf.structured(cfg))
-        texts = {mode: {cfg.data.name: m.losses(name)} for mode, name in scored.items()}
+        names = {cfg.data.name: False, cfg.validation.name: True}
+        texts = {
+            mode: {text: m.losses(name, other=other) for text, other in names.items()} for mode, name in scored.items()
+        }
         answers = {mode: m.scored[name].answers for mode, name in scored.items()}
         right = {mode: {task: rows["accuracy"] for task, rows in tasks.items()} for mode, tasks in answers.items()}
         write_run(run.path, settings, losses, right, texts)

@@ -7,7 +7,17 @@ import pytest
 from scipy import stats
 
 from qat.errors import UserError
-from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED, Claim, Response, Statement, judge, with_holm
+from qat.studies.contrasts import (
+    CONTRADICTED,
+    EQUIVALENT,
+    OPEN,
+    SUPPORTED,
+    Claim,
+    Response,
+    Statement,
+    judge,
+    with_holm,
+)
 from qat.studies.registration import Registered
 
 A, B = ("a",), ("b",)
@@ -297,3 +307,24 @@ def test_statements_are_about_the_measures_that_are_registered():
     response = Response("x", "nats", 1, {(A, 0): np.ones(3)}, "documents", measure="heldout_loss")
     with pytest.raises(UserError, match=r"^claims\.yaml: c: it names , the code measures heldout_loss$"):
         Claim(REGISTERED, [Statement("x", response, {A: 1}, high=2)])
+
+
+@pytest.mark.parametrize(
+    ("needs", "values", "verdict"),
+    [
+        ("all", (0.0, 0.0), EQUIVALENT),
+        ("all", (0.0, -1.0), EQUIVALENT),
+        ("all", (0.0, 1.0), CONTRADICTED),
+        ("any", (0.0, 0.0), EQUIVALENT),
+        ("any", (0.0, 1.0), EQUIVALENT),
+        ("any", (0.0, -1.0), SUPPORTED),
+    ],
+)
+def test_a_difference_inside_the_margin_is_too_small_to_count(needs, values, verdict):
+    """Statements that something falls, where 0.5 would count and noise is 0.1."""
+    noise = np.array([0.1, -0.1, 0.0])
+    cells = {value: Response("x", "nats", 1, {(A, 0): value + noise}, "documents") for value in values}
+    statements = [Statement("it falls", cells[value], {A: 1}, high=0, margin=0.5) for value in values]
+    judged = Claim(REGISTERED, statements, needs).judge()
+    assert judged["verdict"] == verdict and judged["open"] is None
+    assert ("too little to count, where 0.5 would" in judged["why"]) == (verdict == EQUIVALENT)

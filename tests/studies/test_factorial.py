@@ -19,7 +19,7 @@ from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.studies import design, factorial, measures, page
-from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
+from qat.studies.contrasts import CONTRADICTED, EQUIVALENT, OPEN, SUPPORTED
 from qat.studies.design import Cell
 from tests.helpers.studies import WORDS, invent, write
 
@@ -120,7 +120,7 @@ def test_planted_effects_are_found_within_their_intervals(seeds, noise):
     assert found.of == ("documents" if len(seeds) == 1 else "seeds")
     rows = {row["effect"]: row for row in factorial.effects(measured)[0]["effects"]}
     assert rows["max w64 × lr 1e-5"]["p_holm"] < 0.001 and rows["lr 1e-5 × warmup"]["p_holm"] > 0.05
-    assert orthogonal(measured)["statements"][0]["verdict"] == CONTRADICTED
+    assert orthogonal(measured)["statements"][0]["verdict"] == CONTRADICTED  # 0.04 more at lr 1e-4
 
 
 def orthogonal(measured) -> dict:
@@ -128,13 +128,13 @@ def orthogonal(measured) -> dict:
 
 
 def forgets(key) -> float:
-    return 0.4 if key[1] == "1e-4" else 0.0
+    return 0.1 if key[1] == "1e-4" else 0.0
 
 
 def test_no_interaction_is_supported_only_with_enough_data():
     """No interaction is planted; damage and forgetting are."""
     much, little = (
-        orthogonal(invent(KEYS, damage=lambda key, _: 0.02, lost=forgets, sequences=n, noise=noise))
+        orthogonal(invent(KEYS, damage=lambda key, _: 0.02, forgotten=forgets, sequences=n, noise=noise))
         for n, noise in ((64, 0.01), (3, 0.05))
     )
     assert much["verdict"] == SUPPORTED and "Of one seed" in much["why"]
@@ -144,13 +144,13 @@ def test_no_interaction_is_supported_only_with_enough_data():
 def test_without_damage_or_forgetting_nothing_is_orthogonal():
     claim = orthogonal(invent(KEYS, damage=lambda key, _: 0.02))
     assert {each["verdict"] for each in claim["statements"]} == {SUPPORTED}
-    assert claim["verdict"] == OPEN and claim["why"].startswith("It was not seen that BF16 at lr 1e-4 forgets")
+    assert claim["verdict"] == OPEN and claim["why"].startswith("It was not seen that BF16 at lr 1e-4 forgets more")
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
 def test_the_papers_claims_are_judged_by_the_marks(seeds):
-    """The max window is needed and saves the recipe; the warmup is not; lr 1e-4 forgets two fifths of it all. Of one
-    seed what is one number a run has no noise, and decides nothing."""
+    """The max window is needed and saves the recipe; the warmup and the other rules do as well; lr 1e-4 forgets 0.1
+    nats. Of one seed what is one number a run has no noise, and decides nothing."""
     alone = len(seeds) == 1
     measured = invent(
         KEYS,
@@ -158,7 +158,7 @@ def test_the_papers_claims_are_judged_by_the_marks(seeds):
         damage=lambda key, _: 0.1 if key[0] == "most_recent" else 0.001,
         ape=lambda key: 0.6 if key[0] == "most_recent" else 0.1,
         overshoot=lambda key: 0.4 if key[0] == "most_recent" else 0.05 + (0.001 if key == factorial.RECIPE else 0),
-        lost=forgets,
+        forgotten=forgets,
     )
     for number, m in enumerate(measured):
         m.ape, m.overshoot, m.clipped = (
@@ -169,27 +169,40 @@ def test_the_papers_claims_are_judged_by_the_marks(seeds):
     assert verdicts["The max window saturates less than scaling by the last amax"] == (OPEN if alone else SUPPORTED)
     assert verdicts["Necessary: the max window"] == SUPPORTED
     best = claims["The max window does less damage than the other scalings"]
-    assert [each["verdict"] for each in best["statements"]] == [SUPPORTED, OPEN, OPEN]
+    assert [each["verdict"] for each in best["statements"]] == [SUPPORTED, EQUIVALENT, EQUIVALENT]
+    assert (
+        best["verdict"] == EQUIVALENT and "“max w64 has a lower held-out loss than exp_smooth” is equiv" in best["why"]
+    )
+    assert best["why"].endswith(
+        "too little to count, where 0.0155 would." + " Of one seed: noise between runs is not in it." * alone
+    )
     assert verdicts["Necessary: the low learning rate"] == SUPPORTED
     warmup = claims["Necessary: the BF16 warmup"]
-    assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, OPEN]  # 60 questions are too few
+    assert [each["verdict"] for each in warmup["statements"]] == [CONTRADICTED, CONTRADICTED]
     sufficient = claims["Sufficient: the recipe meets every threshold (W8A8)"]["statements"]
-    assert [each["verdict"] for each in sufficient] == [SUPPORTED, OPEN if alone else SUPPORTED, OPEN, OPEN, OPEN]
+    assert [each["verdict"] for each in sufficient] == [SUPPORTED, SUPPORTED, OPEN if alone else SUPPORTED, SUPPORTED]
     recipe = [math.log(m.ape) for m in measured if m.key == factorial.RECIPE]
-    assert sufficient[1]["estimate"]["value"] == pytest.approx(np.mean(recipe))
-    assert (sufficient[1]["estimate"]["low"] is None) == alone
+    assert sufficient[2]["estimate"]["value"] == pytest.approx(np.mean(recipe))
+    assert (sufficient[2]["estimate"]["low"] is None) == alone
     saturation = claims["The max window saturates less than scaling by the last amax"]
     assert ("points, all of it below 0; so is the other." in saturation["why"]) == (not alone)
     high = claims["Training at lr 1e-4 forgets, at lr 1e-5 it does not"]["statements"][0]
-    assert high["verdict"] == SUPPORTED and high["estimate"]["value"] == pytest.approx(-40)
+    assert high["verdict"] == SUPPORTED and high["estimate"]["value"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
     ("ptq", "damage", "verdict"),
-    [(0.05, 0.01, SUPPORTED), (0.01, 0.0, CONTRADICTED), (0.05, 0.08, CONTRADICTED), (0.0155, 0.01, OPEN)],
+    [
+        (0.05, 0.01, SUPPORTED),
+        (0.01, 0.0, CONTRADICTED),
+        (0.05, 0.08, CONTRADICTED),
+        (0.013, -0.05, OPEN),
+        (0.05, 0.045, SUPPORTED),
+        (0.05, 0.05, EQUIVALENT),
+    ],
 )
 def test_qat_is_needed_where_ptq_misses_the_mark_and_the_recipe_is_better(ptq, damage, verdict):
-    """The threshold is 0.5 % of 3.1 nats: 0.0155."""
+    """The threshold is 0.5 % of 2.6 nats of other text: 0.013."""
     measured = invent(KEYS, damage=lambda key, _: damage, ptq=lambda key: ptq if key[1] == "1e-5" else 1.0)
     claim = next(claim for claim in factorial.claims(measured) if claim["claim"].startswith("QAT is needed"))
     assert claim["verdict"] == verdict, claim["why"]
@@ -240,7 +253,7 @@ def test_folders_are_read_and_the_page_stands_alone(grid, tmp_path):
     """Read a part of the grid, one run of which has failed."""
     wanted = set(itertools.product(("most_recent", "max w64"), factorial.RATES, ("5 %",)))
     made = [cell for cell in placed(grid, tmp_path) if cell.key in wanted]
-    written = invent([cell.key for cell in made], damage=planted, lost=forgets)
+    written = invent([cell.key for cell in made], damage=planted, lost=lambda key: 4 * forgets(key))
     write(made, written)
     status = Run.of(made[0].cfg).path / "status.json"
     status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "failed", "reason": "a full disk"}))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from tests.cli.bad_input.mistakes import A_NAME, Case, World
 
-QUICK = ("mmlu_continuation", "hellaswag", "arc_easy", "arc_challenge", "lambada")
 OVERRIDES = [
     # Hydra's own words, in one line.
     Case("experiment=exp9", "Could not find 'experiment/exp9' Available options in 'experiment': exp1 exp2"),
@@ -20,10 +19,6 @@ OVERRIDES = [
     Case("+benchmark.tasks.hellaswag.shot=5", "benchmark.tasks.hellaswag.shot: unknown key; did you mean"),
     Case("+benchmark.tasks={../../x:{shots:0}}", f"benchmark.tasks='../../x': {A_NAME}"),
     Case("+benchmark.tasks={mmluu:{shots:0}}", "benchmark.tasks.mmluu: unknown task; did you mean 'mmlu'?"),
-    Case(
-        " ".join(f"~benchmark.tasks.{name}" for name in QUICK),
-        "benchmark.tasks={}: nothing to evaluate; name some of mmlu, mmlu_continuation, hellaswag",
-    ),
     Case("seed=-1", "seed=-1: must lie in [0, 2147483647]; the nearest valid value is 0"),
     Case("model=tiny quant.scope=[mlp.gate_prj]", "quant.scope=mlp.gate_prj: matches no linear of tiny; did you mean"),
     Case("model=tiny run=runs", "run=runs: train.py does not take it; give it the overrides that made a run"),
