@@ -113,6 +113,8 @@ def _scales() -> ws.Section:
         wr.LinePlot(title=f"Share of updates lost in {words}", y=[f"telemetry/lost_updates/{key}"])
         for key, words in lost.items()
     ]
+    shadow = "Loss under each rule of scaling.shadow less the unquantized one, same weights and batch, nats"
+    panels.append(wr.LinePlot(title=shadow, metric_regex="^shadow/.*/damage$"))
     return _section("Scales and updates", panels)
 
 

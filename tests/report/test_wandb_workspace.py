@@ -42,7 +42,10 @@ def test_runs_are_grouped_with_their_baseline_and_sorted_by_columns_of_differenc
     }
     assert wanted <= bars and not any("hellaswag" in key for key in bars)
     plots = panels["Run History Line Plot"]
-    assert [panel["metricRegex"] for panel in plots if panel.get("useMetricRegex")] == ["^validation/"]
+    assert [panel["metricRegex"] for panel in plots if panel.get("useMetricRegex")] == [
+        "^validation/",
+        "^shadow/.*/damage$",
+    ]
     lines = {key for panel in plots for key in panel.get("metrics", [])}
     assert {"train/loss", "compare/loss_difference", *(f"telemetry/{r}/overshoot_max" for r in ROLES)} <= lines
     assert len(panels["Run Comparer"]) == len(panels["Parallel Coordinates Plot"]) == 1
