@@ -271,7 +271,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def table(comparison: dict) -> str:
     """Return a comparison as Markdown for the terminal: the tasks, the losses, what is decided, and why."""
     parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
-    parts += [markdown(TASK_HEADER, task_rows(comparison)), ""]
+    parts += [markdown(TASK_HEADER, task_rows(comparison)), ""] if comparison["tasks"] else []
     parts += [markdown(HELDOUT_HEADER, heldout_rows(comparison)), ""] if comparison["heldout"] else []
     parts += [markdown(DECISION_HEADER, decision_rows(comparison)), ""]
     sentences = [loss_text(comparison), qat_verdict([comparison]), verdict({"": comparison})]

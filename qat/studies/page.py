@@ -75,7 +75,8 @@ def write_decide(
 ) -> Path:
     """Write `decide.md` and `.json` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
-    sections = [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(measured)] if measured else [])]
+    sections = ["**Provisional: some cells are missing (below).**"] if missing else []
+    sections += [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(measured)] if measured else [])]
     sections += ["## Not measured yet", _listed(missing)] if missing else []
     registered = factorial.registered()
     content = {"claims": claims, "missing": missing, "runs": _runs(measured)}
