@@ -271,9 +271,7 @@ class PTQConfig:
             "quantile",
             "ofmr",
             "mse",
-            "smoothquant:0.3",
             "smoothquant:0.5",
-            "smoothquant:0.7",
             "awq",
             "gptq",
             "per_channel",
@@ -286,7 +284,7 @@ class PTQConfig:
         ]
     )
     # which of them also answer the benchmark's questions, which takes longest; of the others only the loss is taken
-    questions: list[str] = field(default_factory=lambda: ["max", "per_channel", "fp8_e4m3"])
+    questions: list[str] = field(default_factory=lambda: ["max"])
     sequences: int | None = None  # of the first training text, which calibrate; null: 16, as everywhere
     tokens: int | None = None  # of each of them; null: budget.seq_len
 
@@ -300,7 +298,7 @@ class ExportConfig:
 class SensitivityConfig:
     of: str = "run"  # whose damage: the run's; or of its baseline or the pretrained checkpoint, by PTQ
     groups: list[str] = field(default_factory=lambda: list(GROUPS))  # which sets of rounded tensors
-    tokens: int = 1024  # of each held-out text; on as many more the choice of blocks is checked
+    tokens: int = 768  # of each held-out text; on as many more the choice of blocks is checked
     task: str = "mmlu"  # whose questions
     questions: int = 1  # of it (MMLU: of each of the 57 subjects); 0: none
 

@@ -46,7 +46,8 @@ def series(content: Mapping, level: str, measure: str, path: Sequence[str], sour
     units = list(_units(content, level, MEASURES[measure].of_text, source))
     found = [_at(unit, path) for _, unit in units]
     if not MEASURES[measure].of_text:
-        answers = Answers.of([_sample(unit, values) for (_, unit), values in zip(units, found, strict=True)])
+        pairs = zip(units, found, strict=True)
+        answers = Answers.of([sample for (_, unit), values in pairs for sample in _samples(unit, values)])
         right = np.take_along_axis(answers.logprobs, answers.target[:, None], axis=1)[:, 0]
         return {"logprob": right, "mass": answers.mass}.get(measure, answers.measures.get(measure))
     by_document: dict[tuple, list[float]] = {}
@@ -69,8 +70,11 @@ def _at(unit: Mapping, path: Sequence[str]) -> Mapping:
     return unit
 
 
-def _sample(unit: Mapping, values: Mapping) -> dict:
-    return {"logprobs": values["logprobs"], "target": unit["target"], "choice": 0, "correct": 0}
+def _samples(unit: Mapping, values: Mapping) -> list[dict]:
+    """Return the questions of a unit, which have equally many choices."""
+    rows = np.reshape(values["logprobs"], (len(unit["targets"]), -1)).tolist()
+    pairs = zip(rows, unit["targets"], strict=True)
+    return [{"logprobs": row, "target": target, "choice": 0, "correct": 0} for row, target in pairs]
 
 
 def sources(content: Mapping, level: str, measure: str) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from qat.analysis import sensitivity as analysis
@@ -50,6 +51,7 @@ LEVELS = {  # what tensors of a group have in common
 READ = dict.fromkeys(("role", "block", "projection"), analysis.WAYS) | {"linear": ("alone",)}
 ASKED = {"role": analysis.WAYS, "block": ("alone",)}
 _SEQUENCES = 4  # of text, a forward pass
+_QUESTIONS = 8  # whose choices are a token each, a forward pass
 
 
 class Tensor(NamedTuple):
@@ -67,7 +69,7 @@ class Group(NamedTuple):
     first: int
 
 
-def tensors(model: torch.nn.Module) -> dict[int, Tensor]:
+def tensors(model: nn.Module) -> dict[int, Tensor]:
     """Return the rounded weights and activations of a converted model by their index in the bank."""
     found: dict[int, Tensor] = {}
     for block, module in enumerate(transformer_blocks(model)):
@@ -99,15 +101,17 @@ def _group(rounded: Mapping[int, Tensor], indices: Sequence[int]) -> Group:
 class Piece(NamedTuple):
     """Hold what one forward pass reads, int64 [rows, length], and what it is to predict from its last positions.
 
-    labels: int64 [rows or, of one row, choices, positions].
+    labels: int64 [rows or, of one row, choices, positions]. Rows of unlike lengths are padded on the right, where a
+    causal model does not look; ends: their last positions, int64 [rows], and labels [rows, choices] are of these.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    ends: torch.Tensor | None = None
 
 
 class Unit(NamedTuple):
-    """Hold a few sequences of a text, or a question. facts: their documents, or the place of the right choice."""
+    """Hold a few sequences of a text, or questions. facts: their documents, or the places of the right choices."""
 
     source: str
     pieces: list[Piece]
@@ -117,7 +121,7 @@ class Unit(NamedTuple):
     def key(self) -> str:
         """Name it by its tokens."""
         digest = hashlib.sha256()
-        for tensor in itertools.chain.from_iterable(self.pieces):
+        for tensor in filter(lambda each: each is not None, itertools.chain.from_iterable(self.pieces)):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:12]
 
@@ -132,14 +136,34 @@ def of_text(source: str, tokens: torch.Tensor, documents: torch.Tensor) -> list[
     return [Unit(source, [Piece(t[:, :-1], t[:, 1:])], {"documents": d.tolist()}) for t, d in parts]
 
 
+def of_questions(source: str, questions: Sequence[benchmarks.Question], max_length: int) -> list[Unit]:
+    """Return questions as units: several of like length where the choices are a token each, else one."""
+    letters: dict[int, list[benchmarks.Question]] = {}
+    others = []
+    for question in questions:
+        short = all(len(choice) == 1 for choice in question.choices)
+        (letters.setdefault(len(question.choices), []) if short else others).append(question)
+    units = [of_question(source, question, max_length) for question in others]
+    for alike in letters.values():
+        alike.sort(key=lambda question: len(question.prompt))
+        for start in range(0, len(alike), _QUESTIONS):
+            batch = alike[start : start + _QUESTIONS]
+            rows = [torch.tensor(question.prompt[-max_length:]) for question in batch]
+            labels = torch.tensor([question.choices for question in batch])[..., 0]
+            ends = torch.tensor([len(row) - 1 for row in rows])
+            piece = Piece(nn.utils.rnn.pad_sequence(rows, batch_first=True), labels, ends)
+            units.append(Unit(source, [piece], {"targets": [question.target for question in batch]}))
+    return units
+
+
 def of_question(source: str, question: benchmarks.Question, max_length: int) -> Unit:
-    """Return a question as a unit: a pass for each choice, or one for all if they are a token each."""
+    """Return a question as a unit: a pass for each choice, or one for several that differ in their last token alone."""
     rows = [([*question.prompt, *choice][:-1][-max_length:], choice) for choice in question.choices]
     pieces = [
         Piece(torch.tensor([tokens]), torch.tensor([choice for _, choice in alike]))
         for tokens, alike in itertools.groupby(rows, lambda row: row[0])
     ]
-    return Unit(source, pieces, {"target": question.target})
+    return Unit(source, pieces, {"targets": [question.target]})
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
@@ -151,7 +175,7 @@ class Switchboard:
     rounded: its tensors. resumes: whether it can be run from a block on; else every pass is whole.
     """
 
-    def __init__(self, model: torch.nn.Module, how: str = "fp32"):
+    def __init__(self, model: nn.Module, how: str = "fp32"):
         self.model, self.how = model, how
         self.blocks, self.linears = transformer_blocks(model), list(quantized_linears(model).values())
         self.rounded = tensors(model)
@@ -207,9 +231,13 @@ class Switchboard:
         blocks."""
         known = known if self.resumes else []
         with only(self.linears, active), replayed(self.blocks[: len(known)], known), arithmetic.autocast(self.how):
-            tokens = device.to_device(piece.tokens)
+            tokens, keep = device.to_device(piece.tokens), piece.labels.shape[1]
+            if piece.ends is not None:
+                keep, places = device.to_device(piece.ends).unique(return_inverse=True)
             with device.attention_of_any_length():
-                logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=piece.labels.shape[1]).logits
+                logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=keep).logits
+        if piece.ends is not None:
+            logits = logits[torch.arange(len(tokens)), places].unsqueeze(1)
         return logits.float()
 
 
@@ -217,7 +245,7 @@ class _Reader:
     """Turn logits into values, beside those of the unquantized model."""
 
     def __init__(self, piece: Piece, plain: torch.Tensor, is_text: bool):
-        self.labels, self.is_text = device.to_device(piece.labels), is_text
+        self.labels, self.is_text, self.padded = device.to_device(piece.labels), is_text, piece.ends is not None
         if is_text:
             logprobs = plain.log_softmax(-1)
             self.shares = logprobs.exp()
@@ -230,7 +258,10 @@ class _Reader:
     def __call__(self, logits: torch.Tensor, values: dict[str, list[float]]) -> None:
         """Add what the logits give to `values`."""
         logprobs = logits.log_softmax(-1)
-        found = logprobs.expand(len(self.labels), -1, -1).gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
+        if self.padded:
+            found = logprobs[:, 0].gather(-1, self.labels).reshape(-1, 1)
+        else:
+            found = logprobs.expand(len(self.labels), -1, -1).gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
         new = {"logprobs": found.sum(1)}
         if self.is_text:
             new = {"loss": -found.mean(1), "kl": (self._cross(logprobs) - self.entropy).mean(1)}
@@ -282,7 +313,7 @@ class Study:
             "arithmetic": arithmetic.name(cfg),
             "calibration": calibration_text(measured_of.cfg) if measured_of.calibrated else None,
             "texts": [[text.path, text.subset, text.revision] for text in self.texts],
-            "asked": [asked.tokens, asked.task, asked.questions],
+            "asked": [asked.tokens, asked.task, asked.questions, _QUESTIONS],
         }
         self.content = self._before()
 
@@ -347,13 +378,13 @@ class Study:
                 units += of_text(text.name, held.tokens[rows], held.documents[rows]) if rows.any() else []
         return measured, fresh
 
-    def _questions(self, model: torch.nn.Module, tokenizer) -> list[Unit]:
+    def _questions(self, model: nn.Module, tokenizer) -> list[Unit]:
         asked, limit = self.cfg.sensitivity, context_length(model.config)
         if not asked.questions:
             return []
         task = BenchmarkConfig(name="sensitivity", tasks={asked.task: TaskConfig(limit=asked.questions)})
         questions = benchmarks.tokenized(model, tokenizer, task, environment.cache_dir(), limit)[asked.task]
-        return [of_question(asked.task, question, limit) for question in questions]
+        return of_questions(asked.task, questions, limit)
 
     def _do(self, board: Switchboard, work: Sequence[tuple]) -> None:
         measured = self.content["measured"]

@@ -35,7 +35,7 @@ def content(harm=HARM, noise=0.002) -> dict:
         def letters(shift, plain=plain):
             return {"logprobs": (plain + shift).tolist()}
 
-        unit = {"target": 1, "unquantized": letters(0), "quantized": letters(0.5)}
+        unit = {"targets": [1], "unquantized": letters(0), "quantized": letters(0.5)}
         unit["alone"] = {group: letters(0.5 if group == "4/weight" else 0.0) for group in GROUPS}
         unit["left_out"] = {group: letters(0.0 if group == "4/weight" else 0.5) for group in GROUPS}
         asked[str(number)] = unit

@@ -70,7 +70,7 @@ def test_known_outputs_of_blocks_change_no_number_and_save_work(board, unit, mon
     hook.remove()
 
 
-def test_a_question_is_a_pass_for_choices_of_one_token_each():
+def test_a_question_is_a_pass_for_choices_that_differ_in_their_last_token():
     def shapes(*choices):
         question = sensitivity.benchmarks.Question([1, 2, 3], list(choices), 1)
         made = sensitivity.of_question("mmlu", question, max_length=100)
@@ -92,6 +92,28 @@ def test_answers_are_those_of_an_evaluation(board, scored):
             values = board.measure(sensitivity.of_question(task, question, limit), {})
             assert values["quantized"]["logprobs"] == pytest.approx(sample["logprobs"], abs=2e-3)
             assert question.target == sample["target"]
+
+
+def test_questions_answered_by_letters_are_read_together_with_the_same_result(board):
+    """Six prompts of unlike lengths, five with four choices of a token and one with two; one of longer choices."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, choices = (9, 3, 17, 4, 30, 6), [[[65], [66], [67], [68]]] * 5 + [[[65], [66]]]
+    questions = [
+        sensitivity.benchmarks.Question(torch.randint(257, (n,), generator=generator).tolist(), each, n % 2)
+        for n, each in zip(lengths, choices, strict=True)
+    ]
+    long = sensitivity.benchmarks.Question([1, 2, 3], [[4, 5], [6]], 1)
+    units = sensitivity.of_questions("mmlu", [*questions, long], 20)
+    assert [unit.facts["targets"] for unit in units] == [[1], [1, 0, 1, 1, 0], [0]] and len(units[0].pieces) == 2
+    chosen = groups(board.rounded, "role")
+    together = board.measure(units[1], chosen)
+    alone = [board.measure(sensitivity.of_question("mmlu", question, 20), chosen) for question in questions[:5]]
+    alone = [alone[place] for place in (1, 3, 0, 2, 4)]  # by length
+    for path in (("quantized",), ("unquantized",), ("alone", "weight"), ("left_out", "activation")):
+        wanted = [value for each in alone for value in analysis._at(each, path)["logprobs"]]
+        assert analysis._at(together, path)["logprobs"] == pytest.approx(wanted, abs=1e-4)
+    content = {"measured": {"role": {"mmlu": {"a": units[1].facts | together}}}}
+    assert len(analysis.series(content, "role", "logprob", ("quantized",))) == 5
 
 
 def test_a_block_whose_weights_lose_their_bits_is_found(config):
