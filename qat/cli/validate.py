@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from qat import config
-from qat.config import GROUPS, ROLES, Config, QuantConfig, ValidationConfig
+from qat.config import GROUPS, ROLES, Config, PTQConfig, QuantConfig, ScalingConfig, SensitivityConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -192,6 +192,8 @@ def _check_warmup(cfg: Config) -> None:
             f"optim.lr_warmup={cfg.optim.lr_warmup:g}: the learning rate would never leave its warmup; the largest "
             f"valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
         )
+    if cfg.optim.lr_from_zero and not cfg.lr_warmup_steps:
+        raise ConfigError("optim.lr_from_zero=true: optim.lr_warmup=0 has no first step; set optim.lr_from_zero=false")
 
 
 def _check_training(cfg: Config) -> None:
@@ -242,6 +244,11 @@ def _check_quant(cfg: Config) -> None:
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
     if q.rounding == "hybrid" and q.overflow == "clip" and q.target_gradient > 16:  # up to there it is to nearest
         raise ConfigError("quant.rounding=hybrid: rounds values past the clip again; set quant.overflow=saturate")
+    if q.ste == "masked" and (q.overflow == "inf" or not (q.weights or q.activations)):
+        why = "quant.overflow=inf clips nothing; set quant.overflow=clip"
+        if q.overflow != "inf":
+            why = "no weight or input of a linear is rounded; set quant.ste=pass_through"
+        raise ConfigError(f"quant.ste=masked: stops the gradients of what is clipped, and {why}")
     if q.bf16_also != sorted(set(q.bf16_also)):
         raise ConfigError(f"quant.bf16_also={q.bf16_also}: name blocks once and in order: {sorted(set(q.bf16_also))}")
     _check_cage(cfg)
@@ -271,9 +278,11 @@ def _check_cage(cfg: Config) -> None:
 
 
 def _check_learning(cfg: Config) -> None:
-    if not RULES[cfg.scaling.algo].learns:
+    q, algo, lr = cfg.quant, cfg.scaling.algo, cfg.scaling.lr
+    if not RULES[algo].learns:
+        if lr != ScalingConfig.lr:
+            raise ConfigError(f"scaling.lr={lr:g}: scaling={algo} learns no scale; set scaling=lsq, or leave it out")
         return
-    q, algo = cfg.quant, cfg.scaling.algo
     if cfg.scaling.update_every > 1:
         raise ConfigError(
             f"scaling.update_every={cfg.scaling.update_every}: scaling={algo} learns every step; set "
@@ -296,6 +305,8 @@ def _check_rules(cfg: Config) -> None:
                 low, high = ranges.get(field, (value, value))
                 if not low <= value <= high:
                     raise ConfigError(f"{key}={name}: {field} must lie in [{low}, {high}]")
+    if not cfg.replay.rules:
+        raise ConfigError("replay.rules=[]: nothing to replay; name rules as in [most_recent,max:64]")
     if len(set(shadow)) < len(shadow):
         raise ConfigError(f"scaling.shadow={shadow}: names a rule twice; name each once")
     for key, value in (("budget.parallel", "fsdp"), ("scaling.tick", "call"), ("scaling.sync", "none")):
@@ -391,6 +402,13 @@ def _check_sensitivity(cfg: Config) -> None:
                 raise ConfigError(f"sensitivity.{key}={value}: unknown value; {nearest(value, choices)}")
     if not asked.groups or len(set(asked.groups)) < len(asked.groups):
         raise ConfigError(f"sensitivity.groups={asked.groups}: must be some of {', '.join(GROUPS)}, once each")
+    for key in ("questions", "task") if not (asked.questions and {"role", "block"} & set(asked.groups)) else ():
+        value = getattr(asked, key)
+        if value and value != getattr(SensitivityConfig, key):
+            raise ConfigError(
+                f"sensitivity.{key}={value}: no question is asked with sensitivity.questions=0, or without role and "
+                f"block in sensitivity.groups; leave it out"
+            )
 
 
 def _check_ptq(cfg: Config) -> None:
@@ -404,6 +422,9 @@ def _check_ptq(cfg: Config) -> None:
             f"ptq.rungs=[{','.join(ptq.rungs)}]: must be different rows, one of them max, which the others are "
             f"compared with"
         )
-    for key, value, low in (("sequences", ptq.sequences, 1), ("tokens", ptq.tokens, 4)):
-        if value is not None and value < low:
-            raise ConfigError(f"ptq.{key}={value}: the nearest valid value is {low}")
+    for name in ptq.questions:
+        if name not in ptq.rungs and ptq.questions != PTQConfig().questions:
+            raise ConfigError(f"ptq.questions={name}: is no row of ptq.rungs; {nearest(name, ptq.rungs)}")
+    for key, value, low, high in (("sequences", ptq.sequences, 1, 2**16), ("tokens", ptq.tokens, 4, 2**20)):
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"ptq.{key}={value}: the nearest valid value is {low if value < low else high}")

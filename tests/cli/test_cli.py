@@ -80,6 +80,7 @@ def test_every_option_of_every_group_composes_and_validates():
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
         words += ["data.label_shift=once"] if "loss=distill" in words else []
         words += ["scaling.update_every=1", "quant.overflow=clip"] if "scaling=lsq" in words else []
+        words += ["quant.overflow=clip"] if "estimator=masked" in words else []
         cfg = entry.typed_config(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
@@ -330,6 +331,15 @@ VALUES = [
     ("launch.nodes=2", "launch.nodes=2: is for launch.launcher=slurm; leave it out"),
     ("quant.format=hif9", "quant.format=hif9: unknown value; did you mean 'hif8'?"),
     ("quant.bf16_blocks=30", "smollm2_135m has 30 blocks, so nothing would be quantized; the largest valid value"),
+    ("scaling.lr=0.2", "scaling.lr=0.2: scaling=max learns no scale; set scaling=lsq, or leave it out"),
+    ("quant.ste=masked quant.overflow=inf", "quant.ste=masked: stops the gradients of what is clipped, and quant.over"),
+    ("quant.ste=masked quant.weights=false quant.activations=false", "no weight or input of a linear is rounded; set"),
+    ("optim.lr_from_zero=true optim.lr_warmup=0", "optim.lr_warmup=0 has no first step; set optim.lr_from_zero=false"),
+    ("scaling.shadow=[current/10]", "scaling.shadow=current/10: current scales by the amax itself, and holds none"),
+    ("replay.rules=[]", "replay.rules=[]: nothing to replay; name rules as in [most_recent,max:64]"),
+    ("ptq.questions=[smoothquant]", "ptq.questions=smoothquant: is no row of ptq.rungs; did you mean 'smoothquant:0."),
+    ("sensitivity.task=hellaswag sensitivity.questions=0", "sensitivity.task=hellaswag: no question is asked with"),
+    ("sensitivity.questions=9 sensitivity.groups=[linear]", "sensitivity.questions=9: no question is asked with"),
     (
         "budget.batch_factor=0.25 budget.micro_batch=2 budget.accumulation=1",
         "budget.accumulation=1: times batch_factor=1/4 is no whole number",
