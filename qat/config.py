@@ -116,9 +116,14 @@ class OptimConfig:
     moments: str = "fp32"
 
     @property
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a parameter takes, in memory and checkpoints; so does its gradient."""
+        return 2 if self.pure_bf16 else 4
+
     def moment_bytes(self) -> int:
-        """Bytes a parameter that both moments take."""
-        return {"fp32": 8, "bf16": 4, "hif8": 3}[self.moments]
+        """Bytes a parameter that both moments take; with pure_bf16 they are as the parameter is."""
+        return {"fp32": 2 * self.weight_bytes, "bf16": 4, "hif8": 3}[self.moments]
 
 
 @dataclass
