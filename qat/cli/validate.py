@@ -42,15 +42,15 @@ def validate(cfg: Config) -> None:
 # Of every key that has a fixed choice; rules and formats name themselves.
 CHOICES = config.CHOICES | {"scaling.algo": tuple(RULES), "quant.format": ("none", *FORMATS)}
 
-_INF = float("inf")
+_INF, _MANY = float("inf"), 2**31 - 1
 _RANGES = [
     ("seed", 0, 2**31 - 1),
-    ("repeat", 0, _INF),
+    ("repeat", 0, 1000),
     ("data.duplicate_workers", 1, 64),
     ("data.tokenizer_threads", 1, 256),
-    ("budget.heldout_tokens", 1, _INF),
-    ("budget.validation_tokens", 1, _INF),
-    ("data.shuffle_buffer", 1, _INF),
+    ("budget.heldout_tokens", 1, _MANY),
+    ("budget.validation_tokens", 1, _MANY),
+    ("data.shuffle_buffer", 1, _MANY),
     ("data.retry_hours", 0, _INF),
     ("optim.lr", 1e-12, 10),
     ("optim.beta1", 0, 0.9999),
@@ -59,9 +59,9 @@ _RANGES = [
     ("optim.weight_decay", 0, 10),
     ("optim.clip", 1e-12, _INF),
     ("optim.lr_warmup", 0, 1),
-    ("optim.max_skipped", 0, _INF),
+    ("optim.max_skipped", 0, _MANY),
     ("loss.distill", 0, 1),
-    ("quant.bf16_blocks", 0, _INF),
+    ("quant.bf16_blocks", 0, _MANY),
     ("quant.target_activation", 2**-22, 57344),
     ("quant.target_weight", 2**-22, 57344),
     ("quant.target_gradient", 2**-22, 57344),
@@ -70,39 +70,39 @@ _RANGES = [
     ("scaling.window", 1, 65536),
     ("scaling.alpha", 0, 1),
     ("scaling.lr", 0, _INF),
-    ("scaling.update_every", 1, _INF),
+    ("scaling.update_every", 1, _MANY),
     ("scaling.guard", 0, 15),
     ("scaling.settle", 0, 1),
     ("warmup.bf16", 0, 1),
-    ("budget.steps", 1, _INF),
-    ("budget.micro_batch", 1, _INF),
-    ("budget.accumulation", 1, _INF),
-    ("budget.seq_len", 4, _INF),
+    ("budget.steps", 1, _MANY),
+    ("budget.micro_batch", 1, 2**16),
+    ("budget.accumulation", 1, 2**20),
+    ("budget.seq_len", 4, 2**20),
     ("budget.steps_factor", 1e-6, 1),
     ("budget.batch_factor", 1e-6, 1),
-    ("budget.checkpoint_every", 1, _INF),
-    ("budget.telemetry_every", 1, _INF),
-    ("bench.rounds", 1, _INF),
-    ("sensitivity.tokens", 1, _INF),
-    ("sensitivity.questions", 0, _INF),
-    ("launch.ranks", 1, _INF),
-    ("launch.nodes", 1, _INF),
+    ("budget.checkpoint_every", 1, _MANY),
+    ("budget.telemetry_every", 1, _MANY),
+    ("bench.rounds", 1, _MANY),
+    ("sensitivity.tokens", 1, _MANY),
+    ("sensitivity.questions", 0, _MANY),
+    ("launch.ranks", 1, _MANY),
+    ("launch.nodes", 1, _MANY),
     ("budget.largest_logits", 2**16, _INF),
-    ("benchmark.batch_size", 1, _INF),
+    ("benchmark.batch_size", 1, _MANY),
 ]
 
 
 # Variables whose bad values libraries ignore or answer at length: what they must look like, and an example.
 _VARIABLES = {
-    "OMP_NUM_THREADS": (r"[1-9]\d*(,[1-9]\d*)*", "2"),
-    "NUMBA_NUM_THREADS": (r"[1-9]\d*", "2"),
+    "OMP_NUM_THREADS": (r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", "2"),
+    "NUMBA_NUM_THREADS": (r"[1-9]\d{0,3}", "2"),
     "NUMBA_DISABLE_JIT": (r"0", "0"),  # the kernels are nothing without
     "CUDA_VISIBLE_DEVICES": (r"(-?\d+|(GPU|MIG)-[\w/-]+)(,(-?\d+|(GPU|MIG)-[\w/-]+))*", "0,1"),
     "HIF8_ARITHMETIC": (r"auto|bf16|fp32", "bf16"),
     "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
 }
-# What torchrun sets; empty is unset.
-_RANKS = {"WORLD_SIZE": (r"[1-9]\d*", "2"), "RANK": (r"\d+", "0"), "LOCAL_RANK": (r"\d+", "0")}
+# What torchrun sets; empty is unset. Ranks are looped over: a number that no cluster has would never end.
+_RANKS = {"WORLD_SIZE": (r"[1-9]\d{0,5}", "2"), "RANK": (r"\d{1,6}", "0"), "LOCAL_RANK": (r"\d{1,6}", "0")}
 
 
 _LAUNCHERS = {  # as conf/hydra/launcher has them, and what they are made of
