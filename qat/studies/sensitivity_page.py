@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from qat.analysis import sensitivity as analysis
 from qat.analysis.sensitivity import MEASURES
 from qat.analysis.stats import LEVEL
-from qat.eval.evaluate import Subject
+from qat.eval.subject import Subject
 from qat.report import page
 from qat.report.plots import ACCENT, INK, PAPER, WARM, Panel, png
 from qat.report.text import interval, markdown, signed
