@@ -10,6 +10,7 @@ have any default that keeps old runs what they were, and a default never changes
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -116,9 +117,14 @@ class OptimConfig:
     moments: str = "fp32"
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes that a parameter takes, in memory and checkpoints; so does its gradient."""
+        return 2 if self.pure_bf16 else 4
+
+    @property
     def moment_bytes(self) -> int:
-        """Bytes a parameter that both moments take."""
-        return {"fp32": 8, "bf16": 4, "hif8": 3}[self.moments]
+        """Bytes a parameter that both moments take; with pure_bf16 they are as the parameter is."""
+        return {"fp32": 2 * self.weight_bytes, "bf16": 4, "hif8": 3}[self.moments]
 
 
 @dataclass
@@ -380,10 +386,13 @@ class Config:
 
     def nearest_accumulation(self, ranks: int = 1) -> int:
         """The `budget.accumulation` nearest to this one whose calls so many ranks can share evenly."""
-        wanted = self.budget.accumulation
-        calls = {n: self.calls(n) for n in range(1, wanted + ranks * self.batch_factor.denominator + 1)}
-        fitting = (n for n, count in calls.items() if count is not None and count % ranks == 0)
-        return min(fitting, key=lambda n: (abs(n - wanted), -n))
+        wanted, factor, micro = self.budget.accumulation, self.batch_factor, self.budget.micro_batch
+        # Multiples of a unit are valid, at most up to a limit: whole calls, or on one rank a part of a call.
+        whole = factor.denominator * (ranks // math.gcd(ranks, factor.numerator))
+        units = [(whole, wanted + whole)]
+        units += [(factor.denominator // math.gcd(factor.denominator, micro), int(1 / factor))] if ranks == 1 else []
+        near = [n for unit, most in units for n in range(min(wanted, most) // unit * unit, most + 1, unit)[:2] if n]
+        return min(near, key=lambda n: (abs(n - wanted), -n))
 
     @property
     def batch_factor(self) -> Fraction:

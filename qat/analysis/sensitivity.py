@@ -163,8 +163,13 @@ def choices(content: Mapping) -> list[dict]:
     return found
 
 
-def agreement(content: Mapping) -> tuple[list[int], float]:
-    """Return the blocks in the order of Model-Optimizer's scores, and Spearman's correlation with ours: KL, alone."""
+def agreement(content: Mapping) -> tuple[list[int], float | None]:
+    """Return the blocks in the order of Model-Optimizer's scores, and Spearman's correlation with ours: KL, alone.
+
+    None where there is none: of one block, or of values that are all alike.
+    """
     theirs, ours = {int(block): score for block, score in content["auto_quantize"].items()}, order(content)
-    correlation = spearmanr([ours[block] for block in theirs], list(theirs.values()))[0]
-    return sorted(theirs, key=lambda block: -theirs[block]), float(correlation)
+    pairs = [(ours[block], score) for block, score in theirs.items()]
+    varied = all(len(set(values)) > 1 for values in zip(*pairs, strict=True))
+    correlation = float(spearmanr(pairs)[0]) if varied else None
+    return sorted(theirs, key=lambda block: -theirs[block]), correlation

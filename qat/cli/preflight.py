@@ -82,7 +82,8 @@ def _disk(cfg: Config, parameters: int) -> None:
     runs = {run.id: run for run in map(Run.of, (baseline_of(cfg), cfg)) if not run.finished}
     saved = min(3, (cfg.steps - 1) // cfg.budget.checkpoint_every)
     there = sum(file.stat().st_size for run in runs.values() for file in run.checkpoints.rglob("*.safetensors"))
-    need = parameters * (max(4, (4 + cfg.optim.moment_bytes) * saved) + 4 * (len(runs) - 1)) - there
+    weight, moments = cfg.optim.weight_bytes, cfg.optim.moment_bytes
+    need = parameters * (max(weight, (weight + moments) * saved) + weight * (len(runs) - 1)) - there
     free = shutil.disk_usage(files.existing(Path(cfg.runs_dir))).free
     if need > free:
         raise UserError(

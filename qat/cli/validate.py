@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from qat import config
-from qat.config import GROUPS, ROLES, Config, QuantConfig, ValidationConfig
+from qat.cli.validate_quant import check_quant
+from qat.config import GROUPS, Config, PTQConfig, SensitivityConfig, ValidationConfig
 from qat.errors import ConfigError, nearest
 from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
@@ -35,22 +36,22 @@ def validate(cfg: Config) -> None:
         key, value = ("nodes", cfg.launch.nodes) if cfg.launch.nodes > 1 else ("sbatch", cfg.launch.sbatch)
         raise ConfigError(f"launch.{key}={value}: is for launch.launcher=slurm; leave it out")
     texts = (_check_sources, _check_validation, _check_benchmark, _check_sensitivity, _check_ptq)
-    for check in (_check_names, _check_batch, _check_warmup, _check_training, _check_quant, _check_rules, *texts):
+    for check in (_check_names, _check_batch, _check_warmup, _check_training, check_quant, _check_rules, *texts):
         check(cfg)
 
 
 # Of every key that has a fixed choice; rules and formats name themselves.
 CHOICES = config.CHOICES | {"scaling.algo": tuple(RULES), "quant.format": ("none", *FORMATS)}
 
-_INF = float("inf")
+_INF, _MANY = float("inf"), 2**31 - 1
 _RANGES = [
     ("seed", 0, 2**31 - 1),
-    ("repeat", 0, _INF),
+    ("repeat", 0, 1000),
     ("data.duplicate_workers", 1, 64),
     ("data.tokenizer_threads", 1, 256),
-    ("budget.heldout_tokens", 1, _INF),
-    ("budget.validation_tokens", 1, _INF),
-    ("data.shuffle_buffer", 1, _INF),
+    ("budget.heldout_tokens", 1, _MANY),
+    ("budget.validation_tokens", 1, _MANY),
+    ("data.shuffle_buffer", 1, _MANY),
     ("data.retry_hours", 0, _INF),
     ("optim.lr", 1e-12, 10),
     ("optim.beta1", 0, 0.9999),
@@ -59,9 +60,9 @@ _RANGES = [
     ("optim.weight_decay", 0, 10),
     ("optim.clip", 1e-12, _INF),
     ("optim.lr_warmup", 0, 1),
-    ("optim.max_skipped", 0, _INF),
+    ("optim.max_skipped", 0, _MANY),
     ("loss.distill", 0, 1),
-    ("quant.bf16_blocks", 0, _INF),
+    ("quant.bf16_blocks", 0, _MANY),
     ("quant.target_activation", 2**-22, 57344),
     ("quant.target_weight", 2**-22, 57344),
     ("quant.target_gradient", 2**-22, 57344),
@@ -70,39 +71,39 @@ _RANGES = [
     ("scaling.window", 1, 65536),
     ("scaling.alpha", 0, 1),
     ("scaling.lr", 0, _INF),
-    ("scaling.update_every", 1, _INF),
+    ("scaling.update_every", 1, _MANY),
     ("scaling.guard", 0, 15),
     ("scaling.settle", 0, 1),
     ("warmup.bf16", 0, 1),
-    ("budget.steps", 1, _INF),
-    ("budget.micro_batch", 1, _INF),
-    ("budget.accumulation", 1, _INF),
-    ("budget.seq_len", 4, _INF),
+    ("budget.steps", 1, _MANY),
+    ("budget.micro_batch", 1, 2**16),
+    ("budget.accumulation", 1, 2**20),
+    ("budget.seq_len", 4, 2**20),
     ("budget.steps_factor", 1e-6, 1),
     ("budget.batch_factor", 1e-6, 1),
-    ("budget.checkpoint_every", 1, _INF),
-    ("budget.telemetry_every", 1, _INF),
-    ("bench.rounds", 1, _INF),
-    ("sensitivity.tokens", 1, _INF),
-    ("sensitivity.questions", 0, _INF),
-    ("launch.ranks", 1, _INF),
-    ("launch.nodes", 1, _INF),
+    ("budget.checkpoint_every", 1, _MANY),
+    ("budget.telemetry_every", 1, _MANY),
+    ("bench.rounds", 1, _MANY),
+    ("sensitivity.tokens", 1, _MANY),
+    ("sensitivity.questions", 0, _MANY),
+    ("launch.ranks", 1, _MANY),
+    ("launch.nodes", 1, _MANY),
     ("budget.largest_logits", 2**16, _INF),
-    ("benchmark.batch_size", 1, _INF),
+    ("benchmark.batch_size", 1, _MANY),
 ]
 
 
 # Variables whose bad values libraries ignore or answer at length: what they must look like, and an example.
 _VARIABLES = {
-    "OMP_NUM_THREADS": (r"[1-9]\d*(,[1-9]\d*)*", "2"),
-    "NUMBA_NUM_THREADS": (r"[1-9]\d*", "2"),
+    "OMP_NUM_THREADS": (r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", "2"),
+    "NUMBA_NUM_THREADS": (r"[1-9]\d{0,3}", "2"),
     "NUMBA_DISABLE_JIT": (r"0", "0"),  # the kernels are nothing without
     "CUDA_VISIBLE_DEVICES": (r"(-?\d+|(GPU|MIG)-[\w/-]+)(,(-?\d+|(GPU|MIG)-[\w/-]+))*", "0,1"),
     "HIF8_ARITHMETIC": (r"auto|bf16|fp32", "bf16"),
     "WANDB_MODE": (r"online|offline|disabled|shared|dryrun|run", "offline"),
 }
-# What torchrun sets; empty is unset.
-_RANKS = {"WORLD_SIZE": (r"[1-9]\d*", "2"), "RANK": (r"\d+", "0"), "LOCAL_RANK": (r"\d+", "0")}
+# What torchrun sets; empty is unset. Ranks are looped over: a number that no cluster has would never end.
+_RANKS = {"WORLD_SIZE": (r"[1-9]\d{0,5}", "2"), "RANK": (r"\d{1,6}", "0"), "LOCAL_RANK": (r"\d{1,6}", "0")}
 
 
 _LAUNCHERS = {  # as conf/hydra/launcher has them, and what they are made of
@@ -192,6 +193,8 @@ def _check_warmup(cfg: Config) -> None:
             f"optim.lr_warmup={cfg.optim.lr_warmup:g}: the learning rate would never leave its warmup; the largest "
             f"valid share is {(cfg.steps - 1) / cfg.steps:.4g}"
         )
+    if cfg.optim.lr_from_zero and not cfg.lr_warmup_steps:
+        raise ConfigError("optim.lr_from_zero=true: optim.lr_warmup=0 has no first step; set optim.lr_from_zero=false")
 
 
 def _check_training(cfg: Config) -> None:
@@ -213,80 +216,6 @@ def _check_training(cfg: Config) -> None:
         )
 
 
-def _check_quant(cfg: Config) -> None:
-    if not cfg.quantized:
-        return
-    q, blocks = cfg.quant, cfg.model.blocks
-    if blocks is not None and q.bf16_blocks >= blocks:
-        raise ConfigError(
-            f"quant.bf16_blocks={q.bf16_blocks}: {cfg.model.name} has {blocks} blocks, so nothing would be quantized; "
-            f"the largest valid value is {blocks - 1}"
-        )
-    if not q.scope:
-        raise ConfigError(
-            "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj], or use quant=bf16"
-        )
-    if not (q.weights or q.activations or q.gradients):
-        raise ConfigError(
-            "quant.weights=false: activations and gradients are off too; switch one on, or use quant=bf16"
-        )
-    for role in ROLES:
-        target, largest = getattr(q, f"target_{role}"), FORMATS[q.format].largest
-        if target > largest:  # it could never be reached
-            raise ConfigError(
-                f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
-                f"{largest:g}"
-            )
-    if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
-        fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
-        raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
-    if q.rounding == "hybrid" and q.overflow == "clip" and q.target_gradient > 16:  # up to there it is to nearest
-        raise ConfigError("quant.rounding=hybrid: rounds values past the clip again; set quant.overflow=saturate")
-    if q.bf16_also != sorted(set(q.bf16_also)):
-        raise ConfigError(f"quant.bf16_also={q.bf16_also}: name blocks once and in order: {sorted(set(q.bf16_also))}")
-    _check_cage(cfg)
-    _check_learning(cfg)
-    _check_fp8(cfg)
-    if cfg.scaling.algo == "exp_smooth" and cfg.scaling.window < 2:
-        raise ConfigError(
-            f"scaling.window={cfg.scaling.window}: exp_smooth averages two entries; the smallest valid value is 2"
-        )
-
-
-def _check_cage(cfg: Config) -> None:
-    q = cfg.quant
-    if not q.cage and q.cage_silent != QuantConfig.cage_silent:
-        raise ConfigError(f"quant.cage_silent={q.cage_silent:g}: has no effect without CAGE; set estimator=cage")
-    if q.cage and not cfg.optim.master_weights:
-        raise ConfigError(
-            f"quant.cage={q.cage:g}: draws weights by less than BF16 can hold; set optim.master_weights=true"
-        )
-    if q.cage and not q.weights:
-        raise ConfigError(f"quant.cage={q.cage:g}: weights are not rounded (quant.weights=false); set quant.cage=0")
-    if q.cage and cfg.cage_silent_steps >= cfg.steps:
-        raise ConfigError(
-            f"quant.cage_silent={q.cage_silent:g}: CAGE would be silent in all {cfg.steps} steps; the largest valid "
-            f"share is {(cfg.steps - 1) / cfg.steps:.4g}"
-        )
-
-
-def _check_learning(cfg: Config) -> None:
-    if not RULES[cfg.scaling.algo].learns:
-        return
-    q, algo = cfg.quant, cfg.scaling.algo
-    if cfg.scaling.update_every > 1:
-        raise ConfigError(
-            f"scaling.update_every={cfg.scaling.update_every}: scaling={algo} learns every step; set "
-            f"scaling.update_every=1"
-        )
-    if q.overflow == "inf":
-        raise ConfigError(f"quant.overflow=inf: scaling={algo} learns where to clip; set quant.overflow=clip")
-    if not (q.weights or q.activations):
-        raise ConfigError(
-            f"scaling={algo}: learns no scale of gradients, and they alone are rounded; set quant.weights=true"
-        )
-
-
 def _check_rules(cfg: Config) -> None:
     ranges = {key.removeprefix("scaling."): ends for key, *ends in _RANGES if key.startswith("scaling.")}
     shadow = cfg.scaling.shadow
@@ -296,44 +225,13 @@ def _check_rules(cfg: Config) -> None:
                 low, high = ranges.get(field, (value, value))
                 if not low <= value <= high:
                     raise ConfigError(f"{key}={name}: {field} must lie in [{low}, {high}]")
+    if not cfg.replay.rules:
+        raise ConfigError("replay.rules=[]: nothing to replay; name rules as in [most_recent,max:64]")
     if len(set(shadow)) < len(shadow):
         raise ConfigError(f"scaling.shadow={shadow}: names a rule twice; name each once")
     for key, value in (("budget.parallel", "fsdp"), ("scaling.tick", "call"), ("scaling.sync", "none")):
         if shadow and attrgetter(key)(cfg) == value:  # gradients in shards; amaxes that are not those of the trace
             raise ConfigError(f"scaling.shadow={shadow}: cannot be tried with {key}={value}; leave one of them out")
-
-
-def _check_fp8(cfg: Config) -> None:
-    """quant.gemm=fp8 carries clipped HiF8 values as 16 times themselves in E4M3 (`qat.quant.matmul`)."""
-    q = cfg.quant
-    if q.gemm != "fp8":
-        return
-    if q.format != "hif8" or q.operands != "exact":
-        key = "format" if q.format != "hif8" else "operands"
-        raise ConfigError(
-            f"quant.gemm=fp8: with quant.{key}={getattr(q, key)} there is no exact E4M3 form; set quant.gemm=bf16"
-        )
-    if q.overflow != "clip":
-        raise ConfigError(
-            f"quant.gemm=fp8: quant.overflow={q.overflow} lets values through that E4M3 cannot hold; set "
-            f"quant.overflow=clip"
-        )
-    if not (q.weights and q.activations and q.gradients):
-        raise ConfigError(
-            "quant.gemm=fp8: a role that is not quantized has no 8-bit operands; set quant.gemm=bf16 or quantize all"
-        )
-    rows = cfg.batch[0] * cfg.budget.seq_len
-    if rows % 16:
-        raise ConfigError(
-            f"budget.seq_len={cfg.budget.seq_len}: quant.gemm=fp8 takes micro-batches of a multiple of 16 tokens, not "
-            f"{rows}; the nearest valid value is {16 * max(1, round(cfg.budget.seq_len / 16))}"
-        )
-    for role in ROLES:
-        if getattr(q, f"target_{role}") > 15:
-            raise ConfigError(
-                f"quant.target_{role}={getattr(q, f'target_{role}'):g}: quant.gemm=fp8 holds values up to 15; the "
-                f"nearest valid value is 15"
-            )
 
 
 def _check_sources(cfg: Config) -> None:
@@ -391,6 +289,13 @@ def _check_sensitivity(cfg: Config) -> None:
                 raise ConfigError(f"sensitivity.{key}={value}: unknown value; {nearest(value, choices)}")
     if not asked.groups or len(set(asked.groups)) < len(asked.groups):
         raise ConfigError(f"sensitivity.groups={asked.groups}: must be some of {', '.join(GROUPS)}, once each")
+    for key in ("questions", "task") if not (asked.questions and {"role", "block"} & set(asked.groups)) else ():
+        value = getattr(asked, key)
+        if value and value != getattr(SensitivityConfig, key):
+            raise ConfigError(
+                f"sensitivity.{key}={value}: no question is asked with sensitivity.questions=0, or without role and "
+                f"block in sensitivity.groups; leave it out"
+            )
 
 
 def _check_ptq(cfg: Config) -> None:
@@ -404,6 +309,9 @@ def _check_ptq(cfg: Config) -> None:
             f"ptq.rungs=[{','.join(ptq.rungs)}]: must be different rows, one of them max, which the others are "
             f"compared with"
         )
-    for key, value, low in (("sequences", ptq.sequences, 1), ("tokens", ptq.tokens, 4)):
-        if value is not None and value < low:
-            raise ConfigError(f"ptq.{key}={value}: the nearest valid value is {low}")
+    for name in ptq.questions:
+        if name not in ptq.rungs and ptq.questions != PTQConfig().questions:
+            raise ConfigError(f"ptq.questions={name}: is no row of ptq.rungs; {nearest(name, ptq.rungs)}")
+    for key, value, low, high in (("sequences", ptq.sequences, 1, 2**16), ("tokens", ptq.tokens, 4, 2**20)):
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"ptq.{key}={value}: the nearest valid value is {low if value < low else high}")

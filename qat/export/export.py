@@ -7,7 +7,7 @@
     SHA256SUMS          checksums of the safetensors
     and generation_config.json and the tokenizer's files
 
-The loaded model equals the one that W8A8 evaluation scored (`qat.eval.evaluate.Subject`), bit for bit.
+The loaded model equals the one that W8A8 evaluation scored (`qat.eval.subject.Subject`), bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qat.config import CHOICES, Config
 from qat.errors import ConfigError, UserError, nearest
-from qat.eval.evaluate import Subject
+from qat.eval.subject import Subject
 from qat.export import hf_quantizer, model_card
 from qat.export.hf_quantizer import CodesConfig
 from qat.quant.convert import quantized_linears

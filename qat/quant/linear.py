@@ -51,17 +51,29 @@ class Quantizer:
         if self.observer is not None:
             self.observer(self.index, x, scale, self.rounding)
         masked = c.ste == "masked" and not self.bank.learns  # then `_LearnScale` masks, after it has read the gradient
-        mask = (x.float() * scale).abs() <= self.target * TOLERANCE if masked else None
+        mask = ~self.clipped(x.float() * scale) if masked else None
         return Rounded(None if output == "e4m3" else values, None if output == "values" else codes, scale, mask)
+
+    def clipped(self, v: torch.Tensor) -> torch.Tensor:
+        """Return where scaled values are clipped, bool in their shape: there `quant.ste=masked` stops gradients.
+
+        With quant.overflow=clip beyond the target; with saturate beyond the format's largest value. With inf nothing is
+        clipped, and masking is refused (`qat.cli.validate`).
+        """
+        c = self.cfg
+        return v.abs() > TOLERANCE * (self.target if c.overflow == "clip" else FORMATS[c.format].largest)
 
     def record(self, x: torch.Tensor) -> None:
         """Record the amax of `x` without rounding it."""
         if self.enabled:
             dispatch.record_amax(x.detach(), self.bank.amax_slot(self.index))
 
-    def learn(self, x: torch.Tensor, features: int) -> torch.Tensor:
-        """Return `x`, whose gradient also tells how its scale should change. features: N in LSQ's gradient factor."""
-        return _LearnScale.apply(x, self, (features * self.target) ** -0.5) if self.enabled else x
+    def learn(self, x: torch.Tensor, dtype: torch.dtype, features: int) -> torch.Tensor:
+        """Return `x`, whose gradient also tells how its scale should change.
+
+        dtype: in which `x` is rounded. features: N in LSQ's gradient factor.
+        """
+        return _LearnScale.apply(x, self, dtype, (features * self.target) ** -0.5) if self.enabled else x
 
 
 class Input:
@@ -127,21 +139,21 @@ class _LearnScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, quantizer, factor):
+    def forward(ctx, x, quantizer, dtype, factor):
         ctx.save_for_backward(x)
-        ctx.quantizer, ctx.factor = quantizer, factor
+        ctx.quantizer, ctx.dtype, ctx.factor = quantizer, dtype, factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        (x,), q, bank = ctx.saved_tensors, ctx.quantizer, ctx.quantizer.bank
+        q, bank, x = ctx.quantizer, ctx.quantizer.bank, ctx.saved_tensors[0].to(ctx.dtype)
         scale = bank.scale_of(q.index, x)
         rounded, _ = dispatch.quantize(x, scale, None, q.cfg.format, q.cfg.overflow, q.target, "values")
         v = x.float() * scale
-        beyond = v.abs() > TOLERANCE * (q.target if q.cfg.overflow == "clip" else FORMATS[q.cfg.format].largest)
-        change = torch.where(beyond, rounded.float(), rounded.float() - v)
+        clipped = q.clipped(v)
+        change = torch.where(clipped, rounded.float(), rounded.float() - v)
         bank.slopes[q.index].add_(ctx.factor * (gradient.float() * change).sum())
-        return gradient.masked_fill(beyond, 0) if q.cfg.ste == "masked" else gradient, None, None
+        return gradient.masked_fill(clipped, 0) if q.cfg.ste == "masked" else gradient, None, None, None
 
 
 class _Record(torch.autograd.Function):
@@ -186,8 +198,8 @@ class QuantizedLinear(nn.Linear):
         rounded = (*self.input(x, dtype), *weight)
         x, w = x.to(dtype), self.weight
         if self.bank.learns:
-            x = self.quantizers["activation"].learn(x, self.in_features)
-            w = self.quantizers["weight"].learn(w, w.numel())
+            x = self.quantizers["activation"].learn(x, dtype, self.in_features)
+            w = self.quantizers["weight"].learn(w, dtype, w.numel())
         y = _QuantizedMatmul.apply(x, w, self.matmul, self.quantizers["gradient"], *rounded)
         return y if self.bias is None else y + self.bias.to(dtype)
 

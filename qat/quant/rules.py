@@ -65,6 +65,8 @@ def split(name: str, key: str) -> tuple[str | None, ...]:
         raise ConfigError(f"{key}={name}: unknown rule; {nearest(parts[1], RULES)}")
     if RULES[parts[1]].learns:
         raise ConfigError(f"{key}={name}: {parts[1]} learns from gradients, and amaxes do not tell what; leave it out")
+    if parts[1] == "current" and parts[3]:
+        raise ConfigError(f"{key}={name}: current scales by the amax itself, and holds none; leave out /{parts[3]}")
     return parts.groups()
 
 

@@ -51,6 +51,8 @@ def identity(cfg: Config) -> dict:
         parts["loss"] = loss
     if cfg.quantized:
         parts["quant"] = _changed(cfg.quant)
+        if cfg.scaling.algo == "current":  # by its own amax no value is clipped, and masked
+            parts["quant"].pop("ste", None)
         parts["scaling"] = _effective_scaling(cfg)
         parts["bf16_warmup_steps"] = cfg.bf16_warmup_steps
     return parts

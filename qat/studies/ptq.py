@@ -25,7 +25,8 @@ from qat.analysis.decisions import correct
 from qat.analysis.results import EvalResult, Match
 from qat.config import Config
 from qat.errors import ConfigError
-from qat.eval.evaluate import Subject, reference_of, rung_of
+from qat.eval.evaluate import reference_of, rung_of
+from qat.eval.subject import Subject
 from qat.quant.ptq import METHODS, rung
 from qat.studies.contrasts import Claim, Response, Statement
 from qat.studies.design import Compose, refuse

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from qat.analysis.decisions import DECISIONS
 from qat.analysis.measures import MEASURES
-from qat.eval.evaluate import calibration_size
+from qat.eval.subject import calibration_size
 from qat.quant.ptq import METHODS, rung
 from qat.report.page import Figures, html
 from qat.report.plots import ACCENT, BASE, INK, MUTED, RULE, Panel, png

@@ -30,7 +30,7 @@ from qat.config import BenchmarkConfig, Config, QuantConfig, TaskConfig
 from qat.data import heldout
 from qat.errors import ConfigError, UserError
 from qat.eval import arithmetic, benchmarks
-from qat.eval.evaluate import Subject, calibration_text
+from qat.eval.subject import Subject, calibration_text
 from qat.models.blocks import recorded, replayed
 from qat.models.load import context_length, transformer_blocks
 from qat.quant.convert import quantized_linears

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from qat.analysis import sensitivity as analysis
 from qat.analysis.sensitivity import MEASURES
 from qat.analysis.stats import LEVEL
-from qat.eval.evaluate import Subject
+from qat.eval.subject import Subject
 from qat.report import page
 from qat.report.plots import ACCENT, INK, PAPER, WARM, Panel, png
 from qat.report.text import interval, markdown, signed
@@ -184,10 +184,11 @@ def _agreement(content: Mapping) -> str:
     if isinstance(scores, str):
         return f"NVIDIA Model-Optimizer's `auto_quantize` gives no scores here ({scores})."
     order, correlation = analysis.agreement(content)
+    rank = "no rank correlation" if correlation is None else f"a rank correlation of {correlation:.2f}"
     return (
         f"NVIDIA Model-Optimizer's `auto_quantize` (gradient score, max calibration, on the same text) puts the blocks "
-        f"in the order {', '.join(map(str, order))}. Its scores and the KL of a block rounded alone have a rank "
-        f"correlation of {correlation:.2f} (Spearman, {len(order)} blocks)."
+        f"in the order {', '.join(map(str, order))}. Its scores and the KL of a block rounded alone have {rank} "
+        f"(Spearman, {len(order)} block{'s' * (len(order) > 1)})."
     )
 
 

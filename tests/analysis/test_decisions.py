@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qat.analysis.decisions import decide
+from qat.analysis.decisions import correct, decide
 from qat.analysis.stats import paired_mean
 
 
@@ -24,6 +24,25 @@ from qat.analysis.stats import paired_mean
 def test_every_word_has_its_case(difference, interval, detectable, can_move, word):
     """The margin is 1."""
     assert decide(difference, interval, 1.0, detectable, can_move) == word
+
+
+def test_a_family_is_corrected_by_holms_steps():
+    """By hand: 4 * 0.01 = 0.04 and 3 * 0.015 = 0.045 hold at 0.05; 2 * 0.03 = 0.06 does not, and so neither does 0.04.
+
+    What is powerless, or has no p-value, is no test and makes the family no larger.
+    """
+    words = {0.03: "gain", 0.01: "harm", 0.04: "harm", 0.015: "gain"}
+    family = [{"p_value": p, "decision": word} for p, word in words.items()]
+    others = [{"p_value": 0.001, "decision": "powerless"}, {"p_value": None, "decision": "harm"}]
+    rows = [*family, *others]
+    correct(rows)
+    assert [row["decision"] for row in rows] == ["undecided", "harm", "undecided", "gain", "powerless", "harm"]
+    rows = [{"p_value": 0.02, "word": "harm"}, {"p_value": 0.9, "word": "equivalent"}]
+    correct(rows, "word")
+    assert [row["word"] for row in rows] == ["harm", "equivalent"]
+    rows += [{"p_value": 0.9, "word": "equivalent"}]  # another test: 3 * 0.02
+    correct(rows, "word")
+    assert [row["word"] for row in rows] == ["undecided", "equivalent", "equivalent"]
 
 
 RIGHT = {0.0: {"equivalent", "undecided", "powerless"}, 0.5: {"equivalent", "undecided", "powerless", "harm"}}

@@ -116,3 +116,16 @@ def test_harm_of_a_choice_holds_after_holms_correction():
         measured["measured"]["kept"] = {"speeches": {"a": unit}}
         decisions.append([row["loss"]["decision"] for row in analysis.choices(measured) if row["loss"]])
     assert decisions == [["harm"] * 2, ["harm", *["undecided"] * 3]]
+
+
+def test_ranks_agree_only_where_there_are_ranks():
+    measured = content()
+    for scores, correlation in (
+        ({"4": 5.0, "6": 2.0}, 1.0),
+        ({"4": 2.0, "6": 5.0}, -1.0),
+        ({"4": 5.0}, None),
+        ({"4": 5.0, "6": 5.0}, None),
+    ):
+        blocks, found = analysis.agreement(measured | {"auto_quantize": scores})
+        assert [str(block) for block in blocks] == sorted(scores, key=scores.get, reverse=True)
+        assert found == (correlation and pytest.approx(correlation))

@@ -80,6 +80,7 @@ def test_every_option_of_every_group_composes_and_validates():
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
         words += ["data.label_shift=once"] if "loss=distill" in words else []
         words += ["scaling.update_every=1", "quant.overflow=clip"] if "scaling=lsq" in words else []
+        words += ["quant.overflow=clip"] if "estimator=masked" in words else []
         cfg = entry.typed_config(composed(*words))
         named = {"model": cfg.model.name, "data": cfg.data.name, "budget": cfg.budget.name}
         named |= {"benchmark": cfg.benchmark.name, "logger": cfg.logger.name, "protocol": cfg.protocol}
@@ -252,12 +253,18 @@ def test_an_experiments_own_sweep_is_expanded():
 
 # Found in the composed configuration, which spares composing one for each: (words, what the line must hold).
 VALUES = [
-    ("repeat=-1", "repeat=-1: must lie in [0, inf]; the nearest valid value is 0"),
+    ("repeat=-1", "repeat=-1: must lie in [0, 1000]; the nearest valid value is 0"),
     ("seed=9999999999", "the nearest valid value is 2147483647"),
+    ("budget.steps=99999999999", "must lie in [1, 2147483647]; the nearest valid value is 2147483647"),
+    ("budget.micro_batch=99999999999", "must lie in [1, 65536]; the nearest valid value is 65536"),
+    ("budget.accumulation=99999999999", "must lie in [1, 1048576]; the nearest valid value is 1048576"),
+    ("budget.heldout_tokens=99999999999999999999", "must lie in [1, 2147483647]; the nearest valid value is"),
+    ("repeat=99999999999", "must lie in [0, 1000]; the nearest valid value is 1000"),
+    ("ptq.sequences=99999999999", "ptq.sequences=99999999999: the nearest valid value is 65536"),
     ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
     ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
     ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
-    ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, inf]; the nearest valid value is 4"),
+    ("budget.seq_len=3", "budget.seq_len=3: must lie in [4, 1048576]; the nearest valid value is 4"),
     ("quant.overflow=clamp", "quant.overflow=clamp: unknown value; did you mean 'clip'?"),
     ("validation.source=web", "validation.source=web: unknown value; choose one of package, hub, files"),
     ("validation.path=null", "validation.source=package needs a path, as in validation=wikipedia"),
@@ -324,6 +331,15 @@ VALUES = [
         "budget.steps=30 optim.lr_warmup=1",
         "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
     ),
+    ("scaling.lr=0.2", "scaling.lr=0.2: scaling=max learns no scale; set scaling=lsq, or leave it out"),
+    ("quant.ste=masked quant.overflow=inf", "quant.ste=masked: stops the gradients of what is clipped, and quant.over"),
+    ("quant.ste=masked quant.weights=false quant.activations=false", "no weight or input of a linear is rounded; set"),
+    ("optim.lr_from_zero=true optim.lr_warmup=0", "optim.lr_warmup=0 has no first step; set optim.lr_from_zero=false"),
+    ("scaling.shadow=[current/10]", "scaling.shadow=current/10: current scales by the amax itself, and holds none"),
+    ("replay.rules=[]", "replay.rules=[]: nothing to replay; name rules as in [most_recent,max:64]"),
+    ("ptq.questions=[smoothquant]", "ptq.questions=smoothquant: is no row of ptq.rungs; did you mean 'smoothquant:0."),
+    ("sensitivity.task=hellaswag sensitivity.questions=0", "sensitivity.task=hellaswag: no question is asked with"),
+    ("sensitivity.questions=9 sensitivity.groups=[linear]", "sensitivity.questions=9: no question is asked with"),
     ("seeds=[0,0]", "seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
     ("seeds=[0,-1]", "seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
     ("launch.launcher=local", "launch.launcher=local: unknown value; choose one of basic, slurm"),
@@ -374,3 +390,18 @@ def test_the_batch_that_a_mistake_is_answered_with_is_valid(factor):
             validate(cfg)
         sequences = cfg.budget.micro_batch * cfg.budget.accumulation * factor
         assert cfg.batch[0] <= micro and cfg.batch[0] * cfg.batch[1] == pytest.approx(sequences)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 0.3, 0.123456])
+def test_the_nearest_accumulation_is_found_at_once(factor):
+    """It is the one that trying all of them finds, and absurd numbers do not keep it waiting."""
+    cfg = entry.typed_config(composed())
+    cfg.budget.batch_factor = factor
+    for micro, wanted, ranks in itertools.product((1, 2, 6), (1, 4, 7, 50), (1, 2, 3)):
+        cfg.budget.micro_batch, cfg.budget.accumulation = micro, wanted
+        tried = range(1, wanted + ranks * cfg.batch_factor.denominator + 1) if factor > 0.2 else ()
+        fitting = [n for n in tried if (calls := cfg.calls(n)) is not None and calls % ranks == 0]
+        nearest = cfg.nearest_accumulation(ranks)
+        assert cfg.calls(nearest) % ranks == 0
+        assert not fitting or nearest == min(fitting, key=lambda n: (abs(n - wanted), -n))
+    assert cfg.calls(cfg.nearest_accumulation(99_999_999_999)) % 99_999_999_999 == 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from qat.cli import preflight, runner
-from qat.errors import ConfigError
+from qat.errors import ConfigError, UserError
 from qat.eval import benchmarks
 from qat.runs.folder import Run
 
@@ -95,3 +96,15 @@ def test_what_can_be_trained_has_no_problems_and_a_finished_run_is_not_looked_at
     runner.train_with_baseline(cfg)
     monkeypatch.setattr(preflight, "problems", lambda *_: pytest.fail("a finished run needs nothing"))
     runner.train_with_baseline(cfg)
+
+
+def test_a_run_in_pure_bf16_needs_half_the_disk(config, monkeypatch):
+    words = {"optim.master_weights": False, "budget.arithmetic": "bf16", "budget.checkpoint_every": 1}
+    needs = {}
+    for pure in (False, True):
+        cfg = config("experiment=exp8", **words, **{"optim.pure_bf16": pure})
+        full_disk(monkeypatch, None)
+        with pytest.raises(UserError, match="the checkpoints take") as caught:
+            preflight._disk(cfg, parameters=10**9)
+        needs[pure] = float(re.search(r"take ([\d.]+) GB", str(caught.value))[1])
+    assert needs == {False: 3 * 12 + 4, True: 3 * 6 + 2}

@@ -16,6 +16,7 @@ from qat.cli.runner import evaluate_and_compare as score
 from qat.data.heldout import load_heldout
 from qat.errors import UserError
 from qat.eval import arithmetic, evaluate
+from qat.eval.subject import Subject, calibration_batches
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears
 from qat.quant.linear import Quantizer
@@ -133,7 +134,7 @@ def test_the_control_is_a_damage_that_is_seen(scored, tmp_path):
     assert rows["embedded", "control"]["kl"] > 10 * rows["embedded", "w8a8"]["kl"]
     assert comparison["measures"] and {row["mode"] for row in comparison["measures"]} == set(compare.MODES)
     assert baseline.evaluations()["smoke"]["control"]["weights"] == [baseline.fingerprint] * 2
-    model, _ = evaluate.Subject(baseline_of(cfg), baseline, "control").build()
+    model, _ = Subject(baseline_of(cfg), baseline, "control").build()
     weight = model.get_decoder().layers[0].mlp.up_proj.weight.float()
     levels = weight / weight.abs().amax(1, keepdim=True) * 7
     assert (levels - levels.round()).abs().max() < 0.05 and len(levels.round().unique()) == 15
@@ -170,7 +171,7 @@ def test_the_losses_under_calibrated_scales_are_those_of_the_runs_own_weights(sc
     bank, _ = convert(model, identity.ptq_of(cfg))
     tokens, _, _ = load_heldout(cfg.data, tokenizer, 256)
     with torch.no_grad(), as_scored(cfg):
-        calibrate(model, bank, evaluate.calibration_batches(identity.ptq_of(cfg), tokenizer))
+        calibrate(model, bank, calibration_batches(identity.ptq_of(cfg), tokenizer))
         bank.freeze()
         logits = model(input_ids=tokens[:, :-1]).logits.float()
     record = Run.of(cfg).evaluations()["smoke"]["w8a8"]

@@ -20,7 +20,7 @@ from qat.cli import runner
 from qat.config import TaskConfig
 from qat.errors import UserError
 from qat.eval import benchmarks
-from qat.eval.evaluate import Subject
+from qat.eval.subject import Subject
 from qat.export import export as exporting
 from qat.export import hf_quantizer, model_card
 from qat.export.export import export, load_export

@@ -8,7 +8,7 @@ from pathlib import Path
 from qat.cli import runner
 from qat.cli.runner import evaluate_and_compare as score
 from qat.config import TaskConfig
-from qat.eval.evaluate import Subject
+from qat.eval.subject import Subject
 from qat.runs import identity
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of, ptq_mode

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qat.data import packing
-from qat.eval.evaluate import CALIBRATION_SEQUENCES, calibration_batches
+from qat.eval.subject import CALIBRATION_SEQUENCES, calibration_batches
 from qat.models.load import load_model
 from qat.quant.calibrate import calibrate
 from qat.quant.convert import convert, quantized_linears

@@ -75,6 +75,26 @@ def test_it_is_nearly_unbiased_where_rounding_to_nearest_is_not(low, step):
     assert abs(hybrid) < 4 * 0.5 / math.sqrt(len(x))  # four standard errors at most
 
 
+def test_bf16_values_round_away_under_a_scale_that_is_a_power_of_two():
+    """Their last bits are zero then. With a target that BF16 does not hold no amax makes such a scale."""
+    x = (1 + torch.arange(128) / 128).bfloat16()
+
+    def biases(target: float) -> torch.Tensor:
+        """Mean errors of values beyond 16, in steps of HiF8, for every mantissa of the amax."""
+        means = []
+        for amax in x.float():
+            scale = 32 * target / amax / 2.0 ** math.floor(math.log2(target))  # 16 to 64
+            values, _ = dispatch.quantize(x, scale, None, "hif8", "saturate", target, "values", "hybrid")
+            scaled = x.float() * scale
+            step = torch.exp2(scaled.log2().floor() - 2)
+            means.append(((values.float() - scaled) / step).mean())
+        return torch.stack(means)
+
+    of_224 = biases(224.0)
+    assert of_224[96] > 0.5  # 1.75: 224 / 1.75 = 2^7, and all values round away
+    assert of_224.mean().abs() < 0.04 and biases(223.9).abs().max() < 0.2
+
+
 def test_kernels_and_statistics_round_by_it():
     x, scale = random_values(), torch.tensor(0.37)
     expected = FORMATS["hif8"].quantize(x * scale, "clip", 224.0, "hybrid")

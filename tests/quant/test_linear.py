@@ -8,7 +8,7 @@ from torch import nn
 
 from qat.config import Config, QuantConfig, ScalingConfig
 from qat.quant.convert import convert, quantized_linears
-from qat.quant.formats import FORMATS, to_e4m3
+from qat.quant.formats import FORMATS, TOLERANCE, to_e4m3
 from qat.quant.kernels import dispatch
 from qat.quant.linear import draw_to_grid, forget_rounded_weights, round_weights
 from qat.quant.matmul import Matmul, Rounded
@@ -201,6 +201,32 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     assert torch.equal(results["masked"][~beyond], results["pass_through"][~beyond])
     assert not results["masked"][beyond].any()
     assert results["pass_through"][beyond].all()
+
+
+@pytest.mark.parametrize("overflow", ["clip", "saturate"])
+def test_every_rule_masks_what_is_clipped_and_nothing_in_the_first_step(overflow, arithmetic):
+    """Values past the target are not clipped by saturate, and a weight may come to the target by being cast to BF16."""
+    limit, masked = {"clip": 15.0, "saturate": 2.0**15}[overflow], {}
+    for algo in ("most_recent", "lsq"):
+        (x, upstream), (linear, bank) = data(), single(algo=algo, ste="masked", overflow=overflow, gradients=False)
+        x, w = (100 * x.detach()).requires_grad_(), linear.weight
+        with torch.no_grad():
+            w[0, 0] = 0.2 * (1 + 2**-10)
+        backward(linear, x, upstream)
+        assert x.grad.all() and w.grad.all()
+        bank.tick()
+        bank.begin_step(2, 1)
+        cast = w.detach().bfloat16() if arithmetic == "bf16" else w.detach()
+        scales = {"activation": limit / (0.5 * x.detach().abs().max()), "weight": limit / cast[0, 0].float()}
+        for role, scale in scales.items():
+            bank.scales[bank.names.index(f"layers.0.mlp.up_proj/{role}")].fill_(scale)
+        x.grad = w.grad = None
+        backward(linear, x, upstream)
+        for tensor, values, scale in ((x, x, scales["activation"]), (w, cast, scales["weight"])):
+            beyond = (values.detach() * scale).abs() > limit * TOLERANCE
+            assert beyond.any() and not tensor.grad[beyond].any() and tensor.grad[~beyond].all()
+        masked[algo] = x.grad, w.grad
+    assert all(map(torch.equal, *masked.values()))
 
 
 @pytest.mark.parametrize("ste", ["pass_through", "masked"])

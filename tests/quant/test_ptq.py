@@ -13,7 +13,7 @@ from torch import nn
 from qat.config import Config, QuantConfig
 from qat.errors import ConfigError
 from qat.eval import arithmetic
-from qat.eval.evaluate import calibration_batches
+from qat.eval.subject import calibration_batches
 from qat.models.load import load_model
 from qat.quant import hif8
 from qat.quant.calibrate import Around, prepare

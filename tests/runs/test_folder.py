@@ -117,7 +117,7 @@ HUB = {"data.source": "hub"}
         ({"scaling.algo": "current"}, "scaling.alpha", (0.5, 0.9), False),
         ({"scaling.algo": "most_recent"}, "scaling.alpha", (0.5, 0.9), False),
         ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
-        ({"scaling.algo": "exp_smooth"}, "scaling.lr", (0.1, 0.2), False),
+        ({"scaling.algo": "current"}, "quant.ste", ("pass_through", "masked"), False),
         ({"scaling.algo": "lsq"}, "scaling.lr", (0.1, 0.2), True),
         ({"warmup.bf16": 0.0}, "scaling.discard_after_warmup", (True, False), False),
         ({"warmup.bf16": 0.5}, "scaling.discard_after_warmup", (True, False), True),

@@ -16,7 +16,7 @@ from qat.quant.convert import convert, quantized_linears
 from qat.report import record
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
-from qat.studies import auto_quantize, sensitivity
+from qat.studies import auto_quantize, sensitivity, sensitivity_page
 from qat.studies.sensitivity import Group, Switchboard, groups
 from tests.helpers.scored import subjects
 
@@ -171,6 +171,13 @@ def test_model_optimizer_is_asked_again_until_it_has_scores(board, scored, tmp_p
     for known in ("ValueError: not this model", {"3": 1.0}, {"3": 1.0}):
         study._check_choices(board, [], [])
         assert study.content["auto_quantize"] == known
+
+
+def test_a_single_block_has_no_rank_correlation():
+    unit = {"documents": [0, 1], "unquantized": {"kl": [0.0, 0.0]}, "alone": {"4/weight": {"kl": [0.1, 0.2]}}}
+    content = {"measured": {"block": {"text": {"unit": unit}}}, "auto_quantize": {"4": 1.0}}
+    text = sensitivity_page._agreement(content)
+    assert text.endswith("the KL of a block rounded alone have no rank correlation (Spearman, 1 block).")
 
 
 @pytest.mark.parametrize("tokens", [128, 512, 200_000])

@@ -62,10 +62,12 @@ def planned(cfg: Config, ranks: int = 1, on_gpus: bool = False) -> dict[str, flo
         (ALL, []),
         (ALL, ["scaling=lsq"]),
         (ALL, ["loss=distill", "optim.moments=hif8"]),
+        (ALL, ["optim.pure_bf16=true", "optim.master_weights=false", "budget.arithmetic=bf16"]),
     ],
-    ids=["bf16", "mlp", "all", "learned", "distilled"],
+    ids=["bf16", "mlp", "all", "learned", "distilled", "pure BF16"],
 )
 def test_a_step_without_data_allocates_what_a_real_one_does(arithmetic, scope, words, config):
+    arithmetic = "bf16" if "budget.arithmetic=bf16" in words else arithmetic
     sizes = {"budget.micro_batch": 4, "budget.accumulation": 1, "budget.arithmetic": arithmetic}
     cfg = config(*words, **sizes, **{"model.architecture": SMALL})
     cfg.quant.scope, cfg.quant.bf16_blocks = scope or [], 2
@@ -77,8 +79,13 @@ def test_a_step_without_data_allocates_what_a_real_one_does(arithmetic, scope, w
     with memory.Allocations(lambda: 0) as allocations:
         trainer.step(cfg.steps, batches)
     parts = planned(cfg)
-    passes = parts["activations and logits"] + parts.get("gradients, FP32", 0)
+    kind = "BF16" if cfg.optim.pure_bf16 else "FP32"
+    passes = parts["activations and logits"] + parts.get(f"gradients, {kind}", 0)
     assert passes == pytest.approx(allocations.peak, rel=0.02)
+    parameters, states = list(model.parameters()), trainer.optimizer.state.values()
+    assert sum(p.nbytes for p in parameters) == parts[f"parameters, {kind}"]
+    moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+    assert moments == next(size for part, size in parts.items() if part.startswith("Adam moments"))
 
 
 @pytest.mark.parametrize(("step", "scope", "keep"), [("bf16", None, 0), ("mlp", ["mlp.*"], 5), ("all", ALL, 0)])

@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 
+from qat.cli import preflight
+from qat.errors import UserError
 from qat.models.load import load_model
 from qat.quant.convert import convert
 from qat.quant.kernels import dispatch, lookup
@@ -141,6 +143,22 @@ def test_inductor_gives_the_eager_numbers(config, variant):
     cfg.budget.compile = True
     compiled, _ = trained(cfg, steps)
     assert compiled == pytest.approx(eager, rel=2e-3)  # BF16 products, summed in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+def test_inductor_leaves_no_gradient_where_the_teacher_is_the_model(config, arithmetic, monkeypatch):
+    """Its logits are then those of the model to the bit, though only the model's graph has a backward pass."""
+    monkeypatch.setenv("HIF8_ARITHMETIC", arithmetic)
+    cfg = config(*SMALL, "quant=bf16", "loss=distill", "budget.compile=true")
+    try:
+        preflight._compilers(cfg)
+    except UserError as error:
+        pytest.skip(str(error))
+    torch._dynamo.reset()
+    model, _ = load_model(cfg.model, cfg.seed)
+    result = Trainer(model, None, cfg).step(1, [tokens(cfg, 1), tokens(cfg, 2)])
+    assert result.objective == 0 and result.grad_norm == 0 and result.loss > 1
 
 
 def test_nothing_in_a_cpu_step_reads_a_tensor_but_the_kernels(config, monkeypatch):

@@ -99,3 +99,9 @@ def test_it_changes_a_loss_a_scale_or_a_weight(trained, key, value):
     without, with_it = trained(**beside), trained(**beside | {key: value})
     same = len(without) == len(with_it) and all(map(torch.equal, without, with_it))
     assert same == (key in CHANGES_NOTHING)
+
+
+def test_masking_changes_nothing_under_current_scaling(trained):
+    """No value is beyond its own amax: so masking is no part of such a run's name (`qat.runs.identity`)."""
+    without, with_it = (trained(**{"scaling.algo": "current", "quant.ste": ste}) for ste in ("pass_through", "masked"))
+    assert all(map(torch.equal, without, with_it))

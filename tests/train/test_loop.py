@@ -16,7 +16,7 @@ import torch
 
 from qat.cli import runner
 from qat.errors import UserError
-from qat.eval import evaluate
+from qat.eval.subject import Subject
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import checkpoint, loop, run_log
@@ -144,7 +144,7 @@ def test_a_run_in_pure_bf16_is_stored_resumed_and_scored_as_such(configure, tmp_
     weights = [checkpoint.latest(Run.of(cfg).checkpoints)[0]["model"] for cfg in (whole, stopped)]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
     assert {weight.dtype for weight in weights[0].values()} == {torch.bfloat16}
-    model, _ = evaluate.Subject(whole, Run.of(whole), "bf16").build()
+    model, _ = Subject(whole, Run.of(whole), "bf16").build()
     assert all(torch.equal(p.bfloat16(), weights[0][name]) for name, p in model.named_parameters())
 
 

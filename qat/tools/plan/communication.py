@@ -40,7 +40,8 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
         ticks = 1 if cfg.scaling.tick == "step" else calls
         each = 2 if RULES[cfg.scaling.algo].learns else 1  # amaxes, slopes
         small.append(Traffic("all_reduce", each * ticks, 4 * each * ticks * shape.scales))
-    gradients = 4 * shape.parameters
+    weight = cfg.optim.weight_bytes
+    gradients = weight * shape.parameters
     if cfg.budget.parallel == "ddp":
         buckets = math.ceil(gradients / _BUCKET)
         return [Traffic("all_reduce", buckets, gradients), *small, Traffic("broadcast", 1, 4 * models * shape.buffers)]
@@ -48,7 +49,7 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     # those of a teacher together with the model's. A teacher's blocks are gathered once, and the last once more, which
     # FSDP prefetches for a backward pass that a teacher has not.
     again = shape.blocks + (models - 1)
-    size = models * gradients + 4 * again * shape.block
+    size = models * gradients + weight * again * shape.block
     return [
         Traffic("all_gather", calls * (models * shape.blocks + again + 1), calls * size),
         Traffic("reduce_scatter", shape.blocks + 1, gradients),

@@ -172,7 +172,8 @@ def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) ->
 
 def checkpoints(cfg: Config, shape: Shape) -> tuple[float, float]:
     """Return (largest, final) bytes of a run's checkpoints: at most two and one being written; then only weights."""
-    return 3.0 * (4 + cfg.optim.moment_bytes) * shape.parameters, 4.0 * shape.parameters
+    weights = float(cfg.optim.weight_bytes * shape.parameters)
+    return 3 * (weights + cfg.optim.moment_bytes * shape.parameters), weights
 
 
 def rows(cfg: Config, tensors: int) -> float:

@@ -33,22 +33,21 @@ def training(architecture: PreTrainedConfig, shape: Shape, cfg: Config, ranks: i
     sharded = ranks if ranks > 1 and cfg.budget.parallel == "fsdp" else 1
     shadow = cfg.quantized and bool(cfg.scaling.shadow)
     gradients, rest = _peak(architecture, cfg, cfg.batch[1] // ranks, on_gpus)
+    weight, kind = cfg.optim.weight_bytes, "BF16" if cfg.optim.pure_bf16 else "FP32"
+    weights, moments = weight * shape.parameters, {"fp32": kind, "bf16": "BF16", "hif8": "HiF8/FP16"}[cfg.optim.moments]
     parts = {
-        "parameters, FP32": 4 * shape.parameters / sharded,
-        "gradients, FP32": (4 * shape.parameters if ranks > 1 else gradients) / sharded,
-        f"Adam moments, {_MOMENTS[cfg.optim.moments]}": cfg.optim.moment_bytes * shape.parameters / sharded,
+        f"parameters, {kind}": weights / sharded,
+        f"gradients, {kind}": (weights if ranks > 1 else gradients) / sharded,
+        f"Adam moments, {moments}": cfg.optim.moment_bytes * shape.parameters / sharded,
         "activations and logits": rest,
-        "gradients unquantized": 4 * shadow * shape.parameters,  # with which those of scaling.shadow are compared
-        "teacher, FP32": 4 * shape.parameters / sharded if cfg.loss.distill else 0,
+        "gradients unquantized": weights * shadow,  # with which those of scaling.shadow are compared
+        f"teacher, {kind}": weights / sharded if cfg.loss.distill else 0,
     }
     if sharded > 1:  # two blocks and the parameters outside of blocks are whole, with their gradients
-        parts["gathered for use"] = 8 * (2 * shape.block + shape.parameters - shape.blocks * shape.block)
+        parts["gathered for use"] = 2 * weight * (2 * shape.block + shape.parameters - shape.blocks * shape.block)
     elif ranks > 1:
-        parts["gradient buckets"] = 4 * shape.parameters
+        parts["gradient buckets"] = weights
     return {name: value for name, value in parts.items() if value}
-
-
-_MOMENTS = {"fp32": "FP32", "bf16": "BF16", "hif8": "HiF8/FP16"}
 
 
 def _peak(architecture: PreTrainedConfig, cfg: Config, calls: int, on_gpus: bool) -> tuple[int, int]:
@@ -87,7 +86,7 @@ def peak_of_step(trainer: step.Trainer, calls: int) -> tuple[int, int]:
     parameters, cfg = list(trainer.model.parameters()), trainer.cfg
     shape = cfg.batch[0], cfg.budget.seq_len + 1
     batches = [torch.empty(shape, dtype=torch.int64, device=parameters[0].device)] * min(calls, 2)
-    with Allocations(lambda: sum(4 * p.numel() for p in parameters if p.grad is not None)) as allocations:
+    with Allocations(lambda: sum(p.grad.nbytes for p in parameters if p.grad is not None)) as allocations:
         trainer.step(cfg.steps, batches)
     return allocations.gradients, allocations.peak - allocations.gradients
 

@@ -180,8 +180,9 @@ def _disk(plan: Plan) -> Iterator[str]:
     if plan.shape is not None:
         most, final = costs.checkpoints(plan.cfg, plan.shape)
         value = f"{size(most)} while a run trains, {size(final)} of each that is finished"
-        basis = f"{4 + cfg.optim.moment_bytes} and 4 bytes a parameter; two kept, on a full disk one, and one being "
-        basis += f"written, every {cfg.budget.checkpoint_every} steps"
+        weight = cfg.optim.weight_bytes
+        basis = f"{weight + cfg.optim.moment_bytes} and {weight} bytes a parameter; two kept, on a full disk one, and "
+        basis += f"one being written, every {cfg.budget.checkpoint_every} steps"
         yield _row("checkpoints", value, basis)
         tensors = 3 * len(plan.coverage.linears)
         basis = f"{tensors} tensors at most, every {cfg.budget.telemetry_every} steps"
