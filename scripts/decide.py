@@ -16,12 +16,15 @@ def main(config, _) -> None:
 
     from qat.cli import runner
     from qat.cli.experiments import variant
-    from qat.studies import decide, measures
+    from qat.runs.identity import run_id
+    from qat.studies import decide, factorial, measures
     from qat.studies.page import write_decide
 
     cells = decide.design(HydraConfig.get().overrides.task, variant, config.seeds or [config.seed])
     exp8, out = cells[0], Path(config.report.out) / "decide"
-    verdicts: dict[str, str] = {}
+    plan, verdicts = factorial.registered(), {}
+    names = {run_id(each.cfg) for cell in cells for each in (cell.baseline, cell)}
+    print(f"decide: {len(names)} runs of {exp8.cfg.size}; registered: {plan.texts}; {plan.cost}", flush=True)
 
     def judge() -> None:
         """Write the page anew, and name the claims whose verdict is new or another one."""
