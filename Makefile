@@ -92,9 +92,10 @@ sweep: $(READY) ## a grid around exp8: scaling x lr x BF16 warmup; LAUNCHER=basi
 factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its claims -> report/factorial/
 	$(call RUNS,$@)
 
+EIGHT := 0,1,2,3,4,5,6,7
 # Resumable; a table of claims fills while it runs. Other seeds: make decide SEEDS=0,1,2,3
 decide: BUDGET = desk
-decide: SEEDS = 0,1,2,3,4,5,6,7
+decide: SEEDS = $(if $(SEED:0=),$(SEED),$(EIGHT))
 decide: $(READY) ## the paper's claims, decided with the fewest runs, overnight on two cores -> report/decide/
 	$(call RUNS,$@)
 

@@ -293,9 +293,9 @@ What W8A8 does change is the probability that a letter answers MMLU at all, in {
 {mmlu["w8a8"]["baseline_mass"]:.2f} to {mmlu["w8a8"]["mass"]:.2f} ({mmlu["bf16"]["mass"]:.2f} without rounding): \
 [form, not harm]({page}).
 - **Claims** of the paper, of {claims.total()} that were tested: supported {claims["supported"]}, contradicted \
-{claims["contradicted"]}, undecided {claims["undecided"]}, powerless {claims["powerless"]}. What the first one rests \
-on is {seen["verdict"]}: under the max window fewer tensors exceed their predicted amax than under `most_recent`, \
-{seen["text"]} percentage points."""
+{claims["contradicted"]}, equivalent {claims["equivalent"]}, undecided {claims["undecided"]}, powerless \
+{claims["powerless"]}. What the first one rests on is {seen["verdict"]}: under the max window fewer tensors \
+exceed their predicted amax than under `most_recent`, {seen["text"]} percentage points."""
 
 
 def _on_texts(rows: dict, mode: str) -> str:

@@ -1,4 +1,4 @@
-"""Train, score and report experiments: what is missing of them, baselines first. `make exp8` and `make suite`.
+"""Train, score and report experiments: what is missing, each run after its baseline. `make exp8`, `make suite`.
 
 python scripts/suite.py [report.experiments=[exp8]] [seeds=[0,1,2]] [report.out=report] [the overrides of a run]
 python scripts/suite.py launch.ranks=8 [launch.launcher=slurm launch.nodes=2 launch.sbatch="--partition=gpu"] ...

@@ -105,7 +105,6 @@ class EvalResult:
             return self._refuse_unlike_texts(other)
         self._refuse_unequal(other, "lm-eval version", ours["lm_eval"], theirs["lm_eval"])
         self._refuse_unequal(other, "tasks", sorted(ours["tasks"]), sorted(theirs["tasks"]))
-        self._refuse_unequal(other, "held-out texts", sorted(ours["heldout"]), sorted(theirs["heldout"]))
         for task, row in ours["tasks"].items():
             for key in _TASK_IDENTITY:
                 self._refuse_unequal(other, f"{task} {key}", row[key], theirs["tasks"][task][key])
@@ -134,6 +133,8 @@ class EvalResult:
             raise UserError(f"{self.name} was scored, but {but}; score it again: {self.command}")
 
     def _refuse_unlike_texts(self, other: EvalResult) -> None:
+        names = (sorted(result.record["heldout"]) for result in (self, other))
+        self._refuse_unequal(other, "held-out texts", *names)
         for text, ours in self.record["heldout"].items():
             theirs = other.record["heldout"][text]
             self._refuse_unequal(other, f"held-out {text} text_hash", ours["text_hash"], theirs["text_hash"])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -89,6 +90,21 @@ def _disk(cfg: Config, parameters: int) -> None:
         raise UserError(
             f"runs_dir={cfg.runs_dir}: the checkpoints take {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; "
             f"make room, or name a folder on another disk"
+        )
+
+
+def check_room(configs: Sequence[Config]) -> None:
+    """Raise `UserError` where the weights of many runs, which are kept when they are finished, have no room."""
+    configs = [cfg for cfg in configs if not Run.of(cfg).finished]
+    if len(configs) <= 2:  # `check` asks for a run and its baseline
+        return
+    model, _ = check_model(configs[0].model, configs[0].budget.seq_len)
+    need = sum(cfg.optim.weight_bytes for cfg in configs) * sum(parameter.numel() for parameter in model.parameters())
+    free = shutil.disk_usage(files.existing(Path(configs[0].runs_dir))).free
+    if need > free:
+        raise UserError(
+            f"runs_dir={configs[0].runs_dir}: the weights of {len(configs)} runs take {need / 1e9:.3g} GB, and "
+            f"{free / 1e9:.3g} GB are free; make room, or name a folder on another disk"
         )
 
 

@@ -47,7 +47,8 @@ def complete(jobs: Iterable[Job], ranks: int = 1, after: Callable[[], None] = la
     jobs = with_baselines(jobs)
     for job in jobs.values():
         distributed.check_world_size(job.cfg, ranks)
-    missing = {name for name, job in jobs.items() if not Run.of(job.cfg).finished}
+    missing = {name for name, job in jobs.items() if _lacks(job.cfg)}
+    preflight.check_room([jobs[name].cfg for name in missing])
     outcomes, started = {name: Outcome(name, "not begun") for name in jobs}, time.monotonic()
     try:
         for number, (name, job) in enumerate(jobs.items(), start=1):
@@ -67,6 +68,12 @@ def complete(jobs: Iterable[Job], ranks: int = 1, after: Callable[[], None] = la
     finally:
         print_table(list(outcomes.values()), "runs:")
     return list(outcomes.values())
+
+
+def _lacks(cfg: Config) -> bool:
+    """Return whether a run is not trained yet, or not scored on its benchmark."""
+    run = Run.of(cfg)
+    return not run.finished or cfg.benchmark.name not in run.evaluations()
 
 
 def refuse_failed(outcomes: Sequence[Outcome]) -> None:

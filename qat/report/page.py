@@ -225,7 +225,7 @@ def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -
 
 def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     compared, first = pair.comparison, shown.setdefault(pair.run.id, experiment.name)
-    rows = [tables.tasks(compared), tables.measures(compared)] if compared else []
+    rows = [tables.tasks(compared), tables.measures(compared)] if compared and compared["tasks"] else []
     rows += [tables.heldout(compared)] if compared and compared["heldout"] else []
     rows += [tables.settings(pair.config, experiment.configs[pair.baseline.id])] if pair.baseline else []
     return {

@@ -13,8 +13,8 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
 
 A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported`
 when the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and
-`equivalent` when the difference that it is about lies inside its margin, on whichever side: too small to count. Else it
-is not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k: together they hold with
+`equivalent` when it is about the direction of a difference that lies inside its margin: too small to count. Else it is
+not decidable at this scale. A claim of k statements uses intervals of level 1 - 0.05 / k: together they hold with
 95 %. Beside it stands the smallest difference that would be found in four of five cases, from the same noise, and for a
 difference that has a margin a word of `qat.analysis.decisions`.
 """
@@ -195,8 +195,8 @@ class Statement:
         low, high = (end if end is None or not response.log else math.log(end) for end in (self.low, self.high))
         verdict = judge(estimate, -math.inf if low is None else low, math.inf if high is None else high)
         decision = self.decide(estimate)
-        if verdict == OPEN and decision == "equivalent":
-            verdict = EQUIVALENT
+        if decision == "equivalent" and (verdict == OPEN or 0 in (self.low, self.high)):
+            verdict = EQUIVALENT  # of a direction, however surely it is seen
         powerless = decision == POWERLESS or estimate is None or estimate.low is None
         return {
             "statement": self.what,

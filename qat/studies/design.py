@@ -22,7 +22,8 @@ class Cell(Job):
 
     @property
     def label(self) -> str:
-        return f"{', '.join(self.key)}, seed {self.cfg.seed}"
+        text = "" if self.cfg.benchmark.tasks else ", text alone"
+        return f"{', '.join(self.key)}, seed {self.cfg.seed}{text}"
 
 
 def with_seeds(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:

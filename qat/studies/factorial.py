@@ -174,10 +174,14 @@ def _around_recipe(**given: Mapping[str, float]) -> Weights:
     return weights(**{factor: {level: 1} for factor, level in zip(FACTORS, RECIPE, strict=True)} | given)
 
 
+def _alike(measured: Sequence[Measured]) -> Sequence[Measured]:
+    """Return the runs of the recipe's learning rate; all, where it has none."""
+    return [m for m in measured if m.key[1] == RECIPE[1]] or measured
+
+
 def _loss(claim: Registered, measured: Sequence[Measured], other: bool = False) -> float:
     """Return the margin of a claim in nats: of the loss of the recipe's baseline, on its own text or the other one."""
-    alike = [m for m in measured if m.key[1] == RECIPE[1]] or measured
-    losses = [m.losses("baseline", other=other).mean() for m in alike]
+    losses = [m.losses("baseline", other=other).mean() for m in _alike(measured)]
     return claim.margins["other_loss" if other else "heldout_loss"] / 100 * float(np.mean(losses))
 
 
@@ -248,7 +252,7 @@ def _sufficient(claim: Registered, measured: Sequence[Measured], mode: str) -> C
         ape = measures.ape(measured)
         statements.append(Statement("loss APE within the threshold", ape, at, high=claim.margins["loss_ape"]))
     contrast = measures.contrast(measured, mode)
-    skills = [-m.contrasts("baseline").mean() for m in measured]
+    skills = [-m.contrasts("baseline").mean() for m in _alike(measured)]
     skill = max(0.0, float(np.mean([each for each in skills if np.isfinite(each)] or [0])))
     few = claim.margins["contrast"] / 100 * skill
     statements.append(Statement("answers within the threshold", contrast, at, high=few, margin=few))

@@ -66,14 +66,14 @@ class Measured:
 
 def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
     """Read the cells; (what they measured, {label: why not} of those that cannot be read or were scored otherwise)."""
-    measured, missing, first = [], {}, None
+    measured, missing, first = [], {}, {}  # by benchmark
     for cell in cells:
         try:
             numbers, reference = _read(cell)
-            if first:
-                reference.refuse_unlike(first)
+            for other in first.values():
+                reference.refuse_unlike(other)
             measured.append(numbers)
-            first = first or reference
+            first.setdefault(reference.benchmark, reference)
         except UserError as reason:
             missing[cell.label] = str(reason)
     return measured, missing

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -27,8 +28,9 @@ from qat.utils.environment import commit_name, hardware_name
 TOGETHER = "Intervals are of 95 %, in a claim of several statements of 95 % together"
 VERDICTS = (
     "A verdict asks whether the whole interval lies where the statement is true (supported), wholly outside "
-    "(contradicted), or neither. Then it is powerless where a difference of the margin's size could not have been "
-    "seen, else undecided. Detectable: the smallest difference that is found in four of five cases. "
+    "(contradicted), or neither; of a direction, whether it lies inside the margin (equivalent: too small to count). "
+    "An open statement is powerless where a difference of the margin's size could not have been seen, else undecided. "
+    "Detectable: the smallest difference that is found in four of five cases. "
     "Margin: {loss:g} % of the loss"
 )
 READING = (
@@ -76,7 +78,8 @@ def write_decide(
     """Write `decide.md` and `.json` into `out`; returns the path of the first."""
     out.mkdir(parents=True, exist_ok=True)
     sections = ["**Provisional: some cells are missing (below).**"] if missing else []
-    sections += [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(measured)] if measured else [])]
+    known = [m for m in measured if "control" in m.scored]
+    sections += [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(known)] if known else [])]
     sections += ["## Not measured yet", _listed(missing)] if missing else []
     registered = factorial.registered()
     content = {"claims": claims, "missing": missing, "runs": _runs(measured)}
@@ -84,8 +87,8 @@ def write_decide(
 
 
 _NOTE_CONTROLS = (
-    "The damage of 4-bit weights to the BF16 baselines of exp8 and exp7, by the same measures on the same text and "
-    "questions. Where a measure does not see it, its verdicts mean nothing."
+    "The damage of 4-bit weights to the recipe's BF16 baseline, by the same measures on the same text and questions. "
+    "Where a measure does not see it, its verdicts mean nothing."
 )
 _NOTE_BASELINES = (
     "What BF16 training made of the pretrained checkpoint, and what W8A8 costs its result without QAT (PTQ). No "
@@ -170,7 +173,7 @@ def _verdict(judged: Mapping) -> str:
 def _facts(measured: Sequence[Measured], cfg: Config, registered: Registration) -> dict[str, str]:
     runs = Path(cfg.runs_dir)
     seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
-    sizes = {(len(m.losses("baseline")), len(m.answers("baseline"))) for m in measured}
+    sizes = sorted({(len(m.losses("baseline")), int(np.isfinite(m.answers("baseline")).sum())) for m in measured})
     planned = ", ".join(map(str, registered.seeds))
     asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
     return {
@@ -223,9 +226,8 @@ def claims_sections(claims: Sequence[Mapping]) -> list[str]:
     return ["## Claims", claims_table(claims).markdown(), statements, shown]
 
 
-def _controls(measured: Sequence[Measured]) -> str:
-    """Write what the measures see of 4-bit weights, a row a learning rate."""
-    known = [m for m in measured if "control" in m.scored]
+def _controls(known: Sequence[Measured]) -> str:
+    """Write what the measures see of 4-bit weights, a row a cell."""
     responses = [measures.heldout(known, "control", other=other) for other in (False, True)]
     responses += [measures.contrast(known, "control"), measures.points(known, "control")]
     return _rows({", ".join(key): {key: 1} for key in dict.fromkeys(m.key for m in known)}, responses)

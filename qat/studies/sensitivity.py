@@ -384,6 +384,8 @@ class Study:
             return []
         task = BenchmarkConfig(name="sensitivity", tasks={asked.task: TaskConfig(limit=asked.questions)})
         questions = benchmarks.tokenized(model, tokenizer, task, environment.cache_dir(), limit)[asked.task]
+        if self.subject.cfg.scaling.algo == "current":  # which scales by all that is read together
+            return [of_question(asked.task, question, limit) for question in questions]
         return of_questions(asked.task, questions, limit)
 
     def _do(self, board: Switchboard, work: Sequence[tuple]) -> None:

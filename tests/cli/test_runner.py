@@ -1,4 +1,4 @@
-"""Many runs: baselines first, what a failure stops, and what becomes of a suite and of its report."""
+"""Many runs: each after its baseline, what a failure stops, and what becomes of a suite and of its report."""
 
 from __future__ import annotations
 

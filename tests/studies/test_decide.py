@@ -25,7 +25,9 @@ def cells():
     register()
     words = [word for word in WORDS if not word.startswith("benchmark=")]
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        return decide.design([*words, "budget.micro_batch=4", "budget.accumulation=1"], variant, SEEDS)
+        cells, left_out = decide.design([*words, "budget.micro_batch=4", "budget.accumulation=1"], variant, SEEDS)
+    assert not left_out
+    return cells
 
 
 def test_every_cell_that_a_claim_needs_is_there_once(cells):
@@ -33,7 +35,8 @@ def test_every_cell_that_a_claim_needs_is_there_once(cells):
     asked = [cell for cell in cells if cell.cfg.benchmark.tasks]
     # exp8 is a cell of both studies
     assert len({run_id(cell.cfg) for cell in text}) == 4 * (9 + 6) + 4 * 2
-    assert {run_id(cell.cfg) for cell in asked} < {run_id(cell.cfg) for cell in text} and len(asked) == 4 * 2
+    assert {run_id(cell.cfg) for cell in asked} < {run_id(cell.cfg) for cell in text} and len(asked) == 4
+    assert len({cell.label for cell in cells}) == len(cells)
     assert len({run_id(baseline_of(cell.cfg)) for cell in text}) == 4 * 4 + 4 * 2
     assert all(cell.cfg.benchmark.control for cell in asked) and text[0].key == decide.RECIPE
     measured = invent([cell.key for cell in text if cell.cfg.seed == 0], range(4))
@@ -43,9 +46,14 @@ def test_every_cell_that_a_claim_needs_is_there_once(cells):
     assert len(judged) == 15 and "linears" not in decide.decided(judged)
 
 
-def test_questions_are_left_to_the_design(cells):
-    with pytest.raises(ConfigError, match="benchmark=paper: the design sets this itself; leave it out"):
-        decide.design(["benchmark=paper"], variant, [0])
+def test_the_benchmark_is_of_the_cells_that_are_asked_and_the_other_text_is_needed():
+    register()
+    with initialize_config_dir(entry.CONF, version_base="1.3"):
+        cells, left_out = decide.design(["model=tiny", "benchmark=letters", "budget.micro_batch=1"], variant, [0])
+        with pytest.raises(ConfigError, match="validation=none: claims are about text of another kind"):
+            decide.design(["validation=none"], variant, [0])
+    assert {cell.cfg.benchmark.name for cell in cells} == {"text", "letters"}
+    assert "budget.micro_batch=2" in left_out["a tick a call"]
 
 
 def test_what_is_planned_for_the_size_that_was_measured_is_what_was_detectable():
