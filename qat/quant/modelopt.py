@@ -49,7 +49,7 @@ def silent():
 
 
 def quantizers(quant: QuantConfig) -> list[dict]:
-    """Return how the library rounds weights and inputs: by our own rounding, which is registered as its backend."""
+    """Return what the library rounds, weights and inputs, and how: by our own rounding, registered as its backend."""
     from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
     from modelopt.torch.quantization.utils.calib_utils import GPTQHelper, gptq_blockwise_update, register_gptq_helper
 
@@ -63,18 +63,15 @@ def quantizers(quant: QuantConfig) -> list[dict]:
     if not is_registered_quant_backend(quant.format):
         register_quant_backend(quant.format, _round)
         register_gptq_helper(quant.format, Columns)
+    how = {"num_bits": 8, "axis": None, "backend": quant.format}
+    weight, activation = (
+        how | {"backend_extra_args": {"overflow": quant.overflow, "target": target}}
+        for target in (quant.target_weight, quant.target_activation)
+    )
     return [
-        {
-            "quantizer_name": f"*{role}_quantizer",
-            "cfg": {
-                "num_bits": 8,
-                "axis": None,
-                "backend": quant.format,
-                "backend_extra_args": {"overflow": quant.overflow, "target": target},
-            },
-            "enable": True,
-        }
-        for role, target in (("weight", quant.target_weight), ("input", quant.target_activation))
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": weight, "enable": quant.weights},
+        {"quantizer_name": "*input_quantizer", "cfg": activation, "enable": quant.activations},
     ]
 
 
@@ -85,8 +82,7 @@ def _calibrate(calibration: Calibration, algorithm: Mapping) -> None:
 
         # Only these are converted, and the whole model runs: it has these very linears.
         chosen = nn.ModuleDict({name.replace(".", "/"): linear for name, linear in calibration.linears.items()})
-        everything_else = {"quantizer_name": "*", "enable": False}
-        how = {"quant_cfg": [everything_else, *quantizers(calibration.quant)], "algorithm": dict(algorithm)}
+        how = {"quant_cfg": quantizers(calibration.quant), "algorithm": dict(algorithm)}
         library.quantize(chosen, how, lambda _: calibration.run())
 
 

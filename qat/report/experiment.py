@@ -14,15 +14,7 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.analysis.compare import (
-    TASKS,
-    aggregate,
-    differences,
-    match,
-    mismatches,
-    pretrained_run,
-    train_command,
-)
+from qat.analysis.compare import TASKS, aggregate, differences, match, mismatches, pretrained_run, train_command
 from qat.analysis.results import Match
 from qat.config import BenchmarkConfig, Config
 from qat.errors import UserError
@@ -112,24 +104,18 @@ class Experiment:
         return self.configs[run.id]["quant"]["format"] != "none" if run.id in self.configs else None
 
     def _pair(self, run: Run, label: str) -> Pair:
-        pair = Pair(label, run, self.configs[run.id])
-        if self.bf16:
-            self._compare(pair)
-        else:
+        """Return a run with the baseline that fits and their comparison, or why there is none."""
+        config, pair = self.typed[run.id], Pair(label, run, self.configs[run.id])
+        if not self.bf16:
             pair.missing = f"{run.id} has no BF16 baseline yet; make it: {train_command(run)}"
-        return pair
-
-    def _compare(self, pair: Pair) -> None:
-        """Fill in the comparison with the baseline that fits, or why there is none."""
-        config = self.typed[pair.run.id]
+            return pair
         pair.baseline = next((b for b in self.bf16 if not mismatches(config, self.typed[b.id])), None)
-        candidate = pair.baseline or self.bf16[0]
-        benchmark, origin = pair.config["benchmark"]["name"], pretrained_run(pair.run)
         try:
-            pair.match = match(pair.run, candidate, benchmark, origin)
+            pair.match = match(run, pair.baseline or self.bf16[0], config.benchmark.name, pretrained_run(run))
             pair.comparison = aggregate([pair.match])
         except UserError as reason:
             pair.missing = str(reason)
+        return pair
 
 
 @dataclass
@@ -161,6 +147,20 @@ class Recipe:
     name: str
     pairs: list[Pair]
 
+    def __post_init__(self):
+        """Compare over its seeds; `missing` says what stands in the way of that."""
+        self.comparison, self.missing = None, None
+        if len({pair.config["seed"] for pair in self.compared}) < len(self.compared):
+            ids = ", ".join(pair.run.id for pair in self.compared)
+            self.missing = f"{self.name} has a seed twice ({ids}), so there is no mean over seeds; leave one out"
+        elif len(self.compared) == 1:
+            self.comparison = self.compared[0].comparison
+        elif self.compared:
+            try:
+                self.comparison = aggregate([pair.match for pair in self.compared])
+            except UserError as reason:
+                self.missing = str(reason)
+
     @property
     def compared(self) -> list[Pair]:
         return [pair for pair in self.pairs if pair.comparison]
@@ -169,29 +169,6 @@ class Recipe:
     def label(self) -> str:
         """Return its name, with the seed where only one of several is compared."""
         return self.compared[0].label if len(self.compared) == 1 else self.name
-
-    @property
-    def comparison(self) -> dict | None:
-        """Return the comparison of its pair, or of several seeds; None where there is none."""
-        return self._comparison[0]
-
-    @property
-    def missing(self) -> str | None:
-        """Return what stands in the way of a mean over seeds."""
-        return self._comparison[1]
-
-    @cached_property
-    def _comparison(self) -> tuple[dict | None, str | None]:
-        comparisons = [pair.comparison for pair in self.compared]
-        if len(comparisons) < 2:
-            return (comparisons[0] if comparisons else None), None
-        if len({pair.config["seed"] for pair in self.compared}) < len(comparisons):
-            ids = ", ".join(pair.run.id for pair in self.compared)
-            return None, f"{self.name} has a seed twice ({ids}), so there is no mean over seeds; leave one out"
-        try:
-            return aggregate([pair.match for pair in self.compared]), None
-        except UserError as reason:
-            return None, str(reason)
 
 
 def distinct(experiments: Sequence[Experiment]) -> dict[str, Recipe]:

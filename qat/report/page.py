@@ -57,7 +57,9 @@ def write_report(experiments: Sequence[Experiment], out: Path, context: Mapping)
     out, paper = Path(out), published()
     shown = pictures.write_pictures(experiments, paper, out)
     view = _view(experiments, paper, context) | {"pictures": shown, "studies": studies_in(out)}
-    files = {"report.html": _html(view), "report.md": _markdown(view), "report.json": _json(experiments, view)}
+    figures = Figures()
+    web = html(_markdown(view, figures), figures, TITLE)
+    files = {"report.html": web, "report.md": _markdown(view), "report.json": _json(experiments, view)}
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")
     return out / "report.html", out / "report.md"
@@ -87,11 +89,6 @@ class Figures:
             width = 340 if panel.width < 400 else 526 if panel.width < 800 else 1064  # three in a row, two, or one
             self.images.append((svg(panel), width))
         return "\n".join(lines)
-
-
-def _html(view: Mapping) -> str:
-    figures = Figures()
-    return html(_markdown(view, figures), figures, TITLE)
 
 
 def html(text: str, figures: Figures, title: str) -> str:

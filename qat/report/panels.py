@@ -12,8 +12,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qat.analysis.compare import MODES
 from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
+from qat.report import plots
 from qat.report.experiment import Curve, Telemetry
-from qat.report.plots import ACCENT, BASE, INK, MUTED, PAPER, RULE, WARM, Panel
+from qat.report.plots import ACCENT, BASE, INK, MUTED, PAPER, RULE, WARM, Mark, Panel
 from qat.train.monitor import FORGOTTEN, noise
 
 _POINTS = 500  # a curve of more steps is drawn as means of blocks of steps
@@ -28,6 +29,8 @@ _SHARES = {  # colour, name
     "underflow": ("#c98a5f", "rounded to 0"),
 }
 _MODE_MARKS = {"w8a8": ("●", "o", ACCENT), "ptq": ("◇", "d", PAPER), "bf16": ("○", "o", PAPER)}
+_PAPER = {"marker": "x", "color": WARM, "markersize": 6, "markeredgewidth": 1.8}
+_THRESHOLD = {"marker": "|", "color": MUTED, "markersize": 7}
 _UPDATES = {"stored": ("as stored", BASE), "bf16": ("seen in BF16", ACCENT), "format": ("seen in the format", WARM)}
 
 
@@ -93,21 +96,13 @@ def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: 
     steps, blocks, grid = telemetry.overshoot(role)
 
     def draw(axes: Axes) -> None:
-        colours = _diverging()
         starts = np.arange(0, len(steps), -(-len(steps) // _COLUMNS))
         with np.errstate(divide="ignore"):  # an amax of 0 is -inf here, and takes the colour of the lower end
             shade = np.log2(np.fmax.reduceat(grid, starts, axis=1))
         # Steps are logged at no even pace: a column reaches half way to its neighbours.
         edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
-        image = axes.pcolormesh(
-            edges[[*starts, -1]],
-            np.arange(len(blocks) + 1) - 0.5,
-            shade,
-            cmap=colours,
-            vmin=-_REACH,
-            vmax=_REACH,
-            rasterized=True,
-        )
+        look = {"cmap": _diverging(), "vmin": -_REACH, "vmax": _REACH, "rasterized": True}
+        image = axes.pcolormesh(edges[[*starts, -1]], np.arange(len(blocks) + 1) - 0.5, shade, **look)
         axes.set_xlim(0.5, last_step + 0.5)
         shown = range(0, len(blocks), -(-len(blocks) // 6))
         axes.set_yticks(shown, [blocks[i] for i in shown])
@@ -216,25 +211,16 @@ def forest(
     """
     ends = [abs(end) for _, modes, _ in rows for row in modes.values() for end in (row.value, *(row.ci or ()))]
     reach = reach or 1.04 * max(ends) or 1.0
-
-    def draw(axes: Axes) -> None:
-        axes.axvline(0, color=BASE, linewidth=1.4)
-        places = range(len(rows))[::-1]
+    drawn = []
+    for label, modes, paper in rows:
+        marks = []
         for shift, (mode, (_, shape, fill)) in zip((0.24, 0.0, -0.24), _MODE_MARKS.items(), strict=True):
-            shown = [(modes[mode], y + shift) for y, (_, modes, _) in zip(places, rows, strict=True) if mode in modes]
-            _intervals(axes, shown, shape, fill)
-        paper = [(value, y) for y, (_, _, value) in zip(places, rows, strict=True) if value is not None]
-        axes.plot(*np.array(paper).reshape(-1, 2).T, "x", color=WARM, markersize=6, markeredgewidth=1.8)
-        axes.set_yticks(places, [label for label, _, _ in rows])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set(xlim=(-reach, reach), ylim=(-0.6, len(rows) - 0.4))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.set_xlabel(f"Run − BF16 ({unit})")
-
-    longest = max(len(label) for label, _, _ in rows)
-    return Panel(title, draw, height=76 + 30 * len(rows), margins=(14 + 6.6 * longest, 12, 32, 40))
+            if mode in modes:
+                value, ci, threshold = modes[mode]
+                marks += [] if threshold is None else [Mark(threshold, None, shift, _THRESHOLD)]
+                marks += [Mark(value, ci, shift, {"marker": shape, "markerfacecolor": fill, "markersize": 5.5})]
+        drawn.append((label, marks + ([] if paper is None else [Mark(paper, style=_PAPER)])))
+    return plots.forest(title, drawn, f"Run − BF16 ({unit})", (-reach, reach), row_height=30)
 
 
 def score_legend() -> dict[str, str]:
@@ -244,16 +230,6 @@ def score_legend() -> dict[str, str]:
         "✕": "paper",
         "|": f"{DROP_THRESHOLD:g} % threshold: the drop that just fails; no mark: powerless",
     }
-
-
-def _intervals(axes: Axes, rows: Sequence[tuple[Estimate, float]], shape: str, fill: str) -> None:
-    for row, y in rows:
-        if row.ci:
-            axes.hlines(y, *row.ci, color=ACCENT, linewidth=1.3)
-        if row.threshold is not None:
-            axes.plot(row.threshold, y, "|", color=MUTED, markersize=7)
-    values, heights = [row.value for row, _ in rows], [y for _, y in rows]
-    axes.plot(values, heights, shape, color=ACCENT, markerfacecolor=fill, markersize=5.5)
 
 
 def _line_styles(count: int) -> list[tuple[str, float]]:
@@ -274,32 +250,18 @@ def _mark_start(axes: Axes, curve: Curve) -> None:
     if curve.start is None or curve.start == curve.steps[0]:
         return
     axes.axvline(curve.start - 0.5, color=WARM, linewidth=1.1, dashes=(4, 3))
-    axes.annotate(
-        "quantized from here",
-        (curve.start - 0.5, 0.02),
-        xycoords=("data", "axes fraction"),
-        color=WARM,
-        xytext=(5, 2),
-        textcoords="offset points",
-        fontsize=9,
-    )
+    place = {"xycoords": ("data", "axes fraction"), "xytext": (5, 2), "textcoords": "offset points"}
+    axes.annotate("quantized from here", (curve.start - 0.5, 0.02), color=WARM, fontsize=9, **place)
 
 
 def _legend_above(axes: Axes, handlelength: float) -> None:
     """Draw the legend in one line between the title and the axes."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 0.99),
-        ncols=5,
-        handlelength=handlelength,
-        handletextpad=0.5,
-        columnspacing=1.1,
-    )
+    spacing = {"handlelength": handlelength, "handletextpad": 0.5, "columnspacing": 1.1}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=5, **spacing)
 
 
 def _step_axis(axes: Axes, label: str, grid: bool = True) -> None:
-    axes.set_xlabel("Optimizer step")
-    axes.set_ylabel(label)
+    axes.set(xlabel="Optimizer step", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if grid:
         axes.grid(axis="y")

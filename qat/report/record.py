@@ -17,7 +17,7 @@ from qat.errors import UserError
 from qat.quant.rules import RULES
 from qat.report.experiment import tasks_of, unlike
 from qat.report.studies import TITLES, results
-from qat.report.text import interval, signed
+from qat.report.text import change
 from qat.runs import archive
 from qat.runs.folder import Run
 from qat.runs.identity import identity
@@ -98,7 +98,7 @@ def _row(run: Run, cfg: Config, others: str) -> dict:
     return {
         "settings": settings,
         "ape": f"{comparison['loss']['ape']:.4f}" if comparison else "",
-        "differences": {row["text"]: f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}" for row in held},
+        "differences": {row["text"]: change(row["difference"], row["ci"]) for row in held},
         "scores": {task: f"{100 * row['score']:.1f}" for task, row in scored["tasks"].items()},
     }
 

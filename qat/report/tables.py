@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from qat.analysis.compare import MODES, TASKS, pretrained_run
 from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.analysis.measures import MEASURES
+from qat.report import text
 from qat.report.cells import Cell, Table, text_table
 from qat.report.experiment import Curve, Experiment, Recipe, scientific, tasks_of, unlike
-from qat.report.text import (
-    HELDOUT_HEADER,
-    TASK_HEADER,
-    can_move,
-    heldout_rows,
-    interval,
-    number,
-    p_text,
-    remark,
-    resolved,
-    signed,
-    task_rows,
-)
+from qat.report.text import can_move, change, heading, interval, number, p_text, remark, resolved, signed
 
 PASS, FAIL = "✓", "✗"
 
@@ -34,7 +25,7 @@ def verdicts(rows: Sequence[Mapping]) -> Table:
         recipe = row.get("recipe", "") if row["mode"] == "w8a8" else ""
         of_row = [_answer(row["answers"].get(name)) for name in columns]
         cells.append([Cell(recipe, strong=bool(recipe)), Cell(MODES[row["mode"]]), *of_row])
-    heads = [f"{answer['name']}{', ' if answer['unit'] else ''}{answer['unit']}" for answer in columns.values()]
+    heads = [heading(answer["name"], answer["unit"]) for answer in columns.values()]
     return Table(["Recipe", "Scored as", *heads], cells)
 
 
@@ -42,24 +33,22 @@ def _answer(answer: Mapping | None) -> Cell:
     if answer is None:
         return Cell("–")
     digits = 1 if answer["unit"] == "points" else 4
-    change = f"{signed(answer['difference'], digits)} {interval(answer['ci'], digits)}"
-    limits = f"margin {answer['margin']:.{digits}f}"
+    aside = f"{change(answer['difference'], answer['ci'], digits)}\nmargin {answer['margin']:.{digits}f}"
     if answer["detectable"] is not None:
-        limits += f", detectable {answer['detectable']:.{digits}f}"
-    return Cell(answer["answer"], f"{change}\n{limits}", strong=True)
+        aside += f", detectable {answer['detectable']:.{digits}f}"
+    return Cell(answer["answer"], aside, strong=True)
 
 
 def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     """Return relative drops and APE of every recipe in every mode and of the checkpoint, beneath the paper's."""
     compared = [recipe.comparison for e in experiments for recipe in e.recipes if recipe.comparison]
-    entries = {e.name: paper["experiments"].get(e.name, {}) for e in experiments}
-    tasks = tasks_of([[row["task"] for row in c["tasks"]] for c in compared])
-    tasks = tasks or tasks_of([TASKS])
+    tasks = tasks_of([[row["task"] for row in c["tasks"]] for c in compared]) or tasks_of([TASKS])
     rows = []
     for experiment in experiments:
         if experiment.bf16 and not experiment.pairs and not experiment.absent:
             continue  # BF16 only: shown with the baselines
-        rows.append([Cell(experiment.name), Cell("paper"), *_paper_cells(entries[experiment.name], tasks)])
+        entry = paper["experiments"].get(experiment.name, {})
+        rows.append([Cell(experiment.name), Cell("paper"), *_paper_cells(entry, tasks)])
         for recipe in experiment.recipes:
             rows += _recipe_rows(experiment, recipe, tasks)
         if not experiment.pairs:
@@ -151,10 +140,10 @@ def _pretrained_drop(row: Mapping) -> Cell:
 def _drop(row: Mapping) -> Cell:
     if not can_move(row):
         return Cell("powerless", remark(row))
-    text = "–" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
-    aside = f"{signed(row['points'], 1)} {interval(row['ci'], 1)} points, -{row['lost']}/+{row['gained']}, "
+    drop = "–" if row["relative_drop"] is None else signed(row["relative_drop"], plus="")
+    aside = f"{change(row['points'], row['ci'], 1)} points, -{row['lost']}/+{row['gained']}, "
     aside += f"p {p_text(row['p_value'])}{', near chance' if row['near_chance'] else ''}"
-    return Cell(text, aside, "" if row["passes"] is None else _mark(row["passes"], resolved(row)))
+    return Cell(drop, aside, "" if row["passes"] is None else _mark(row["passes"], resolved(row)))
 
 
 def _mark(passes: bool, sure: bool = True) -> str:
@@ -164,7 +153,7 @@ def _mark(passes: bool, sure: bool = True) -> str:
 
 def tasks(comparison: Mapping) -> Table:
     """Return every task of a comparison in every mode, and all questions together."""
-    return text_table(TASK_HEADER, task_rows(comparison))
+    return text_table(text.TASK_HEADER, text.task_rows(comparison))
 
 
 def measures(comparison: Mapping) -> Table:
@@ -176,16 +165,15 @@ def measures(comparison: Mapping) -> Table:
     for task, mode in dict.fromkeys(key[:2] for key in found):
         cells = [_measure(found.get((task, mode, name))) for name in names]
         rows.append([Cell(TASKS.get(task, task)), Cell(MODES[mode]), *cells, *_diagnosis(diagnoses.get((task, mode)))])
-    heads = [f"{MEASURES[name].name}{', ' if MEASURES[name].unit else ''}{MEASURES[name].unit}" for name in names]
-    heads += ["Flips", "Choice KL, nats", "Choice mass", "Bits per byte, right and wrong answers"]
-    return Table(["Answers of", "Mode", *heads], rows)
+    heads = ["Answers of", "Mode", *(heading(MEASURES[name].name, MEASURES[name].unit) for name in names)]
+    return Table([*heads, "Flips", "Choice KL, nats", "Choice mass", "Bits per byte, right and wrong answers"], rows)
 
 
 def _measure(row: Mapping | None) -> Cell:
     if row is None:
         return Cell("–")
-    change = f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}"
-    return Cell(change, f"{row['decision']}; BF16 {row['baseline']:.4f}, detectable {number(row['detectable'], 4)}")
+    aside = f"{row['decision']}; BF16 {row['baseline']:.4f}, detectable {number(row['detectable'], 4)}"
+    return Cell(change(row["difference"], row["ci"]), aside)
 
 
 def _diagnosis(row: Mapping | None) -> list[Cell]:
@@ -198,7 +186,7 @@ def _diagnosis(row: Mapping | None) -> list[Cell]:
 
 def heldout(comparison: Mapping) -> Table:
     """Return the loss on text never trained on, and the divergence from the baseline's predictions."""
-    return text_table(HELDOUT_HEADER, heldout_rows(comparison))
+    return text_table(text.HELDOUT_HEADER, text.heldout_rows(comparison))
 
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
@@ -239,15 +227,12 @@ def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         rows.append([label, *cells, *(scores.get(task, "–") for task in names)])
     for name in ("exp1", "exp8"):
         entry = paper["experiments"][name]
-        scores = {task: "/".join(f"{v:.2f}" for v in _listed(r["bf16"])) for task, r in entry["scores"].items()}
+        known = {task: row["bf16"] for task, row in entry["scores"].items()}  # a number, or a list
+        scores = {task: "/".join(f"{score:.2f}" for score in np.atleast_1d(bf16)) for task, bf16 in known.items()}
         cells = [scientific(entry["lr"][-1]), f"{entry['loss']['bf16']:.4f}", "–"]
         rows.append([f"paper, {name} BF16", *cells, *(scores.get(task, "–") for task in names)])
     header = ["Weights", "Learning rate", "Final loss, nats", "Held-out loss, nats"]
     return text_table([*header, *(f"{TASKS.get(t, t)} %" for t in names)], rows)
-
-
-def _listed(value) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def disagreements(paper: Mapping) -> Table:

@@ -20,9 +20,13 @@ RERUN_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference
 RERUN_HEADER += ["Answers flipped", "In words"]
 
 
-def task_cells(row: dict) -> list[str]:
-    """Return a row of a comparison's `tasks` or `pooled` as text, a cell for each entry of `TASK_HEADER`."""
-    points, drop = f"{signed(row['points'])} {interval(row['ci'])}", "-"
+def task_rows(comparison: Mapping) -> list[list[str]]:
+    """Return every task in every mode, and all questions together, as text, a cell for each entry of `TASK_HEADER`."""
+    return [_task_cells(row) for row in (*comparison["tasks"], *comparison["pooled"])]
+
+
+def _task_cells(row: dict) -> list[str]:
+    points, drop = change(row["points"], row["ci"], 2), "-"
     if row["relative_drop"] is not None:
         drop = signed(row["relative_drop"], plus="")
     if row.get("relative_drop_ci"):
@@ -36,11 +40,6 @@ def task_cells(row: dict) -> list[str]:
     return [*cells, f"{row['detectable']:.1f}", remark(row)]
 
 
-def task_rows(comparison: Mapping) -> list[list[str]]:
-    """Return every task in every mode, and all questions together, as `task_cells`."""
-    return [task_cells(row) for row in (*comparison["tasks"], *comparison["pooled"])]
-
-
 def heldout_rows(comparison: Mapping) -> list[list[str]]:
     """Return every held-out text in every mode as text, a cell for each entry of `HELDOUT_HEADER`."""
     return [
@@ -48,7 +47,7 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
             row["text"],
             MODES[row["mode"]],
             *(number(row.get(key), 4) for key in ("pretrained", "baseline", "loss")),
-            f"{signed(row['difference'], 4)} {interval(row['ci'], 4)}",
+            change(row["difference"], row["ci"]),
             number(row["kl"], 4),
             str(row["documents"]),
         ]
@@ -62,19 +61,16 @@ def decision_rows(comparison: Mapping) -> list[list[str]]:
     for row in comparison_rows(comparison):
         for answer in row["answers"].values():
             digits = 1 if answer["unit"] == "points" else 4
-            change = f"{signed(answer['difference'], digits)} {interval(answer['ci'], digits)}"
             limits = (number(answer[key], digits) for key in ("margin", "detectable"))
-            name = f"{answer['name']}, {answer['unit']}"
-            rows.append([MODES[row["mode"]], name, change, *limits, answer["answer"]])
+            shown = change(answer["difference"], answer["ci"], digits)
+            rows.append([MODES[row["mode"]], f"{answer['name']}, {answer['unit']}", shown, *limits, answer["answer"]])
     return rows
 
 
 def rerun_cells(row: Mapping) -> list[str]:
     """Return what a run and its repetition differ by (`qat.analysis.rerun_noise.rerun_noise`), a cell for each entry of
     `RERUN_HEADER`."""
-    heldout = "; ".join(
-        f"{text['text']} {signed(text['difference'], 6)} {interval(text['ci'], 6)}" for text in row["heldout"]
-    )
+    heldout = "; ".join(f"{text['text']} {change(text['difference'], text['ci'], 6)}" for text in row["heldout"])
     flipped = "-" if row["n"] is None else f"{row['flipped']} of {row['n']}"
     words = "bit-identical: every loss equal" if row["identical"] else "not bit-identical"
     cells = [row["run"], str(row["repeat"]), str(row["steps"]), f"{row['ape']:.5f}", f"{row['largest']:.6f}"]
@@ -117,6 +113,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def heading(name: str, unit: str) -> str:
+    """Return the heading of a column: what it is, and its unit where it has one."""
+    return f"{name}, {unit}" if unit else name
+
+
 def signed(value: float, digits: int = 2, plus: str = "+") -> str:
     """Return a number with its sign, and without a negative zero."""
     return f"{round(value, digits) + 0.0:{plus}.{digits}f}"
@@ -125,6 +126,17 @@ def signed(value: float, digits: int = 2, plus: str = "+") -> str:
 def interval(ci: Sequence[float] | None, digits: int = 2, plus: str = "+") -> str:
     """Return an interval as "[low, high]"."""
     return "[-]" if ci is None else f"[{signed(ci[0], digits, plus)}, {signed(ci[1], digits, plus)}]"
+
+
+def change(value: float, ci: Sequence[float] | None, digits: int = 4, plus: str = "+") -> str:
+    """Return a number with its interval."""
+    return f"{signed(value, digits, plus)} {interval(ci, digits, plus)}"
+
+
+def decided(row: Mapping, digits: int = 4) -> str:
+    """Return a row's difference with its interval, and below it the decision and what it rests on, for a table."""
+    limits = f"finds {number(row['detectable'], digits)}, margin {number(row['margin'], digits)}"
+    return f"{change(row['difference'], row['ci'], digits)}<br>**{row['decision']}** ({limits})"
 
 
 def p_text(p: float) -> str:
@@ -186,7 +198,7 @@ def _parts(rows: Sequence[Mapping]) -> str:
 
 def _part(rows: Sequence[Mapping]) -> str:
     if len(rows) == 1:
-        return f"{signed(rows[0]['difference'], 4)} {interval(rows[0]['ci'], 4)}"
+        return change(rows[0]["difference"], rows[0]["ci"])
     beyond = f"{sum(map(excludes_zero, rows))} of {len(rows)} intervals exclude zero"
     return f"{_span([row['difference'] for row in rows])} ({beyond})"
 
@@ -216,10 +228,10 @@ def _recovered_once(row: Mapping, text: str) -> str:
         f" with QAT and its scales {qat}"
     )
     ends = row["ci"] and [-end for end in reversed(row["ci"])]
-    change = f"QAT minus PTQ, {signed(-row['recovered'], 4)} {interval(ends, 4)}"
+    costs += f"; QAT minus PTQ, {change(-row['recovered'], ends)}, is "
     if not excludes_zero(row):
-        return f"{costs}; {change}, is not beyond noise, so this does not show that QAT was needed."
-    return f"{costs}; {change}, is {'better' if row['recovered'] > 0 else 'worse'} beyond noise."
+        return f"{costs}not beyond noise, so this does not show that QAT was needed."
+    return f"{costs}{'better' if row['recovered'] > 0 else 'worse'} beyond noise."
 
 
 def verdict(comparisons: Mapping[str, dict]) -> str:
@@ -251,13 +263,10 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
             f"Accuracy decides nothing: none {tests} finds a difference from BF16; {smallest}. That is no evidence of "
             f"equality: {least}with these questions {reach}."
         )
-    differ = [f"{name} ({signed(r['points'])} points, p {_relation(r['p_value'])})" for name, r in rows[:real]]
+    found = [(name, signed(row["points"]), p_text(row["p_value"])) for name, row in rows[:real]]
+    differ = [f"{name} ({points} points, p {'= ' * (p[0] != '<')}{p})" for name, points, p in found]
     rest = f"; elsewhere {reach}" if real < len(rows) else ""
     return f"{real} {tests} find a difference from BF16: {', '.join(differ)}{rest}."
-
-
-def _relation(p: float) -> str:
-    return p_text(p) if p < 0.001 else f"= {p_text(p)}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,12 +12,7 @@ from qat.analysis.stats import Z, half_width
 from qat.errors import UserError
 from qat.report.cells import Table, text_table
 from qat.report.experiment import Experiment, distinct, tasks_of
-from qat.report.text import (
-    RERUN_HEADER,
-    interval,
-    rerun_cells,
-    signed,
-)
+from qat.report.text import RERUN_HEADER, change, rerun_cells
 
 
 def resolution(experiments: Sequence[Experiment]) -> Table:
@@ -94,7 +89,7 @@ def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
     mean, half = sum(values) / len(values), half_width(values)
     agree = max(values) - min(values) < 1e-9  # which is no certainty
     ends = None if agree else [mean - half, mean + half]
-    return f"{signed(mean, digits, plus)} {interval(ends, digits, plus)}"
+    return change(mean, ends, digits, plus)
 
 
 def _half_interval(rows: Sequence[Mapping], digits: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from qat.analysis.compare import against_baseline
 from qat.analysis.rerun_noise import rerun_noise
 from qat.errors import UserError
-from qat.report.text import RERUN_HEADER, interval, markdown, rerun_cells, signed
+from qat.report.text import RERUN_HEADER, change, markdown, rerun_cells, signed
 from qat.runs import archive
 from qat.runs.folder import Run
 
@@ -83,7 +83,7 @@ def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
     for text, row in stated.items():
         difference, ci = here[text]["difference"], row["ci"]
         told = "-" if ci is None else "inside" if ci[0] <= difference <= ci[1] else "outside"
-        cells = [first.id, text, f"{signed(row['difference'], 4)} {interval(ci, 4)}"]
+        cells = [first.id, text, change(row["difference"], ci)]
         rows.append([*cells, signed(difference, 4), f"{row['decision']}, {here[text]['decision']}", told])
     return rows
 

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qat.config import QuantConfig
+from qat.eval.subject import Subject
 from qat.quant import modelopt
 
 
-def installed() -> bool:
-    """Return whether Model-Optimizer is installed."""
-    return importlib.util.find_spec("modelopt") is not None
-
-
 def scores(
-    model: nn.Module, rounded: Mapping[str, int], quant: QuantConfig, batches: Sequence[tuple[torch.Tensor, ...]]
+    subject: Subject, rounded: Mapping[str, int], batches: Sequence[tuple[torch.Tensor, ...]]
 ) -> dict[str, float] | str:
-    """Return the gradient score of `auto_quantize` for each block; the error's text where the library has none.
+    """Return the gradient score of `auto_quantize` for each block; why it has none, where it has none.
 
     The score is the sum of squares of the gradient times what rounding does to the linear's output: the rise of the
-    loss to second order. model: unquantized; it is changed. rounded: the block of every linear that is rounded.
-    batches: (tokens, labels), int64, that calibrate, too.
+    loss to second order. subject: unquantized. rounded: the block of every linear that is rounded. batches: (tokens,
+    labels), int64, that calibrate, too.
     """
+    if not importlib.util.find_spec("modelopt"):
+        return "it is not installed: pip install -e '.[ptq]'"
+    model, _ = subject.build()
     with modelopt.silent():
         import modelopt.torch.quantization as library
 
-        roles = zip(modelopt.quantizers(quant), (quant.weights, quant.activations), strict=True)
-        quantizers = [{"quantizer_name": "*", "enable": False}, *(role for role, enabled in roles if enabled)]
         try:
             _, state = library.auto_quantize(
                 model,
                 constraints={"effective_bits": 16.0},  # only its scores are asked for
-                quantization_formats=[{"quant_cfg": quantizers, "algorithm": "max"}],
+                quantization_formats=[{"quant_cfg": modelopt.quantizers(subject.cfg.quant), "algorithm": "max"}],
                 data_loader=batches,
                 forward_step=lambda model, batch: model(input_ids=batch[0], use_cache=False).logits,
                 loss_func=lambda logits, batch: F.cross_entropy(logits.float().flatten(0, 1), batch[1].flatten()),
@@ -46,9 +43,8 @@ def scores(
             )
         except (AssertionError, RuntimeError, ValueError) as error:  # its own, of a model or format that it cannot do
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = defaultdict(float)
     for name, choices in state["candidate_stats"].items():  # of linears that it rounds alike, the first
-        block = rounded.get(name.removesuffix(".quant_recipe"))
-        if block is not None:
-            totals[str(block)] = totals.get(str(block), 0.0) + float(max(choices["scores"]))
+        if (linear := name.removesuffix(".quant_recipe")) in rounded:
+            totals[str(rounded[linear])] += float(max(choices["scores"]))
     return totals or "it scores none of these linears"

@@ -1,4 +1,4 @@
-"""Write a study as Markdown, JSON and a picture, in a folder that stands alone."""
+"""Write a study as Markdown, HTML, JSON and a picture, in a folder that stands alone."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from qat.config import Config
-from qat.report.plots import ACCENT, BASE, INK, MUTED, WARM, Panel, png
+from qat.report.page import Figures, html
+from qat.report.plots import ACCENT, WARM, Mark, Panel, forest, png
 from qat.report.studies import TITLES, claims_table, interaction
-from qat.report.text import markdown, p_text
+from qat.report.text import heading, markdown, p_text
 from qat.runs.folder import Run
 from qat.studies import audit, factorial, measures
 from qat.studies.contrasts import OPEN, Response, Weights, region
 from qat.studies.measures import MODES, Measured
 from qat.studies.registration import Registration
+from qat.utils import files
 from qat.utils.environment import commit_name, hardware_name
 
 TOGETHER = "Intervals are of 95 %, in a claim of several statements of 95 % together"
@@ -40,50 +44,51 @@ READING = (
 
 
 def write_factorial(measured: Sequence[Measured], missing: Mapping[str, str], cfg: Config, out: Path) -> Path:
-    """Write `factorial.md`, `.json` and `.png` into `out`; returns the path of the first."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the factorial into `out`; returns the path of its Markdown."""
     claims, effects = factorial.claims(measured), factorial.effects(measured)
-    sections = [_REPEATED if factorial.repeated(measured) else "", *claims_sections(claims)]
+    sections = [*_missing(missing), _REPEATED if factorial.repeated(measured) else "", *claims_sections(claims)]
     interactions = _interactions(measured) if measured else []
     if measured:
-        png([interaction(panel, legend=not i) for i, panel in enumerate(interactions)], 2, out / "factorial.png")
-        sections += ["## Cells", "![Means of the cells, with 95 % intervals](factorial.png)", _cells(measured)]
-        sections += ["## Baselines", _NOTE_BASELINES, _rates(measured), "## Effects", _NOTE_EFFECTS]
-        sections += [section for table in effects for section in _effects(table)]
+        panels = [interaction(panel, legend=not i) for i, panel in enumerate(interactions)]
+        cells = {", ".join(key): {key: 1} for key in dict.fromkeys(m.key for m in measured)}
+        rates = {f"lr {rate}": {(rate,): 1} for rate in factorial.RATES}
+        rates |= {"lr 1e-5 − 1e-4": {("1e-5",): 1, ("1e-4",): -1}}
+        sections += ["## Cells", Picture("Means of the cells, with 95 % intervals", panels)]
+        sections += [_contrasts(", ".join(factorial.FACTORS), cells, factorial.responses(measured).values())]
+        sections += ["## Baselines", _NOTE_BASELINES, _contrasts("", rates, factorial.baselines(measured).values())]
+        sections += ["## Effects", _NOTE_EFFECTS, *(section for table in effects for section in _effects(table))]
     content = {"claims": claims, "interactions": interactions, "effects": effects, "missing": missing}
-    return _write("factorial", measured, cfg, out, factorial.registered(), missing, sections, content)
+    return _write("factorial", measured, cfg, out, factorial.registered(), sections, content)
 
 
 def write_audit(
     measured: Sequence[Measured], missing: Mapping[str, str], left_out: Mapping[str, str], cfg: Config, out: Path
 ) -> Path:
-    """Write `audit.md`, `.json` and `.png` into `out`; returns the path of the first."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the audit into `out`; returns the path of its Markdown."""
     claims, effects = audit.claims(measured, cfg), audit.effects(measured)
-    sections = claims_sections(claims)
+    sections = [*_missing(missing | left_out), *claims_sections(claims)]
     if effects:
-        height = max(300, 80 + 20 * len(effects))
-        png([_forest(effects, height), _scopes(measured, height)], 2, out / "audit.png")
-        sections += ["## Switches", _NOTE_SWITCHES, "![Effects on held-out loss; APE against linears](audit.png)"]
         responses = audit.responses(measured)
-        sections += [_switches(effects, responses), "## The cells they are thrown in", _plain(measured)]
-        sections += ["\n".join(f"- {name}: {response.noise()}" for name, response in responses.items())]
+        panels = [_forest(effects), _scopes(measured)]
+        cells = {key[0]: {key: 1} for key in dict.fromkeys(m.key for m in measured) if key[1] == audit.PLAIN}
+        sections += ["## Switches", _NOTE_SWITCHES, Picture("Effects on held-out loss; APE against linears", panels)]
+        sections += [_switches(effects, responses)]
+        sections += ["## The cells they are thrown in", _contrasts("", cells, responses.values())]
+        sections += [listed({name: response.noise() for name, response in responses.items()})]
     content = {"claims": claims, "effects": effects, "missing": missing, "left_out": left_out}
-    return _write("audit", measured, cfg, out, audit.registered(), missing | left_out, sections, content)
+    return _write("audit", measured, cfg, out, audit.registered(), sections, content)
 
 
 def write_decide(
     measured: Sequence[Measured], missing: Mapping[str, str], claims: Sequence[Mapping], cfg: Config, out: Path
 ) -> Path:
-    """Write `decide.md` and `.json` into `out`; returns the path of the first."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the verdicts on all claims into `out`; returns the path of its Markdown."""
     sections = ["**Provisional: some cells are missing (below).**"] if missing else []
     known = [m for m in measured if "control" in m.scored]
     sections += [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(known)] if known else [])]
-    sections += ["## Not measured yet", _listed(missing)] if missing else []
-    registered = factorial.registered()
-    content = {"claims": claims, "missing": missing, "runs": _runs(measured)}
-    return write("decide", _facts(measured, cfg, registered), registered, sections, content, out, READING)
+    sections += _missing(missing, "Not measured yet")
+    content = {"claims": claims, "missing": missing}
+    return _write("decide", measured, cfg, out, factorial.registered(), sections, content)
 
 
 _NOTE_CONTROLS = (
@@ -115,53 +120,80 @@ def _write(
     cfg: Config,
     out: Path,
     registered: Registration,
-    missing: Mapping[str, str],
-    sections: Sequence[str],
+    sections: Sequence[str | Picture],
     content: Mapping,
 ) -> Path:
-    """Write a study that measured runs, with what is missing of them."""
-    sections = [*(["## Missing", _listed(missing)] if missing else []), *sections]
+    """Write a study that measured runs."""
+    seeds = sorted({m.seed for m in measured})
+    sizes = sorted({(len(m.losses("baseline")), int(np.isfinite(m.answers("baseline")).sum())) for m in measured})
+    asked = [f"{documents} held-out documents, {questions} questions" for documents, questions in sizes]
+    own = {
+        "Benchmark": ": ".join(filter(None, (cfg.benchmark.name, "; ".join(asked)))),
+        "Runs": f"{len({m.run for m in measured})} quantized runs, {with_seeds(seeds)}",
+    }
+    runs = [Run(Path(cfg.runs_dir) / m.run) for m in measured]
     content = {**content, "runs": _runs(measured)}
-    return write(study, _facts(measured, cfg, registered), registered, sections, content, out, READING)
+    return write(study, facts_of(cfg, own, registered, runs), registered, sections, content, out, READING)
+
+
+def _missing(missing: Mapping[str, str], title: str = "Missing") -> list[str]:
+    return [f"## {title}", listed(missing)] if missing else []
+
+
+class Picture(NamedTuple):
+    """Hold the panels of a page's one picture, its alternative text, and what is written below it."""
+
+    shows: str
+    panels: Sequence[Panel]
+    columns: int = 2
+    note: str = ""
 
 
 def write(
     study: str,
     facts: Mapping[str, str],
     registered: Registration,
-    sections: Sequence[str],
+    sections: Sequence[str | Picture],
     content: Mapping,
     out: Path,
     reading: str,
 ) -> Path:
-    """Write what all studies open with and then `sections` as Markdown, and `content` as JSON.
+    """Write what all studies open with and then `sections` as a page, and `content` as JSON; returns the Markdown.
 
     reading: how to read the page, with the names of margins in braces.
     """
-    opening = [f"# {TITLES[study]}", _summary(content["claims"]), reading.format_map(registered.margins)]
-    parts = [*opening, _listed(facts), *sections]
-    content = {"facts": facts, **content}
-    (out / f"{study}.json").write_text(json.dumps(_json(content), indent=1, allow_nan=False), encoding="utf-8")
-    path = out / f"{study}.md"
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    opening = [_summary(content["claims"]), reading.format_map(registered.margins), listed(facts)]
+    path = write_page(out / f"{study}.md", TITLES[study], [*opening, *sections])
+    finite = json.loads(json.dumps({"facts": facts, **content}), parse_constant=lambda _: None)  # JSON has no NaN
+    files.replace(out / f"{study}.json", json.dumps(finite, indent=1))
     return path
 
 
-def _json(value):
-    """Replace infinities and NaN, which JSON has not, by None."""
-    if isinstance(value, Mapping):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def write_page(path: Path, title: str, sections: Sequence[str | Picture]) -> Path:
+    """Write `sections` as Markdown into `path`, as .html and its picture as .png beside it; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures, parts = Figures(), [f"# {title}", *filter(None, sections)]
+
+    def text(shown: Callable[[Picture], str]) -> str:
+        return "\n\n".join(part if isinstance(part, str) else shown(part) for part in parts) + "\n"
+
+    def drawn(picture: Picture) -> str:
+        png(picture.panels, picture.columns, path.with_suffix(".png"), picture.note)
+        return f"![{picture.shows}]({path.stem}.png)"
+
+    def embedded(picture: Picture) -> str:
+        return f"{figures.add(picture.panels)}\n\n{picture.note}"
+
+    files.replace(path, text(drawn))
+    files.replace(path.with_suffix(".html"), html(text(embedded), figures, title))
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------- parts
 
 
 def _summary(claims: Sequence[Mapping]) -> str:
-    verdicts = [_verdict(claim) for claim in claims]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
+    counts = [f"{count} {verdict}" for verdict, count in Counter(map(_verdict, claims)).items()]
     return f"**Of {len(claims)} claims: {', '.join(counts)}.**" if claims else "**Nothing has been measured yet.**"
 
 
@@ -170,34 +202,34 @@ def _verdict(judged: Mapping) -> str:
     return judged["verdict"] + (f" ({judged['open']})" if judged["verdict"] == OPEN else "")
 
 
-def _facts(measured: Sequence[Measured], cfg: Config, registered: Registration) -> dict[str, str]:
-    runs = Path(cfg.runs_dir)
-    seeds = ", ".join(str(seed) for seed in sorted({m.seed for m in measured})) or "none"
-    sizes = sorted({(len(m.losses("baseline")), int(np.isfinite(m.answers("baseline")).sum())) for m in measured})
-    planned = ", ".join(map(str, registered.seeds))
-    asked = "; ".join(f"{documents} held-out documents, {questions} questions" for documents, questions in sizes)
+def facts_of(cfg: Config, own: Mapping[str, str], registered: Registration, runs: Iterable[Run]) -> dict[str, str]:
+    """Return what the numbers of a study rest on: what all have, with its own, and where its runs come from."""
+    environments = [environment for run in runs for environment in run.environments()]
+    planned = f"{with_seeds(registered.seeds)}; {registered.texts}; questions: {registered.questions}"
     return {
         "Model": cfg.model.name,
         "Data": cfg.data.name,
         "Budget": f"{cfg.budget.name}, {cfg.size}",
-        "Benchmark": f"{cfg.benchmark.name}: {asked}" if asked else cfg.benchmark.name,
-        "Runs": f"{len({m.run for m in measured})} quantized runs, {'seeds' if ',' in seeds else 'seed'} {seeds}",
-        "Registered": f"seeds {planned}; {registered.texts}; {registered.questions}",
-    } | origin(Run(runs / m.run) for m in measured)
-
-
-def origin(runs: Iterable[Run]) -> dict[str, str]:
-    """Return where numbers come from: hardware and code of the runs, and this command."""
-    environments = [environment for run in runs for environment in run.environments()]
-    return {
+        **own,
+        "Registered": planned,
         "Hardware": "; ".join(dict.fromkeys(map(hardware_name, environments))) or "unknown",
         "Code": "; ".join(dict.fromkeys(commit_name(environment["git"]) for environment in environments)) or "unknown",
-        "Command": f"python {' '.join(sys.argv)}",
-        "Date": str(date.today()),
+        **made(),
     }
 
 
-def _listed(lines: Mapping[str, str]) -> str:
+def made() -> dict[str, str]:
+    """Return what made a page, and when."""
+    return {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
+
+
+def with_seeds(seeds: Sequence[int]) -> str:
+    """Name the seeds."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds)) or 'none'}"
+
+
+def listed(lines: Mapping[str, str]) -> str:
+    """Write a list of labels and texts."""
     return "\n".join(f"- {label}: {text}" for label, text in lines.items())
 
 
@@ -209,7 +241,7 @@ def claims_sections(claims: Sequence[Mapping]) -> list[str]:
         [
             claim["claim"] if not number else "",
             statement["statement"],
-            f"{statement['response']}, {statement['unit']}",
+            heading(statement["response"], statement["unit"]),
             statement["text"],
             region(statement["region"]),
             _verdict(statement),
@@ -230,43 +262,19 @@ def _controls(known: Sequence[Measured]) -> str:
     """Write what the measures see of 4-bit weights, a row a cell."""
     responses = [measures.heldout(known, "control", other=other) for other in (False, True)]
     responses += [measures.contrast(known, "control"), measures.points(known, "control")]
-    return _rows({", ".join(key): {key: 1} for key in dict.fromkeys(m.key for m in known)}, responses)
+    return _contrasts("", {", ".join(key): {key: 1} for key in dict.fromkeys(m.key for m in known)}, responses)
 
 
-def _cells(measured: Sequence[Measured]) -> str:
-    """Write a row a cell of the factorial, over its seeds."""
-    responses = factorial.responses(measured).values()
-    rows = [
-        [*key, *(response.cell(response.contrast({key: 1})) for response in responses)]
-        for key in dict.fromkeys(m.key for m in measured)
-    ]
-    return markdown([*factorial.FACTORS, *map(_heading, responses)], rows)
-
-
-def _heading(response: Response) -> str:
-    return f"{response.name}, {response.unit}"
-
-
-def _rates(measured: Sequence[Measured]) -> str:
-    rates = {f"lr {rate}": {(rate,): 1} for rate in factorial.RATES} | {"lr 1e-5 − 1e-4": {("1e-5",): 1, ("1e-4",): -1}}
-    return _rows(rates, factorial.baselines(measured).values())
-
-
-def _plain(measured: Sequence[Measured]) -> str:
-    keys = [key for key in dict.fromkeys(m.key for m in measured) if key[1] == audit.PLAIN]
-    return _rows({key[0]: {key: 1} for key in keys}, audit.responses(measured).values())
-
-
-def _rows(rows: Mapping[str, Weights], responses: Iterable[Response]) -> str:
-    """Write a table of a contrast a row, a response a column."""
-    responses = list(responses)
+def _contrasts(about: str, rows: Mapping[str, Weights], responses: Collection[Response]) -> str:
+    """Write a table of a contrast a row, a response a column; about: the heading of the rows."""
     cells = [[label, *(r.cell(r.contrast(weights)) for r in responses)] for label, weights in rows.items()]
-    return markdown(["", *map(_heading, responses)], cells)
+    return markdown([about, *(heading(r.name, r.unit) for r in responses)], cells)
 
 
 def _effects(table: Mapping) -> list[str]:
     """Write the effects on one response."""
-    rows = [[row["effect"], row["text"], _p(row["p_holm"]) or "–"] for row in table["effects"]]
+    tests = [(row["effect"], row["text"], row["p_holm"]) for row in table["effects"]]
+    rows = [[effect, text, "–" if p is None else p_text(p)] for effect, text, p in tests]
     unit = "ratio" if table["log"] else table["unit"]
     return [f"### {table['response']}", table["noise"], markdown(["Effect", f"{unit} [95 % CI]", "p, Holm"], rows)]
 
@@ -275,19 +283,11 @@ def _switches(effects: Sequence[Mapping], responses: Mapping[str, Response]) -> 
     """Write a row a switch and base, a response a column."""
     rows = []
     for row in effects:
-        cells = [
-            cell["text"] + (f", p {_p(cell['p_holm'])}" if _p(cell["p_holm"]) else "")
-            for cell in row["effects"].values()
-        ]
-        rows.append(
-            ["–" if row["row"] is None else str(row["row"]), row["switch"], row["base"], str(row["linears"]), *cells]
-        )
+        of_row = ["–" if row["row"] is None else str(row["row"]), row["switch"], row["base"], str(row["linears"])]
+        tests = [(c["text"], c["p_holm"]) for c in row["effects"].values()]
+        rows.append(of_row + [text if p is None else f"{text}, p {p_text(p)}" for text, p in tests])
     headings = [f"{name}, {'ratio' if response.log else response.unit}" for name, response in responses.items()]
     return markdown(["Row", "Switch", "Off", "Linears", *headings], rows)
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else p_text(value)
 
 
 def _runs(measured: Sequence[Measured]) -> list[dict]:
@@ -311,13 +311,12 @@ def _interactions(measured: Sequence[Measured]) -> list[dict]:
     }
     drawn = []
     for title, response in responses.items():
-        means = {key: response.contrast({key: 1}) for key in itertools.product(*factorial.FACTORS.values())}
-        cells = [
-            dict(zip(factorial.FACTORS, key, strict=True))
-            | {end: _shown(getattr(mean, end), response) for end in ("value", "low", "high")}
-            for key, mean in means.items()
-            if mean is not None
-        ]
+        cells = []
+        for key in itertools.product(*factorial.FACTORS.values()):
+            if mean := response.contrast({key: 1}):
+                ends = {end: getattr(mean, end) for end in ("value", "low", "high")}
+                ends |= {end: math.exp(at) for end, at in ends.items() if response.log and at is not None}
+                cells.append(dict(zip(factorial.FACTORS, key, strict=True)) | ends)
         drawn.append({"title": title, "around_zero": not response.log, "cells": cells})
     ptq = factorial.baselines(measured)["ptq"]
     means = {rate: ptq.contrast({(rate,): 1}) for rate in factorial.RATES}
@@ -325,34 +324,22 @@ def _interactions(measured: Sequence[Measured]) -> list[dict]:
     return drawn
 
 
-def _shown(value: float | None, response: Response) -> float | None:
-    return math.exp(value) if response.log and value is not None else value
-
-
-def _forest(effects: Sequence[Mapping], height: float) -> Panel:
+def _forest(effects: Sequence[Mapping]) -> Panel:
     """Draw the effect of every switch on the held-out loss in W8A8."""
-
-    def draw(axes: Axes) -> None:
-        axes.axvline(0, color=BASE, linewidth=1.4)
-        for y, row in zip(range(len(effects))[::-1], effects, strict=True):
-            estimate = row["effects"]["Held-out loss, W8A8"]["estimate"]
-            if estimate is None:
-                continue
-            if estimate["low"] is not None:
-                axes.hlines(y, estimate["low"], estimate["high"], color=ACCENT, linewidth=1.3)
-            axes.plot(estimate["value"], y, "o", color=ACCENT, markersize=5)
-        labels = [f"{row['switch']} ({row['base'].partition(',')[0]})" for row in effects]
-        axes.set_yticks(range(len(effects))[::-1], labels)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.spines["left"].set_visible(False)
-        axes.grid(axis="x")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.set_xlabel("Change of run − BF16 (nats)")
-
-    return Panel("Held-out loss in W8A8", draw, width=520, height=height, margins=(206, 14, 32, 44))
+    shown = [marks(row["effects"]["Held-out loss, W8A8"]["estimate"]) for row in effects]
+    labels = [f"{row['switch']} ({row['base'].partition(',')[0]})" for row in effects]
+    rows = list(zip(labels, shown, strict=True))
+    return replace(forest("Held-out loss in W8A8", rows, "Change of run − BF16 (nats)"), width=520)
 
 
-def _scopes(measured: Sequence[Measured], height: float) -> Panel:
+def marks(estimate: Mapping | None) -> list[Mark]:
+    """Return what a forest shows of a `qat.studies.contrasts.Estimate`."""
+    if estimate is None:
+        return []
+    return [Mark(estimate["value"], None if estimate["low"] is None else (estimate["low"], estimate["high"]))]
+
+
+def _scopes(measured: Sequence[Measured]) -> Panel:
     """Draw the loss APE against the number of quantized linears."""
 
     def draw(axes: Axes) -> None:
@@ -360,10 +347,8 @@ def _scopes(measured: Sequence[Measured], height: float) -> Panel:
             points = sorted((m.linears, m.ape) for m in measured if m.key[0] == base and m.key[1] in audit.SCOPES)
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5, linewidth=1.0, label=base)
-        axes.set_xlabel("Quantized linears")
-        axes.set_ylabel("Loss APE (%)", color=MUTED)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="Quantized linears", ylabel="Loss APE (%)", ylim=(0, None))
         axes.grid(axis="y")
         axes.legend()
 
-    return Panel("Loss APE by scope", draw, width=520, height=height, margins=(62, 14, 32, 44))
+    return Panel("Loss APE by scope", draw, width=520)

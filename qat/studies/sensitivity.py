@@ -11,7 +11,6 @@ What is measured is written after every unit of text or questions, and a second 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import itertools
@@ -210,10 +209,10 @@ class Switchboard:
             read(full, results["quantized"])
             for name, group in chosen.items():
                 for way in ways:
-                    active, known = (
-                        (group.tensors, outputs) if way == "alone" else (self.all - group.tensors, rounded_outputs)
-                    )
-                    read(self._logits(piece, active, known[: group.first]), results[way][name])
+                    alone = way == "alone"
+                    active = group.tensors if alone else self.all - group.tensors
+                    known = (outputs if alone else rounded_outputs)[: group.first]
+                    read(self._logits(piece, active, known), results[way][name])
                     advance(self.cost(piece.tokens.numel(), group))
         return results
 
@@ -288,10 +287,7 @@ def subject(cfg: Config, quant: QuantConfig) -> Subject:
         raise ConfigError("quant.gemm=fp8: single operands cannot be left unrounded; name a run with quant.gemm=bf16")
     if of.quantized:
         return Subject(of, Run.of(of), "w8a8")
-    ptq = copy.deepcopy(of)
-    ptq.quant = quant
-    ptq = ptq_of(ptq)
-    return Subject(ptq, Run.of(of), ptq_mode(quant))
+    return Subject(ptq_of(dataclasses.replace(of, quant=quant)), Run.of(of), ptq_mode(quant))
 
 
 def folder_name(measured_of: Subject) -> str:
@@ -355,18 +351,12 @@ class Study:
             chosen[",".join(map(str, blocks))] = _group(board.rounded, members)
         self._do(board, [("kept", unit, chosen, ("left_out",)) for unit in fresh])
         if not isinstance(self.content.get("auto_quantize"), dict):  # what failed is tried again
-            self.content["auto_quantize"] = self._auto_quantize(board, texts)
+            places = {id(module): block for block, parent in enumerate(board.blocks) for module in parent.modules()}
+            rounded = {name: places[id(linear)] for name, linear in quantized_linears(board.model).items()}
+            plain = dataclasses.replace(self.subject, mode="bf16")
+            batches = [tuple(map(device.to_device, unit.pieces[0])) for unit in texts]
+            self.content["auto_quantize"] = auto_quantize.scores(plain, rounded, batches)
             self._write()
-
-    def _auto_quantize(self, board: Switchboard, texts: Sequence[Unit]) -> dict[str, float] | str:
-        """Return Model-Optimizer's score of each block; why it has none, where it has none."""
-        if not auto_quantize.installed():
-            return "it is not installed: pip install -e '.[ptq]'"
-        places = {id(module): block for block, parent in enumerate(board.blocks) for module in parent.modules()}
-        rounded = {name: places[id(linear)] for name, linear in quantized_linears(board.model).items()}
-        plain, _ = dataclasses.replace(self.subject, mode="bf16").build()
-        batches = [tuple(map(device.to_device, unit.pieces[0])) for unit in texts]
-        return auto_quantize.scores(plain, rounded, self.subject.cfg.quant, batches)
 
     def _texts(self, tokenizer) -> tuple[list[Unit], list[Unit]]:
         """Return the units of the held-out texts: half of the documents to measure, the others to check a choice on."""

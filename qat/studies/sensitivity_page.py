@@ -1,12 +1,9 @@
-"""Write where the damage of W8A8 sits as Markdown, HTML and a picture, in the folder of what was measured."""
+"""Write where the damage of W8A8 sits as a page, in the folder of what was measured."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from datetime import date
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +15,9 @@ from qat.analysis import sensitivity as analysis
 from qat.analysis.sensitivity import MEASURES
 from qat.analysis.stats import LEVEL
 from qat.eval.subject import Subject
-from qat.report import page
-from qat.report.plots import ACCENT, INK, PAPER, WARM, Panel, png
-from qat.report.text import interval, markdown, signed
+from qat.report.plots import ACCENT, INK, PAPER, WARM, Panel
+from qat.report.text import change, decided, markdown, signed
+from qat.studies.page import Picture, listed, made, write_page
 from qat.utils import environment, files
 
 TITLE = "Where the damage of W8A8 sits"
@@ -40,34 +37,33 @@ _SHOWN = 12  # rows of a ranking; sensitivity.json has all
 
 
 def write_sensitivity(content: Mapping, subject: Subject, folder: Path) -> Path:
-    """Write sensitivity.md, .html and .png, and the results into .json; returns the path of the page."""
-    panels = [_map(content, *spec) for spec in _MAPS if analysis.rows(content, *spec)]
-    png(panels, 1, folder / "sensitivity.png")
-    figures = page.Figures()
-    write = partial(_page, content, _facts(content, subject))
-    files.replace(folder / "sensitivity.md", write("![Maps of the damage](sensitivity.png)"))
-    files.replace(folder / "sensitivity.html", page.html(write(figures.add(panels)), figures, TITLE))
-    files.replace(folder / "sensitivity.json", json.dumps(content | {"results": _results(content)}))
-    return folder / "sensitivity.html"
-
-
-def _results(content: Mapping) -> dict:
-    levels = [level for level in content["measured"] if level != "kept"]
-    return {
-        level: {
-            f"{measure} {way}": analysis.rows(content, level, measure, way) for measure in MEASURES for way in _WAYS
-        }
-        for level in levels
+    """Write the page, and the results into sensitivity.json; returns the path of its HTML."""
+    measured, panels = content["measured"], [_map(content, *spec) for spec in _MAPS if analysis.rows(content, *spec)]
+    sections = [_lead(content), READING, listed(_facts(content, subject))]
+    sections += ["## Maps", Picture("Maps of the damage", panels, columns=1)] if panels else []
+    sections += ["## Weights and activations", _whole(content)]
+    for level in (level for level in _LEVELS if level in measured):
+        sections += [f"## {_LEVELS[level]}", _ranking(content, level)]
+    if "block" in measured:
+        sections += ["## Blocks to keep in BF16", _CHOICES, _choices(content), _agreement(content)]
+    path = write_page(folder / "sensitivity.md", TITLE, sections)
+    results = {
+        level: {f"{m} {way}": analysis.rows(content, level, m, way) for m in MEASURES for way in _WAYS}
+        for level in measured
+        if level != "kept"
     }
+    files.replace(folder / "sensitivity.json", json.dumps(content | {"results": results}))
+    return path.with_suffix(".html")
 
 
 def _facts(content: Mapping, subject: Subject) -> dict[str, str]:
-    quant, levels = subject.cfg.quant, [level for level in content["measured"] if level != "kept"]
+    quant = subject.cfg.quant
     sizes = {
         name: len(analysis.series(content, level, measure, ["unquantized"], name))
-        for level in levels
+        for level in content["measured"]
         for measure in ("loss", "logprob")
         for name in analysis.sources(content, level, measure)
+        if level != "kept"
     }
     return {
         "Model": f"{subject.run.id}, {'by PTQ (max calibration)' if subject.calibrated else 'with its own scales'}",
@@ -76,20 +72,8 @@ def _facts(content: Mapping, subject: Subject) -> dict[str, str]:
         "Arithmetic": content["request"]["arithmetic"],
         "Hardware": environment.machine_summary(),
         "Time": f"{content['seconds'] / 60:.0f} minutes",
-        "Command": f"python {' '.join(sys.argv)}",
-        "Date": str(date.today()),
+        **made(),
     }
-
-
-def _page(content: Mapping, facts: Mapping[str, str], maps: str) -> str:
-    parts = [f"# {TITLE}", _lead(content), READING, "\n".join(f"- {label}: {text}" for label, text in facts.items())]
-    parts += ["## Maps", maps, "## Weights and activations", _whole(content)]
-    for level, title in _LEVELS.items():
-        if level in content["measured"]:
-            parts += [f"## {title}", _ranking(content, level)]
-    if "block" in content["measured"]:
-        parts += ["## Blocks to keep in BF16", _CHOICES, _choices(content), _agreement(content)]
-    return "\n\n".join(parts) + "\n"
 
 
 _CHOICES = (
@@ -122,19 +106,16 @@ def _lead(content: Mapping) -> str:
 
 
 def _whole(content: Mapping) -> str:
+    """Write what rounding everything does, and each role, a text or task a column."""
     level = "role" if "role" in content["measured"] else next(iter(content["measured"]))
-    header, cells = ["Rounded"], [["Everything"]]
-    rows = {way: {} for way in _WAYS}
-    for measure in MEASURES:
-        for source in analysis.sources(content, level, measure):
-            header.append(f"{MEASURES[measure].name}, {source}")
-            cells[0].append(_value(analysis.total(content, level, measure, source), measure))
-            for way in _WAYS if level == "role" else ():
-                for row in analysis.rows(content, "role", measure, way, source):
-                    rows[way].setdefault(row["group"], []).append(_value(row, measure))
-    for way, name in _WAYS.items():
-        cells += [[f"{group}s {name}", *values] for group, values in rows[way].items()]
-    return markdown(header, cells)
+    columns = [(measure, source) for measure in MEASURES for source in analysis.sources(content, level, measure)]
+    rows = {"Everything": [_value(analysis.total(content, level, *column), column[0]) for column in columns]}
+    for way, name in _WAYS.items() if level == "role" else ():
+        for measure, source in columns:
+            for row in analysis.rows(content, "role", measure, way, source):
+                rows.setdefault(f"{row['group']}s {name}", []).append(_value(row, measure))
+    header = [f"{MEASURES[measure].name}, {source}" for measure, source in columns]
+    return markdown(["Rounded", *header], [[label, *values] for label, values in rows.items()])
 
 
 def _ranking(content: Mapping, level: str) -> str:
@@ -155,27 +136,15 @@ def _ranking(content: Mapping, level: str) -> str:
 
 
 def _choices(content: Mapping) -> str:
-    header = [
-        "Blocks",
-        "KL expected, nats",
-        "KL measured",
-        "Loss expected, nats",
-        "Loss measured",
-        "Margin",
-        "Decision",
-    ]
     cells = []
     for row in analysis.choices(content):
-        expected = {measure: signed(value, 5) for measure, value in row["expected"].items()}
-        found = {measure: _value(row[measure], measure) if row[measure] else "-" for measure in expected}
-        loss, setting = (
-            row["loss"],
-            f"`quant.bf16_also=[{','.join(map(str, row['blocks']))}]`" if row["blocks"] else "-",
-        )
-        decision = [f"{loss['margin']:.4f}", loss["decision"]] if loss else ["-", "-"]
-        numbers = [cell for measure in ("kl", "loss") for cell in (expected[measure], found[measure])]
-        cells.append([str(len(row["blocks"])), *numbers, *decision, setting])
-    return markdown([*header, "Setting"], cells)
+        kl, loss = (signed(row["expected"][measure], 5) for measure in ("kl", "loss"))
+        kl_measured = _value(row["kl"], "kl") if row["kl"] else "-"
+        setting = f"`quant.bf16_also=[{','.join(map(str, row['blocks']))}]`" if row["blocks"] else "-"
+        loss_measured = decided(row["loss"], 5) if row["loss"] else "-"
+        cells.append([str(len(row["blocks"])), kl, kl_measured, loss, loss_measured, setting])
+    header = ["Blocks", "KL expected, nats", "KL measured", "Loss expected, nats", "Loss measured", "Setting"]
+    return markdown(header, cells)
 
 
 def _agreement(content: Mapping) -> str:
@@ -193,8 +162,8 @@ def _agreement(content: Mapping) -> str:
 
 
 def _value(row: Mapping, measure: str) -> str:
-    star = " *" if row.get("p_holm", 1) < LEVEL and measure != "kl" else ""
-    return f"{signed(row['difference'], 5)} {interval(row['ci'], 5)}{star}".replace("*", "\\*")
+    star = r" \*" if row.get("p_holm", 1) < LEVEL and measure != "kl" else ""
+    return f"{change(row['difference'], row['ci'], 5)}{star}"
 
 
 def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
@@ -219,11 +188,10 @@ def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
             axes.text(x, y, number, ha="center", va="center", fontsize=7.5, color=INK)
             if measure != "kl" and row["p_holm"] < LEVEL:
                 axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=INK, linewidth=1.4))
-        axes.set_xticks(range(len(blocks)), blocks)
-        axes.set_yticks(range(len(lines)), lines)
+        axes.set(xticks=range(len(blocks)), xticklabels=blocks, xlabel="Block")
+        axes.set(yticks=range(len(lines)), yticklabels=lines)
         axes.tick_params(length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("Block")
 
     title = f"{_LEVELS[level]}: {MEASURES[measure].name}, {_WAYS[way]}, in thousandths of a nat"
     return Panel(title, draw, width=1000, height=230, margins=(190, 12, 32, 44))

@@ -15,6 +15,7 @@ from qat.report import studies, tables
 from qat.report.experiment import SHARES, Experiment, Telemetry, published
 from qat.report.page import _recipe, write_report
 from qat.report.panels import amax, overshoot
+from qat.report.plots import Mark, forest
 from qat.runs.folder import Run
 from qat.studies import factorial
 from qat.studies.page import write_factorial
@@ -52,6 +53,26 @@ def test_the_amax_figure_marks_what_exceeds_the_prediction():
         "amax": [[1, 1], [2, 3], [4, 5]],
         "larger than predicted": [[2, 3], [4, 5]],
     }
+
+
+def test_a_row_far_out_is_an_arrow_and_does_not_stretch_the_axis():
+    values = {"max": (0.01, 0.006, 0.014), "cast": (-0.002, -0.006, 0.002), "int8": (0.39, 0.36, 0.42), "none": None}
+    rows = [(name, [Mark(row[0], row[1:])] if row else []) for name, row in values.items()]
+    axes = Figure().add_subplot()
+    forest("", rows, "nats", margin=0.018, dotted=0.01).draw(axes)
+    low, high = axes.get_xlim()
+    assert -0.025 < low < -0.018 and 0.018 < high < 0.025
+    drawn = {tuple(line.get_xydata()[0]): line.get_marker() for line in axes.lines if line.get_marker() != "None"}
+    assert drawn == {(0.01, 3): "o", (-0.002, 2): "o", (high, 1): ">"}
+    assert [text.get_text() for text in axes.texts] == ["+0.39"]
+
+
+@pytest.mark.parametrize("marks", [[], [Mark(0.0, (0.0, 0.0))], [Mark(1.0)]])
+def test_a_forest_has_an_axis_whatever_its_rows(marks):
+    axes = Figure().add_subplot()
+    forest("", [("one", marks)], "nats").draw(axes)
+    low, high = axes.get_xlim()
+    assert low < 0 < high and all(low < mark.value < high for mark in marks)
 
 
 def test_mantissa_bits_are_means_of_a_block():

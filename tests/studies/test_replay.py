@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from qat.config import ROLES, ScalingConfig
 from qat.errors import ConfigError, UserError
@@ -16,7 +15,7 @@ from qat.quant.scaling import ScaleBank
 from qat.report import record
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
-from qat.studies import replay, replay_page
+from qat.studies import replay
 from qat.studies.contrasts import Estimate
 from qat.studies.replay import CONTROL, HELD, LAST, LONGEST, Replayed
 from qat.studies.replay_page import write_replay
@@ -214,14 +213,6 @@ def test_a_record_and_the_docs_can_read_what_was_replayed(config, tmp_path, monk
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     shown = docs.claims(tmp_path / "experiments" / "replay" / "replay.json")
     assert "3, seeds 0, 1, 2, under max; unknown; [all of it](replay/replay.md)" in shown and "contradicted" in shown
-
-
-def test_the_picture_draws_rules_that_are_held_or_have_a_guard_apart(config):
-    value = {"value": 1.0, "low": None, "high": None}
-    (one,), axes = invent(config, SAME, (0,)), Figure().subplots()
-    replay_page._by_window("", "%", dict.fromkeys((*replay.TO_TRY, LAST + "+2"), value), one).draw(axes)
-    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
-    assert lines == {"max": [1, 16, 64], "max/10": [64], "max+2": [1, 64], "current": [0, 1]}
 
 
 def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):

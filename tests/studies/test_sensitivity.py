@@ -150,7 +150,13 @@ def test_model_optimizer_scores_every_block(board, scored, tmp_path, monkeypatch
     study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
     tokens = torch.randint(257, (32, 65), generator=torch.Generator().manual_seed(0))
     units = sensitivity.of_text("embedded", tokens, torch.arange(32))
-    found = study._auto_quantize(board, units)
+
+    def scores() -> dict | str:
+        study.content.pop("auto_quantize", None)
+        study._check_choices(board, units, [])
+        return study.content["auto_quantize"]
+
+    found = scores()
     assert set(found) == {"3", "4", "5"} and min(found.values()) > 0
     chosen = groups(board.rounded, "block")
     values = {unit.key: unit.facts | board.measure(unit, chosen) for unit in units}
@@ -158,15 +164,17 @@ def test_model_optimizer_scores_every_block(board, scored, tmp_path, monkeypatch
     order, correlation = analysis.agreement(content)
     assert [str(block) for block in order] == sorted(found, key=found.get, reverse=True) and correlation >= 0.5
     monkeypatch.setattr(library, "auto_quantize", mock.Mock(side_effect=[ValueError("not\nthis model"), KeyError(1)]))
-    assert study._auto_quantize(board, units) == "ValueError: not this model"
+    assert scores() == "ValueError: not this model"
     with pytest.raises(KeyError):  # no refusal but a defect
-        study._auto_quantize(board, units)
+        scores()
 
 
 def test_model_optimizer_is_asked_again_until_it_has_scores(board, scored, tmp_path, monkeypatch):
     study = sensitivity.Study(scored[0], subjects(scored[0])["w8a8"], tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(auto_quantize.importlib.util, "find_spec", lambda name: None)
+        assert auto_quantize.scores(study.subject, {}, []) == "it is not installed: pip install -e '.[ptq]'"
     answers = iter(["ValueError: not this model", {"3": 1.0}])
-    monkeypatch.setattr(auto_quantize, "installed", lambda: True)
     monkeypatch.setattr(auto_quantize, "scores", lambda *_: next(answers))
     for known in ("ValueError: not this model", {"3": 1.0}, {"3": 1.0}):
         study._check_choices(board, [], [])
@@ -217,7 +225,7 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
         done.append(unit.key)
         return measure(self, unit, *more)
 
-    monkeypatch.setattr(auto_quantize, "installed", lambda: False)
+    monkeypatch.setattr(auto_quantize, "scores", lambda *_: "it is not installed")
     monkeypatch.setattr(Switchboard, "measure", stopping)
     assert main("sensitivity.py", *words)[0] == 130
     monkeypatch.setattr(Switchboard, "measure", lambda *given: done.append(given[1].key) or measure(*given))
@@ -228,7 +236,7 @@ def test_the_command_measures_a_run_and_goes_on_where_it_was_stopped(scored, mai
     assert len(done) == 4 * 2 + 2
     assert {path.name for path in folder.iterdir()} == {f"sensitivity.{end}" for end in ("md", "html", "json", "png")}
     text, content = (folder / "sensitivity.md").read_text(), json.loads((folder / "sensitivity.json").read_text())
-    assert "quant.bf16_also=[" in text and "4/weight" in text
+    assert "quant.bf16_also=[" in text and "4/weight" in text and "(it is not installed)" in text
     assert content["results"]["block"]["loss alone"][0]["group"] == "3/weight"
     assert {path: path.read_bytes() for path in before} == before
     record.keep_report(tmp_path / "out", tmp_path / "record")
