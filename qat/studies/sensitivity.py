@@ -354,7 +354,7 @@ class Study:
             places = {id(module): block for block, parent in enumerate(board.blocks) for module in parent.modules()}
             rounded = {name: places[id(linear)] for name, linear in quantized_linears(board.model).items()}
             plain = dataclasses.replace(self.subject, mode="bf16")
-            batches = [tuple(map(device.to_device, unit.pieces[0])) for unit in texts]
+            batches = [tuple(map(device.to_device, unit.pieces[0][:2])) for unit in texts]
             self.content["auto_quantize"] = auto_quantize.scores(plain, rounded, batches)
             self._write()
 
