@@ -13,7 +13,7 @@ import pytest
 from qat.cli import runner
 from qat.cli.runner import evaluate_and_compare as score
 from qat.errors import UserError
-from qat.eval import benchmarks, evaluate
+from qat.eval import benchmarks, evaluate, subject
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
 from tests.conftest import RUNS
@@ -48,7 +48,8 @@ def test_runs_that_quantize_alike_share_one_ptq(scored, config):
 
 
 def test_another_calibration_is_scored_anew(scored, monkeypatch):
-    monkeypatch.setattr(evaluate, "CALIBRATION_SEQUENCES", 4)
+    for module in (subject, evaluate):
+        monkeypatch.setattr(module, "CALIBRATION_SEQUENCES", 4)
     asked = []
 
     def stop(*_, **__):
