@@ -304,7 +304,7 @@ class ExportConfig:
 class SensitivityConfig:
     of: str = "run"  # whose damage: the run's; or of its baseline or the pretrained checkpoint, by PTQ
     groups: list[str] = field(default_factory=lambda: list(GROUPS))  # which sets of rounded tensors
-    tokens: int = 768  # of each held-out text; on as many more the choice of blocks is checked
+    tokens: int = 896  # of each held-out text; on as many more the choice of blocks is checked
     task: str = "mmlu"  # whose questions
     questions: int = 1  # of it (MMLU: of each of the 57 subjects); 0: none
 
