@@ -152,7 +152,7 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 	PYTHONPATH=$(VENV)/comparators $(PY) scripts/bench.py budget.micro_batch=4 budget.accumulation=1 budget.seq_len=256 $(ARGS)
 
 # Needs no GPU, but Triton and g++. VARIANT="max" compiles that one alone; the names are in qat/tools/gpu_dry/table.py.
-gpu_dry: $(TESTED) ## compile the GPU's step in every variant on a machine without one: graphs, kernels, registers -> docs/performance.md
+gpu_dry: $(TESTED) ## compile the GPU's step in every variant on a machine without one: graphs, kernels, registers, numbers -> docs/performance.md
 	$(PY) scripts/gpu_dry.py $(if $(VARIANT),"$(VARIANT)")
 
 # On a machine that has PyTorch and what else is needed (scripts/wheels.sh brings it): make gpu_first PY=python3 READY=

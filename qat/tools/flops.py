@@ -1,7 +1,8 @@
-"""Count a model's sizes and the FLOPs of a training token; the peak rates of GPUs."""
+"""Count a model's sizes and the FLOPs of a training token; measure the rate of large products."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +11,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from qat.config import Config
 from qat.models.load import transformer_blocks
 from qat.quant.convert import Coverage, convert
-
-# Dense BF16 products with FP32 accumulation, FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12}
+from qat.utils.device import get_device
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model: parameters, and features of the tensors that are kept for the backward pass."""
+    """Sizes of a model."""
 
     parameters: int
     linears: int  # parameters of all linears, the head too
     blocks: int
     block: int  # parameters of one block
-    hidden: int
-    inner: int  # of the MLP
     attended: int  # query heads x head size
     vocabulary: int
     tensors: int  # of parameters
@@ -47,8 +44,6 @@ def model_shape(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]
         linears=coverage.matmul_parameters,
         blocks=config.num_hidden_layers,
         block=max(sum(p.numel() for p in block.parameters()) for block in transformer_blocks(model)),
-        hidden=config.hidden_size,
-        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         attended=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
         vocabulary=config.vocab_size,
         tensors=sum(1 for _ in model.parameters()),
@@ -56,3 +51,14 @@ def model_shape(config: PreTrainedConfig, cfg: Config) -> tuple[Shape, Coverage]
         scales=len(bank.names) if bank is not None else 0,
     )
     return shape, coverage
+
+
+def product_flops(size: int, arithmetic: str) -> float:
+    """Return the FLOP/s of a product of two square matrices here, the best of five. arithmetic: bf16 or fp32."""
+    a = torch.randn(size, size, dtype=torch.bfloat16 if arithmetic == "bf16" else torch.float32, device=get_device())
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -25,7 +25,9 @@ def traced(name: str) -> dict:
 def test_a_step_compiles_to_one_graph_for_a_gpu_that_is_not_there(name):
     """Minutes: a graph break, a read on the host or a kernel that does not compile would stop it."""
     facts = traced(name)
-    assert facts["graphs"] == 1 and facts["launches"] >= facts["kernels"] > 0 and facts["registers"] <= 255
+    assert facts["graphs"] == (2 if "apart" in name else 1)
+    assert facts["launches"] >= facts["kernels"] > 0 and facts["registers"] <= 255
+    assert facts["difference"] < 1e-4
 
 
 @pytest.mark.slow
@@ -51,10 +53,10 @@ def test_nothing_pretends_by_accident():
     assert all(inside(module, "tools.gpu_dry") for module in users)
 
 
-def test_the_page_has_every_variant_in_one_graph():
+def test_the_page_has_every_variant_without_a_break():
     section = table._SECTION.search(table.PAGE.read_text())[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line][2:]
-    assert [row[0] for row in rows] == list(table.VARIANTS) and {row[1] for row in rows} == {"1"}
+    assert {row[0]: row[1] for row in rows} == {name: "2" if "apart" in name else "1" for name in table.VARIANTS}
 
 
 def test_an_unknown_variant_and_a_missing_compiler_end_in_a_line(monkeypatch):

@@ -75,6 +75,15 @@ def test_views_and_shared_memory_are_saved_as_their_own_values(tmp_path):
     assert torch.equal(found["transposed"], base.t()) and torch.equal(found["row"], base[1])
 
 
+def test_checksums_are_of_whole_files_and_no_file_is_read_for_them(tmp_path, monkeypatch):
+    of_all_types = {"bf16": torch.ones(3, 5).bfloat16(), "codes": torch.arange(7, dtype=torch.uint8)}
+    of_all_types |= {"number": torch.tensor(2.5), "nothing": torch.empty(0, 4), "flags": torch.tensor([True, False])}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_checksum", None)
+        path = checkpoint.save(tmp_path, 1, {"model": of_all_types}, {})
+    assert same(checkpoint.load(path)[0], {"model": of_all_types})
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_only_the_newest_stay(tmp_path, keep):
     for step in range(1, 5):

@@ -17,9 +17,10 @@ from qat.errors import ConfigError, nearest
 from qat.models.load import load_model
 from qat.quant.kernels import dispatch
 from qat.quant.scaling import ScaleBank
+from qat.report.text import markdown
 from qat.runs.folder import Run
 from qat.tools.bench import products, questions, steps, timing
-from qat.tools.flops import PEAK_FLOPS, model_shape
+from qat.tools.flops import model_shape, product_flops
 from qat.utils.device import get_device, prepare, resolve_arithmetic
 from qat.utils.environment import commit_name, describe_environment, hardware_name
 
@@ -42,8 +43,8 @@ class Row:
 def measure(cfg: Config) -> Path:
     """Run the benchmark and write `bench.md` and `bench.json` to the folder `cfg.bench.out`; returns the former."""
     # Memory before steps: what steps leave in a GPU's cache would not be counted.
-    parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows, "questions": _question_rows}
-    parts["products"] = _product_rows
+    parts = {"kernels": _kernel_rows, "memory": _memory_rows, "steps": _step_rows}
+    parts |= {"questions": _question_rows, "products": _product_rows}
     for part in cfg.bench.parts:
         if part not in parts:
             raise ConfigError(f"bench.parts={part}: unknown part; {nearest(part, parts)}")
@@ -146,15 +147,10 @@ def _step_target(name: str) -> str:
 
 
 def _utilization(made: steps.Steps, tokens_per_second: float) -> str:
-    """Return the model FLOPs utilization of the BF16 step: against a GPU's peak, or a measured FP32 product."""
-    flops = _flops(made) * tokens_per_second
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-        return f", MFU {flops / peak:.0%}" if peak else f", {flops / 1e12:.0f} TFLOP/s"
-    a = torch.randn(2048, 2048)
-    times = [timing.seconds(lambda: a @ a) for _ in range(5)]
-    return f", {flops / (2 * 2048**3 / statistics.median(times)):.0%} of a 2048^3 product's FLOP/s"
+    """Return the FLOP/s of the BF16 step, as a share of those of a large product measured in the step's arithmetic."""
+    size = 8192 if torch.cuda.is_available() else 2048
+    peak = product_flops(size, made.trainers["bf16"].arithmetic)
+    return f", {_flops(made) * tokens_per_second / peak:.0%} of a {size}^3 product's FLOP/s"
 
 
 def _flops(made: steps.Steps) -> float:
@@ -241,15 +237,10 @@ def _facts(cfg: Config) -> dict[str, str]:
 
 
 def _page(rows: list[Row], facts: dict[str, str]) -> str:
-    lines = [
-        "# Benchmark",
-        "",
-        "Ratios of things run in turn in one process: median over the rounds [smallest, largest].",
-        "",
-    ]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", "| what | ratio | target | |", "|---|---|---|---|"]
+    cells = []
     for row in rows:
         spread = f" [{row.low:.3g}, {row.high:.3g}]" if row.low != row.high else ""
-        lines.append(f"| {row.what} | {row.median:.3g}{spread} | {row.target} | {row.note} |")
-    return "\n".join(lines) + "\n"
+        cells.append([row.what, f"{row.median:.3g}{spread}", row.target, row.note])
+    about = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    intro = "Ratios of things run in turn in one process: median over the rounds [smallest, largest]."
+    return f"# Benchmark\n\n{intro}\n\n{about}\n{markdown(['what', 'ratio', 'target', 'note'], cells)}\n"

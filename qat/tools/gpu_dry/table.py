@@ -1,4 +1,4 @@
-"""Compile the training step in many variants for a GPU that is not there, a process each, and write a table of it."""
+"""Compile the training step in many variants for a GPU that is not there, and write a table of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which o
     "max, 4 blocks": "model.blocks=4 model.architecture.num_hidden_layers=4",
     "BF16 baseline": "quant=bf16",
     "current": "scaling=current",
-    "masked": "quant.ste=masked",
+    "masked, CAGE": "estimator=cage quant.ste=masked",
+    "hybrid rounding": "quant.rounding=hybrid",
+    "learned scales": "scaling=lsq",
     "all linears": "quant.scope=[mlp.*,self_attn.*]",
     "fp8 products": "quant.gemm=fp8",
     "fp8_e4m3": "quant=fp8_e4m3",
@@ -39,7 +42,14 @@ VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which o
     "FP32": "budget.arithmetic=fp32",
     "activation checkpointing": "budget.activation_checkpointing=true",
     "distilled": "loss=distill",
+    "FSDP2, blocks apart": "budget.parallel=fsdp",
 }
+# A model for the interpreter. FP32: a difference is then that of the order of sums, or a fault.
+_SMALL = (
+    "model.architecture.vocab_size=257 model.architecture.hidden_size=64 model.architecture.intermediate_size=128 "
+    "model.architecture.num_attention_heads=4 model.architecture.num_key_value_heads=2 budget.micro_batch=2 "
+    "budget.seq_len=32 budget.arithmetic=fp32 optim.lr=1e-12"
+)
 
 
 def check(names: list[str]) -> None:
@@ -52,8 +62,11 @@ def check(names: list[str]) -> None:
 
 
 def traces(names: list[str]):
-    """Yield (name, facts of `qat.tools.gpu_dry.trace.Trace`). Errors: UserError when one cannot be compiled."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Yield (name, facts of `qat.tools.gpu_dry.trace.Trace`, and `difference` of `qat.tools.gpu_dry.interpret`).
+
+    Errors: UserError when one cannot be compiled.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         surroundings = os.environ | {
             "LD_PRELOAD": str(_preloaded(Path(folder))),
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
@@ -62,12 +75,25 @@ def traces(names: list[str]):
             "PYTHONPATH": str(ROOT),
             "CUDA_VISIBLE_DEVICES": "",
         }
-        for name in names:
-            command = [sys.executable, "-m", "qat.tools.gpu_dry.trace", *_BASE.split(), *VARIANTS[name].split()]
-            done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"{name}: cannot be compiled\n{done.stderr[-4000:]}")
-            yield name, json.loads(done.stdout.splitlines()[-1])
+
+        def facts(name: str) -> dict:
+            words = [*_BASE.split(), *VARIANTS[name].split()]
+            answers = [
+                _answer(name, ["trace", *words], surroundings | {"TRITON_INTERPRET": "0"}),
+                _answer(name, ["interpret", *words, *_SMALL.split()], surroundings | {"TRITON_INTERPRET": "1"}),
+            ]
+            return answers[0] | {"difference": answers[1]}
+
+        yield from zip(names, pool.map(facts, names), strict=True)
+
+
+def _answer(name: str, words: list[str], surroundings: dict[str, str]):
+    """Run a module of this package; return what it prints last."""
+    command = [sys.executable, "-m", f"qat.tools.gpu_dry.{words[0]}", *words[1:]]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{name}: {words[0]} fails\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _preloaded(folder: Path) -> Path:
@@ -89,10 +115,15 @@ def table(rows: dict[str, dict]) -> str:
     columns = {"Graphs": "graphs", "Kernels": "kernels", "Launches": "launches"}
     columns |= {"Registers, most": "registers", "With spills": "spilled"}
     cells = [
-        [name, *(str(facts[key]) for key in columns.values()), f"{facts['peak'] / 2**30:.1f}"]
+        [
+            name,
+            *(str(facts[key]) for key in columns.values()),
+            f"{facts['peak'] / 2**30:.1f}",
+            f"{facts['difference']:.0e}",
+        ]
         for name, facts in rows.items()
     ]
-    return markdown(["Variant", *columns, "Peak, GiB"], cells) + "\n"
+    return markdown(["Variant", *columns, "Peak, GiB", "Differs by"], cells) + "\n"
 
 
 def write(rows: dict[str, dict]) -> None:

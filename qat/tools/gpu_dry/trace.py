@@ -8,15 +8,18 @@ code allocates is known, and whatever would read a tensor on the host stops it. 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from qat.config import Config, register
 from qat.models.load import load_config
 from qat.tools.gpu_dry.pretend import pretend
 from qat.tools.plan import memory
+from qat.utils import distributed, environment
 
 
 @dataclass
@@ -90,7 +94,7 @@ def trace(cfg: Config) -> Trace:
     """Compile the step of `cfg` and run it once more. Errors: whatever stops the compilers."""
     _without_kernels()
     counters = torch._dynamo.utils.counters
-    with memory.without_data(), torch.device("cuda"):
+    with memory.without_data(), torch.device("cuda"), like_ranks(cfg):
         trainer = memory.trainer(load_config(cfg.model), cfg)
         memory.peak_of_step(trainer, cfg.batch[1])  # compiles
         _Kernel.sources = collections.Counter(dict.fromkeys(_Kernel.sources, 0))
@@ -106,6 +110,15 @@ def trace(cfg: Config) -> Trace:
         spilled=sum(stack > 0 for _, stack in resources),
         peak=static + gradients + rest,
     )
+
+
+@contextlib.contextmanager
+def like_ranks(cfg: Config) -> Iterator[None]:
+    """With FSDP, compile blocks apart and round weights in them, as on several ranks; nothing is sharded."""
+    fsdp = cfg.budget.parallel == "fsdp"
+    ranks = mock.patch.object(environment, "world_size", lambda: 1 + fsdp)
+    with ranks, mock.patch.object(distributed, "is_sharded", lambda _: fsdp):
+        yield
 
 
 def compiled(source: str) -> list[tuple[int, int]]:
@@ -128,11 +141,17 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def main(words: list[str]) -> None:
+def configured(words: list[str]) -> Config:
+    """Return the configuration of command-line words."""
     register()
     with initialize_config_dir(entry.CONF, version_base="1.3"):
         cfg = entry.typed_config(compose("train", words))
     validate(cfg)
+    return cfg
+
+
+def main(words: list[str]) -> None:
+    cfg = configured(words)
     pretend()
     print(json.dumps(dataclasses.asdict(trace(cfg))))
 

@@ -9,15 +9,16 @@ from pathlib import Path
 
 from qat.config import Config
 from qat.data.sources import HELDOUT_EVERY
-from qat.tools.flops import PEAK_FLOPS, Shape
+from qat.tools.flops import Shape
 from qat.tools.plan.machine import Machine
 from qat.utils import files
 from qat.utils.environment import ROOT, package_path
 
 RECORDS = ROOT / "experiments" / "records"
 
-# Assumed where nothing is measured: a GPU, and the share of its peak rate that training reaches.
-ASSUMED_GPU, ASSUMED_SHARE = "H100", (0.15, 0.40)
+# Assumed where nothing is measured: a GPU, its FLOP/s of dense BF16 products (data sheet), and the share of these that
+# training reaches.
+ASSUMED_GPU, ASSUMED_FLOPS, ASSUMED_SHARE = "H100", 989.4e12, (0.15, 0.40)
 # Share of a large product's rate that a training step reaches: 73 % in experiments/records/2026-11-23_bench_cpu.
 PRODUCT_SHARE = (0.35, 0.75)
 # Seconds of a quantized step over those of a BF16 step: from our CPU record to the logs of the paper's released code.
@@ -139,20 +140,15 @@ def measured(model: str, kind: str) -> list[Rate]:
 
 def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
     """Return the rates of one rank, first the one to plan with. kind: of the quantized steps, None for BF16."""
-    found = _rates(cfg, shape, kind, machine, on_gpus)
-    if not cfg.loss.distill:
-        return found
-    return [Rate(DISTILLED * r.low, DISTILLED * r.high, f"{r.basis}; less a quarter for the teacher") for r in found]
-
-
-def _rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
     step = f"{kind}, current scaling" if kind and cfg.scaling.algo == "current" else kind or "bf16"
     records = measured(cfg.model.name, step)
-    here = [rate for rate in records if machine.name in rate.basis]
-    if here and bool(machine.gpus) == on_gpus:
-        return here
-    published = [_PUBLISHED[kind]] if "openpangu_1b" in cfg.model.name and on_gpus else []
-    return [_assumed(shape.flops(cfg.budget.seq_len), kind, machine, on_gpus), *published, *records]
+    known = [rate for rate in records if machine.name in rate.basis] if bool(machine.gpus) == on_gpus else []
+    if not known:
+        published = [_PUBLISHED[kind]] if "openpangu_1b" in cfg.model.name and on_gpus else []
+        known = [_assumed(shape.flops(cfg.budget.seq_len), kind, machine, on_gpus), *published, *records]
+    if not cfg.loss.distill:
+        return known
+    return [Rate(DISTILLED * r.low, DISTILLED * r.high, f"{r.basis}; less a quarter for the teacher") for r in known]
 
 
 def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) -> Rate:
@@ -161,7 +157,7 @@ def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) ->
         shares, peak = PRODUCT_SHARE, machine.flops
         where = f"of a large product's {peak / 1e12:.3g} TFLOP/s here"
     else:
-        shares, peak = ASSUMED_SHARE, PEAK_FLOPS[ASSUMED_GPU]
+        shares, peak = ASSUMED_SHARE, ASSUMED_FLOPS
         where = f"of an {ASSUMED_GPU}'s {peak / 1e12:.0f} TFLOP/s"
     basis = f"{shares[0]:.0%} to {shares[1]:.0%} {where}: ASSUMED, nothing is measured"
     fast, slow = SLOWER[kind] if kind else (1.0, 1.0)

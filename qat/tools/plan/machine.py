@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from huggingface_hub import constants
 
 from qat.cli import preflight
 from qat.config import Config
-from qat.utils import device, files
+from qat.tools.flops import product_flops
+from qat.utils import files
 from qat.utils.environment import cache_dir, describe_environment, hardware_name
 
 _HUB_SECONDS = 3.0
@@ -58,7 +58,7 @@ def here(cfg: Config) -> Machine:
         gpu=machine["gpu"],
         gpus=torch.cuda.device_count() if cuda else 0,
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if cuda else 0,
-        flops=_product(4096 if cuda else 1024, cfg.budget.arithmetic),
+        flops=product_flops(4096 if cuda else 1024, cfg.budget.arithmetic),
         runs_free=shutil.disk_usage(runs).free,
         cache_free=shutil.disk_usage(cache).free,
         one_disk=runs.stat().st_dev == cache.stat().st_dev,
@@ -87,15 +87,3 @@ def _hub_answers() -> bool:
         return httpx.head(constants.ENDPOINT, timeout=_HUB_SECONDS, follow_redirects=True).status_code < 500
     except (httpx.HTTPError, OSError):
         return False
-
-
-def _product(size: int, arithmetic: str) -> float:
-    """Return the FLOP/s of a product of two square matrices, the best of five."""
-    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
-    a = torch.ones(size, size, dtype=dtype, device=device.get_device())
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)

@@ -54,7 +54,7 @@ def _peak(architecture: PreTrainedConfig, cfg: Config, calls: int, on_gpus: bool
     """Return the bytes of (gradients, what else the step allocates) at the peak of the last step of a run."""
     cfg = copy.deepcopy(cfg)
     cfg.budget.compile = False
-    with _on_cpu(on_gpus), without_data():
+    with on_cpu(on_gpus), without_data():
         return peak_of_step(trainer(architecture, cfg), calls)
 
 
@@ -138,7 +138,7 @@ def without_data() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _on_cpu(like_gpus: bool) -> Iterator[None]:
+def on_cpu(like_gpus: bool) -> Iterator[None]:
     """Use the CPU, also where there is a GPU; like_gpus: hold rounded weights as a GPU does."""
 
     def round_weight(linear, dtype):

@@ -36,10 +36,10 @@ class Training:
     memory: dict[str, float] | None
     rates: list[costs.Rate] | None
 
-    def hours(self, tokens: float, ranks: int) -> tuple[float, float] | None:
+    def hours(self, tokens: float, ranks: int) -> tuple[float, float]:
         """Return the hours for so many tokens, (least, most), if training scales with the ranks without loss."""
-        rate = self.rates and self.rates[0]
-        return (tokens / rate.high / ranks / 3600, tokens / rate.low / ranks / 3600) if rate else None
+        rate = self.rates[0]
+        return tokens / rate.high / ranks / 3600, tokens / rate.low / ranks / 3600
 
 
 @dataclass(frozen=True)
