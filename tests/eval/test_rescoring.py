@@ -183,10 +183,10 @@ def test_of_another_text_the_losses_are_taken_and_the_answers_kept(restored, sco
     restored.budget = dataclasses.replace(restored.budget, heldout_tokens=128)
     monkeypatch.setattr(benchmarks, "score", None)
     score(restored)
-    for name, subject in subjects(restored).items():
-        was, now = (record[subject.mode] for record in (before[name], subject.run.evaluations()["smoke"]))
+    for name, each in subjects(restored).items():
+        was, now = (record[each.mode] for record in (before[name], each.run.evaluations()["smoke"]))
         assert was["tasks"] == now["tasks"] and was["request"] != now["request"]
         assert was["heldout"]["embedded"]["tokens"] == 256 and now["heldout"]["embedded"]["tokens"] == 128
-        assert {task: len(subject.run.samples("smoke", subject.mode, task)) for task in TASKS} == {
+        assert {task: len(each.run.samples("smoke", each.mode, task)) for task in TASKS} == {
             task: TASKS[task].limit for task in TASKS
         }
