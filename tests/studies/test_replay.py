@@ -221,7 +221,7 @@ def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):
     text = (tmp_path / "replay.md").read_text()
     assert page["recommendation"] in text and (tmp_path / "replay.png").exists()
     assert [row["rule"] for row in page["shadow"]] == list(SAME)
-    assert "\n- max:64+2 less max:64, a prediction four times too large: not run\n" in text
+    assert "\n- max:64+8 less max:64, a prediction 256 times too large: not run\n" in text
     assert " p is against" not in text and "% each, of 95 % together" in text and "Margin: 0.5 % of the loss." in text
     beyond = [row["beyond"]["value"] for row in page["rules"].values()]
     assert beyond == pytest.approx([100 * share for share in SHARES.values()], abs=6)
@@ -230,4 +230,4 @@ def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):
 
 def test_a_control_that_was_run_says_what_it_cost(config):
     for claim in replay.claims(invent(config, SAME | {CONTROL: 0.42})):
-        assert "four times too large: +0.4" in claim["control"] and claim["control"].endswith("] nats")
+        assert "256 times too large: +0.4" in claim["control"] and claim["control"].endswith("] nats")

@@ -55,7 +55,7 @@ def test_the_table_holds_what_was_measured(config, tmp_path, monkeypatch):
     page = bench.measure(cfg).read_text()
     rows = {row["what"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     wanted = {"step: bf16 : bf16", "step: mlp : bf16", "step: all : bf16", "step: all, plain PyTorch : bf16"}
-    assert wanted | {"evaluation: W8A8, all : bf16"} <= rows.keys()
+    assert wanted | {"evaluation: W8A8, all : bf16", "shadow of one rule : step, all linears"} <= rows.keys()
     assert sum(name.startswith("kernel: ") for name in rows) == 6
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows.values())
     assert rows["step: bf16 : bf16"]["median"] == 1 and rows["step: all : bf16"]["median"] != 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -21,6 +22,7 @@ from qat.report.text import markdown
 from qat.runs.folder import Run
 from qat.tools.bench import products, questions, steps, timing
 from qat.tools.flops import model_shape, product_flops
+from qat.train.shadow import Shadow
 from qat.utils.device import get_device, prepare, resolve_arithmetic
 from qat.utils.environment import commit_name, describe_environment, hardware_name
 
@@ -133,7 +135,7 @@ def _step_rows(cfg: Config) -> list[Row]:
     if {"all", "all, current scaling"} <= times.keys():
         rows.append(Row("step: delayed : current scaling", *timing.ratio(times, "all", "all, current scaling")))
     if "all" in times:
-        rows += _tick_rows(cfg, made, times["all"])
+        rows += [*_tick_rows(cfg, made, times["all"]), _shadow_row(cfg, made)]
         _say("evaluation")
         evaluated = timing.in_turn(made.evaluations(), cfg.bench.rounds)
         rows.append(Row("evaluation: W8A8, all : bf16", *timing.ratio(evaluated, "all", "bf16"), "<= 1.20"))
@@ -175,6 +177,19 @@ def _tick_rows(cfg: Config, made: steps.Steps, step_seconds: list[float]) -> lis
             what = f"{name} of 546 tensors : step, all linears"
             rows.append(Row(what, statistics.median(times), min(times), max(times), "<= 0.005"))
     return rows
+
+
+def _shadow_row(cfg: Config, made: steps.Steps) -> Row:
+    """Measure what a step with `scaling.shadow` of one rule takes longer: passes under it and without quantization."""
+    _say("shadow")
+    trainer, works = made.trainers["all"], made.works()
+    tried = copy.deepcopy(trainer.cfg)
+    tried.scaling.shadow = ["most_recent"]
+    shadow = Shadow(trainer, tried, Run.of(cfg), done=0)
+    shadow.tick(1, trainer.step(2, [made.batch]))
+    works = {"step": works["all"], "shadow": lambda: shadow.rows(2, [made.batch])}
+    ratios = timing.ratio(timing.in_turn(works, cfg.bench.rounds), "shadow", "step")
+    return Row("shadow of one rule : step, all linears", *ratios)
 
 
 # Memory -------------------------------------------------------------------------------------------------------
