@@ -48,7 +48,7 @@ EXPERIMENTS := $(shell ls conf/experiment | sed -n 's/\.yaml$$//p' | sort -V)
 help: ## this list
 	@grep -hE '^[a-z0-9$$()A-Z_ -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/\$$\(EXPERIMENTS\)/exp1 .. exp8/' \
 	  | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  what trains takes BUDGET=smoke|laptop|gpu|paper PROTOCOL=paper|released|vendor SEED=0 SEEDS=0,1,2 RANKS=1 ARGS=\"any.key=value ...\""
+	@echo "  what trains takes BUDGET=smoke|laptop|desk|gpu|paper PROTOCOL=paper|released|vendor SEED=0 SEEDS=0,1,2 RANKS=1 ARGS=\"any.key=value ...\""
 
 setup: $(READY) ## install everything that runs need into .venv
 

@@ -135,7 +135,7 @@ def write(rows: dict[str, dict]) -> None:
 
     about = (
         f"PyTorch {torch.__version__.partition('+')[0]}, Triton {triton.__version__}, compute capability 9.0; "
-        f"compiled, not run. A quantized block adds {launches_a_block(rows):g} launches.\n\n"
+        f"compiled, not run. A further quantized block takes {launches_a_block(rows):g} launches.\n\n"
     )
     text = PAGE.read_text()
     PAGE.write_text(_SECTION.sub(lambda match: match[1] + about + table(rows) + match[2], text))
