@@ -148,6 +148,13 @@ def estimate(series: Sequence[np.ndarray], level: float = 1 - LEVEL) -> Estimate
     return Estimate(value, *noise, n, of, level, mean and mean.detectable(level))
 
 
+def of_cosine(replayed: Sequence[Replayed], rule: str, other: str) -> list[np.ndarray]:
+    """Return the cosine of a rule's gradient with the unquantized one, less another rule's, at the steps of each run
+    that have both."""
+    changes = [one.shadow[rule]["cosine"] - one.shadow[other]["cosine"] for one in replayed]
+    return [steps[np.isfinite(steps)] for steps in changes]
+
+
 def of_rule(replayed: Sequence[Replayed], rule: str, other: str | None = None) -> list[np.ndarray]:
     """Return the damage of a rule, or what it is above that of another one, in nats, of the runs that have both."""
     have = [one for one in replayed if {rule, other or rule} <= one.shadow.keys()]
@@ -157,6 +164,7 @@ def of_rule(replayed: Sequence[Replayed], rule: str, other: str | None = None) -
 RESPONSES = {
     "overshoot": Response("Tensors beyond their predicted amax", "points", 2, {}),
     "batch_loss": Response("Loss of the same batch on the same weights", "nats", 4, {}, measure="batch_loss"),
+    "cosine": Response("Cosine with the unquantized gradient", "", 4, {}),
 }
 
 
@@ -196,8 +204,8 @@ def worst_tensor(replayed: Sequence[Replayed]) -> str:
 def differences(replayed: Sequence[Replayed]) -> list[dict]:
     """Return what every rule tried in all runs costs, and that less the first rule's, JSON-able.
 
-    The first is most_recent where it was tried. Intervals of these differences hold together. decision: of them
-    (`qat.analysis.decisions`).
+    The first is most_recent where it was tried. change: of the loss; turned: of the gradient's cosine. Intervals of
+    these differences hold together, for each of the two. decision: of the former (`qat.analysis.decisions`).
     """
     tried = [rule for rule in replayed[0].shadow if all(rule in one.shadow for one in replayed)]
     first = LAST if LAST in tried else next(iter(tried), None)
@@ -211,6 +219,8 @@ def differences(replayed: Sequence[Replayed]) -> list[dict]:
             if key not in ("loss", "unquantized")
         }
         row = {"rule": rule, "first": first, "damage": vars(damage), "change": None, "decision": None} | columns
+        turned = estimate(of_cosine(replayed, rule, first), level) if rule != first else None
+        row["turned"] = turned and vars(turned)
         if change:
             ends = None if change.low is None else (change.low, change.high)
             row["decision"] = decide(change.value, ends, margin(replayed), change.detectable)

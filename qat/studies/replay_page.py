@@ -76,12 +76,20 @@ def _side_by_side(rows: Sequence[Mapping], roles: Sequence[str]) -> str:
     for row in rows:
         of = [row[key] and Estimate(**row[key]) for key in ("damage", "change")]
         losses = [*map(RESPONSES["batch_loss"].text, of), row["decision"] or "–"]
-        gradient = [f"{row['cosine']:.5f}", f"{100 * row['norm_error']:+.2f}"]
+        turned = RESPONSES["cosine"].text(row["turned"] and Estimate(**row["turned"]))
+        gradient = [f"{row['cosine']:.4f}", turned, f"{100 * row['norm_error']:+.2f}"]
         sqnr = " / ".join(f"{row[f'sqnr_db/{role}']:.1f}" for role in roles)
         clipped = " / ".join(f"{1e6 * row[f'clipped/{role}']:.1f}" for role in roles)
         cells.append([row["rule"], *losses, *gradient, sqnr, clipped])
-    header = ["Rule", "Less no quantization, nats", f"Less {rows[0]['first']}, nats", "Difference", "Gradient's cosine"]
-    header += ["its norm, %", f"SQNR of {' / '.join(roles)}, dB", "Beyond the target, in a million"]
+    less = f"less {rows[0]['first']}"
+    header = ["Rule", "Less no quantization, nats", f"{less.capitalize()}, nats", "Difference"]
+    header += [
+        "Gradient's cosine",
+        less,
+        "its norm, %",
+        f"SQNR of {' / '.join(roles)}, dB",
+        "Beyond the target, in a million",
+    ]
     return markdown(header, cells)
 
 

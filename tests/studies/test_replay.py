@@ -144,9 +144,14 @@ def invent(config, damage: dict[str, float], seeds=(0, 1, 2), steps: int = 80) -
         cfg = config("experiment=exp8", seed=seed)
         loss = 3 + 0.1 * draw.random(steps // 2)
         others = {f"{key}/{role}": loss for key in ("sqnr_db", "clipped") for role in ROLES}
-        others |= {"unquantized": loss, "cosine": loss, "norm_error": loss}
+        others |= {"unquantized": loss, "norm_error": loss}
         shadow = {
-            rule: {"loss": loss + size + draw.normal(0, 0.001, len(loss)), **others} for rule, size in damage.items()
+            rule: {
+                "loss": loss + size + draw.normal(0, 0.001, len(loss)),
+                "cosine": 0.98 + 0.01 * (rule == LONGEST) + draw.normal(0, 0.001, len(loss)),
+                **others,
+            }
+            for rule, size in damage.items()
         }
         over = {rule: np.where(draw.random((steps, len(NAMES))) < share, 1.3, 0.7) for rule, share in SHARES.items()}
         about = Run(f"runs/{run_id(cfg)}"), cfg, NAMES, np.arange(1, steps + 1)
@@ -221,6 +226,9 @@ def test_the_page_has_the_recommendation_and_every_rule(config, tmp_path):
     text = (tmp_path / "replay.md").read_text()
     assert page["recommendation"] in text and (tmp_path / "replay.png").exists()
     assert [row["rule"] for row in page["shadow"]] == list(SAME)
+    turned = {row["rule"]: row["turned"] for row in page["shadow"]}
+    assert turned[LAST] is None and turned["max:16"]["low"] <= 0 <= turned["max:16"]["high"]
+    assert turned[LONGEST]["low"] < 0.01 < turned[LONGEST]["high"] and turned[LONGEST]["low"] > 0.005
     assert "\n- max:64+8 less max:64, a prediction 256 times too large: not run\n" in text
     assert " p is against" not in text and "% each, of 95 % together" in text and "Margin: 0.5 % of the loss." in text
     beyond = [row["beyond"]["value"] for row in page["rules"].values()]
