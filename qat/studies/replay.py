@@ -162,7 +162,7 @@ def of_rule(replayed: Sequence[Replayed], rule: str, other: str | None = None) -
 
 
 RESPONSES = {
-    "overshoot": Response("Tensors beyond their predicted amax", "points", 2, {}),
+    "overshoot": Response("Tensors beyond their predicted amax", "points", 2, {}, measure="overshoot"),
     "batch_loss": Response("Loss of the same batch on the same weights", "nats", 4, {}, measure="batch_loss"),
     "cosine": Response("Cosine with the unquantized gradient", "", 4, {}),
 }
@@ -268,13 +268,25 @@ def registered() -> Registration:
 
 
 def claims(replayed: Sequence[Replayed]) -> list[dict]:
-    """Judge the registered claims (`qat.studies.contrasts.Claim`), and say what their control cost here."""
+    """Judge the registered claims (`qat.studies.contrasts.Claim`), and say what the control of losses cost here."""
     cost, entries = estimate(of_rule(replayed, CONTROL, LONGEST)), registered().claims
-    seen = _nats(cost) if cost else "not run"
-    return [
-        make(entries[key], replayed).judge() | {"control": f"{entries[key].control}: {seen}"}
-        for key, make in _CLAIMS.items()
-    ]
+    judged = [make(entries[key], replayed).judge() for key, make in _CLAIMS.items()]
+    for claim in judged:
+        if "batch_loss" in entries[claim["key"]].margins:
+            claim["control"] += f": {_nats(cost) if cost else 'not run'}"
+    return judged
+
+
+def _saturation(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
+    have = [one for one in replayed if {LAST, LONGEST} <= one.overshoot.keys()]
+    less = Statement(
+        f"fewer tensors exceed what {LONGEST} predicts than what {LAST} does",
+        RESPONSES["overshoot"],
+        high=0,
+        estimate=lambda level: estimate([one.beyond(LONGEST) - one.beyond(LAST) for one in have], level),
+        without=f"{LAST} and {LONGEST} are not both in replay.rules",
+    )
+    return Claim(claim, [less])
 
 
 def _states(replayed: Sequence[Replayed], what: str, rule: str, other: str, **region: float) -> Statement:
@@ -300,6 +312,7 @@ def _hold(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
 
 
 _CLAIMS: dict[str, Callable[[Registered, Sequence[Replayed]], Claim]] = {  # by their keys in experiments/claims.yaml
+    "saturation": _saturation,
     "damage": _damage,
     "hold": _hold,
 }
