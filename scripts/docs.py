@@ -147,7 +147,7 @@ def disagreements(paper: Path) -> str:
 
 def costs(record: Path) -> str:
     """Return the ratios of a recorded benchmark without kernels; of what was measured twice, the later ones."""
-    files = [json.loads((record / name).read_text()) for name in ("bench.json", "steps.json")]
+    files = [json.loads(path.read_text()) for path in sorted(record.glob("*.json"))]  # bench.json, steps.json
     rows = {row["what"]: row for file in files for row in file["rows"]}
     cells = [
         [
@@ -156,7 +156,7 @@ def costs(record: Path) -> str:
             row["target"],
         ]
         for what, row in rows.items()
-        if not what.startswith(("kernel", "commit", "step: bf16"))
+        if not what.startswith(("kernel", "tick", "amax trace", "step: bf16"))
     ]
     about = "; ".join(files[0]["facts"][key] for key in ("hardware", "arithmetic", "model", "batch"))
     return f"{about}:\n\n{markdown(['What : compared with', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
