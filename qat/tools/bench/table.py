@@ -138,7 +138,7 @@ def _step_rows(cfg: Config) -> list[Row]:
         rows += [*_tick_rows(cfg, made, times["all"]), _shadow_row(cfg, made)]
         _say("evaluation")
         evaluated = timing.in_turn(made.evaluations(), cfg.bench.rounds)
-        rows.append(Row("evaluation: W8A8, all : bf16", *timing.ratio(evaluated, "all", "bf16"), "<= 1.20"))
+        rows.append(Row("evaluation: W8A8, all : bf16", *timing.ratio(evaluated, "all", "bf16"), "<= 1.08"))
     return rows
 
 
