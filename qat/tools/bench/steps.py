@@ -104,7 +104,7 @@ class Steps:
         trainer.step(2 if trainer.bank is not None and not trainer.bank.unseen else 1, [self.batch])
 
     def evaluations(self) -> dict[str, Callable[[], object]]:
-        """Return {"bf16", "all": a forward pass as evaluation does it}, with scales frozen and weights rounded before."""
+        """Return {"bf16", "all": a forward pass as evaluation does it}, scales frozen and weights rounded before."""
         self.trainers["all"].bank.freeze()
         self.trainers["all"].round_weights()
         return {name: lambda name=name: self._evaluate(self.trainers[name]) for name in ("bf16", "all")}
