@@ -27,7 +27,15 @@ from qat.models.load import context_length
 from qat.models.loss import has_plain_head
 from qat.quant.ptq import Rung
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, pretrained_of, ptq_mode, ptq_of, with_ptq_scales
+from qat.runs.identity import (
+    baseline_of,
+    heldout_texts,
+    pretrained_mode,
+    pretrained_of,
+    ptq_mode,
+    ptq_of,
+    with_ptq_scales,
+)
 from qat.utils import device, environment
 
 _HELDOUT_BATCH = 4  # sequences a forward call
@@ -38,9 +46,9 @@ def evaluate(cfg: Config) -> list[Subject]:
 
     Errors: as `score`.
     """
-    pretrained, baseline = pretrained_of(cfg), baseline_of(cfg)
+    baseline = baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
-    subjects = [Subject(pretrained, Run.of(pretrained), "bf16"), reference]
+    subjects = [_pretrained(cfg), reference]
     if cfg.quantized:
         run = Run.of(cfg)
         subjects += [Subject(ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
@@ -52,8 +60,17 @@ def evaluate(cfg: Config) -> list[Subject]:
 
 def reference_of(cfg: Config) -> Subject:
     """Return what the ladder of PTQ methods is scored on and compared with: the model that `cfg.ptq.on` names."""
-    plain = pretrained_of(cfg) if cfg.ptq.on == "pretrained" else baseline_of(cfg)
-    return Subject(plain, Run.of(plain), "bf16")
+    baseline = baseline_of(cfg)
+    return _pretrained(cfg) if cfg.ptq.on == "pretrained" else Subject(baseline, Run.of(baseline), "bf16")
+
+
+def _pretrained(cfg: Config) -> Subject:
+    """Return the pretrained checkpoint. In records its scores on any text are named bf16."""
+    pretrained, texts = pretrained_of(cfg), heldout_texts(cfg)
+    run = Run.of(pretrained)
+    recorded = run.evaluations().get(cfg.benchmark.name, {}).get("bf16", {}).get("request", {})
+    is_recorded = all(recorded.get(key) == texts.get(key) for key in ("heldout", "validation"))
+    return Subject(pretrained, run, "bf16" if is_recorded else pretrained_mode(texts))
 
 
 def rung_of(cfg: Config, rung: Rung) -> Subject:
@@ -126,14 +143,10 @@ class _Scorer:
 
     def _request(self, subject: Subject, asked: bool) -> dict:
         """Return what is asked of a subject: a result counts only for its own questions, text and calibration."""
-        data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
+        benchmark = dataclasses.asdict(self.cfg.benchmark)
         benchmark["tasks"] = benchmark["tasks"] if asked else {}
         del benchmark["arithmetic"], benchmark["control"]  # named beside it, as what it came to; another subject
-        heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
-        heldout |= {"revision": data.revision} if data.revision else {}
-        kind = self.cfg.validation
-        validation = {"path": kind.path, "subset": kind.subset, "revision": kind.revision} if kind else None
-        request = {"benchmark": benchmark, "heldout": heldout} | ({"validation": validation} if validation else {})
+        request = {"benchmark": benchmark} | heldout_texts(self.cfg)
         request |= {"ptq": subject.unusual} if subject.unusual else {}
         return request | ({"calibration_sequences": calibration_size(subject.cfg)[0]} if subject.calibrated else {})
 
@@ -146,7 +159,7 @@ class _Scorer:
         name, mode = self.cfg.benchmark.name, subject.mode
         about = f"{mode}, {subject.rung.name}" if subject.unusual else mode
         if self.scored(subject):
-            lacks = mode == "w8a8" and not self._done(subject)["qat_weights_ptq_scales"]
+            lacks = mode == "w8a8" and not self._done(subject).get("qat_weights_ptq_scales")
             note = ", without losses under PTQ's scales: to have them, delete its eval.json" if lacks else ""
             print(f"{subject.run.id} ({about}): scored already{note}", flush=True)
             return
@@ -183,14 +196,18 @@ class _Scorer:
             print(f"  held-out loss on {name}: {text['loss']:.4f} nats a token", flush=True)
 
     def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
-        """Return (scores by task and lm-eval's version, samples by task to be written). Where only a text has changed,
-        the answers that are there are still those to what is asked."""
+        """Return (scores by task and lm-eval's version, samples by task). Where only a text is another one, the answers
+        that are there are still those to what is asked."""
         if not (subject.asked and self.cfg.benchmark.tasks):
             return {"tasks": {}, "lm_eval": None}, {}
-        done, request = self._done(subject), self._request(subject, asked=True)
-        asked = ("benchmark", "calibration_sequences")
-        if done.get("arithmetic") == self.arithmetic and all(done["request"].get(k) == request.get(k) for k in asked):
-            return {key: done[key] for key in ("tasks", "lm_eval")}, {}
+        name, request, asked = self.cfg.benchmark.name, self._request(subject, True), ("benchmark", "calibration_sequences")
+        pretrained = not (subject.trained or subject.calibrated)
+        for mode in subject.run.evaluations().get(name, {}) if pretrained else [subject.mode]:
+            done = self._done(dataclasses.replace(subject, mode=mode))
+            alike = [done.get("request", {}).get(key) == request.get(key) for key in asked]
+            if done.get("arithmetic") == self.arithmetic and all(alike):
+                samples = {task: subject.run.samples(name, mode, task) for task in done["tasks"]}
+                return {key: done[key] for key in ("tasks", "lm_eval")}, samples
         limit = context_length(model.config)
         # Current scaling measures a whole batch, so what stands in it matters.
         alone = subject.mode != "w8a8" or self.cfg.scaling.algo != "current"
