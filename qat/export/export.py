@@ -7,7 +7,9 @@
     SHA256SUMS          checksums of the safetensors
     and generation_config.json and the tokenizer's files
 
-The loaded model equals the one that W8A8 evaluation scored (`qat.eval.subject.Subject`), bit for bit.
+The loaded model equals the one that W8A8 evaluation scored (`qat.eval.subject.Subject`), bit for bit, where that was
+scored in FP32 or with benchmark.arithmetic=export. A BF16 run is scored as it was trained by default, with an FP32
+residual stream and FP32 logits, and an export rounds these to BF16.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
 
     folder: written by `export`.
     arithmetic: of everything between the roundings, and the dtype of everything but codes and scales: "bf16", "fp32",
-        or "auto" (`device.resolve_arithmetic`). None: the one that the run was evaluated in. Then logits equal
-        those of the evaluated W8A8 model bit for bit, on the same machine and PyTorch; others round sums differently.
+        or "auto" (`device.resolve_arithmetic`). None: that of the run's products. Other machines and versions of
+        PyTorch than the one that evaluated the run round sums differently.
 
     Errors: UserError when the folder is no export, is damaged, or is of a later version.
     """

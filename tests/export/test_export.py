@@ -19,7 +19,7 @@ from qat.analysis.compare import against_baseline
 from qat.cli import runner
 from qat.config import TaskConfig
 from qat.errors import UserError
-from qat.eval import benchmarks
+from qat.eval import arithmetic, benchmarks
 from qat.eval.subject import Subject
 from qat.export import export as exporting
 from qat.export import hf_quantizer, model_card
@@ -95,6 +95,19 @@ def test_so_it_has_under_current_scaling_of_all_linears(scored, configure, tmp_p
     assert same(logits(model), logits(evaluated(cfg)))
     assert model.config.quantization_config.activation_scheme == "dynamic"
     assert not (Run.of(cfg).path / "export").exists()
+
+
+def test_bf16_exports_round_more_than_training_and_its_evaluation(configure, tmp_path):
+    """By default a BF16 run is scored with an FP32 residual stream and FP32 logits."""
+    cfg = configure(tmp_path, "experiment=exp8", "budget.arithmetic=bf16", **SHORT)
+    loop.train(cfg)
+    model, _ = load_export(export(cfg))
+    with arithmetic.autocast("training"):
+        wanted = logits(evaluated(cfg))
+    ours = logits(model)
+    assert (ours.dtype, wanted.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(ours.float(), wanted)
+    assert torch.cosine_similarity(ours.float().flatten(), wanted.flatten(), dim=0) > 0.99
 
 
 def test_and_in_the_other_arithmetic(scored, folder):
@@ -217,6 +230,18 @@ def test_the_card_tells_what_it_is_and_what_it_scored(scored, folder):
     assert Run.of(scored).environment()["git"]["commit"][:12] in body
     written = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json"))
     assert getattr(scored, RUNS) not in written and str(scored.data.path) not in written
+
+
+def test_the_card_tells_in_which_arithmetic_it_was_scored(scored, folder, tmp_path):
+    assert "W8A8 is what this folder computes, bit for bit" in (folder / "README.md").read_text()
+    runs = shutil.copytree(getattr(scored, RUNS), tmp_path / "runs")
+    for path in runs.glob("*/eval.json"):
+        results = json.loads(path.read_text())
+        for record in results["smoke"].values():
+            record["arithmetic"] = "training"
+        path.write_text(json.dumps(results))
+    card = model_card.card(scored, Run(runs / Run.of(scored).id), *parts_of(folder))
+    assert "an FP32 residual stream and logits" in card and "bit for bit" not in card
 
 
 def test_the_card_carries_the_terms_of_open_pangu(scored, folder, configure, tmp_path):
