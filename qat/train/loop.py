@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import math
@@ -125,7 +126,7 @@ class _Session:
     def _print_start(self) -> None:
         print(f"\n{self.run.id}")
         print(self.coverage)
-        self.run.write_json("coverage.json", self.coverage.as_dict())
+        self.run.write_json("coverage.json", dataclasses.asdict(self.coverage))
         if self.trainer.arithmetic == "fp32" and not device.has_bf16_products():
             print("  arithmetic: FP32, in which this processor is faster (budget.arithmetic=bf16 for BF16 products)")
         if self.state.done:
@@ -148,13 +149,10 @@ class _Session:
             return self._row(step, self._train(step, batches), start), []
         before = time.perf_counter()
         rows = self.shadow.rows(step, batches)
-        start += time.perf_counter() - before  # it is no part of the step
-        updates = UpdateStats(self.model, self.bank, self.cfg)
-        if self.bank is None:
-            return self._row(step, self._train(step, batches), start), [updates.row(step)]
-        tensors = TensorStats(self.model, self.bank, self.cfg)
+        tensors, updates = TensorStats(self.model), UpdateStats(self.model)
+        start += time.perf_counter() - before  # these are no part of the step
         with tensors.attached():
-            result = self._train(step, batches, observed=True)
+            result = self._train(step, batches, observed=self.bank is not None)
         row = self._row(step, result, start)
         return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step), *rows]
 

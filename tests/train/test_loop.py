@@ -376,6 +376,13 @@ def test_losses_that_are_not_finite_stop_the_run_and_say_so(config, monkeypatch)
     assert checkpoint.latest(run.checkpoints)[1]["step"] == 4
 
 
+def test_a_skipped_step_of_a_baseline_has_no_telemetry_to_warn_of(config, monkeypatch):
+    spoil((5,), monkeypatch)
+    run = loop.train(config(**{"quant.format": "none"}))
+    looked = [row["step"] for row in run.telemetry() if "updated" in row]
+    assert looked == [1, 9, 12] and "lost updates" not in {row["kind"] for row in run.warnings()}
+
+
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(config, monkeypatch, capsys):
     cfg = config("experiment=exp8", **{"warmup.bf16": 0.0})
     spoil((3,), monkeypatch)
