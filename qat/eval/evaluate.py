@@ -10,7 +10,6 @@ checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 
@@ -20,7 +19,6 @@ from torch import nn
 
 from qat.config import Config
 from qat.data import heldout
-from qat.errors import ConfigError
 from qat.eval import arithmetic, benchmarks
 from qat.eval.subject import CALIBRATION_SEQUENCES, Subject, calibration_size, calibration_text
 from qat.models.load import context_length
@@ -98,8 +96,7 @@ def score(cfg: Config, reference: Subject, subjects: Sequence[Subject]) -> list[
         ConfigError: there are several ranks.
         UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
     """
-    if environment.world_size() > 1:
-        raise ConfigError("evaluation is one process's work: start it without torchrun")
+    environment.refuse_ranks("evaluation")
     device.prepare()
     for subject in subjects:
         subject.check()
@@ -119,7 +116,8 @@ class _Scorer:
 
     def __init__(self, cfg: Config, reference: Subject):
         self.cfg, self.reference, self.arithmetic = cfg, reference, arithmetic.name(cfg)
-        self._baseline_states: dict[tuple[str, int], torch.Tensor] = {}
+        self._baseline: tuple[nn.Module, object] | None = None  # with its tokenizer, once it is built
+        self._baseline_states: dict[tuple[str, int], torch.Tensor] = {}  # on the CPU: they can take gigabytes
 
     def scored(self, subject: Subject) -> bool:
         """Return whether its folder has the scores of these weights, for what is asked."""
@@ -150,10 +148,12 @@ class _Scorer:
         request |= {"ptq": subject.unusual} if subject.unusual else {}
         return request | ({"calibration_sequences": calibration_size(subject.cfg)[0]} if subject.calibrated else {})
 
-    @functools.cached_property
-    def _baseline(self) -> tuple[nn.Module, object]:
-        """The matched baseline and its tokenizer, built once for all that is compared with its predictions."""
-        return self.reference.build()
+    def _build(self, subject: Subject) -> tuple[nn.Module, object]:
+        """Return a model and its tokenizer; the baseline's are built once for all that is compared with it."""
+        if subject is not self.reference:
+            return subject.build()
+        self._baseline = self._baseline or subject.build()
+        return self._baseline
 
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
@@ -165,7 +165,7 @@ class _Scorer:
             return
         print(f"\n{subject.run.id} ({about}): scoring on {name}", flush=True)
         started = time.perf_counter()
-        model, tokenizer = self._baseline if subject is self.reference else subject.build()
+        model, tokenizer = self._build(subject)
         answered, samples = self._questions(subject, model, tokenizer)
         record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.compared)}
         del model  # before another one is built
@@ -200,8 +200,8 @@ class _Scorer:
         that are there are still those to what is asked."""
         if not (subject.asked and self.cfg.benchmark.tasks):
             return {"tasks": {}, "lm_eval": None}, {}
-        name, request, asked = self.cfg.benchmark.name, self._request(subject, True), ("benchmark", "calibration_sequences")
-        pretrained = not (subject.trained or subject.calibrated)
+        name, request = self.cfg.benchmark.name, self._request(subject, asked=True)
+        asked, pretrained = ("benchmark", "calibration_sequences"), not (subject.trained or subject.calibrated)
         for mode in subject.run.evaluations().get(name, {}) if pretrained else [subject.mode]:
             done = self._done(dataclasses.replace(subject, mode=mode))
             alike = [done.get("request", {}).get(key) == request.get(key) for key in asked]
@@ -213,7 +213,7 @@ class _Scorer:
         alone = subject.mode != "w8a8" or self.cfg.scaling.algo != "current"
         how = {"progress": True, "share_prefixes": alone}
         with device.attention_of_any_length(), arithmetic.autocast(self.arithmetic):
-            scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, environment.cache_dir(), limit, **how)
+            scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, limit, **how)
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
     def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
@@ -239,11 +239,11 @@ class _Scorer:
             labels = tokens[:, 1:].unsqueeze(-1)
             losses += (-ours.gather(-1, labels).squeeze(-1).mean(1)).tolist()
             if beside:
-                baseline, _ = self._baseline
+                baseline, _ = self._build(self.reference)
                 wanted = self._log_probabilities(baseline, self._states(baseline, tokens, (text.hash, start)))
                 kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
                 divergence += kl.mean(1).tolist()
-        losses, divergence = (_means(each, text.documents) for each in (losses, divergence))
+        losses, divergence = (_means(values, text.documents) for values in (losses, divergence))
         return {
             "loss": sum(losses) / len(losses),
             "document_losses": losses,
@@ -256,17 +256,16 @@ class _Scorer:
     def _states(self, model: nn.Module, tokens: torch.Tensor, key: tuple[str, int]) -> torch.Tensor:
         """Return what the head reads, [sequences, length, width], for int64 tokens [sequences, length + 1]; of a model
         whose head is more than a product, its logits. Of the baseline they are made once for all that is compared."""
-        built = "_baseline" in vars(self)  # asking for it would build it
-        reference = built and model is self._baseline[0] and has_plain_head(model)
-        if reference and key in self._baseline_states:
-            return self._baseline_states[key]
+        is_baseline = self._baseline is not None and model is self._baseline[0] and has_plain_head(model)
+        if is_baseline and key in self._baseline_states:
+            return self._baseline_states[key].to(tokens.device)
         with arithmetic.autocast(self.arithmetic):
             if has_plain_head(model):
                 states = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
             else:
                 states = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        if reference:
-            self._baseline_states[key] = states
+        if is_baseline:
+            self._baseline_states[key] = states.cpu()
         return states
 
     @torch.inference_mode()

@@ -110,8 +110,7 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
 
 
 def _check_run(cfg: Config, subject: Subject) -> None:
-    if environment.world_size() > 1:
-        raise ConfigError("export is one process's work: start scripts/export.py without torchrun")
+    environment.refuse_ranks("export")
     if not cfg.quantized:
         raise ConfigError(f"{subject.run.id} is not quantized and has no codes to export; name a quantized run")
     if not (cfg.quant.weights or cfg.quant.activations):

@@ -3,8 +3,8 @@
     y = round(x * input_scale) @ decode(weight)^T / (input_scale * weight_scale) + bias
 
 Scales multiply before rounding, so the value of a weight is decode(code) / weight_scale. The products of given inputs
-are those of W8A8 evaluation (`qat.quant.matmul`), bit for bit. Once this module is imported, `AutoModelForCausalLM.from_pretrained` loads
-a folder that `qat.export.export` wrote.
+are those of W8A8 evaluation (`qat.quant.matmul`), bit for bit. Once this module is imported,
+`AutoModelForCausalLM.from_pretrained` loads a folder that `qat.export.export` wrote.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from qat.errors import UserError
+from qat.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
@@ -34,6 +34,12 @@ def rank() -> int:
 def is_main_process() -> bool:
     """Return whether this is the first rank, which alone writes and logs."""
     return rank() == 0
+
+
+def refuse_ranks(work: str) -> None:
+    """Raise `ConfigError` where this is one of several ranks."""
+    if world_size() > 1:
+        raise ConfigError(f"{work} is one process's work: start it without torchrun")
 
 
 def package_path(path: str) -> Path:

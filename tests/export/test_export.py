@@ -33,7 +33,6 @@ from qat.quant.linear import round_weights
 from qat.report.text import table
 from qat.runs.folder import Run
 from qat.train import checkpoint, loop
-from qat.utils import environment
 from tests.conftest import RUNS, TINY
 
 MAX = ("experiment=exp8", "benchmark.arithmetic=export")  # scored as an export computes
@@ -154,7 +153,7 @@ BIASED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "mlp_bias": True,
 
 def test_lm_eval_answers_as_in_the_run_s_own_evaluation(scored, folder):
     model, tokenizer = load_export(folder)
-    scores = benchmarks.score(model, tokenizer, scored.benchmark, environment.cache_dir(), 2048)
+    scores = benchmarks.score(model, tokenizer, scored.benchmark, 2048)
     assert scores.samples["arc_easy"] == Run.of(scored).samples("smoke", "w8a8", "arc_easy")
     assert len(scores.samples["arc_easy"]) == 4
     assert scores.samples["arc_easy"] != Run.of(scored).samples("smoke", "bf16", "arc_easy")

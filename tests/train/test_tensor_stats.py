@@ -20,7 +20,7 @@ TARGET = 15.0
 
 
 def linear(overflow: str = "clip", **quant):
-    """(model of one quantized linear 12 -> 6, its bank, configuration), one step of unit scales behind it."""
+    """(model of one quantized linear 12 -> 6, its bank), one step of unit scales behind it."""
     torch.manual_seed(0)
     model = nn.Module()
     model.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(12, 6, bias=False)})})])
@@ -32,7 +32,7 @@ def linear(overflow: str = "clip", **quant):
     run(model, torch.ones(1, 12), torch.ones(1, 6))
     bank.tick()
     bank.begin_step(2, 1)
-    return model, bank, cfg
+    return model, bank
 
 
 def run(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ def expected(tensors: list[torch.Tensor], scale: float, overflow: str) -> dict:
 
 @pytest.mark.parametrize("overflow", ["clip", "inf"])
 def test_rows_are_what_counting_by_hand_gives(overflow):
-    model, bank, cfg = linear(overflow)
+    model, bank = linear(overflow)
     inputs = [wide(5, 12, seed=1), wide(7, 12, seed=2, high=2)]
     gradients = [wide(5, 6, seed=3), wide(7, 6, seed=4)]
     weight = model.layers[0]["mlp"]["up_proj"].weight.detach()
@@ -106,7 +106,7 @@ def test_rows_are_what_counting_by_hand_gives(overflow):
 
 
 def test_what_has_no_noise_has_no_ratio():
-    model, bank, cfg = linear()
+    model, _ = linear()
     probe = TensorStats(model)
     with probe.attached():
         run(model, torch.ones(1, 12), torch.zeros(1, 6))
@@ -117,7 +117,7 @@ def test_what_has_no_noise_has_no_ratio():
 
 def test_what_overflows_to_infinity_has_no_ratio():
     """JSON has no infinity."""
-    model, _, _ = linear("inf")
+    model, _ = linear("inf")
     probe = TensorStats(model)
     with probe.attached():
         run(model, torch.full((1, 12), 2.0**20), torch.ones(1, 6))
@@ -125,7 +125,7 @@ def test_what_overflows_to_infinity_has_no_ratio():
 
 
 def test_a_detached_probe_sees_nothing_more():
-    model, bank, cfg = linear()
+    model, _ = linear()
     probe = TensorStats(model)
     with pytest.raises(KeyboardInterrupt), probe.attached():
         raise KeyboardInterrupt
@@ -137,7 +137,7 @@ def test_a_detached_probe_sees_nothing_more():
 
 
 def test_updates_are_counted_as_stored_in_bf16_and_on_the_grid():
-    model, bank, cfg = linear()
+    model, _ = linear()
     weight = model.layers[0]["mlp"]["up_proj"].weight
     with torch.no_grad():
         weight.fill_(1.0)  # so 1 is scaled to 15, where HiF8's values are 1 apart, and 4 from 16 on
