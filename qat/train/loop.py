@@ -82,7 +82,6 @@ class _Session:
         self.log = RunLog(run, self.state.done, cfg.steps, self.bank.names if self.bank is not None else [])
         self.stream = None if self.state.final else self._open_stream(tokenizer, cursor)
         self.batch = None  # hash of the tokens of the step
-        self.history = None if self.bank is None else monitor.History(self.bank)
         self.shadow = Shadow(self.trainer, cfg, run, self.state.done)
         self.validator = None if self.state.final else Validator(self.trainer, tokenizer, cfg)
 
@@ -213,15 +212,10 @@ class _Session:
         cfg, warnings = self.cfg, []
         if step == 1 and row["loss"] is not None:
             warnings += monitor.first_loss(cfg, self.model.config.vocab_size, row["loss"])
-        if self.history is not None and row["quantized"] and not row["skipped"]:
-            if step == self.trainer.first_quantized_step:
-                self.history.begin()
-            self.history.advance(1 if cfg.scaling.tick == "step" else cfg.batch[1] // environment.world_size())
         if telemetry:
             self.state.check_agreement()
             warnings += monitor.telemetry(cfg, telemetry, row["lr"])
             warnings += monitor.forgetting(cfg, telemetry, self.log.pretrained)
-            warnings += self.history.check() if self.history is not None else []
         return [{"step": step, **warning} for warning in monitor.new_warnings(warnings, self.log.warned)]
 
     def _save(self, writer: checkpoint.Writer) -> None:
@@ -242,5 +236,5 @@ class _Session:
                 checkpoint.keep_newest(folder, 1)
             else:
                 self.log.flush()
-                checkpoint.save(folder, self.state.done, tensors, self.state.facts(final=True), keep=1)
+                checkpoint.save(folder, self.state.done, tensors, self.state.facts(), keep=1)
         self.run.set_status("finished", self.state.done, self.cfg.steps)

@@ -12,7 +12,6 @@ from operator import itemgetter
 
 from qat.config import Config
 from qat.quant.rules import RULES
-from qat.quant.scaling import ScaleBank
 
 # Limits past which a check warns.
 IMPLAUSIBLE = 0.6  # first loss as a share of ln(vocabulary), the loss of guessing; pretrained models are below 0.4
@@ -165,26 +164,3 @@ def _forgetting_text(cfg: Config, name: str, rise: float, half: float, own: floa
         why = "data.label_shift=twice trains it to predict something else than the next token"
     text = f"held-out loss on {name} is {rise:+.2f} ± {half:.2f} nats a token from the pretrained model's{beside}"
     return f"{text}: it forgets; {why}"
-
-
-class History:
-    """Check that the amax history advances as often as the steps say."""
-
-    def __init__(self, bank: ScaleBank):
-        self.bank, self.ticks = bank, int(bank.written)
-
-    def begin(self) -> None:
-        """Count from here: quantization starts, and the history of the warmup may be dropped."""
-        self.ticks = 0
-
-    def advance(self, ticks: int) -> None:
-        """Count the ticks of a finite quantized step."""
-        self.ticks += ticks
-
-    def check(self) -> list[dict]:
-        entries = len(self.bank.history)
-        expected, actual = min(entries, self.ticks), min(entries, int(self.bank.written))
-        if actual >= expected:
-            return []
-        text = f"the amax history holds {actual} entries where {expected} were written: scales are of the past"
-        return [_warning("standing history", expected - actual, text)]

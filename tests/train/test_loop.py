@@ -91,7 +91,7 @@ def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
         (path,) = run.checkpoints.iterdir()
         files = {"facts.json", "model.safetensors"} | ({"scales.safetensors"} if each.quantized else set())
         assert {file.name for file in path.iterdir()} == files
-        assert checkpoint.load(path)[1]["final"]
+        assert checkpoint.load(path)[1]["step"] == cfg.steps
     names, amax = Run.of(cfg).amaxes()
     assert amax.shape == (cfg.steps, len(names)) and (amax > 0).all()
     looked = [row for row in Run.of(cfg).telemetry() if "role" in row]
@@ -256,7 +256,7 @@ def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, c
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         after_last_checkpoint(cfg.steps, patch)
         loop.train(cfg)
-    assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["final"]
+    assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["step"] == cfg.steps
     monkeypatch.setattr(checkpoint, "save", lambda *_, **__: pytest.fail("the only checkpoint was written again"))
     loop.train(cfg)
     assert left(run) == left(Run.of(reference(PAPER)))
