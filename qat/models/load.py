@@ -248,11 +248,16 @@ def attend_causally(model) -> None:
     With "sdpa", transformers searches the position ids for packed sequences, which waits for the device; compiled, it
     always builds a mask, and PyTorch cannot use its fastest kernels.
     """
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
+    if has_full_attention(model.config):
         AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
         model.set_attn_implementation("sdpa_causal")
+
+
+def has_full_attention(config: PreTrainedConfig) -> bool:
+    """Return whether all layers attend as PyTorch's own attention does: without a window, and without softcapping."""
+    options = ("sliding_window", "attn_logit_softcapping")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not any(getattr(config, option, None) for option in options)
 
 
 def checkpoint_activations(model) -> None:

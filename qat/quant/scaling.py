@@ -257,7 +257,7 @@ class ScaleBank:
         return {"history": self.history, "scale": self.scale, "counters": torch.stack(counters)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], names: list[str] | None = None) -> None:
-        """Restore a saved bank. names: of the saved tensors, where known. Errors: UserError for one of other tensors."""
+        """Restore a saved bank. names: of the saved tensors, where known. Errors: UserError for other tensors."""
         for key, own in self.state_dict().items():
             saved = state.get(key)
             if saved is None or (saved.dtype, saved.shape) != (own.dtype, own.shape):

@@ -14,7 +14,7 @@ import torch
 
 from qat.config import Config
 from qat.data import packing
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.models.load import load_model
 from qat.quant.convert import convert
 from qat.quant.formats import TOLERANCE
@@ -55,11 +55,10 @@ def train(cfg: Config) -> Run:
                     pass
         except BaseException as error:
             distributed.abort()
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # on a full disk, raise the first error and not this one
                 if not run.finished:
-                    run.set_status(state, step, cfg.steps, reason=reason)
+                    run.set_status(state, step, cfg.steps, reason=first_line(error))
             raise
     return run
 

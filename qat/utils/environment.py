@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qat.errors import ConfigError, UserError
+from qat.utils import files
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
@@ -52,6 +53,11 @@ def package_path(path: str) -> Path:
     if full is None or not full.exists():
         raise UserError(f"{path} is not installed: run `make setup`")
     return full
+
+
+def source_path(source: str, path: str) -> Path:
+    """Return the file or folder of a model or text: with source=package in a package, else the user's own."""
+    return package_path(path) if source == "package" else Path(files.expand(path))
 
 
 def cache_dir() -> Path:
