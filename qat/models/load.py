@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
 from qat.config import ModelConfig
-from qat.errors import UserError, nearest
+from qat.errors import UserError, first_line, nearest
 from qat.models import gguf
 from qat.models.tokenizer import byte_tokenizer, document_token, load_tokenizer
 from qat.utils import environment, files
@@ -162,9 +162,8 @@ def _named(cfg: ModelConfig) -> str:
 
 def _reason(error: Exception) -> str:
     """Return an error in one line; with its type where the text alone, as of a KeyError, may be only a name."""
-    text = str(error).strip()
-    line = (" ".join(text.split()) if isinstance(error, StrictDataclassError) else text.split("\n")[0])[:200]
-    return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
+    line = (" ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error))[:200]
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 # Sizes that must be positive, under the names that model families use.

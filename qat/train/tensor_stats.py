@@ -69,7 +69,9 @@ class TensorStats:
 
 def _decibel(signal: float, noise: float) -> float | None:
     """Return the ratio in decibels; None unless both are positive and finite."""
-    return 10 * math.log10(signal / noise) if 0 < signal < math.inf and 0 < noise < math.inf else None
+    if not (0 < signal < math.inf and 0 < noise < math.inf):  # JSON has no infinity
+        return None
+    return 10 * (math.log10(signal) - math.log10(noise))
 
 
 class UpdateStats:
