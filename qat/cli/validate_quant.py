@@ -51,13 +51,11 @@ def check_quant(cfg: Config) -> None:
         raise ConfigError(f"quant.ste=masked: stops the gradients of what is clipped, and {why}")
     if q.bf16_also != sorted(set(q.bf16_also)):
         raise ConfigError(f"quant.bf16_also={q.bf16_also}: name blocks once and in order: {sorted(set(q.bf16_also))}")
+    algo = cfg.scaling.algo
     for key in ("alpha", "lr"):  # not `window`, which an experiment sets for all rules
-        value = getattr(cfg.scaling, key)
-        if key not in RULES[cfg.scaling.algo].reads and value != getattr(ScalingConfig, key):
-            fix = next(name for name, rule in RULES.items() if key in rule.reads)
-            raise ConfigError(
-                f"scaling.{key}={value:g}: has no effect with scaling={cfg.scaling.algo}; set scaling={fix}"
-            )
+        value, readers = getattr(cfg.scaling, key), [name for name, rule in RULES.items() if key in rule.reads]
+        if algo not in readers and value != getattr(ScalingConfig, key):
+            raise ConfigError(f"scaling.{key}={value:g}: has no effect with scaling={algo}; set scaling={readers[0]}")
     _check_cage(cfg)
     _check_learning(cfg)
     _check_fp8(cfg)

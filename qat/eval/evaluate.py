@@ -24,16 +24,8 @@ from qat.eval.subject import CALIBRATION_SEQUENCES, Subject, calibration_size, c
 from qat.models.load import context_length
 from qat.models.loss import has_plain_head
 from qat.quant.ptq import Rung
+from qat.runs import identity
 from qat.runs.folder import Run
-from qat.runs.identity import (
-    baseline_of,
-    heldout_texts,
-    pretrained_mode,
-    pretrained_of,
-    ptq_mode,
-    ptq_of,
-    with_ptq_scales,
-)
 from qat.utils import device, environment
 
 _HELDOUT_BATCH = 4  # sequences a forward call
@@ -44,12 +36,12 @@ def evaluate(cfg: Config) -> list[Subject]:
 
     Errors: as `score`.
     """
-    baseline = baseline_of(cfg)
+    baseline = identity.baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
     subjects = [_pretrained(cfg), reference]
     if cfg.quantized:
         run = Run.of(cfg)
-        subjects += [Subject(ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
+        subjects += [Subject(identity.ptq_of(cfg), reference.run, identity.ptq_mode(cfg.quant))]
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
     if cfg.benchmark.control:
         subjects += [Subject(baseline, reference.run, "control")]
@@ -58,17 +50,17 @@ def evaluate(cfg: Config) -> list[Subject]:
 
 def reference_of(cfg: Config) -> Subject:
     """Return what the ladder of PTQ methods is scored on and compared with: the model that `cfg.ptq.on` names."""
-    baseline = baseline_of(cfg)
+    baseline = identity.baseline_of(cfg)
     return _pretrained(cfg) if cfg.ptq.on == "pretrained" else Subject(baseline, Run.of(baseline), "bf16")
 
 
 def _pretrained(cfg: Config) -> Subject:
     """Return the pretrained checkpoint. In records its scores on any text are named bf16."""
-    pretrained, texts = pretrained_of(cfg), heldout_texts(cfg)
+    pretrained, texts = identity.pretrained_of(cfg), identity.heldout_texts(cfg)
     run = Run.of(pretrained)
     recorded = run.evaluations().get(cfg.benchmark.name, {}).get("bf16", {}).get("request", {})
     is_recorded = all(recorded.get(key) == texts.get(key) for key in ("heldout", "validation"))
-    return Subject(pretrained, run, "bf16" if is_recorded else pretrained_mode(texts))
+    return Subject(pretrained, run, "bf16" if is_recorded else identity.pretrained_mode(texts))
 
 
 def rung_of(cfg: Config, rung: Rung) -> Subject:
@@ -76,14 +68,14 @@ def rung_of(cfg: Config, rung: Rung) -> Subject:
 
     The row `max` of a baseline is the PTQ that the run is compared with, and shares its scores.
     """
-    ptq, quantized, reference = cfg.ptq, ptq_of(cfg), reference_of(cfg)
+    ptq, quantized, reference = cfg.ptq, identity.ptq_of(cfg), reference_of(cfg)
     unusual = {"method": rung.method, "number": rung.number} if rung.method != "max" else {}
     unusual |= {"sequences": ptq.sequences} if ptq.sequences else {}
     unusual |= {"tokens": ptq.tokens} if ptq.tokens else {}
     if not reference.trained:  # one folder for all texts and lengths
         unusual["text"] = calibration_text(cfg)
         quantized.budget.steps = 0
-    mode, asked = ptq_mode(quantized.quant, unusual), rung.name in ptq.questions
+    mode, asked = identity.ptq_mode(quantized.quant, unusual), rung.name in ptq.questions
     return Subject(quantized, reference.run, mode, rung, unusual, asked)
 
 
@@ -144,7 +136,7 @@ class _Scorer:
         benchmark = dataclasses.asdict(self.cfg.benchmark)
         benchmark["tasks"] = benchmark["tasks"] if asked else {}
         del benchmark["arithmetic"], benchmark["control"]  # named beside it, as what it came to; another subject
-        request = {"benchmark": benchmark} | heldout_texts(self.cfg)
+        request = {"benchmark": benchmark} | identity.heldout_texts(self.cfg)
         request |= {"ptq": subject.unusual} if subject.unusual else {}
         return request | ({"calibration_sequences": calibration_size(subject.cfg)[0]} if subject.calibrated else {})
 
@@ -227,7 +219,7 @@ class _Scorer:
 
     def _under_ptq_scales(self, subject: Subject) -> dict:
         """Return the held-out losses of a run's weights under the scales that PTQ gives them."""
-        twin = Subject(with_ptq_scales(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
+        twin = Subject(identity.with_ptq_scales(subject.cfg), subject.run, identity.ptq_mode(subject.cfg.quant))
         return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:

@@ -59,8 +59,7 @@ class Quantizer:
 
     @property
     def masks(self) -> bool:
-        """Return whether gradients stop where `x` is clipped: no value is by its own amax, and where scales are learned
-        `_LearnScale` does it, once it has read the gradient."""
+        """Return whether to stop gradients where `x` is clipped: by its own amax nothing is; `_LearnScale` does it."""
         masked = self.cfg.ste == "masked" and self.role != "gradient"
         return masked and self.bank.scaling.algo != "current" and not self.bank.learns
 
