@@ -87,7 +87,7 @@ def _read_run(folder: Path) -> dict[str, bytes]:
 
 
 def _write_run(folder: Path, contents: dict[str, bytes]) -> None:
-    with files.new_folder(folder) as temporary:
+    with files.new_folder(folder, durable=False) as temporary:  # thousands of files, and git has them
         for name, content in contents.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)

@@ -44,7 +44,7 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside `target` to write into; at the end it takes the place of `target`, as `publish`.
 
     After an error nothing of it is left.
@@ -55,14 +55,14 @@ def new_folder(target: Path) -> Iterator[Path]:
         with naming(temporary):
             temporary.mkdir(parents=True)
             yield temporary
-        publish(temporary, target)
+        publish(temporary, target, durable)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # a disk may be full: do not leave half of it there
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Move a folder to `target`, in the place of what is there; all of it is written out to the disk before."""
-    for path in (*folder.rglob("*"), folder):
+def publish(folder: Path, target: Path, durable: bool = True) -> None:
+    """Move a folder to `target`, in the place of what is there. durable: write all of it out to the disk before."""
+    for path in (*folder.rglob("*"), folder) if durable else ():
         flush(path)
     if target.exists():
         remove(target)
