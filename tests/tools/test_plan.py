@@ -261,7 +261,7 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
             return False
 
         def score(self, subject):
-            built = self._baseline if subject is self.reference else subject.build()
+            built = self._build(subject)
             self._heldout(*built, beside=subject.cfg.quantized)
             if subject.mode == "w8a8":
                 self._under_ptq_scales(subject)
