@@ -13,6 +13,11 @@ class ConfigError(UserError):
     """A configuration that cannot be run."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or where it has none its type."""
+    return str(error).strip().split("\n")[0].rstrip() or type(error).__name__
+
+
 def nearest(value: str, choices) -> str:
     """The choice spelled most like `value`, or all of them when none is close."""
     close = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)

@@ -26,7 +26,7 @@ from qat.analysis.stats import paired_mean, student
 from qat.config import Config
 from qat.errors import UserError
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, identity, pretrained_of, ptq_mode, run_id
+from qat.runs.identity import baseline_of, identity, pretrained_mode, pretrained_of, ptq_mode, run_id
 
 TASKS = {
     "mmlu": "MMLU",
@@ -90,6 +90,19 @@ def pretrained_run(run: Run) -> Run | None:
     return origin if origin.evaluations() else None
 
 
+def pretrained_record(run: Run, benchmark: str) -> dict:
+    """Return the scores, on a BF16 run's own texts, of the checkpoint that it started from; empty without any."""
+    scored, origin = run.evaluations().get(benchmark, {}).get("bf16", {}), pretrained_run(run)
+    mode = origin and _mode_of_pretrained(origin, benchmark, scored)
+    return origin.evaluations().get(benchmark, {}).get(mode, {}) if origin else {}
+
+
+def _mode_of_pretrained(pretrained: Run, benchmark: str, beside: Mapping) -> str:
+    """Return the mode of its scores on the texts that `beside` is a record of; in records bf16, whatever the texts."""
+    mode = pretrained_mode(beside.get("request", {}))
+    return mode if mode in pretrained.evaluations().get(benchmark, {}) else "bf16"
+
+
 def against_baseline(run: Run, benchmark: str) -> dict:
     """Compare a run with its baseline and the pretrained checkpoint in the folders beside it, as `compare`."""
     baseline, origin = run.path.parent / run_id(baseline_of(run.typed_config())), pretrained_run(run)
@@ -123,8 +136,10 @@ def match(run: Run, baseline: Run, benchmark: str, pretrained: Run | None) -> Ma
     own |= {mode: result for mode, result in beside.items() if result.exists}
     reference = EvalResult(baseline, benchmark, "bf16", command)
     changes = {mode: result.less(reference) for mode, result in own.items()}
-    origin = EvalResult(pretrained, benchmark, "bf16", command) if pretrained else None
-    if origin:
+    origin = None
+    if pretrained:
+        mode = _mode_of_pretrained(pretrained, benchmark, reference.record)
+        origin = EvalResult(pretrained, benchmark, mode, command)
         origin.refuse_unlike(reference)
         origin.refuse_other_arithmetic(reference)
     fingerprint = baseline.fingerprint

@@ -49,7 +49,7 @@ def problems(cfg: Config, planning: bool = False) -> list[str]:
         model, tokenizer = built
         attempt(_texts, cfg, tokenizer, planning)
         limit = context_length(model.config)
-        attempt(benchmarks.check, cfg.benchmark, tokenizer, environment.cache_dir(), limit)
+        attempt(benchmarks.check, cfg.benchmark, tokenizer, limit)
         if not planning:
             attempt(_disk, cfg, sum(parameter.numel() for parameter in model.parameters()))
     attempt(_compilers, cfg)

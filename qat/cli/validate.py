@@ -6,6 +6,7 @@ import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 
 from qat import config
 from qat.cli.validate_quant import check_quant
@@ -15,6 +16,7 @@ from qat.eval.benchmarks import TASKS
 from qat.quant.formats import FORMATS
 from qat.quant.ptq import rung
 from qat.quant.rules import RULES, named
+from qat.utils import files
 from qat.utils.environment import ROOT
 
 
@@ -248,11 +250,11 @@ def _check_sources(cfg: Config) -> None:
             raise ConfigError(f"{key}.cache=true: {key}.source={text.source} is not streamed; set {key}.cache=false")
         if text and text.subset and text.source != "hub":
             raise ConfigError(f"{key}.subset={text.subset}: {key}.source={text.source} has none; leave it out")
-        if text and text.revision and text.source not in ("hub", "prepared"):
-            raise ConfigError(f"{key}.revision={text.revision}: {key}.source={text.source} has none; leave it out")
-    if cfg.model.revision and cfg.model.source != "hub":
-        revision, source = cfg.model.revision, cfg.model.source
-        raise ConfigError(f"model.revision={revision}: model.source={source} has none; leave it out")
+    for key, part in (("model", cfg.model), ("data", cfg.data), ("validation", cfg.validation)):
+        is_folder = part and part.source == "hub" and Path(files.expand(part.path)).is_dir()
+        if part and part.revision and (is_folder or part.source not in ("hub", "prepared")):
+            what = "a folder" if is_folder else f"{key}.source={part.source}"
+            raise ConfigError(f"{key}.revision={part.revision}: {what} has none; leave it out")
 
 
 def _check_validation(cfg: Config) -> None:

@@ -33,6 +33,12 @@ def check_quant(cfg: Config) -> None:
                 f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
                 f"{largest:g}"
             )
+        default = getattr(QuantConfig, f"target_{role}")
+        if target != default and not getattr(q, f"{role}s"):
+            raise ConfigError(
+                f"quant.target_{role}={target:g}: has no effect with quant.{role}s=false; set quant.target_{role}="
+                f"{default:g}"
+            )
     if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
         fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")
@@ -45,6 +51,11 @@ def check_quant(cfg: Config) -> None:
         raise ConfigError(f"quant.ste=masked: stops the gradients of what is clipped, and {why}")
     if q.bf16_also != sorted(set(q.bf16_also)):
         raise ConfigError(f"quant.bf16_also={q.bf16_also}: name blocks once and in order: {sorted(set(q.bf16_also))}")
+    algo = cfg.scaling.algo
+    for key in ("alpha", "lr"):  # not `window`, which an experiment sets for all rules
+        value, readers = getattr(cfg.scaling, key), [name for name, rule in RULES.items() if key in rule.reads]
+        if algo not in readers and value != getattr(ScalingConfig, key):
+            raise ConfigError(f"scaling.{key}={value:g}: has no effect with scaling={algo}; set scaling={readers[0]}")
     _check_cage(cfg)
     _check_learning(cfg)
     _check_fp8(cfg)
@@ -72,10 +83,8 @@ def _check_cage(cfg: Config) -> None:
 
 
 def _check_learning(cfg: Config) -> None:
-    q, algo, lr = cfg.quant, cfg.scaling.algo, cfg.scaling.lr
+    q, algo = cfg.quant, cfg.scaling.algo
     if not RULES[algo].learns:
-        if lr != ScalingConfig.lr:
-            raise ConfigError(f"scaling.lr={lr:g}: scaling={algo} learns no scale; set scaling=lsq, or leave it out")
         return
     if cfg.scaling.update_every > 1:
         raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from qat.data.packing import open_corpus
 from qat.data.tokenize import encode
 from qat.errors import UserError
 from qat.models.tokenizer import document_token
-from qat.utils import files
-from qat.utils.environment import package_path
+from qat.utils.environment import source_path
 
 HELDOUT_LENGTH = 128  # tokens a held-out sequence
 
@@ -42,7 +40,7 @@ def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
     """
     length, count = HELDOUT_LENGTH + 1, max(1, wanted // HELDOUT_LENGTH)
     separator = document_token(tokenizer)
-    encoded = (encode(tokenizer, [document], separator)[0] for document in _heldout(cfg))
+    encoded = (encode(tokenizer, [document], separator)[0] for document in _documents(cfg))
     texts = list(itertools.islice((text for text in encoded if len(text) >= length), count))
     if not texts:
         raise UserError(f"{cfg.named}: no held-out document has the {length} tokens of a sequence; name another text")
@@ -56,8 +54,8 @@ def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
     return Heldout(tokens, documents, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:12])
 
 
-def _heldout(cfg: DataConfig) -> Iterator[str]:
+def _documents(cfg: DataConfig) -> Iterator[str]:
     """Yield the held-out documents in a fixed order; those of a MediaWiki dump are all its articles."""
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
-        return wikipedia.openings(package_path(cfg.path) if cfg.source == "package" else Path(files.expand(cfg.path)))
+        return wikipedia.openings(source_path(cfg.source, cfg.path))
     return open_corpus(cfg, seed=0).heldout()

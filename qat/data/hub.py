@@ -22,7 +22,7 @@ from huggingface_hub.utils import hf_raise_for_status
 from huggingface_hub.utils import logging as hub_logging
 
 from qat.config import DataConfig
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0  # seconds between two tries: doubled each time, and jittered
 SILENCE = 30.0  # seconds without a byte after which a request fails; the hub's client would wait for ever
@@ -111,8 +111,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    root = error.__cause__ or error  # `datasets` itself says "Server Disconnected" whatever happened
-    return str(root).strip().split("\n")[0] or type(root).__name__
+    return first_line(error.__cause__ or error)  # `datasets` itself says "Server Disconnected" whatever happened
 
 
 def _retry_after(error: Exception) -> float:

@@ -153,8 +153,7 @@ def _make(name: str) -> Path:
         revision = _hash(text)
         files.replace(text / "manifest.json", json.dumps({"revision": revision, "parts": parts}, indent=1))
         target = _base() / f"{name}-{revision}"
-        shutil.rmtree(target, ignore_errors=True)  # a damaged one
-        os.rename(text, target)
+        files.publish(text, target)  # in the place of a damaged one
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target

@@ -11,8 +11,7 @@ from pathlib import Path
 from qat.config import DataConfig
 from qat.data import manuals, tokenize
 from qat.errors import UserError
-from qat.utils import files
-from qat.utils.environment import package_path
+from qat.utils.environment import source_path
 
 PASSAGE = 4000  # characters: texts are cut into documents of about the length of a web page
 HELDOUT_EVERY = 20  # one file in so many is never trained on
@@ -66,7 +65,7 @@ class TextFiles(Corpus):
 
     def __init__(self, cfg: DataConfig, seed: int):
         super().__init__(cfg, seed)
-        folder = _folder(cfg)
+        folder = manuals.folder(cfg) if cfg.source == "prepared" else source_path(cfg.source, cfg.path)
         texts = sorted(f for f in folder.rglob("*") if f.suffix.lower() == ".txt" and not f.is_dir())
         texts = [f for f in texts if f.stat().st_size]
         if len(texts) < 2:
@@ -102,12 +101,6 @@ class TextFiles(Corpus):
             passages[-1].append(paragraph.strip())
             size += len(paragraph)
         return ["\n\n".join(p) for p in passages if any(p)]
-
-
-def _folder(cfg: DataConfig) -> Path:
-    if cfg.source == "package":
-        return package_path(cfg.path)
-    return manuals.folder(cfg) if cfg.source == "prepared" else Path(files.expand(cfg.path))
 
 
 def inventory(folder: Path, files: list[Path]) -> str:

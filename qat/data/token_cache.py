@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import io
 import json
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,7 +28,6 @@ from qat.models.tokenizer import SentencePiece, document_token
 from qat.utils import files
 from qat.utils.environment import cache_dir
 
-_POLL = 0.05  # seconds between two tries to take a lock
 _LOCKS = 64  # lock files in a folder; row groups that share one wait for each other
 
 
@@ -101,12 +99,7 @@ def _read(path: Path) -> list[numpy.ndarray] | None:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file. The system releases it when the process ends, however it ends."""
     with path.open("w") as file, files.naming(path):
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(_POLL)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.models.tokenizer import document_token
 
 _GROUP = 64  # documents a call of the tokenizer
@@ -20,8 +20,9 @@ def encode(tokenizer, documents: Iterable[str], separator: int) -> list[list[int
     try:
         encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
     except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"the tokenizer fails on a document ({reason}); change the text, or the model") from error
+        raise UserError(
+            f"the tokenizer fails on a document ({first_line(error)}); change the text, or the model"
+        ) from error
     return [[separator, *ids] for ids in encoded["input_ids"]]
 
 

@@ -17,12 +17,12 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qat.config import BenchmarkConfig
 from qat.errors import ConfigError
-from qat.eval.questions import package_folder, splits, spread
+from qat.eval.questions import splits, spread
+from qat.utils.environment import package_path
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,6 @@ def score(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     benchmark: BenchmarkConfig,
-    cache: Path,
     max_length: int,
     progress: bool = False,
     share_prefixes: bool = True,
@@ -87,7 +86,6 @@ def score(
     left as they were. A second call for the same benchmark in one process reuses the loaded questions.
 
     Args:
-        cache: folder for the parsed ARC test questions (1.2 MB); made when missing.
         max_length: longest sequence the model is shown, in tokens. Longer prompts lose their beginning.
         progress: show one bar.
         share_prefixes: encode what prompts have in common once (`qat.eval.prefixes`), if the model can; False: as
@@ -96,7 +94,7 @@ def score(
     Raises:
         ConfigError, UserError: as `check`.
     """
-    prepared = check(benchmark, tokenizer, cache, max_length)
+    prepared = check(benchmark, tokenizer, max_length)
     modes = [(module, module.training) for module in model.modules()]
     try:
         lm = _language_model(model, tokenizer, benchmark.batch_size, max_length, progress, share_prefixes)
@@ -112,9 +110,7 @@ def score(
     return Scores(tasks, samples, importlib.metadata.version("lm-eval"))
 
 
-def check(
-    benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, cache: Path, max_length: int
-) -> dict[str, _Prepared]:
+def check(benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, _Prepared]:
     """Load the tasks of `benchmark` and check that a model can be asked all their questions; the arguments of `score`.
 
     Raises:
@@ -123,12 +119,9 @@ def check(
     """
     from qat.models.tokenizer import document_token
 
-    package_folder("lm_eval", "lm-eval")
     document_token(tokenizer)
-    prepared = {
-        name: _load(name, task.shots, task.limit, benchmark.split, Path(cache))
-        for name, task in benchmark.tasks.items()
-    }
+    package_path("lm_eval/tasks")
+    prepared = {name: _load(name, task.shots, task.limit, benchmark.split) for name, task in benchmark.tasks.items()}
     for name, task in prepared.items():
         for answer in task.answers:
             if 2 * len(answer) < max_length:  # a character has seldom more than a token
@@ -151,23 +144,19 @@ class Question(NamedTuple):
 
 
 def tokenized(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, benchmark: BenchmarkConfig, cache: Path, max_length: int
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, benchmark: BenchmarkConfig, max_length: int
 ) -> dict[str, list[Question]]:
     """Return the questions of each task as `score` asks them, in its order; arguments and errors are those of it."""
-    prepared = check(benchmark, tokenizer, cache, max_length)
+    prepared = check(benchmark, tokenizer, max_length)
     lm = _language_model(model, tokenizer, benchmark.batch_size, max_length, progress=False, share_prefixes=False)
-    questions = {}
-    for name, task in prepared.items():
-        with _quiet():
-            for leaf in task.leaves:
-                leaf.set_fewshot_seed(_FEWSHOT_SEED)
-                leaf.build_all_requests()
-        questions[name] = [
+    return {
+        name: [
             _question(lm, leaf, list(instances))
             for leaf in task.leaves
-            for _, instances in itertools.groupby(leaf.instances, lambda instance: instance.doc_id)
+            for _, instances in itertools.groupby(_requests(leaf), lambda instance: instance.doc_id)
         ]
-    return questions
+        for name, task in prepared.items()
+    }
 
 
 def _question(lm, leaf: ConfigurableTask, instances: list) -> Question:
@@ -176,9 +165,12 @@ def _question(lm, leaf: ConfigurableTask, instances: list) -> Question:
     return Question(pairs[0][0], [choice for _, choice in pairs], target)
 
 
-def requests(name: str, shots: int, limit: int, cache: Path) -> list:
+def requests(name: str, shots: int, limit: int) -> list:
     """Return lm-eval's requests of `limit` questions of a task (MMLU: of its first subject), as it scores them."""
-    leaf = _load(name, shots, limit, "test", cache).leaves[0]
+    return _requests(_load(name, shots, limit, "test").leaves[0])
+
+
+def _requests(leaf: ConfigurableTask) -> list:
     with _quiet():
         leaf.set_fewshot_seed(_FEWSHOT_SEED)
         leaf.build_all_requests()
@@ -214,15 +206,15 @@ def _continuations(leaf: ConfigurableTask, doc: dict[str, Any]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _load(name: str, shots: int, limit: int | None, split: str, cache: Path) -> _Prepared:
+def _load(name: str, shots: int, limit: int | None, split: str) -> _Prepared:
     """Official definitions and packaged questions of one task, once a process."""
     from lm_eval.api.group import Group
     from lm_eval.tasks._yaml_loader import load_yaml  # a TaskManager would index all tasks first: 5 s
 
-    root = package_folder("lm_eval", "lm-eval") / "tasks"
+    root = package_path("lm_eval/tasks")
     definitions = [load_yaml(path) for path in sorted(root.glob(TASKS[name].files))]
     with _quiet():
-        leaves = [_leaf(name, definition, shots, limit, split, cache) for definition in definitions]
+        leaves = [_leaf(name, definition, shots, limit, split) for definition in definitions]
     resolved = [definitions, shots, limit, split, _FEWSHOT_SEED]
     digest = _digest(json.dumps(resolved, sort_keys=True, default=inspect.getsource))
     if not TASKS[name].group:
@@ -233,9 +225,7 @@ def _load(name: str, shots: int, limit: int | None, split: str, cache: Path) -> 
     return _Prepared(name, group, leaves, shots, digest)
 
 
-def _leaf(
-    name: str, definition: dict[str, Any], shots: int, limit: int | None, split: str, cache: Path
-) -> ConfigurableTask:
+def _leaf(name: str, definition: dict[str, Any], shots: int, limit: int | None, split: str) -> ConfigurableTask:
     """Make one official task over packaged questions.
 
     lm-eval asks for the documents of a split several times a run and processes them anew each time, so both answers are
@@ -244,7 +234,7 @@ def _leaf(
     """
     from lm_eval.api.task import ConfigurableTask
 
-    documents, evaluated, pool = splits(name, definition["dataset_name"], split, cache)
+    documents, evaluated, pool = splits(name, definition["dataset_name"], split)
     available = len(documents[pool]) - (evaluated == pool)
     if shots > available:
         raise ConfigError(f"benchmark.tasks.{name}.shots={shots}: the nearest valid value is {available}")

@@ -10,7 +10,6 @@ checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 
@@ -20,14 +19,13 @@ from torch import nn
 
 from qat.config import Config
 from qat.data import heldout
-from qat.errors import ConfigError
 from qat.eval import arithmetic, benchmarks
 from qat.eval.subject import CALIBRATION_SEQUENCES, Subject, calibration_size, calibration_text
 from qat.models.load import context_length
 from qat.models.loss import has_plain_head
 from qat.quant.ptq import Rung
+from qat.runs import identity
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, pretrained_of, ptq_mode, ptq_of, with_ptq_scales
 from qat.utils import device, environment
 
 _HELDOUT_BATCH = 4  # sequences a forward call
@@ -38,12 +36,12 @@ def evaluate(cfg: Config) -> list[Subject]:
 
     Errors: as `score`.
     """
-    pretrained, baseline = pretrained_of(cfg), baseline_of(cfg)
+    baseline = identity.baseline_of(cfg)
     reference = Subject(baseline, Run.of(baseline), "bf16")
-    subjects = [Subject(pretrained, Run.of(pretrained), "bf16"), reference]
+    subjects = [_pretrained(cfg), reference]
     if cfg.quantized:
         run = Run.of(cfg)
-        subjects += [Subject(ptq_of(cfg), reference.run, ptq_mode(cfg.quant))]
+        subjects += [Subject(identity.ptq_of(cfg), reference.run, identity.ptq_mode(cfg.quant))]
         subjects += [Subject(cfg, run, "bf16"), Subject(cfg, run, "w8a8")]
     if cfg.benchmark.control:
         subjects += [Subject(baseline, reference.run, "control")]
@@ -52,8 +50,17 @@ def evaluate(cfg: Config) -> list[Subject]:
 
 def reference_of(cfg: Config) -> Subject:
     """Return what the ladder of PTQ methods is scored on and compared with: the model that `cfg.ptq.on` names."""
-    plain = pretrained_of(cfg) if cfg.ptq.on == "pretrained" else baseline_of(cfg)
-    return Subject(plain, Run.of(plain), "bf16")
+    baseline = identity.baseline_of(cfg)
+    return _pretrained(cfg) if cfg.ptq.on == "pretrained" else Subject(baseline, Run.of(baseline), "bf16")
+
+
+def _pretrained(cfg: Config) -> Subject:
+    """Return the pretrained checkpoint. In records its scores on any text are named bf16."""
+    pretrained, texts = identity.pretrained_of(cfg), identity.heldout_texts(cfg)
+    run = Run.of(pretrained)
+    recorded = run.evaluations().get(cfg.benchmark.name, {}).get("bf16", {}).get("request", {})
+    is_recorded = all(recorded.get(key) == texts.get(key) for key in ("heldout", "validation"))
+    return Subject(pretrained, run, "bf16" if is_recorded else identity.pretrained_mode(texts))
 
 
 def rung_of(cfg: Config, rung: Rung) -> Subject:
@@ -61,14 +68,14 @@ def rung_of(cfg: Config, rung: Rung) -> Subject:
 
     The row `max` of a baseline is the PTQ that the run is compared with, and shares its scores.
     """
-    ptq, quantized, reference = cfg.ptq, ptq_of(cfg), reference_of(cfg)
+    ptq, quantized, reference = cfg.ptq, identity.ptq_of(cfg), reference_of(cfg)
     unusual = {"method": rung.method, "number": rung.number} if rung.method != "max" else {}
     unusual |= {"sequences": ptq.sequences} if ptq.sequences else {}
     unusual |= {"tokens": ptq.tokens} if ptq.tokens else {}
     if not reference.trained:  # one folder for all texts and lengths
         unusual["text"] = calibration_text(cfg)
         quantized.budget.steps = 0
-    mode, asked = ptq_mode(quantized.quant, unusual), rung.name in ptq.questions
+    mode, asked = identity.ptq_mode(quantized.quant, unusual), rung.name in ptq.questions
     return Subject(quantized, reference.run, mode, rung, unusual, asked)
 
 
@@ -81,8 +88,7 @@ def score(cfg: Config, reference: Subject, subjects: Sequence[Subject]) -> list[
         ConfigError: there are several ranks.
         UserError: a run is not finished, or its checkpoint is gone and something of it is not scored yet.
     """
-    if environment.world_size() > 1:
-        raise ConfigError("evaluation is one process's work: start it without torchrun")
+    environment.refuse_ranks("evaluation")
     device.prepare()
     for subject in subjects:
         subject.check()
@@ -102,7 +108,8 @@ class _Scorer:
 
     def __init__(self, cfg: Config, reference: Subject):
         self.cfg, self.reference, self.arithmetic = cfg, reference, arithmetic.name(cfg)
-        self._baseline_states: dict[tuple[str, int], torch.Tensor] = {}
+        self._baseline: tuple[nn.Module, object] | None = None  # with its tokenizer, once it is built
+        self._baseline_states: dict[tuple[str, int], torch.Tensor] = {}  # on the CPU: they can take gigabytes
 
     def scored(self, subject: Subject) -> bool:
         """Return whether its folder has the scores of these weights, for what is asked."""
@@ -126,33 +133,31 @@ class _Scorer:
 
     def _request(self, subject: Subject, asked: bool) -> dict:
         """Return what is asked of a subject: a result counts only for its own questions, text and calibration."""
-        data, benchmark = self.cfg.data, dataclasses.asdict(self.cfg.benchmark)
+        benchmark = dataclasses.asdict(self.cfg.benchmark)
         benchmark["tasks"] = benchmark["tasks"] if asked else {}
         del benchmark["arithmetic"], benchmark["control"]  # named beside it, as what it came to; another subject
-        heldout = {"path": data.path, "subset": data.subset, "tokens": self.cfg.budget.heldout_tokens, "by": "document"}
-        heldout |= {"revision": data.revision} if data.revision else {}
-        kind = self.cfg.validation
-        validation = {"path": kind.path, "subset": kind.subset, "revision": kind.revision} if kind else None
-        request = {"benchmark": benchmark, "heldout": heldout} | ({"validation": validation} if validation else {})
+        request = {"benchmark": benchmark} | identity.heldout_texts(self.cfg)
         request |= {"ptq": subject.unusual} if subject.unusual else {}
         return request | ({"calibration_sequences": calibration_size(subject.cfg)[0]} if subject.calibrated else {})
 
-    @functools.cached_property
-    def _baseline(self) -> tuple[nn.Module, object]:
-        """The matched baseline and its tokenizer, built once for all that is compared with its predictions."""
-        return self.reference.build()
+    def _build(self, subject: Subject) -> tuple[nn.Module, object]:
+        """Return a model and its tokenizer; the baseline's are built once for all that is compared with it."""
+        if subject is not self.reference:
+            return subject.build()
+        self._baseline = self._baseline or subject.build()
+        return self._baseline
 
     def score(self, subject: Subject) -> None:
         name, mode = self.cfg.benchmark.name, subject.mode
         about = f"{mode}, {subject.rung.name}" if subject.unusual else mode
         if self.scored(subject):
-            lacks = mode == "w8a8" and not self._done(subject)["qat_weights_ptq_scales"]
+            lacks = mode == "w8a8" and not self._done(subject).get("qat_weights_ptq_scales")
             note = ", without losses under PTQ's scales: to have them, delete its eval.json" if lacks else ""
             print(f"{subject.run.id} ({about}): scored already{note}", flush=True)
             return
         print(f"\n{subject.run.id} ({about}): scoring on {name}", flush=True)
         started = time.perf_counter()
-        model, tokenizer = self._baseline if subject is self.reference else subject.build()
+        model, tokenizer = self._build(subject)
         answered, samples = self._questions(subject, model, tokenizer)
         record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.compared)}
         del model  # before another one is built
@@ -183,20 +188,24 @@ class _Scorer:
             print(f"  held-out loss on {name}: {text['loss']:.4f} nats a token", flush=True)
 
     def _questions(self, subject: Subject, model: nn.Module, tokenizer) -> tuple[dict, dict[str, list[dict]]]:
-        """Return (scores by task and lm-eval's version, samples by task to be written). Where only a text has changed,
-        the answers that are there are still those to what is asked."""
+        """Return (scores by task and lm-eval's version, samples by task). Where only a text is another one, the answers
+        that are there are still those to what is asked."""
         if not (subject.asked and self.cfg.benchmark.tasks):
             return {"tasks": {}, "lm_eval": None}, {}
-        done, request = self._done(subject), self._request(subject, asked=True)
-        asked = ("benchmark", "calibration_sequences")
-        if done.get("arithmetic") == self.arithmetic and all(done["request"].get(k) == request.get(k) for k in asked):
-            return {key: done[key] for key in ("tasks", "lm_eval")}, {}
+        name, request = self.cfg.benchmark.name, self._request(subject, asked=True)
+        asked, pretrained = ("benchmark", "calibration_sequences"), not (subject.trained or subject.calibrated)
+        for mode in subject.run.evaluations().get(name, {}) if pretrained else [subject.mode]:
+            done = self._done(dataclasses.replace(subject, mode=mode))
+            alike = [done.get("request", {}).get(key) == request.get(key) for key in asked]
+            if done.get("arithmetic") == self.arithmetic and all(alike):
+                samples = {task: subject.run.samples(name, mode, task) for task in done["tasks"]}
+                return {key: done[key] for key in ("tasks", "lm_eval")}, samples
         limit = context_length(model.config)
         # Current scaling measures a whole batch, so what stands in it matters.
         alone = subject.mode != "w8a8" or self.cfg.scaling.algo != "current"
         how = {"progress": True, "share_prefixes": alone}
         with device.attention_of_any_length(), arithmetic.autocast(self.arithmetic):
-            scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, environment.cache_dir(), limit, **how)
+            scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, limit, **how)
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
 
     def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
@@ -210,7 +219,7 @@ class _Scorer:
 
     def _under_ptq_scales(self, subject: Subject) -> dict:
         """Return the held-out losses of a run's weights under the scales that PTQ gives them."""
-        twin = Subject(with_ptq_scales(subject.cfg), subject.run, ptq_mode(subject.cfg.quant))
+        twin = Subject(identity.with_ptq_scales(subject.cfg), subject.run, identity.ptq_mode(subject.cfg.quant))
         return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:
@@ -222,11 +231,11 @@ class _Scorer:
             labels = tokens[:, 1:].unsqueeze(-1)
             losses += (-ours.gather(-1, labels).squeeze(-1).mean(1)).tolist()
             if beside:
-                baseline, _ = self._baseline
+                baseline, _ = self._build(self.reference)
                 wanted = self._log_probabilities(baseline, self._states(baseline, tokens, (text.hash, start)))
                 kl = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1)
                 divergence += kl.mean(1).tolist()
-        losses, divergence = (_means(each, text.documents) for each in (losses, divergence))
+        losses, divergence = (_means(values, text.documents) for values in (losses, divergence))
         return {
             "loss": sum(losses) / len(losses),
             "document_losses": losses,
@@ -239,17 +248,16 @@ class _Scorer:
     def _states(self, model: nn.Module, tokens: torch.Tensor, key: tuple[str, int]) -> torch.Tensor:
         """Return what the head reads, [sequences, length, width], for int64 tokens [sequences, length + 1]; of a model
         whose head is more than a product, its logits. Of the baseline they are made once for all that is compared."""
-        built = "_baseline" in vars(self)  # asking for it would build it
-        reference = built and model is self._baseline[0] and has_plain_head(model)
-        if reference and key in self._baseline_states:
-            return self._baseline_states[key]
+        is_baseline = self._baseline is not None and model is self._baseline[0] and has_plain_head(model)
+        if is_baseline and key in self._baseline_states:
+            return self._baseline_states[key].to(tokens.device)
         with arithmetic.autocast(self.arithmetic):
             if has_plain_head(model):
                 states = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
             else:
                 states = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        if reference:
-            self._baseline_states[key] = states
+        if is_baseline:
+            self._baseline_states[key] = states.cpu()
         return states
 
     @torch.inference_mode()

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-# Models of these types attend as any mask says, in every layer.
-_TYPES = ("llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+from qat.models.load import has_full_attention
+from qat.models.loss import has_plain_head
+
 _TOKENS = {"cpu": 512, "cuda": 4096}  # of a pack: with more, attention is spent on what is masked; with fewer, products
 
 
 def shareable(model: nn.Module) -> bool:
-    """Return whether a Hugging Face model takes the masks of packs."""
+    """Return whether a Hugging Face model takes the masks of packs, as known families do with PyTorch's attention."""
     config = model.config
-    windows = getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))
-    return config.model_type in _TYPES and config._attn_implementation == "sdpa" and not windows
+    return has_plain_head(model) and config._attn_implementation == "sdpa" and has_full_attention(config)
 
 
 @torch.inference_mode()

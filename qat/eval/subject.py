@@ -34,8 +34,9 @@ class Subject:
 
     cfg: Config
     run: Run
-    # bf16; w8a8, with the run's own scales; `qat.runs.identity.ptq_mode`, with calibrated ones; control, with 4-bit
-    # weights, which any measure that is worth its name must see
+    # bf16, or of the pretrained checkpoint `qat.runs.identity.pretrained_mode`; w8a8, with the run's own scales;
+    # `qat.runs.identity.ptq_mode`, with calibrated ones; control, with 4-bit weights, which any measure that is worth
+    # its name must see
     mode: str
     rung: Rung = _MAX  # how it is calibrated
     unusual: dict = dataclasses.field(default_factory=dict)  # what makes its calibration another one than usual
@@ -73,7 +74,7 @@ class Subject:
         model.eval()
         if self.mode == "control":
             _round_to_4_bits(model)
-        elif self.mode != "bf16":
+        elif self.mode == "w8a8" or self.calibrated:
             self._quantize(model, tokenizer, how, tensors, facts)
         if how == "training":
             model.set_output_embeddings(arithmetic.FP32Head(model.get_output_embeddings()))

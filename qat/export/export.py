@@ -7,13 +7,13 @@
     SHA256SUMS          checksums of the safetensors
     and generation_config.json and the tokenizer's files
 
-The loaded model equals the one that W8A8 evaluation scored (`qat.eval.subject.Subject`), bit for bit.
+The loaded model equals the one that W8A8 evaluation scored (`qat.eval.subject.Subject`), bit for bit, where that was
+scored in FP32 or with benchmark.arithmetic=export. A BF16 run is scored as it was trained by default, with an FP32
+residual stream and FP32 logits, and an export rounds these to BF16.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qat.config import CHOICES, Config
-from qat.errors import ConfigError, UserError, nearest
+from qat.errors import ConfigError, UserError, first_line, nearest
 from qat.eval.subject import Subject
 from qat.export import hf_quantizer, model_card
 from qat.export.hf_quantizer import CodesConfig
@@ -48,21 +48,13 @@ def export(cfg: Config) -> Path:
     _check_folder(out, run)
     model, tokenizer = subject.build()
     config = _encode_linears(model, cfg, run)
-    temporary = out.absolute().with_name(f".{out.absolute().name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-    try:
-        with files.naming(temporary):
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary, max_shard_size=_LARGEST_FILE)
-            tokenizer.init_kwargs.pop("auto_map", None)  # openPangu's names remote code, which is not exported
-            tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(model_card.card(cfg, run, model, config), encoding="utf-8")
-            (temporary / _SUMS).write_text(_checksums(temporary))
-        for file in temporary.iterdir():
-            files.flush(file)
-        _move(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with files.new_folder(out.absolute()) as temporary:
+        model.save_pretrained(temporary, max_shard_size=_LARGEST_FILE)
+        tokenizer.init_kwargs.pop("auto_map", None)  # openPangu's names remote code, which is not exported
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card.card(cfg, run, model, config), encoding="utf-8")
+        (temporary / _SUMS).write_text(_checksums(temporary))
+        _refuse_foreign(out, temporary)
     print(f"export: {out} ({model_card.sizes(model)})", flush=True)
     return out
 
@@ -75,8 +67,8 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
 
     folder: written by `export`.
     arithmetic: of everything between the roundings, and the dtype of everything but codes and scales: "bf16", "fp32",
-        or "auto" (`device.resolve_arithmetic`). None: the one that the run was evaluated in. Then logits equal
-        those of the evaluated W8A8 model bit for bit, on the same machine and PyTorch; others round sums differently.
+        or "auto" (`device.resolve_arithmetic`). None: that of the run's products. Other machines and versions of
+        PyTorch than the one that evaluated the run round sums differently.
 
     Errors: UserError when the folder is no export, is damaged, or is of a later version.
     """
@@ -102,14 +94,12 @@ def load_export(folder: Path | str, arithmetic: str | None = None) -> tuple[nn.M
         if wrong:
             raise ValueError(f"missing or superfluous: {wrong[0]}, the first of {len(wrong)}")
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} cannot be loaded ({reason}); export it, or fetch it, again") from error
+        raise UserError(f"{folder} cannot be loaded ({first_line(error)}); export it, or fetch it, again") from error
     return model.to(device.get_device()).eval(), tokenizer
 
 
 def _check_run(cfg: Config, subject: Subject) -> None:
-    if environment.world_size() > 1:
-        raise ConfigError("export is one process's work: start scripts/export.py without torchrun")
+    environment.refuse_ranks("export")
     if not cfg.quantized:
         raise ConfigError(f"{subject.run.id} is not quantized and has no codes to export; name a quantized run")
     if not (cfg.quant.weights or cfg.quant.activations):
@@ -173,12 +163,8 @@ def _checksums(folder: Path) -> str:
     return files.checksums(folder.glob("*.safetensors"))
 
 
-def _move(temporary: Path, out: Path) -> None:
-    """Rename a complete new export to its place, where an older one may be."""
-    if out.exists():
-        foreign = {path.name for path in out.iterdir()} - {path.name for path in temporary.iterdir()}
-        if foreign:
-            raise ConfigError(f"export.out={out}: has {min(foreign)}, which is not of the export; move it elsewhere")
-        files.remove(out)
-    os.rename(temporary, out)
-    files.flush(out.parent)
+def _refuse_foreign(out: Path, new: Path) -> None:
+    """Raise `ConfigError` where the folder of an earlier export has files that the new one lacks."""
+    foreign = {path.name for path in out.glob("*")} - {path.name for path in new.iterdir()}
+    if foreign:
+        raise ConfigError(f"export.out={out}: has {min(foreign)}, which is not of the export; move it elsewhere")

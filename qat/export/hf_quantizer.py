@@ -2,9 +2,9 @@
 
     y = round(x * input_scale) @ decode(weight)^T / (input_scale * weight_scale) + bias
 
-Scales multiply before rounding, so the value of a weight is decode(code) / weight_scale. The products are those of W8A8
-evaluation (`qat.quant.matmul`), bit for bit. Once this module is imported, `AutoModelForCausalLM.from_pretrained` loads
-a folder that `qat.export.export` wrote.
+Scales multiply before rounding, so the value of a weight is decode(code) / weight_scale. The products of given inputs
+are those of W8A8 evaluation (`qat.quant.matmul`), bit for bit. Once this module is imported,
+`AutoModelForCausalLM.from_pretrained` loads a folder that `qat.export.export` wrote.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CodesConfig(QuantConfig, QuantizationConfigMixin):
 
     modules: names of the quantized linears. activation_scheme: "static": inputs have a fixed `input_scale`; "dynamic":
     they scale by their own amax (2^guard times it), and by `input_scale` where that is 0 or not finite. arithmetic:
-    "bf16" or "fp32", as the run was evaluated. run: its id.
+    "bf16" or "fp32", of the run's products. run: its id.
     """
 
     quant_method: str = METHOD

@@ -36,6 +36,7 @@ def card(cfg: Config, run: Run, model: nn.Module, config: CodesConfig) -> str:
         sizes=sizes(model),
         making=_making(cfg, run),
         results=table(comparison) if comparison else None,
+        scored_in=run.evaluations()[cfg.benchmark.name]["w8a8"].get("arithmetic") if comparison else None,
     )
 
 

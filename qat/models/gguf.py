@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from pathlib import Path
 from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qat.errors import UserError
 from qat.utils import files
 from qat.utils.environment import cache_dir
 
 _SUMS = "SHA256SUMS"
+_END, _SEPARATOR = "<|im_end|>", "<|endoftext|>"  # of a turn, as SmolLM2 is chatted with; between documents
 
 
 def converted(gguf: Path) -> Path:
@@ -48,17 +48,15 @@ def _convert(gguf: Path, target: Path) -> None:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
+    missing = [token for token in (_END, _SEPARATOR) if token not in tokenizer.get_vocab()]
+    if missing:
+        raise UserError(f"{gguf.name}: its vocabulary has no {missing[0]}; give a folder with safetensors by model=hub")
+    tokenizer.eos_token, tokenizer.pad_token = _END, _SEPARATOR
     # transformers refuses to save a model that came from GGUF, so its weights are copied to a new one.
-    config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
-    model = LlamaForCausalLM(config)
+    config = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    model = type(loaded)(type(loaded.config)(**config))
     model.load_state_dict(loaded.state_dict())
-    temporary = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
-    tokenizer.save_pretrained(temporary)
-    (temporary / _SUMS).write_text(files.checksums(temporary.iterdir()))
-    for path in (*temporary.iterdir(), temporary):
-        files.flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(temporary, target)
+    with files.new_folder(target) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / _SUMS).write_text(files.checksums(temporary.iterdir()))

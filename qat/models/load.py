@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
 from qat.config import ModelConfig
-from qat.errors import UserError, nearest
+from qat.errors import UserError, first_line, nearest
 from qat.models import gguf
 from qat.models.tokenizer import byte_tokenizer, document_token, load_tokenizer
 from qat.utils import environment, files
@@ -162,9 +162,8 @@ def _named(cfg: ModelConfig) -> str:
 
 def _reason(error: Exception) -> str:
     """Return an error in one line; with its type where the text alone, as of a KeyError, may be only a name."""
-    text = str(error).strip()
-    line = (" ".join(text.split()) if isinstance(error, StrictDataclassError) else text.split("\n")[0])[:200]
-    return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
+    line = (" ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error))[:200]
+    return line if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
 # Sizes that must be positive, under the names that model families use.
@@ -248,11 +247,16 @@ def attend_causally(model) -> None:
     With "sdpa", transformers searches the position ids for packed sequences, which waits for the device; compiled, it
     always builds a mask, and PyTorch cannot use its fastest kernels.
     """
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds == {"full_attention"} and not getattr(config, "sliding_window", None):
+    if has_full_attention(model.config):
         AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
         model.set_attn_implementation("sdpa_causal")
+
+
+def has_full_attention(config: PreTrainedConfig) -> bool:
+    """Return whether all layers attend as PyTorch's own attention does: without a window, and without softcapping."""
+    options = ("sliding_window", "attn_logit_softcapping")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not any(getattr(config, option, None) for option in options)
 
 
 def checkpoint_activations(model) -> None:

@@ -7,6 +7,7 @@ from then on, whatever scaling rule the compared run has. `qat.quant.ptq` has wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,9 +26,13 @@ def calibrate(model: nn.Module, bank: ScaleBank, batches: Iterable[torch.Tensor]
     bank: new, and one that records while it does not quantize (`qat.runs.identity.with_ptq_scales`). batches: int64
     tokens [sequences, length] on the model's device.
     """
+    _run(model, batches)
+    bank.tick()
+
+
+def _run(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     for tokens in batches:
         model.get_decoder()(input_ids=tokens, use_cache=False)  # the head is never quantized
-    bank.tick()
 
 
 class Around(nn.Module):
@@ -47,16 +52,10 @@ def prepare(model: nn.Module, cfg: Config, rung: Rung, batches: Iterable[torch.T
 
     batches: as in `calibrate`.
     """
-    batches = list(batches)
-
-    def run() -> None:
-        for tokens in batches:
-            model.get_decoder()(input_ids=tokens, use_cache=False)
-
-    method, linears = METHODS[rung.method], select(model, cfg)
+    method, linears, batches = METHODS[rung.method], select(model, cfg), list(batches)
     if method.saturates:
         cfg = dataclasses.replace(cfg, quant=dataclasses.replace(cfg.quant, overflow="saturate"))
-    calibration = Calibration(linears, same_inputs(linears), cfg.quant, run)
+    calibration = Calibration(linears, same_inputs(linears), cfg.quant, functools.partial(_run, model, batches))
     method.prepare(calibration, *([] if rung.number is None else [rung.number]))
     bank, _ = convert(model, cfg)
     for name, function in calibration.around.items():

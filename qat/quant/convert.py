@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -43,9 +42,6 @@ class Coverage:
             count, total = kinds.get(kind, (0, 0))
             kinds[kind] = count + 1, total + size
         return kinds
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         if not self.linears:
@@ -138,25 +134,18 @@ def select(model: nn.Module, cfg: Config) -> dict[str, nn.Linear]:
 
 def _swap(model: nn.Module, linears: dict[str, nn.Linear], cfg: Config) -> ScaleBank:
     """Put quantized linears in the place of `linears`; returns the bank of their scales, an entry a tensor."""
-    q = cfg.quant
-    enabled = {"activation": q.activations, "weight": q.weights, "gradient": q.gradients}
-    target = {role: getattr(q, f"target_{role}") for role in ROLES}
-    owner = {name: _owner_of_input(name, linears) for name in linears}
-    names = [
-        f"{name}/{role}"
+    q, owner = cfg.quant, {name: _owner_of_input(name, linears) for name in linears}
+    tensors = [
+        (name, role)
         for name in linears
         for role in ROLES
-        if enabled[role] and (role != "activation" or owner[name] == name)
+        if getattr(q, f"{role}s") and (role != "activation" or owner[name] == name)
     ]
-    device = next(model.parameters()).device
-    bank = ScaleBank(names, [target[name.rpartition("/")[2]] for name in names], cfg.scaling, cfg.settle_steps, device)
-    index, matmul = {name: i for i, name in enumerate(names)}, Matmul(q)
-    rounding = dict.fromkeys(ROLES, "nearest") | {"gradient": q.rounding}
+    names, targets = ["/".join(tensor) for tensor in tensors], [getattr(q, f"target_{role}") for _, role in tensors]
+    bank = ScaleBank(names, targets, cfg.scaling, cfg.settle_steps, next(model.parameters()).device)
+    index, matmul = {tensor: i for i, tensor in enumerate(tensors)}, Matmul(q)
     for name, linear in linears.items():
-        quantizers = {
-            role: Quantizer(bank, index.get(f"{name}/{role}", -1), enabled[role], target[role], q, rounding[role])
-            for role in ROLES
-        }
+        quantizers = {role: Quantizer(bank, index.get((name, role)), role, q) for role in ROLES}
         model.set_submodule(name, QuantizedLinear(linear, bank, quantizers, matmul))
     for name in linears:
         if owner[name] != name:

@@ -27,15 +27,19 @@ from qat.utils import distributed
 
 
 class Quantizer:
-    """Round one role (activation, weight or gradient) of one linear with its scale from the bank."""
+    """Round one role (activation, weight or gradient) of one linear with its scale from the bank.
 
-    def __init__(self, bank: ScaleBank, index: int, enabled: bool, target: float, cfg: QuantConfig, rounding: str):
-        self.bank, self.index, self.enabled, self.target, self.cfg = bank, index, enabled, target, cfg
-        self.rounding = rounding
+    index: of the tensor in the bank; None: `cfg` does not round this role.
+    """
+
+    def __init__(self, bank: ScaleBank, index: int | None, role: str, cfg: QuantConfig):
+        self.bank, self.index, self.role, self.cfg = bank, index, role, cfg
+        self.enabled, self.target = index is not None, getattr(cfg, f"target_{role}")
+        self.rounding = cfg.rounding if role == "gradient" else "nearest"
         # Compiled steps on a GPU round by this table, in the same kernel that computes `x`.
-        by_table = enabled and rounding == "nearest"
-        self.table = dispatch.table(bank.scale.device, cfg.format, cfg.overflow, target) if by_table else None
-        self.observer = None  # `qat.train.tensor_stats` attaches one: it is called with (index, x, scale, rounding)
+        by_table = self.enabled and self.rounding == "nearest"
+        self.table = dispatch.table(bank.scale.device, cfg.format, cfg.overflow, self.target) if by_table else None
+        self.observer = None  # `qat.train.tensor_stats` attaches one: it is called with (this quantizer, x, scale)
 
     def __call__(self, x: torch.Tensor, output: str = "values") -> Rounded:
         """Round `x`, BF16 or FP32 in any shape, and record its amax. output: "values", or "codes" for both."""
@@ -49,10 +53,15 @@ class Quantizer:
         else:
             values, codes = dispatch.quantize(x, scale, slot, c.format, c.overflow, self.target, output, self.rounding)
         if self.observer is not None:
-            self.observer(self.index, x, scale, self.rounding)
-        masked = c.ste == "masked" and not self.bank.learns  # then `_LearnScale` masks, after it has read the gradient
-        mask = ~self.clipped(x.float() * scale) if masked else None
+            self.observer(self, x, scale)
+        mask = ~self.clipped(x.float() * scale) if self.masks else None
         return Rounded(None if output == "e4m3" else values, None if output == "values" else codes, scale, mask)
+
+    @property
+    def masks(self) -> bool:
+        """Return whether to stop gradients where `x` is clipped: by its own amax nothing is; `_LearnScale` does it."""
+        masked = self.cfg.ste == "masked" and self.role != "gradient"
+        return masked and self.bank.scaling.algo != "current" and not self.bank.learns
 
     def clipped(self, v: torch.Tensor) -> torch.Tensor:
         """Return where scaled values are clipped, bool in their shape: there `quant.ste=masked` stops gradients.
@@ -79,7 +88,8 @@ class Quantizer:
 class Input:
     """Round the input of a linear. Linears that read the same tensor share one `Input`, which rounds it once for all.
 
-    users: how many linears share it. The rounded tensor is held until all of them have read it.
+    users: how many linears share it. The rounded tensor is held until all of them have read it. Nothing of it outlives
+    the forward pass of a block, so `torch.compile` traces this Python state without a graph break.
     """
 
     def __init__(self, quantizer: Quantizer):
@@ -112,7 +122,7 @@ class _QuantizedMatmul(torch.autograd.Function):
         a, w = Rounded(*rounded[:4]), Rounded(*rounded[4:])
         ctx.save_for_backward(*a.packed(), *w)
         ctx.matmul, ctx.round_gradient, ctx.shape, ctx.dtype = matmul, round_gradient, x.shape, x.dtype
-        y = matmul.outputs(a.rows(), matmul.unpacked(w, x.dtype), x.dtype)
+        y = matmul.outputs(a.rows(), w, x.dtype)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -123,10 +133,10 @@ class _QuantizedMatmul(torch.autograd.Function):
         g = ctx.round_gradient(gradient.reshape(-1, gradient.shape[-1]))
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = matmul.input_gradients(g, matmul.unpacked(w, dtype), dtype).view(ctx.shape)
+            dx = matmul.input_gradients(g, w, dtype).view(ctx.shape)
             dx = dx if a.mask is None else dx * a.mask
         if ctx.needs_input_grad[1]:
-            dw = matmul.weight_gradients(g, matmul.unpacked(a.rows(), dtype), dtype)
+            dw = matmul.weight_gradients(g, a.rows(), dtype)
             dw = dw if w.mask is None else dw * w.mask
         return dx, dw, *(None,) * (2 + len(saved))
 

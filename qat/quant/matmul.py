@@ -48,12 +48,6 @@ class Matmul:
         self.format = cfg.format
         self.fp8, self.descaled = cfg.gemm == "fp8", cfg.operands == "descaled"
 
-    def unpacked(self, operand: Rounded, dtype: torch.dtype) -> Rounded:
-        """Return an operand with its values in `dtype`, decoded where it has only codes; FP8 products need none."""
-        if operand.values is not None or self.fp8:
-            return operand
-        return operand._replace(values=dispatch.decode(operand.codes, self.format, dtype))
-
     def outputs(self, x: Rounded, weight: Rounded, dtype: torch.dtype) -> torch.Tensor:
         """x [rows, in], weight [out, in] -> [rows, out]."""
         return self._multiply(x, weight, dtype, transpose_b=True)
@@ -73,6 +67,7 @@ class Matmul:
             left = a.codes.t() if transpose_a else a.codes
             right = b.codes if transpose_b else b.codes.t()
             return _fp8(left, right, a.scale, b.scale, dtype)
+        a, b = self._decode(a, dtype), self._decode(b, dtype)
         if self.descaled:
             a, b = _descale(a), _descale(b)
         left = a.values.t() if transpose_a else a.values
@@ -85,6 +80,12 @@ class Matmul:
         if left.device.type == "cpu":
             return dispatch.mm(left, right, factor)
         return dispatch.unscale(left @ right, factor)
+
+    def _decode(self, operand: Rounded, dtype: torch.dtype) -> Rounded:
+        """Return an operand with its values in `dtype`, decoded where it has only codes."""
+        if operand.values is not None:
+            return operand
+        return operand._replace(values=dispatch.decode(operand.codes, self.format, dtype))
 
 
 def _descale(operand: Rounded) -> Rounded:

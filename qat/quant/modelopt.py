@@ -57,8 +57,8 @@ def quantizers(quant: QuantConfig) -> list[dict]:
         """Round the columns that are asked for: the library rounds all of them for each."""
 
         def _blockwise_update(self, block_size):
-            round_weight = self.module.weight_quantizer
-            gptq_blockwise_update(self.weight, self.h_inv, block_size, lambda weight: _Lazy(weight, round_weight))
+            quantizer = self.module.weight_quantizer
+            gptq_blockwise_update(self.weight, self.h_inv, block_size, lambda w: _RoundedColumn(w, quantizer))
 
     if not is_registered_quant_backend(quant.format):
         register_quant_backend(quant.format, _round)
@@ -98,7 +98,7 @@ def _round(x: torch.Tensor, quantizer) -> torch.Tensor:
     return (values.float() / scale).to(x.dtype)
 
 
-class _Lazy:
+class _RoundedColumn:
     """The rounded columns of a matrix, of which one is read, twice."""
 
     def __init__(self, matrix: torch.Tensor, round_column):

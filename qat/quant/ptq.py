@@ -50,8 +50,8 @@ class Calibration:
 
         hooks = [linear.register_forward_pre_hook(hook(name)) for name, linear in self.linears.items()]
         self.run()
-        for each in hooks:
-            each.remove()
+        for handle in hooks:
+            handle.remove()
         return taken
 
     def smooth(self, factors: dict[str, torch.Tensor]) -> None:
@@ -184,11 +184,11 @@ def ofmr(calibration: Calibration) -> None:
                 "weight": torch.stack([error(x, round_to(weight * s, "saturate") / s) for s in scales]),
             }
 
-    found = {name: rows[0] for name, rows in calibration.inputs(errors).items()}
+    measured = {name: rows[0] for name, rows in calibration.inputs(errors).items()}
     for group in calibration.siblings:
-        together = sum(found[name]["activation"] for name in group)
+        together = sum(measured[name]["activation"] for name in group)
         for name in group:
-            for role, error in (("activation", together), ("weight", found[name]["weight"])):
+            for role, error in (("activation", together), ("weight", measured[name]["weight"])):
                 calibration.scales[f"{name}/{role}"] = error.new_tensor(scales[int(error.argmin())]).float()
 
 
@@ -289,11 +289,11 @@ def llm_int8(calibration: Calibration, threshold: float) -> None:
     columns = calibration.inputs(lambda _, x: x.abs().flatten(0, -2).amax(0) >= threshold)
     for name, linear in calibration.linears.items():
         outside = sum(columns[name]) > 0
-        kept = linear.weight.data[:, outside].clone()
+        in_bf16 = linear.weight.data[:, outside].clone()
         linear.weight.data[:, outside] = 0
 
-        def run(quantized, x, outside=outside, kept=kept):
-            return quantized(x.masked_fill(outside, 0)) + F.linear(x[..., outside], kept)
+        def run(quantized, x, outside=outside, in_bf16=in_bf16):
+            return quantized(x.masked_fill(outside, 0)) + F.linear(x[..., outside], in_bf16)
 
         if outside.any():
             calibration.around[name] = run

@@ -67,7 +67,7 @@ class ScaleBank:
     ):
         self.names, self.scaling, self.settle_steps = names, scaling, settle_steps
         self.targets = torch.tensor(targets, dtype=torch.float32, device=device)
-        self._mapped = self.targets / 2**scaling.guard  # what an amax itself is mapped to
+        self.amax_targets = self.targets / 2**scaling.guard  # what an amax itself is mapped to
         self.amaxes = [torch.zeros(1, device=device) for _ in names]
         self.slopes = [torch.zeros(1, device=device) for _ in names] if RULES[scaling.algo].learns else None
         self.history = torch.zeros(RULES[scaling.algo].length(scaling), len(names), device=device)
@@ -88,7 +88,7 @@ class ScaleBank:
     def scale_of(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """Return the scale of tensor `index`, which now has the values `x`: 0-dim FP32 on the device."""
         if self.scaling.algo == "current" or index in self.unseen:
-            return to_scale(dispatch.amax(x), self._mapped[index], self.scales[index])
+            return to_scale(dispatch.amax(x), self.amax_targets[index], self.scales[index])
         return self.scales[index]
 
     def amax_slot(self, index: int) -> torch.Tensor | None:
@@ -126,9 +126,9 @@ class ScaleBank:
         """
         overshoot = self._overshoot(amax)
         advance = torch.ones_like(self.written) if finite is None else finite.to(self.written.dtype)
-        is_new = self._without_history() if self.unseen else None
+        unseen = self._is_unseen() if self.unseen else None
         self._write(amax, advance)
-        self._update_scale(advance, is_new, self._take_slopes())
+        self._update_scale(advance, unseen, self._take_slopes())
         self._update_unseen()
         self.updates += self.quantizing
         return overshoot
@@ -152,15 +152,15 @@ class ScaleBank:
         if self.scaling.algo == "current":
             return own
         over = amax * self.scale / self.targets
-        return torch.where(self._without_history(), own, over) if self.unseen else over
+        return torch.where(self._is_unseen(), own, over) if self.unseen else over
 
-    def _without_history(self) -> torch.Tensor:
+    def _is_unseen(self) -> torch.Tensor:
         """Return which tensors have no history yet, bool [tensors]."""
         return self.history.amax(0) == 0
 
     def _update_unseen(self) -> None:
         if self.unseen:  # otherwise the host need not wait for the device
-            self.unseen = frozenset(self._without_history().nonzero().flatten().tolist())
+            self.unseen = frozenset(self._is_unseen().nonzero().flatten().tolist())
 
     def _write(self, amax: torch.Tensor, advance: torch.Tensor) -> None:
         """Write one entry to the ring and move on by `advance`; if that is 0, the ring stays as it is."""
@@ -172,24 +172,24 @@ class ScaleBank:
         self.history.index_copy_(0, place, torch.where(advance > 0, entry, oldest))
         self.written.add_(advance)
 
-    def _update_scale(self, advance: torch.Tensor, is_new: torch.Tensor | None, slopes: torch.Tensor | None) -> None:
+    def _update_scale(self, advance: torch.Tensor, unseen: torch.Tensor | None, slopes: torch.Tensor | None) -> None:
         """Derive the scales from the history, unless they are held until `scaling.update_every` ticks have passed.
 
-        is_new: bool [tensors], those that had no history until now, which are never held; None: there are none.
+        unseen: bool [tensors], those that had no history until now, which are never held; None: there are none.
         slopes: by which those that have a history and a slope are learned; None: nothing is.
         """
         settling = self.step <= self.settle_steps
         held = self.updates % self.scaling.update_every and not settling  # skipped steps count too
-        if held and is_new is None:
+        if held and unseen is None:
             return
         rule = RULES["most_recent" if settling else self.scaling.algo]
         age = torch.arange(len(self.history), device=self.history.device)
         newest_first = self.history[(self.written - 1 - age) % len(self.history)]
         predicted = rule.predict(newest_first, self.scaling)
-        changes = (advance > 0) & is_new if held else advance > 0
-        scale = to_scale(predicted, self._mapped, self.scale)
+        changes = (advance > 0) & unseen if held else advance > 0
+        scale = to_scale(predicted, self.amax_targets, self.scale)
         if slopes is not None and self.quantizing and not settling:
-            learned = self._learned if is_new is None else self._learned & ~is_new
+            learned = self._learned if unseen is None else self._learned & ~unseen
             scale = torch.where(learned, self._follow(slopes), scale)
         self.scale.copy_(torch.where(changes, scale, self.scale))
 
@@ -227,11 +227,11 @@ class ScaleBank:
     @contextlib.contextmanager
     def borrowing(self, other: ScaleBank | None):
         """Quantize with the scales of another bank, or with None not at all, and record nothing within this context."""
-        fields = ("scaling", "_mapped", "unseen", "quantizing", "recording")
+        fields = ("scaling", "amax_targets", "unseen", "quantizing", "recording")
         before, scale = {field: getattr(self, field) for field in fields}, self.scale.clone()
         self.quantizing, self.recording = other is not None, False
         if other is not None:
-            self.scaling, self._mapped, self.unseen = other.scaling, other._mapped, other.unseen
+            self.scaling, self.amax_targets, self.unseen = other.scaling, other.amax_targets, other.unseen
             self.scale.copy_(other.scale)
         try:
             yield
@@ -257,39 +257,17 @@ class ScaleBank:
         return {"history": self.history, "scale": self.scale, "counters": torch.stack(counters)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor], names: list[str] | None = None) -> None:
-        """Restore a saved bank: exactly, or the newest entries of one with another window.
-
-        names: of the saved tensors, where known. Errors: UserError for a bank of other tensors or with invalid values.
-        """
-        self._check(state, names)
-        history, (filled, position, updates) = state["history"], state["counters"].tolist()
-        window = len(history)
-        if window != len(self.history):
-            count = min(filled, len(self.history))
-            print(f"  amax history of window {window}: the newest {count} of {filled} entries are kept", flush=True)
-            oldest_first = history[(position - count + torch.arange(count)) % window]
-            history = torch.zeros(self.history.shape)
-            history[:count] = oldest_first
-            filled, position = count, count % len(self.history)
-        self.history.copy_(history)
-        self.scale.copy_(state["scale"])
-        self.written.fill_(filled if filled < len(self.history) else filled + position)
-        self.unseen, self.updates = frozenset(range(len(self))), updates
-        self._update_unseen()
-
-    def _check(self, state: dict[str, torch.Tensor], names: list[str] | None) -> None:
+        """Restore a saved bank. names: of the saved tensors, where known. Errors: UserError for other tensors."""
         for key, own in self.state_dict().items():
             saved = state.get(key)
-            if saved is None or (saved.dtype, saved.dim()) != (own.dtype, own.dim()):
-                raise UserError(f"the saved scales have no {key} of this version")
-        tensors = state["history"].shape[1]
-        if tensors != len(self):
-            raise UserError(f"the saved scales are of {tensors} tensors, this run has {len(self)}")
+            if saved is None or (saved.dtype, saved.shape) != (own.dtype, own.shape):
+                raise UserError(f"the saved scales have no {key} of {list(own.shape)} {own.dtype}")
         if names is not None and names != self.names:
             first = next(pair for pair in zip(names, self.names, strict=True) if pair[0] != pair[1])
             raise UserError(f"the saved scales are of other tensors: {first[0]} where this run has {first[1]}")
-        filled, position, updates = state["counters"].tolist()
-        if not (state["scale"].isfinite() & (state["scale"] > 0)).all() or not state["history"].isfinite().all():
-            raise UserError("the saved scales are not all finite and positive")
-        if not (0 <= filled <= len(state["history"]) and 0 <= position < len(state["history"]) and updates >= 0):
-            raise UserError(f"the saved scales count {filled} of {len(state['history'])} entries, the next {position}")
+        self.history.copy_(state["history"])
+        self.scale.copy_(state["scale"])
+        filled, position, self.updates = state["counters"].tolist()
+        self.written.fill_(filled if filled < len(self.history) else filled + position)
+        self.unseen = frozenset(range(len(self)))
+        self._update_unseen()

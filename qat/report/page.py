@@ -13,7 +13,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from qat.analysis.compare import pretrained_run
+from qat.analysis.compare import pretrained_record
 from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, DROP_THRESHOLD
 from qat.config import Config
 from qat.report import pictures, tables, uncertainty
@@ -129,11 +129,12 @@ def _json(experiments: Sequence[Experiment], view: Mapping) -> str:
 
 def _bf16(experiment: Experiment, run: Run) -> dict:
     """Return the held-out losses of a BF16 run and of the checkpoint that it started from."""
-    config, origin = experiment.configs[run.id], pretrained_run(run)
+    config = experiment.configs[run.id]
+    benchmark = config["benchmark"]["name"]
+    scored = run.evaluations().get(benchmark, {}).get("bf16", {})
     row = {"experiment": experiment.name, "run": run.id, "lr": config["optim"]["lr"]}
-    for name, source in (("heldout", run), ("pretrained", origin)):
-        scored = source.evaluations().get(config["benchmark"]["name"], {}).get("bf16", {}) if source else {}
-        row[name] = {text: result["loss"] for text, result in scored.get("heldout", {}).items()}
+    for name, record in (("heldout", scored), ("pretrained", pretrained_record(run, benchmark))):
+        row[name] = {text: result["loss"] for text, result in record.get("heldout", {}).items()}
     return row
 
 

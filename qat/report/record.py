@@ -93,7 +93,9 @@ def _row(run: Run, cfg: Config, others: str) -> dict:
         "other_settings": others,
     }
     comparison = comparison_of(run, cfg.benchmark.name) if quantized else None
-    scored = run.evaluations().get(cfg.benchmark.name, {}).get("w8a8" if quantized else "bf16", {"tasks": {}})
+    modes, mode = run.evaluations().get(cfg.benchmark.name, {}), "w8a8" if quantized else "bf16"
+    # That of the pretrained checkpoint goes on with a hash of its texts.
+    scored = next((record for name, record in modes.items() if name.startswith(mode)), {"tasks": {}})
     held = [row for row in comparison["heldout"] if row["mode"] == "w8a8"] if comparison else []
     return {
         "settings": settings,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qat.analysis.compare import MODES, TASKS, pretrained_run
+from qat.analysis.compare import MODES, TASKS, pretrained_record, pretrained_run
 from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.analysis.measures import MEASURES
 from qat.report import text
@@ -209,11 +209,13 @@ def _value(value) -> str:
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     """Return scores (percent, with standard errors) and losses of the pretrained checkpoint and the BF16 runs."""
     runs = {run.id: (run, e.configs[run.id]) for e in experiments for run in e.bf16}
-    starts = {origin.id: (origin, config) for run, config in runs.values() if (origin := pretrained_run(run))}
-    records = {
-        name: run.evaluations().get(config["benchmark"]["name"], {}).get("bf16", {})
-        for name, (run, config) in (starts | runs).items()
-    }
+    starts, records = {}, {}
+    for run, config in runs.values():
+        benchmark = config["benchmark"]["name"]
+        records[run.id] = run.evaluations().get(benchmark, {}).get("bf16", {})
+        if origin := pretrained_run(run):
+            starts[origin.id] = pretrained_record(run, benchmark)
+    records = starts | records
     names = tasks_of(record.get("tasks", {}) for record in records.values()) or tasks_of([TASKS])
     rows = []
     for name, record in records.items():

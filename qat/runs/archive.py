@@ -13,8 +13,6 @@ from __future__ import annotations
 import csv
 import io
 import lzma
-import os
-import shutil
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterable
@@ -89,12 +87,10 @@ def _read_run(folder: Path) -> dict[str, bytes]:
 
 
 def _write_run(folder: Path, contents: dict[str, bytes]) -> None:
-    temporary = folder.with_name(f".restoring-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for name, content in contents.items():
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        (temporary / name).write_bytes(content)
-    os.rename(temporary, folder)
+    with files.new_folder(folder, durable=False) as temporary:  # thousands of files, and git has them
+        for name, content in contents.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
 
 
 def _pack(contents: Contents) -> bytes:

@@ -7,9 +7,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from qat.config import Config, DataConfig, ModelConfig
-from qat.utils import files
-from qat.utils.environment import package_path
+from qat.config import Config, ModelConfig
+from qat.utils.environment import source_path
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
@@ -21,27 +20,24 @@ def hashes(cfg: Config) -> dict[str, str]:
     Errors: UserError for a missing path.
     """
     model = {} if cfg.model.source == "random" else {f"model.path={cfg.model.path}": _hash_model(cfg.model)}
-    texts = (text for text in (cfg.data, cfg.validation) if text is not None and text.source != "prepared")
-    return model | {text.named: _hash_text(text) for text in texts if text.source != "hub" or _path(text).is_dir()}
+    texts = [text for text in (cfg.data, cfg.validation) if text is not None and text.source != "prepared"]
+    paths = [(text, source_path(text.source, text.path)) for text in texts]
+    return model | {text.named: _hash_text(path) for text, path in paths if text.source != "hub" or path.is_dir()}
 
 
 def _hash_model(cfg: ModelConfig) -> str:
+    path = source_path(cfg.source, cfg.path)
     if cfg.source == "package":
-        return _hash_files([package_path(cfg.path)])
-    if _path(cfg).is_dir():
-        return _hash_files(file for file in _path(cfg).iterdir() if file.suffix in _MODEL_SUFFIXES)
+        return _hash_files([path])
+    if path.is_dir():
+        return _hash_files(file for file in path.iterdir() if file.suffix in _MODEL_SUFFIXES)
     from qat.models.load import resolve_commit  # imports transformers, which takes seconds
 
     return resolve_commit(cfg)
 
 
-def _hash_text(cfg: DataConfig) -> str:
-    path = package_path(cfg.path) if cfg.source == "package" else _path(cfg)
+def _hash_text(path: Path) -> str:
     return _hash_files([path] if path.is_file() else path.rglob("*"))
-
-
-def _path(cfg: ModelConfig | DataConfig) -> Path:
-    return Path(files.expand(cfg.path))
 
 
 def _hash_files(paths: Iterable[Path]) -> str:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.config import Config
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.runs import fingerprints
 from qat.runs.identity import digest, run_id
 from qat.utils import environment, files
@@ -37,8 +37,7 @@ def _readable(path: Path):
     try:
         yield
     except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0].strip()
-        raise UserError(f"{path} is damaged ({reason}); delete the run folder to make it again") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}); delete the run folder to make it again") from error
 
 
 @functools.lru_cache(1024)  # parsing takes a tenth of a second, and a report reads every configuration many times

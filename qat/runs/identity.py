@@ -98,6 +98,21 @@ def pretrained_of(cfg: Config) -> Config:
     return pretrained
 
 
+def heldout_texts(cfg: Config) -> dict:
+    """Return what names the held-out texts that a model is scored on, JSON-able."""
+    data, kind = cfg.data, cfg.validation
+    heldout = {"path": data.path, "subset": data.subset, "tokens": cfg.budget.heldout_tokens, "by": "document"}
+    texts = {"heldout": heldout | ({"revision": data.revision} if data.revision else {})}
+    validation = {"path": kind.path, "subset": kind.subset, "revision": kind.revision} if kind else None
+    return texts | ({"validation": validation} if validation else {})
+
+
+def pretrained_mode(request: Mapping) -> str:
+    """Return the name of the evaluation of the pretrained model, which has one folder for all texts, on those of a
+    request: `heldout_texts`, and whatever else was asked."""
+    return f"bf16-{digest({key: request[key] for key in ('heldout', 'validation') if key in request})}"
+
+
 def is_ptq(mode: str) -> bool:
     """Return whether an evaluation's mode comes from `ptq_mode`."""
     return mode.startswith("ptq-")

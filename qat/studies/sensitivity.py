@@ -275,8 +275,7 @@ def subject(cfg: Config, quant: QuantConfig) -> Subject:
     """Return the model whose damage is measured: a run in W8A8 with its own scales; of a BF16 run or the pretrained
     checkpoint, its weights by PTQ under `quant`. Errors: ConfigError where nothing is rounded, or single tensors cannot
     be."""
-    if environment.world_size() > 1:
-        raise ConfigError("this is one process's work: start scripts/sensitivity.py without torchrun")
+    environment.refuse_ranks("sensitivity")
     of = {"run": lambda cfg: cfg, "baseline": baseline_of, "pretrained": pretrained_of}[cfg.sensitivity.of](cfg)
     quant = of.quant if of.quantized else quant
     if quant.format == "none" or not (quant.weights or quant.activations):
@@ -373,7 +372,7 @@ class Study:
         if not asked.questions:
             return []
         task = BenchmarkConfig(name="sensitivity", tasks={asked.task: TaskConfig(limit=asked.questions)})
-        questions = benchmarks.tokenized(model, tokenizer, task, environment.cache_dir(), limit)[asked.task]
+        questions = benchmarks.tokenized(model, tokenizer, task, limit)[asked.task]
         if self.subject.cfg.scaling.algo == "current":  # which scales by all that is read together
             return [of_question(asked.task, question, limit) for question in questions]
         return of_questions(asked.task, questions, limit)

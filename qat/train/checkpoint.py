@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,20 +77,15 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], f
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in folder.glob(".writing-*"):  # left by a killed process
         files.remove(unfinished)
-    target, temporary = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    target = folder / f"step-{step:08d}"
     if shutil.disk_usage(folder).free < 1.01 * sum(t.nbytes for group in tensors.values() for t in group.values()):
         for old in sorted(path for path in folder.glob("step-*") if path.name < target.name)[:-1]:
             files.remove(old)
-    try:
+    with files.new_folder(target) as temporary:
         _write(temporary, {"version": VERSION, "step": step, **facts}, tensors)
         for path in folder.glob("step-*"):
-            if path.name >= target.name:  # damaged: otherwise the run would have continued from it
+            if path.name > target.name:  # damaged: otherwise the run would have continued from it
                 files.remove(path)
-        os.rename(temporary, target)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # a disk may be full: do not leave half a checkpoint on it
-        raise
-    files.flush(folder)
     keep_newest(folder, keep)
     return target
 
@@ -105,7 +99,6 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-    folder.mkdir()
     facts["checksums"] = {}
     for name, group in sorted(tensors.items()):
         path, group = folder / f"{name}.safetensors", {key: t.detach().cpu().contiguous() for key, t in group.items()}
@@ -114,8 +107,6 @@ def _write(folder: Path, facts: dict, tensors: dict[str, dict[str, torch.Tensor]
             facts["checksums"][path.name] = _checksum_of_saved(path, group)
     with files.naming(folder / "facts.json"):
         (folder / "facts.json").write_text(json.dumps(facts | {"checksum": _digest(facts)}))
-    for file in (*folder.iterdir(), folder):
-        files.flush(file)
 
 
 def latest(folder: Path, run: str | None = None) -> tuple[dict[str, dict[str, torch.Tensor]], dict] | None:

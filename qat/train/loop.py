@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import math
@@ -13,7 +14,7 @@ import torch
 
 from qat.config import Config
 from qat.data import packing
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.models.load import load_model
 from qat.quant.convert import convert
 from qat.quant.formats import TOLERANCE
@@ -54,11 +55,10 @@ def train(cfg: Config) -> Run:
                     pass
         except BaseException as error:
             distributed.abort()
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             with contextlib.suppress(OSError):  # on a full disk, raise the first error and not this one
                 if not run.finished:
-                    run.set_status(state, step, cfg.steps, reason=reason)
+                    run.set_status(state, step, cfg.steps, reason=first_line(error))
             raise
     return run
 
@@ -81,7 +81,6 @@ class _Session:
         self.log = RunLog(run, self.state.done, cfg.steps, self.bank.names if self.bank is not None else [])
         self.stream = None if self.state.final else self._open_stream(tokenizer, cursor)
         self.batch = None  # hash of the tokens of the step
-        self.history = None if self.bank is None else monitor.History(self.bank)
         self.shadow = Shadow(self.trainer, cfg, run, self.state.done)
         self.validator = None if self.state.final else Validator(self.trainer, tokenizer, cfg)
 
@@ -125,7 +124,7 @@ class _Session:
     def _print_start(self) -> None:
         print(f"\n{self.run.id}")
         print(self.coverage)
-        self.run.write_json("coverage.json", self.coverage.as_dict())
+        self.run.write_json("coverage.json", dataclasses.asdict(self.coverage))
         if self.trainer.arithmetic == "fp32" and not device.has_bf16_products():
             print("  arithmetic: FP32, in which this processor is faster (budget.arithmetic=bf16 for BF16 products)")
         if self.state.done:
@@ -148,13 +147,10 @@ class _Session:
             return self._row(step, self._train(step, batches), start), []
         before = time.perf_counter()
         rows = self.shadow.rows(step, batches)
-        start += time.perf_counter() - before  # it is no part of the step
-        updates = UpdateStats(self.model, self.bank, self.cfg)
-        if self.bank is None:
-            return self._row(step, self._train(step, batches), start), [updates.row(step)]
-        tensors = TensorStats(self.model, self.bank, self.cfg)
+        tensors, updates = TensorStats(self.model), UpdateStats(self.model)
+        start += time.perf_counter() - before  # these are no part of the step
         with tensors.attached():
-            result = self._train(step, batches, observed=True)
+            result = self._train(step, batches, observed=self.bank is not None)
         row = self._row(step, result, start)
         return row, [] if row["skipped"] else [*tensors.rows(step), updates.row(step), *rows]
 
@@ -215,15 +211,10 @@ class _Session:
         cfg, warnings = self.cfg, []
         if step == 1 and row["loss"] is not None:
             warnings += monitor.first_loss(cfg, self.model.config.vocab_size, row["loss"])
-        if self.history is not None and row["quantized"] and not row["skipped"]:
-            if step == self.trainer.first_quantized_step:
-                self.history.begin()
-            self.history.advance(1 if cfg.scaling.tick == "step" else cfg.batch[1] // environment.world_size())
         if telemetry:
             self.state.check_agreement()
             warnings += monitor.telemetry(cfg, telemetry, row["lr"])
             warnings += monitor.forgetting(cfg, telemetry, self.log.pretrained)
-            warnings += self.history.check() if self.history is not None else []
         return [{"step": step, **warning} for warning in monitor.new_warnings(warnings, self.log.warned)]
 
     def _save(self, writer: checkpoint.Writer) -> None:
@@ -244,5 +235,5 @@ class _Session:
                 checkpoint.keep_newest(folder, 1)
             else:
                 self.log.flush()
-                checkpoint.save(folder, self.state.done, tensors, self.state.facts(final=True), keep=1)
+                checkpoint.save(folder, self.state.done, tensors, self.state.facts(), keep=1)
         self.run.set_status("finished", self.state.done, self.cfg.steps)

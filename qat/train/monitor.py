@@ -12,18 +12,18 @@ from operator import itemgetter
 
 from qat.config import Config
 from qat.quant.rules import RULES
-from qat.quant.scaling import ScaleBank
 
 # Limits past which a check warns.
 IMPLAUSIBLE = 0.6  # first loss as a share of ln(vocabulary), the loss of guessing; pretrained models are below 0.4
-LOST = 0.5  # share of weights that an update leaves as they were
-STILL = 1e-6  # share of weights that an update moves to another value of the format: 1 % in the paper's 10,000 steps
+UNCHANGED_SHARE = 0.5  # of weights that an update leaves as they were
+MOVED_SHARE = 1e-6  # of weights that an update moves to another value of the format: 1 % in the paper's 10,000 steps
 # In the records of SmolLM2-135M, after the first quantized step, window 64 has at most 19 % of a role's tensors over
 # 1.25, and none over 3.3; under most_recent and exp_smooth it is 51 to 61 % of the gradients, and one is at 14.
-LATE, WIDESPREAD, FAR = 1.25, 0.25, 4.0  # overshoot; share of a role's tensors that have it; overshoot of one tensor
-FLOOR = 18.0  # dB of SQNR; if all values had 1 mantissa bit, it would be 20 (with 3 bits 31)
-VANISHED = 0.1  # share of a tensor's values that become zero; healthy runs stay near 0.001
-BEYOND = 0.01  # share of a tensor's values beyond its target; lagging scales alone reach 0.001
+OVERSHOOT, OVERSHOOT_SHARE = 1.25, 0.25  # and the share of a role's tensors that have it
+LARGEST_OVERSHOOT = 4.0  # of one tensor
+LOWEST_SQNR = 18.0  # dB of SQNR; if all values had 1 mantissa bit, it would be 20 (with 3 bits 31)
+UNDERFLOW_SHARE = 0.1  # of a tensor's values that become zero; healthy runs stay near 0.001
+BEYOND_SHARE = 0.01  # of a tensor's values beyond its target; lagging scales alone reach 0.001
 FORGOTTEN = 0.1  # nats a token lost on other text: as if a model of 1 B had half the parameters (406.4 / N^0.34,
 # Hoffmann et al. 2022)
 SCATTER = 0.7  # standard deviation of the change of a token's loss: SmolLM2-135M after 16 steps at lr 1e-4
@@ -73,9 +73,9 @@ def telemetry(cfg: Config, rows: Sequence[dict], lr: float) -> list[dict]:
 
 
 def _lagging(cfg: Config, role: str, rows: list[dict]) -> dict | None:
-    late, worst = sum(row["overshoot"] > LATE for row in rows), max(rows, key=itemgetter("overshoot"))
+    late, worst = sum(row["overshoot"] > OVERSHOOT for row in rows), max(rows, key=itemgetter("overshoot"))
     learned = RULES[cfg.scaling.algo].learns and role != "gradient"  # then to clip is meant
-    if learned or (late < WIDESPREAD * len(rows) and worst["overshoot"] < FAR):
+    if learned or (late < OVERSHOOT_SHARE * len(rows) and worst["overshoot"] < LARGEST_OVERSHOOT):
         return None
     if cfg.scaling.update_every > 1:
         fix = f"scaling.update_every=1 (now {cfg.scaling.update_every})"
@@ -84,13 +84,13 @@ def _lagging(cfg: Config, role: str, rows: list[dict]) -> dict | None:
     else:
         fix = "scaling=max window=w64"
     text = f"{role} scales lag: {worst['layer']} is {worst['overshoot']:.2f} times as large as predicted, {late} of "
-    text += f"{len(rows)} tensors are over {LATE:g}; {fix} would follow better"
+    text += f"{len(rows)} tensors are over {OVERSHOOT:g}; {fix} would follow better"
     return _warning("lagging scales", worst["overshoot"], text, worst)
 
 
 def _noisy(cfg: Config, role: str, rows: list[dict]) -> dict | None:
     worst = min(rows, key=lambda row: math.inf if row["sqnr_db"] is None else row["sqnr_db"])
-    if worst["sqnr_db"] is None or worst["sqnr_db"] >= FLOOR:
+    if worst["sqnr_db"] is None or worst["sqnr_db"] >= LOWEST_SQNR:
         return None
     text = f"{role} SQNR is {worst['sqnr_db']:.1f} dB in {worst['layer']}, below what 1 mantissa bit leaves: overshoot "
     text += f"{worst['overshoot']:.2f}, {worst['beyond']:.1g} of it beyond the target, {worst['underflow']:.1g} made 0"
@@ -99,7 +99,7 @@ def _noisy(cfg: Config, role: str, rows: list[dict]) -> dict | None:
 
 def _vanishing(cfg: Config, role: str, rows: list[dict]) -> dict | None:
     worst = max(rows, key=itemgetter("underflow"))
-    if worst["underflow"] < VANISHED:
+    if worst["underflow"] < UNDERFLOW_SHARE:
         return None
     text = f"{role} underflow: {worst['underflow']:.0%} of {worst['layer']} became zero; a larger quant.target_{role} "
     text += f"or a format of wider range than {cfg.quant.format} would keep them"
@@ -108,7 +108,7 @@ def _vanishing(cfg: Config, role: str, rows: list[dict]) -> dict | None:
 
 def _beyond(cfg: Config, role: str, rows: list[dict]) -> dict | None:
     worst = max(rows, key=itemgetter("beyond"))
-    if worst["beyond"] < BEYOND:
+    if worst["beyond"] < BEYOND_SHARE:
         return None
     how = "and clipped" if cfg.quant.overflow == "clip" else f"(quant.overflow={cfg.quant.overflow})"
     text = f"{role} values: {worst['beyond']:.1%} of {worst['layer']} are beyond the target {how}; its scale is far "
@@ -122,12 +122,12 @@ def _updates(cfg: Config, updated: dict, lr: float) -> dict | None:
     Updates are lost to rounding when weights are stored in BF16 and the learning rate is small against them. When they
     all stay below the format's spacing, the quantized model does not change.
     """
-    if updated["stored"] < 1 - LOST:
+    if updated["stored"] < 1 - UNCHANGED_SHARE:
         lost = 1 - updated["stored"]
         fix = "a larger optim.lr" if cfg.optim.master_weights else "optim.master_weights=true or a larger optim.lr"
         text = f"the update left {lost:.0%} of the weights as they were (lr {lr:g}); {fix} would move them"
         return _warning("lost updates", lost, text)
-    if updated["format"] is None or updated["format"] >= STILL:
+    if updated["format"] is None or updated["format"] >= MOVED_SHARE:
         return None
     text = f"the update moved {updated['format']:.1g} of the weights to another {cfg.quant.format} value (lr {lr:g}): "
     text += "the quantized model stands still; a larger optim.lr would move it"
@@ -165,26 +165,3 @@ def _forgetting_text(cfg: Config, name: str, rise: float, half: float, own: floa
         why = "data.label_shift=twice trains it to predict something else than the next token"
     text = f"held-out loss on {name} is {rise:+.2f} ± {half:.2f} nats a token from the pretrained model's{beside}"
     return f"{text}: it forgets; {why}"
-
-
-class History:
-    """Check that the amax history advances as often as the steps say."""
-
-    def __init__(self, bank: ScaleBank):
-        self.bank, self.ticks = bank, int(bank.written)
-
-    def begin(self) -> None:
-        """Count from here: quantization starts, and the history of the warmup may be dropped."""
-        self.ticks = 0
-
-    def advance(self, ticks: int) -> None:
-        """Count the ticks of a finite quantized step."""
-        self.ticks += ticks
-
-    def check(self) -> list[dict]:
-        entries = len(self.bank.history)
-        expected, actual = min(entries, self.ticks), min(entries, int(self.bank.written))
-        if actual >= expected:
-            return []
-        text = f"the amax history holds {actual} entries where {expected} were written: scales are of the past"
-        return [_warning("standing history", expected - actual, text)]

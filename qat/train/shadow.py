@@ -58,7 +58,7 @@ class Shadow:
         unquantized, reference = self._pass(None, micro_batches, random)
         rows = []
         for name, bank in self.banks.items():
-            stats = TensorStats(self.trainer.model, self.trainer.bank, self.cfg)
+            stats = TensorStats(self.trainer.model)
             with stats.attached():
                 loss, gradients = self._pass(bank, micro_batches, random)
             row = {"step": step, "shadow": name, "loss": _finite(loss), "unquantized": _finite(unquantized)}

@@ -39,8 +39,9 @@ class TrainState:
         if self.bank is not None:
             scales = tensors.get(_of_rank("scales", environment.rank()), tensors.get("scales", {}))
             self.bank.load_state_dict(scales, facts.get("scales"))
-        self.done, self.final = facts["step"], "final" in facts
-        if self.done == self.cfg.steps:  # nothing follows
+        self.done = facts["step"]
+        self.final = self.done == self.cfg.steps
+        if self.final:  # nothing follows
             return
         if self.bank is not None:
             distributed.refuse_other_world_size(self.cfg, facts.get("ranks", 1))

@@ -56,15 +56,15 @@ class Trainer:
         # What is distilled is what training starts from.
         teacher = load_model(cfg.model, cfg.seed)[0] if cfg.loss.distill else None
         models = [model] if teacher is None else [model, teacher]
-        for each in models:
-            attend_causally(each)
+        for network in models:
+            attend_causally(network)
             if cfg.optim.pure_bf16:
-                store_in_bf16(each)
+                store_in_bf16(network)
         if cfg.budget.activation_checkpointing:
             checkpoint_activations(model)
         self._linears = list(quantized_linears(model).values())
         losses = TokenLosses(model, cfg.data.label_shift, cfg.budget.largest_logits, teacher, cfg.loss.distill)
-        blocks = [block for each in models for block in transformer_blocks(each)]
+        blocks = [block for network in models for block in transformer_blocks(network)]
         if cfg.budget.compile:
             self._compile(losses, blocks)
         self.losses = distributed.distribute(losses, blocks, cfg.budget.parallel)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 
-from qat.config import Config
 from qat.quant.convert import quantized_linears
 from qat.quant.kernels import dispatch
+from qat.quant.linear import Quantizer
 from qat.quant.scaling import to_scale
 from qat.utils import distributed, environment
 
@@ -18,29 +19,27 @@ TIERS = (3, 2, 1, 0)  # mantissa bits
 class TensorStats:
     """Collect statistics of every tensor that is quantized while this is attached."""
 
-    def __init__(self, model: torch.nn.Module, bank, cfg: Config):
-        self.model, self.bank, self.cfg = model, bank, cfg
+    def __init__(self, model: torch.nn.Module):
+        self.quantizers = [q for linear in quantized_linears(model).values() for q in linear.quantizers.values()]
         self.sums: dict[int, torch.Tensor] = {}  # index -> statistics summed over micro-batches, FP64
         self.scales: dict[int, tuple[torch.Tensor, ...]] = {}  # index -> (scale, largest amax, largest overshoot)
 
     @contextlib.contextmanager
     def attached(self):
         """Observe every quantizer within this context, at the cost of another pass or two over each tensor."""
-        quantizers = [q for linear in quantized_linears(self.model).values() for q in linear.quantizers.values()]
-        for quantizer in quantizers:
+        for quantizer in self.quantizers:
             quantizer.observer = self._observe
         try:
             yield
         finally:
-            for quantizer in quantizers:
+            for quantizer in self.quantizers:
                 quantizer.observer = None
 
-    def _observe(self, index: int, x: torch.Tensor, scale: torch.Tensor, rounding: str) -> None:
-        target, q = self.bank.targets[index].item(), self.cfg.quant
-        amax = dispatch.amax(x)
-        statistics = dispatch.statistics(x, scale, q.format, q.overflow, target, rounding)
+    def _observe(self, quantizer: Quantizer, x: torch.Tensor, scale: torch.Tensor) -> None:
+        q, index, amax = quantizer, quantizer.index, dispatch.amax(x)
+        statistics = dispatch.statistics(x, scale, q.cfg.format, q.cfg.overflow, q.target, q.rounding)
         self.sums[index] = self.sums.get(index, 0) + statistics
-        overshoot = amax * scale / target
+        overshoot = amax * scale / q.target
         _, max_amax, max_overshoot = self.scales.get(index, (scale, amax, overshoot))
         self.scales[index] = scale.clone(), torch.maximum(max_amax, amax), torch.maximum(max_overshoot, overshoot)
 
@@ -56,7 +55,7 @@ class TensorStats:
         totals = distributed.all_reduce_sum(torch.stack([self.sums[index] for index in indices]))
         largest = distributed.all_reduce_max(torch.stack([torch.stack(self.scales[index]) for index in indices]))
         for index, sums, (scale, amax, overshoot) in zip(indices, totals.tolist(), largest.tolist(), strict=True):
-            layer, _, role = self.bank.names[index].rpartition("/")
+            layer, _, role = self.quantizers[0].bank.names[index].rpartition("/")
             nonzero, *counts, signal, noise = sums
             shares = (count / max(nonzero, 1) for count in counts)
             names = (*(f"tier{bits}" for bits in TIERS), "beyond", "underflow", "inexact_in_fp8")
@@ -69,10 +68,10 @@ class TensorStats:
 
 
 def _decibel(signal: float, noise: float) -> float | None:
-    """Return the ratio in decibels; None without a signal or without noise, as JSON has no infinity."""
-    if signal <= 0 or noise <= 0:
+    """Return the ratio in decibels; None unless both are positive and finite."""
+    if not (0 < signal < math.inf and 0 < noise < math.inf):  # JSON has no infinity
         return None
-    return 10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)).item()
+    return 10 * (math.log10(signal) - math.log10(noise))
 
 
 class UpdateStats:
@@ -82,11 +81,11 @@ class UpdateStats:
     `row` after it.
     """
 
-    def __init__(self, model: torch.nn.Module, bank, cfg: Config):
-        self.format = cfg.quant.format if bank is not None else None
-        linears = quantized_linears(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    def __init__(self, model: torch.nn.Module):
+        quantized = quantized_linears(model)
+        linears = quantized or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.weights = {name: linear.weight for name, linear in linears.items()}
-        self.target = torch.tensor(cfg.quant.target_weight)
+        self.quantizer = next((linear.quantizers["weight"] for linear in quantized.values()), None)
         # On the CPU of the first rank: a GPU may have no room for a second copy of the weights during the step.
         self.before = {name: self._copy(weight) for name, weight in self.weights.items()}
 
@@ -105,14 +104,16 @@ class UpdateStats:
                 changed[: len(views)] += torch.stack([(a != b).sum().double().cpu() for a, b in views])
                 total += weight.numel()
         stored, bf16, rounded = distributed.broadcast_object((changed / max(total, 1)).tolist())
-        return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded if self.format else None}}
+        rounded = rounded if self.quantizer else None
+        return {"step": step, "updated": {"stored": stored, "bf16": bf16, "format": rounded}}
 
     def _views(self, now: torch.Tensor, before: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return pairs of a weight after and before the step: as stored, in BF16, on the quantization grid."""
         views = [(now, before), (now.bfloat16(), before.bfloat16())]
-        if self.format is None:
+        if self.quantizer is None:
             return views
         # With a scale from the weight's own amax: the bank has none before the first quantized step.
-        scale = to_scale(dispatch.amax(before), self.target.to(before.device), torch.ones((), device=before.device))
-        rounding = (scale, None, self.format, "saturate", 0.0, "values")
+        amax, target = dispatch.amax(before), torch.tensor(self.quantizer.target, device=before.device)
+        scale = to_scale(amax, target, torch.ones_like(amax))
+        rounding = (scale, None, self.quantizer.cfg.format, "saturate", 0.0, "values")
         return [*views, tuple(dispatch.quantize(weight, *rounding)[0] for weight in (now, before))]

@@ -164,7 +164,7 @@ def _points(row: dict, telemetry: Sequence[dict], baseline_loss: float | None) -
         flat |= {f"telemetry/lost_updates/{key}": 1 - share for key, share in updated.items() if share is not None}
     flat |= _damage(telemetry)
     flat |= {f"validation/{entry['text']}": entry["loss"] for entry in telemetry if "text" in entry}
-    return {key: value for key, value in flat.items() if value is not None}
+    return {key: value for key, value in flat.items() if type(value) in (int, float)}  # no flags, and no hash
 
 
 def _summarize(rows: list[dict]) -> dict[str, float | None]:

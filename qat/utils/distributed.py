@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from qat.config import Config
-from qat.errors import ConfigError, UserError
+from qat.errors import ConfigError, UserError, first_line
 from qat.utils.device import get_device
 from qat.utils.environment import is_main_process, rank, world_size
 
@@ -121,9 +121,8 @@ def _missing_ranks(future: Future[dist.Store]) -> list[int]:
         store, names = future.result(), [str(rank) for rank in range(world_size())]
         return [] if store.check(names) else [int(name) for name in names if not store.check([name])]
     except RuntimeError as error:
-        reason = str(error).split("\n")[0]
         raise UserError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']}: {reason}; choose a free port for all ranks"
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: {first_line(error)}; choose a free port for all ranks"
         ) from error
 
 
@@ -196,14 +195,14 @@ def all_gather_object(value) -> list:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum over ranks."""
+    """Sum a tensor over the ranks, in place; returns it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the element-wise maximum over ranks."""
+    """Take the element-wise maximum over the ranks, in place; returns the tensor."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor

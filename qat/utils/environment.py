@@ -13,7 +13,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from qat.errors import UserError
+from qat.errors import ConfigError, UserError
+from qat.utils import files
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "datasets", "lm_eval", "hydra-core", "omegaconf", "wandb", "numba", "numpy")
@@ -36,6 +37,12 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def refuse_ranks(work: str) -> None:
+    """Raise `ConfigError` where this is one of several ranks."""
+    if world_size() > 1:
+        raise ConfigError(f"{work} is one process's work: start it without torchrun")
+
+
 def package_path(path: str) -> Path:
     """Return where `package/inner/file` is on disk, without importing the package. Errors: UserError when not there."""
     package, _, inner = path.partition("/")
@@ -46,6 +53,11 @@ def package_path(path: str) -> Path:
     if full is None or not full.exists():
         raise UserError(f"{path} is not installed: run `make setup`")
     return full
+
+
+def source_path(source: str, path: str) -> Path:
+    """Return the file or folder of a model or text: with source=package in a package, else the user's own."""
+    return package_path(path) if source == "package" else Path(files.expand(path))
 
 
 def cache_dir() -> Path:

@@ -43,6 +43,33 @@ def replace(path: Path, content: str | bytes) -> None:
         raise
 
 
+@contextlib.contextmanager
+def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield an empty folder beside `target` to write into; at the end it takes the place of `target`, as `publish`.
+
+    After an error nothing of it is left.
+    """
+    temporary = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+    try:
+        with naming(temporary):
+            temporary.mkdir(parents=True)
+            yield temporary
+        publish(temporary, target, durable)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a disk may be full: do not leave half of it there
+
+
+def publish(folder: Path, target: Path, durable: bool = True) -> None:
+    """Move a folder to `target`, in the place of what is there. durable: write all of it out to the disk before."""
+    for path in (*folder.rglob("*"), folder) if durable else ():
+        flush(path)
+    if target.exists():
+        remove(target)
+    os.rename(folder, target)
+    flush(target.parent)
+
+
 def cached_json(path: Path) -> Any:
     """Return the content of a JSON file in the cache; None where it is to be made.
 

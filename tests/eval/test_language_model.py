@@ -35,9 +35,9 @@ def pair(model, tokenizer, prompt, answer):
 
 
 @pytest.mark.parametrize("changed", [{"added": f"$A {END}"}, {"named": False}])
-def test_what_a_tokenizer_adds_behind_or_does_not_name_changes_no_score(model, cache, changed):
+def test_what_a_tokenizer_adds_behind_or_does_not_name_changes_no_score(model, changed):
     tasks = {"arc_challenge": SMALL["arc_challenge"]}
-    assert run(model, awkward(**changed), cache, tasks) == run(model, awkward(), cache, tasks)
+    assert run(model, awkward(**changed), tasks) == run(model, awkward(), tasks)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_an_answer_is_encoded_whole_and_nothing_is_added_to_it(model, merges, ad
 
 
 @pytest.mark.parametrize("name", ["byte", "smollm2_135m"])
-def test_tokens_are_those_of_lm_eval_where_its_way_works(model, cache, name, user_cache):
+def test_tokens_are_those_of_lm_eval_where_its_way_works(model, name, user_cache):
     from lm_eval.models.huggingface import HFLM
 
     config = ModelConfig(**composed(f"model={name}").model) if name != "byte" else None
     tokenizer = check_model(config, length=128)[1] if config else byte_tokenizer()
     ours = LanguageModel(model, tokenizer, 1, 2048)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer)
-    pairs = [args for task in SMALL for args in prompts(task, cache, SMALL[task].shots, SMALL[task].limit)]
+    pairs = [args for task in SMALL for args in prompts(task, SMALL[task].shots, SMALL[task].limit)]
     assert len(pairs) > 12
     assert all(ours._encode_pair(*args) == theirs._encode_pair(*args) for args in pairs)

@@ -89,5 +89,6 @@ def test_a_mask_shows_ancestors_only():
 def test_models_that_look_at_a_window_are_not_packed(model):
     assert prefixes.shareable(model)
     assert not prefixes.shareable(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)))
+    assert prefixes.shareable(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)))
     eager = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
     assert not prefixes.shareable(eager)

@@ -179,14 +179,26 @@ def test_other_questions_are_scored_anew(restored, scored, monkeypatch):
 
 def test_of_another_text_the_losses_are_taken_and_the_answers_kept(restored, scored, monkeypatch):
     with_weights(restored, scored[0])
-    before = {name: subject.run.evaluations()["smoke"] for name, subject in subjects(restored).items()}
+    before = {name: each.run.evaluations()["smoke"][each.mode] for name, each in subjects(restored).items()}
+    first = subjects(restored)["pretrained"].mode
     restored.budget = dataclasses.replace(restored.budget, heldout_tokens=128)
     monkeypatch.setattr(benchmarks, "score", None)
     score(restored)
     for name, each in subjects(restored).items():
-        was, now = (record[each.mode] for record in (before[name], each.run.evaluations()["smoke"]))
+        was, now = before[name], each.run.evaluations()["smoke"][each.mode]
         assert was["tasks"] == now["tasks"] and was["request"] != now["request"]
         assert was["heldout"]["embedded"]["tokens"] == 256 and now["heldout"]["embedded"]["tokens"] == 128
         assert {task: len(each.run.samples("smoke", each.mode, task)) for task in TASKS} == {
             task: TASKS[task].limit for task in TASKS
         }
+    # The pretrained checkpoint has one folder for all texts, and keeps the scores that other runs are compared with.
+    assert Run.of(pretrained_of(restored)).evaluations()["smoke"][first] == before["pretrained"]
+
+
+def test_scores_of_the_pretrained_checkpoint_in_records_count(restored, scored, capsys):
+    """They are named bf16, whatever their text."""
+    origin = subjects(restored)["pretrained"]
+    origin.run.write_json("eval.json", {"smoke": {"bf16": origin.run.evaluations()["smoke"][origin.mode]}})
+    shutil.move(origin.run.path / "samples/smoke" / origin.mode, origin.run.path / "samples/smoke/bf16")
+    assert score(restored)["tasks"] == scored[1]["tasks"]
+    assert capsys.readouterr().out.count("scored already") == 5

@@ -19,7 +19,7 @@ from qat.analysis.compare import against_baseline
 from qat.cli import runner
 from qat.config import TaskConfig
 from qat.errors import UserError
-from qat.eval import benchmarks
+from qat.eval import arithmetic, benchmarks
 from qat.eval.subject import Subject
 from qat.export import export as exporting
 from qat.export import hf_quantizer, model_card
@@ -33,7 +33,6 @@ from qat.quant.linear import round_weights
 from qat.report.text import table
 from qat.runs.folder import Run
 from qat.train import checkpoint, loop
-from qat.utils import environment
 from tests.conftest import RUNS, TINY
 
 MAX = ("experiment=exp8", "benchmark.arithmetic=export")  # scored as an export computes
@@ -97,6 +96,19 @@ def test_so_it_has_under_current_scaling_of_all_linears(scored, configure, tmp_p
     assert not (Run.of(cfg).path / "export").exists()
 
 
+def test_bf16_exports_round_more_than_training_and_its_evaluation(configure, tmp_path):
+    """By default a BF16 run is scored with an FP32 residual stream and FP32 logits."""
+    cfg = configure(tmp_path, "experiment=exp8", "budget.arithmetic=bf16", **SHORT)
+    loop.train(cfg)
+    model, _ = load_export(export(cfg))
+    with arithmetic.autocast("training"):
+        wanted = logits(evaluated(cfg))
+    ours = logits(model)
+    assert (ours.dtype, wanted.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(ours.float(), wanted)
+    assert torch.cosine_similarity(ours.float().flatten(), wanted.flatten(), dim=0) > 0.99
+
+
 def test_and_in_the_other_arithmetic(scored, folder):
     reference = evaluated(scored)
     other = "fp32" if scored.budget.arithmetic == "bf16" else "bf16"
@@ -141,7 +153,7 @@ BIASED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "mlp_bias": True,
 
 def test_lm_eval_answers_as_in_the_run_s_own_evaluation(scored, folder):
     model, tokenizer = load_export(folder)
-    scores = benchmarks.score(model, tokenizer, scored.benchmark, environment.cache_dir(), 2048)
+    scores = benchmarks.score(model, tokenizer, scored.benchmark, 2048)
     assert scores.samples["arc_easy"] == Run.of(scored).samples("smoke", "w8a8", "arc_easy")
     assert len(scores.samples["arc_easy"]) == 4
     assert scores.samples["arc_easy"] != Run.of(scored).samples("smoke", "bf16", "arc_easy")
@@ -217,6 +229,18 @@ def test_the_card_tells_what_it_is_and_what_it_scored(scored, folder):
     assert Run.of(scored).environment()["git"]["commit"][:12] in body
     written = "".join(path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json"))
     assert getattr(scored, RUNS) not in written and str(scored.data.path) not in written
+
+
+def test_the_card_tells_in_which_arithmetic_it_was_scored(scored, folder, tmp_path):
+    assert "W8A8 is what this folder computes, bit for bit" in (folder / "README.md").read_text()
+    runs = shutil.copytree(getattr(scored, RUNS), tmp_path / "runs")
+    for path in runs.glob("*/eval.json"):
+        results = json.loads(path.read_text())
+        for record in results["smoke"].values():
+            record["arithmetic"] = "training"
+        path.write_text(json.dumps(results))
+    card = model_card.card(scored, Run(runs / Run.of(scored).id), *parts_of(folder))
+    assert "an FP32 residual stream and logits" in card and "bit for bit" not in card
 
 
 def test_the_card_carries_the_terms_of_open_pangu(scored, folder, configure, tmp_path):

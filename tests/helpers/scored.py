@@ -11,7 +11,7 @@ from qat.config import TaskConfig
 from qat.eval.subject import Subject
 from qat.runs import identity
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
+from qat.runs.identity import baseline_of, heldout_texts, pretrained_mode, pretrained_of, ptq_mode
 
 TASKS = {"hellaswag": TaskConfig(shots=0, limit=2), "arc_easy": TaskConfig(shots=0, limit=4)}
 WORDS = ("experiment=exp8", "optim.lr=1e-4")
@@ -29,7 +29,7 @@ def silent(cfg):
 def subjects(cfg) -> dict[str, Subject]:
     pretrained, baseline = pretrained_of(cfg), baseline_of(cfg)
     named = {
-        "pretrained": (pretrained, pretrained, "bf16"),
+        "pretrained": (pretrained, pretrained, pretrained_mode(heldout_texts(cfg))),
         "baseline": (baseline, baseline, "bf16"),
         "ptq": (identity.ptq_of(cfg), baseline, ptq_mode(cfg.quant)),
         "bf16": (cfg, cfg, "bf16"),

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qat.config import ModelConfig
 from qat.errors import UserError
 from qat.models import tokenizer
-from qat.models.load import check_model, load_model
+from qat.models.load import attend_causally, check_model, load_model
 from qat.quant.convert import convert
 from qat.train.step import Trainer
 
@@ -62,6 +62,14 @@ def test_other_families_train_quantized(kind, config, tmp_path):
     bank.freeze()
     with torch.no_grad():
         assert model.eval()(batch).logits.isfinite().all()
+
+
+def test_training_keeps_the_softcapping_of_attention(tmp_path):
+    sizes = {"head_dim": 8, "sliding_window": None, "layer_types": ["full_attention"] * 3}
+    saved(tmp_path, "gemma2", **sizes, attn_logit_softcapping=0.5)
+    model, _ = load_model(ModelConfig(name="m", source="hub", path=str(tmp_path)), seed=0)
+    attend_causally(model)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,18 @@ def gguf_file(tmp_path, monkeypatch) -> Path:
     """A file that is read as a tiny model, and an empty cache."""
     config = LlamaConfig(vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     model, tokenizer = LlamaForCausalLM(config), byte_tokenizer()
+    tokenizer.add_tokens(["<|im_end|>", "<|endoftext|>"])
     monkeypatch.setattr(gguf, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=lambda **_: model))
     monkeypatch.setattr(gguf, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda **_: tokenizer))
     monkeypatch.setenv("HIF8_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     return tmp_path / "tiny.gguf"
+
+
+def test_a_gguf_file_without_chat_tokens_is_refused(gguf_file, monkeypatch):
+    monkeypatch.setattr(gguf, "AutoTokenizer", SimpleNamespace(from_pretrained=lambda **_: byte_tokenizer()))
+    with pytest.raises(UserError, match=r"^tiny\.gguf: its vocabulary has no <\|im_end\|>; give a folder"):
+        gguf.converted(gguf_file)
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)

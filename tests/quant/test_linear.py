@@ -203,6 +203,13 @@ def test_masked_ste_stops_gradients_beyond_the_target():
     assert results["pass_through"][beyond].all()
 
 
+def test_masks_are_made_only_where_gradients_stop():
+    for algo, masked in {"most_recent": ["activation", "weight"], "current": []}.items():
+        linear, _ = single(algo=algo, ste="masked")
+        masks = {role: quantizer(torch.ones(4, 16)).mask for role, quantizer in linear.quantizers.items()}
+        assert [role for role, mask in masks.items() if mask is not None] == masked
+
+
 @pytest.mark.parametrize("overflow", ["clip", "saturate"])
 def test_every_rule_masks_what_is_clipped_and_nothing_in_the_first_step(overflow, arithmetic):
     """Values past the target are not clipped by saturate, and a weight may come to the target by being cast to BF16."""

@@ -88,7 +88,6 @@ SAME = {
     "budget.heldout_tokens": 512,
     "benchmark.split": "validation",
     "benchmark.batch_size": 2,
-    "scaling.alpha": 0.9,  # of exp_smooth only
     "scaling.shadow": ["most_recent"],
     "optim.max_skipped": 99,
 }
@@ -114,8 +113,6 @@ HUB = {"data.source": "hub"}
         ({"scaling.algo": "current"}, "scaling.window", (16, 64), False),
         ({"scaling.algo": "most_recent"}, "scaling.window", (16, 64), False),
         ({"scaling.algo": "exp_smooth"}, "scaling.window", (16, 64), False),
-        ({"scaling.algo": "current"}, "scaling.alpha", (0.5, 0.9), False),
-        ({"scaling.algo": "most_recent"}, "scaling.alpha", (0.5, 0.9), False),
         ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
         ({"scaling.algo": "current"}, "quant.ste", ("pass_through", "masked"), False),
         ({"scaling.algo": "lsq"}, "scaling.lr", (0.1, 0.2), True),
@@ -138,10 +135,7 @@ def test_a_new_rule_is_named_by_what_it_reads(config, monkeypatch):
     monkeypatch.setitem(RULES, "median", Rule(median, entries=None, reads=("window",)))
     changes = {"scaling.algo": "median", "scaling.window": 3}
     cfg = config("experiment=exp8", **changes)
-    window, alpha = (
-        config("experiment=exp8", **changes | {f"scaling.{k}": v}) for k, v in (("window", 5), ("alpha", 1.0))
-    )
-    assert run_id(window) != run_id(cfg) == run_id(alpha)
+    assert run_id(config("experiment=exp8", **changes | {"scaling.window": 5})) != run_id(cfg)
     bank = scaling.ScaleBank(["layer/weight"], [15.0], cfg.scaling)
     for step, amax in enumerate((1.0, 4.0, 3.0, 5.0, 6.0), 1):
         bank.begin_step(step, 1)

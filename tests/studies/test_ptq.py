@@ -41,9 +41,11 @@ def ladder(tmp_path_factory) -> ptq.Ladder:
 def test_rows_are_scored_once_and_stored_under_a_name_each(ladder, capsys):
     run = Run.of(pretrained_of(ladder.cfg))
     stored = run.evaluations()["smoke"]
-    assert list(stored) == ["bf16", *(row.mode for row in ladder.rows.values())] and len(set(stored)) == 5
+    assert (
+        list(stored) == [ladder.reference.mode, *(row.mode for row in ladder.rows.values())] and len(set(stored)) == 5
+    )
     assert {mode: bool(row["tasks"]) for mode, row in stored.items()} == {
-        mode: mode in ("bf16", ladder.rows["max"].mode) for mode in stored
+        mode: mode in (ladder.reference.mode, ladder.rows["max"].mode) for mode in stored
     }
     assert all(set(row["heldout"]) == {"embedded", "wikipedia"} for row in stored.values())
     assert not run.checkpoints.exists() and run.typed_config().quant.format == "none"

@@ -84,8 +84,8 @@ def test_answers_are_those_of_an_evaluation(board, scored):
     """The questions of `scored` on its W8A8 model, whose samples are in its folder."""
     cfg = scored[0]
     _, tokenizer = load_model(cfg.model, cfg.seed)
-    cache, limit = sensitivity.environment.cache_dir(), sensitivity.context_length(board.model.config)
-    asked = sensitivity.benchmarks.tokenized(board.model, tokenizer, cfg.benchmark, cache, limit)
+    limit = sensitivity.context_length(board.model.config)
+    asked = sensitivity.benchmarks.tokenized(board.model, tokenizer, cfg.benchmark, limit)
     for task, questions in asked.items():
         samples = Run.of(cfg).samples("smoke", "w8a8", task)
         for question, sample in zip(questions, samples, strict=True):

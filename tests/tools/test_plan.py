@@ -227,9 +227,9 @@ def test_questions_of_the_quick_benchmark_are_those_that_its_file_counts():
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_all_questions_of_a_task_are_those_that_the_split_has(split, tmp_path):
+def test_all_questions_of_a_task_are_those_that_the_split_has(split):
     for task, subset in (("hellaswag", None), ("arc_easy", "ARC-Easy"), ("arc_challenge", "ARC-Challenge")):
-        documents, evaluated, _ = questions.splits(task, subset, split, tmp_path)
+        documents, evaluated, _ = questions.splits(task, subset, split)
         one = BenchmarkConfig("one", split=split, tasks={task: TaskConfig()})
         assert costs.questions(Config(benchmark=one))[0] == len(documents[evaluated])
     mmlu = BenchmarkConfig("one", split=split, tasks={"mmlu": TaskConfig()})
@@ -261,7 +261,7 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
             return False
 
         def score(self, subject):
-            built = self._baseline if subject is self.reference else subject.build()
+            built = self._build(subject)
             self._heldout(*built, beside=subject.cfg.quantized)
             if subject.mode == "w8a8":
                 self._under_ptq_scales(subject)

@@ -97,7 +97,7 @@ def test_a_step_saved_again_replaces_the_old_one(folder):
     assert same(found, tensors(9)) and facts["again"] and names(folder) == ["step-00000004", "step-00000008"]
 
 
-@pytest.mark.parametrize("fails", ["save_file", "files.flush", "os.rename"])
+@pytest.mark.parametrize("fails", ["save_file", "files.flush", "files.os.rename"])
 def test_a_crash_while_writing_leaves_the_checkpoints_that_were_there(folder, fails, monkeypatch):
     def crash(*_, **__):
         raise KeyboardInterrupt
@@ -115,8 +115,13 @@ def test_a_crash_while_writing_leaves_the_checkpoints_that_were_there(folder, fa
 def test_on_a_full_disk_one_older_checkpoint_stays_while_the_next_is_written(folder, monkeypatch):
     usage = checkpoint.shutil.disk_usage(folder)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=0))
-    before, write = [], checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", lambda *what: (before.append(names(folder)), write(*what)))
+    before, real = [], checkpoint._write
+
+    def write(*what):
+        before.append([path.name for path in sorted(folder.glob("step-*"))])
+        real(*what)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
     checkpoint.save(folder, 6, tensors(6), {"data": {}})  # from step 4, because 8 is damaged
     checkpoint.save(folder, 12, tensors(12), {"data": {}})
     assert before == [["step-00000004", "step-00000008"], ["step-00000006"]]

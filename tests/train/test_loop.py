@@ -91,7 +91,7 @@ def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
         (path,) = run.checkpoints.iterdir()
         files = {"facts.json", "model.safetensors"} | ({"scales.safetensors"} if each.quantized else set())
         assert {file.name for file in path.iterdir()} == files
-        assert checkpoint.load(path)[1]["final"]
+        assert checkpoint.load(path)[1]["step"] == cfg.steps
     names, amax = Run.of(cfg).amaxes()
     assert amax.shape == (cfg.steps, len(names)) and (amax > 0).all()
     looked = [row for row in Run.of(cfg).telemetry() if "role" in row]
@@ -256,7 +256,7 @@ def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, c
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         after_last_checkpoint(cfg.steps, patch)
         loop.train(cfg)
-    assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["final"]
+    assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["step"] == cfg.steps
     monkeypatch.setattr(checkpoint, "save", lambda *_, **__: pytest.fail("the only checkpoint was written again"))
     loop.train(cfg)
     assert left(run) == left(Run.of(reference(PAPER)))
@@ -374,6 +374,13 @@ def test_losses_that_are_not_finite_stop_the_run_and_say_so(config, monkeypatch)
     assert run.status() == {"state": "failed", "step": 7, "steps": 12, "reason": line}
     assert [row["skipped"] for row in run.metrics()] == [False] * 5 + [True] * 2
     assert checkpoint.latest(run.checkpoints)[1]["step"] == 4
+
+
+def test_a_skipped_step_of_a_baseline_has_no_telemetry_to_warn_of(config, monkeypatch):
+    spoil((5,), monkeypatch)
+    run = loop.train(config(**{"quant.format": "none"}))
+    looked = [row["step"] for row in run.telemetry() if "updated" in row]
+    assert looked == [1, 9, 12] and "lost updates" not in {row["kind"] for row in run.warnings()}
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(config, monkeypatch, capsys):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from qat.quant.rules import RULES
-from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
 from qat.train import loop, monitor
 from qat.train.step import Trainer
@@ -201,32 +199,6 @@ def test_a_run_whose_scales_lag_says_so_while_it_runs_and_once_across_a_resume(c
     again = [row for row in rows if row["step"] > 6]
     assert [row for row in rows if row["step"] <= 6] == stopped
     assert all(any(row["size"] >= 2 * old["size"] for old in stopped if old["kind"] == row["kind"]) for row in again)
-
-
-def test_a_history_that_stands_still_is_noticed():
-    cfg = settings("window=w16")
-    bank = ScaleBank(["a/weight"], [15.0], cfg.scaling)
-    history = monitor.History(bank)
-    history.begin()
-    for step in range(1, 21):  # longer than the window
-        bank.begin_step(step, 1)
-        bank.amaxes[0].fill_(step)
-        bank.tick()
-        history.advance(1)
-        assert history.check() == []
-    bank.written.fill_(5)
-    assert texts(history.check()).startswith("the amax history holds 5 entries where 16 were written")
-
-
-def test_a_skipped_step_is_no_lost_entry(config):
-    bank = ScaleBank(["a/weight"], [15.0], config("window=w16").scaling)
-    history = monitor.History(bank)
-    for step, sound in enumerate([True, False, True], start=1):
-        bank.begin_step(step, 1)
-        bank.amaxes[0].fill_(1.0)
-        bank.tick(torch.tensor(sound))
-        history.advance(int(sound))
-    assert int(bank.written) == 2 and history.check() == []
 
 
 def test_a_warning_is_said_and_kept_in_the_run_folder(config, capsys):

@@ -118,7 +118,7 @@ def test_activation_checkpointing_changes_no_bit_of_weights_scales_or_telemetry(
         trainer, entered = build(config("experiment=exp8", **options)), []
         trainer.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, entered=entered: entered.append(1))
         for number in (1, 2, 3):
-            probe = TensorStats(trainer.model, trainer.bank, trainer.cfg)
+            probe = TensorStats(trainer.model)
             with probe.attached():
                 result = trainer.step(number, [tokens(2), tokens(2, seed=number)], observed=True)
         state = result.loss, trainer.bank.state_dict(), trainer.model.state_dict()

@@ -20,7 +20,7 @@ TARGET = 15.0
 
 
 def linear(overflow: str = "clip", **quant):
-    """(model of one quantized linear 12 -> 6, its bank, configuration), one step of unit scales behind it."""
+    """(model of one quantized linear 12 -> 6, its bank), one step of unit scales behind it."""
     torch.manual_seed(0)
     model = nn.Module()
     model.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(12, 6, bias=False)})})])
@@ -32,7 +32,7 @@ def linear(overflow: str = "clip", **quant):
     run(model, torch.ones(1, 12), torch.ones(1, 6))
     bank.tick()
     bank.begin_step(2, 1)
-    return model, bank, cfg
+    return model, bank
 
 
 def run(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -82,11 +82,11 @@ def expected(tensors: list[torch.Tensor], scale: float, overflow: str) -> dict:
 
 @pytest.mark.parametrize("overflow", ["clip", "inf"])
 def test_rows_are_what_counting_by_hand_gives(overflow):
-    model, bank, cfg = linear(overflow)
+    model, bank = linear(overflow)
     inputs = [wide(5, 12, seed=1), wide(7, 12, seed=2, high=2)]
     gradients = [wide(5, 6, seed=3), wide(7, 6, seed=4)]
     weight = model.layers[0]["mlp"]["up_proj"].weight.detach()
-    probe = TensorStats(model, bank, cfg)
+    probe = TensorStats(model)
     with probe.attached():
         for x, gradient in zip(inputs, gradients, strict=True):
             run(model, x, gradient)
@@ -106,8 +106,8 @@ def test_rows_are_what_counting_by_hand_gives(overflow):
 
 
 def test_what_has_no_noise_has_no_ratio():
-    model, bank, cfg = linear()
-    probe = TensorStats(model, bank, cfg)
+    model, _ = linear()
+    probe = TensorStats(model)
     with probe.attached():
         run(model, torch.ones(1, 12), torch.zeros(1, 6))
     activation, _, gradient = probe.rows(1)
@@ -115,9 +115,18 @@ def test_what_has_no_noise_has_no_ratio():
     assert gradient["sqnr_db"] is None and gradient["amax"] == 0 and gradient["tier3"] == gradient["underflow"] == 0
 
 
+def test_what_overflows_to_infinity_has_no_ratio():
+    """JSON has no infinity."""
+    model, _ = linear("inf")
+    probe = TensorStats(model)
+    with probe.attached():
+        run(model, torch.full((1, 12), 2.0**20), torch.ones(1, 6))
+    assert probe.rows(1)[0]["sqnr_db"] is None
+
+
 def test_a_detached_probe_sees_nothing_more():
-    model, bank, cfg = linear()
-    probe = TensorStats(model, bank, cfg)
+    model, _ = linear()
+    probe = TensorStats(model)
     with pytest.raises(KeyboardInterrupt), probe.attached():
         raise KeyboardInterrupt
     run(model, torch.ones(1, 12), torch.ones(1, 6))
@@ -128,22 +137,22 @@ def test_a_detached_probe_sees_nothing_more():
 
 
 def test_updates_are_counted_as_stored_in_bf16_and_on_the_grid():
-    model, bank, cfg = linear()
+    model, _ = linear()
     weight = model.layers[0]["mlp"]["up_proj"].weight
     with torch.no_grad():
         weight.fill_(1.0)  # so 1 is scaled to 15, where HiF8's values are 1 apart, and 4 from 16 on
-    probe = UpdateStats(model, bank, cfg)
+    probe = UpdateStats(model)
     with torch.no_grad():
         weight[0, :6] = 1 + 2**-20  # 6 of 72: kept in FP32 alone
         weight[1, :3] = 1 + 2**-7  # 3: BF16 tells it from 1, HiF8 does not
         weight[2, 0] = 1.125  # 1: becomes 16
     assert probe.row(5) == {"step": 5, "updated": {"stored": 10 / 72, "bf16": 4 / 72, "format": 1 / 72}}
-    assert UpdateStats(model, bank, cfg).row(6)["updated"] == {"stored": 0, "bf16": 0, "format": 0}
+    assert UpdateStats(model).row(6)["updated"] == {"stored": 0, "bf16": 0, "format": 0}
 
 
 def test_a_bf16_run_counts_the_updates_of_all_its_linears():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    probe = UpdateStats(model, None, Config(quant=QuantConfig(format="none")))
+    probe = UpdateStats(model)
     with torch.no_grad():
         model[1].weight[0, 0] += 1
     assert probe.row(1)["updated"] == {"stored": 1 / 24, "bf16": 1 / 24, "format": None}

@@ -141,7 +141,7 @@ def test_a_run_stopped_before_or_after_its_first_checkpoint_has_each_row_once(co
     assert {row["step"] for row in validated(run)} == set(range(0, number, 2))
     loop.train(cfg)
     assert [row["step"] for row in validated(run)] == [0, 0, 2, 2, 4, 4, 6, 6]
-    assert checkpoint.latest(run.checkpoints)[1]["final"]
+    assert checkpoint.latest(run.checkpoints)[1]["step"] == cfg.steps
 
 
 def test_another_text_can_be_named_and_renames_no_run(configure, config, texts, tmp_path):

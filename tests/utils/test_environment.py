@@ -187,4 +187,4 @@ def test_models_and_texts_in_the_home_folder_are_read_there_and_named_as_written
     assert (written.model.path, written.data.path) == ("~/texts", "~/texts") and not needs_hub(written)
     assert run_id(written) != run_id(full)
     monkeypatch.setattr(heldout.wikipedia, "openings", lambda path: iter([str(path)]))
-    assert list(heldout._heldout(DataConfig(name="own", source="files", path="~/wiki.bz2"))) == [f"{home}/wiki.bz2"]
+    assert list(heldout._documents(DataConfig(name="own", source="files", path="~/wiki.bz2"))) == [f"{home}/wiki.bz2"]

@@ -18,7 +18,6 @@ from qat.quant import hif8
 from qat.quant.kernels import lookup
 
 _BLOCK = 4096  # elements a program
-_STATISTICS = 10
 _CUT = tl.constexpr(lookup.CUT)
 
 
@@ -124,7 +123,7 @@ def decode(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def statistics(x: torch.Tensor, scale: torch.Tensor, clip: float, overflow_value: float, target: float) -> torch.Tensor:
     """Do as `qat.quant.kernels.dispatch.statistics`, the powers summed in FP32 within a block."""
     grid = _grid(x.numel())
-    rows = torch.empty((*grid, _STATISTICS), dtype=torch.float32, device=x.device)
+    rows = torch.empty((*grid, 10), dtype=torch.float32, device=x.device)
     table, limits = lookup.table(x.device, clip, overflow_value), (_float_bits(clip), _float_bits(target))
     _statistics[grid](x, scale, rows, table, x.numel(), *limits, BLOCK=_BLOCK)
     return rows.double().sum(0)

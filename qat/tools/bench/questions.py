@@ -8,7 +8,7 @@ from qat.config import Config
 from qat.eval import arithmetic, benchmarks
 from qat.models.load import context_length, load_model
 from qat.tools.bench import timing
-from qat.utils import device, environment
+from qat.utils import device
 
 # As papers ask (conf/benchmark/paper.yaml), and without examples.
 TASKS = (
@@ -43,7 +43,7 @@ def _works(cfg: Config, model, tokenizer, name: str, shots: int) -> dict[str, Ca
     from qat.eval.language_model import LanguageModel
 
     limit, batch = context_length(model.config), cfg.benchmark.batch_size
-    requests = benchmarks.requests(name, shots, QUESTIONS, environment.cache_dir())
+    requests = benchmarks.requests(name, shots, QUESTIONS)
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=limit)
     shared = LanguageModel(model, tokenizer, batch, limit)
     return {

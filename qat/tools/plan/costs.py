@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from qat.config import Config
 from qat.data.sources import HELDOUT_EVERY
 from qat.tools.flops import Shape
 from qat.tools.plan.machine import Machine
-from qat.utils import files
-from qat.utils.environment import ROOT, package_path
+from qat.utils.environment import ROOT, source_path
 
 RECORDS = ROOT / "experiments" / "records"
 
@@ -90,7 +88,7 @@ def text(cfg: Config) -> tuple[float, float, str] | None:
     known = _KNOWN_DATA.get((cfg.data.path, cfg.data.subset))
     if known:
         return known
-    folder = package_path(cfg.data.path) if cfg.data.source == "package" else Path(files.expand(cfg.data.path))
+    folder = source_path(cfg.data.source, cfg.data.path)
     if cfg.data.source == "hub" or not folder.is_dir():
         return None
     size = sum(file.stat().st_size for file in folder.glob("*.txt")) * (1 - 1 / HELDOUT_EVERY)

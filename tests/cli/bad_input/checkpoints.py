@@ -101,20 +101,10 @@ CASES = [
         "rng.safetensors holds no state of a random number generator",
         rewritten(setting("rng", "cpu", torch.ones(1).byte())),
     ),
-    Case(STOPPED, f"the saved scales have no history of this version{FIX}", rewritten(lambda t, _: t.pop("scales"))),
+    Case(STOPPED, "the saved scales have no history of [64, ", rewritten(lambda t, _: t.pop("scales"))),
     Case(
         STOPPED,
-        f"the saved scales are not all finite and positive{FIX}",
-        rewritten(setting("scales", "scale", lambda scale: scale * float("nan"))),
-    ),
-    Case(
-        STOPPED,
-        "the saved scales count 999 of 64 entries",
-        rewritten(setting("scales", "counters", torch.tensor([999, 0, 0]))),
-    ),
-    Case(
-        STOPPED,
-        "the saved scales are of 1 tensors, this run has",
+        f"torch.float32{FIX}",
         rewritten(setting("scales", "history", lambda history: history[:, :1].clone())),
     ),
     Case(
