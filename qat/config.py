@@ -53,6 +53,10 @@ CHOICES = {
     "ptq.on": ("baseline", "pretrained"),
 }
 
+# What is about commands, and says nothing of a run.
+COMMAND_GROUPS = ("report", "launch", "bench", "replay", "ptq", "export", "sensitivity", "dashboard")
+COMMAND_KEYS = ("run", "runs", "record", "seeds")
+
 STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
 
 

@@ -18,4 +18,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, takes=("bench",))

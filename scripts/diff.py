@@ -30,6 +30,7 @@ def main(config, _) -> None:
     if len(names) != 2:
         raise ConfigError(f"{key}={names}: name two, as in {key}={example}")
     if config.runs is not None:
+        entry.beside("runs")
         cells = [[run.typed_config()] for run in run_folders(names)]
     else:
         overrides = list(HydraConfig.get().overrides.task)
@@ -43,4 +44,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("runs",))
+    entry.run(main, takes=("runs", "report.experiments"))

@@ -29,4 +29,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", "launch.ranks"), reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks", "report.out"), reads_text=True)

@@ -34,4 +34,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", "launch.ranks", *entry.PTQ), reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks", "report.out", "ptq"), reads_text=True)

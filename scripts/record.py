@@ -27,6 +27,7 @@ def main(config, _) -> None:
     folder = archive.named(config)
     report = Path(config.report.out) if config.runs is None else None
     if report is None:
+        entry.beside("runs", "record")
         experiments = selected(config.runs)
     elif (report / "report.md").exists():
         words = list(HydraConfig.get().overrides.task)
@@ -46,4 +47,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("record", "runs", "seeds"))
+    entry.run(main, takes=("record", "runs", "seeds", "report"))

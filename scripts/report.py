@@ -1,7 +1,7 @@
 """Write the report of the experiments, or of any runs, from their run folders.
 
 python scripts/report.py [report.experiments=[exp8]] [report.out=report] [the overrides that trained them]
-python scripts/report.py runs=[runs/a,runs/b,runs/c] [report.out=report]
+python scripts/report.py runs=[runs/a,runs/b,runs/c] [report.out=report] [benchmark=paper]
 """
 
 import sys
@@ -24,11 +24,12 @@ def main(config, _) -> None:
         words = list(HydraConfig.get().overrides.task)
         experiments = described(config.report.experiments, words, config.seeds)
     else:
-        experiments = selected(config.runs)
+        asked = any(path[0] == "benchmark" for path in entry.beside("runs", "report", "benchmark"))
+        experiments = selected(config.runs, config.benchmark if asked else None)
     context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
     page, tables = write_report(experiments, Path(config.report.out), context)
     print(f"report: {page} and {tables}")
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("runs", "seeds"))
+    entry.run(main, takes=("runs", "seeds", "report"))

@@ -40,4 +40,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", *entry.LAUNCH), reads_text=True)
+    entry.run(main, takes=("seeds", "launch", "report"), reads_text=True)

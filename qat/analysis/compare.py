@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from qat.analysis.answers import measure_rows, pooled_answers, task_row
 from qat.analysis.decisions import APE_THRESHOLD, decided
@@ -64,8 +64,16 @@ def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
 
 def differences(left: Mapping, right: Mapping) -> dict[str, tuple]:
     """Return the dotted keys whose values differ: {key: (left's value, right's value)}, in left's order."""
-    a, b = _flat(left), _flat(right)
+    a, b = flat(left), flat(right)
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict:
+    """Return the values of a tree by dotted keys."""
+    values = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
@@ -79,9 +87,14 @@ def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
     unequal.pop("data.order", None)  # no setting: streamed text has it, packaged text has not
     # An identity leaves defaults out: what is missing there is what the configuration has.
     return {
-        key: tuple(attrgetter(key)(side) if value is None else value for side, value in zip(sides, values, strict=True))
+        key: tuple(setting(side, key) if value is None else value for side, value in zip(sides, values, strict=True))
         for key, values in unequal.items()
     }
+
+
+def setting(cfg: Config, key: str):
+    """Return what a configuration has under a dotted key; None where it has none."""
+    return OmegaConf.select(OmegaConf.structured(cfg), key)
 
 
 def pretrained_run(run: Run) -> Run | None:
@@ -215,13 +228,6 @@ def train_command(run: Run) -> str:
 def eval_command(run: Run, benchmark: str) -> str:
     """Return the command that evaluates `run`."""
     return f"python scripts/eval.py run={run.path} benchmark={benchmark}"
-
-
-def _flat(tree: Mapping, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _refuse_unmatched(run: Run, baseline: Run) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from qat.analysis.compare import compare, loss_ape
+from qat.analysis.compare import compare, loss_ape, mismatches
 from qat.analysis.stats import half_width, holm
 from qat.errors import UserError
 from qat.report.text import heldout_verdict, remark, table, verdict
@@ -39,6 +39,12 @@ def test_loss_ape_by_hand():
 def test_loss_ape_refuses(quantized, baseline, says):
     with pytest.raises(UserError, match=says):
         loss_ape(quantized, baseline)
+
+
+def test_configurations_that_lack_what_the_other_has_are_told_apart(tmp_path):
+    changes = ({}, {"model.source": "random", "model.architecture": {"vocab_size": 64}})
+    ours, theirs = (Run(write_run(tmp_path / str(i), config(**c))).typed_config() for i, c in enumerate(changes))
+    assert mismatches(ours, theirs)["model.architecture.vocab_size"] == (None, 64)
 
 
 def test_compare_by_hand(runs):

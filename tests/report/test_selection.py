@@ -61,6 +61,11 @@ def test_the_command_shows_any_runs(main, folders, tmp_path):
     assert "exp8 against base" in tables and "base is no matched baseline of own" in tables and "## exp3" not in tables
 
 
+def test_the_command_shows_runs_on_the_benchmark_that_is_asked_for(main, folders, tmp_path):
+    code, *_ = main("report.py", f"runs=[exp8,{folders['base']}]", "report.out=out", "benchmark=paper")
+    assert code == 0 and "has no paper evaluation in mode" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_the_differences_of_two_runs_are_printed(main, folders):
     code, stdout, stderr = main("diff.py", "runs=[exp3,exp8]")
     assert (code, stderr) == (0, "")
