@@ -12,7 +12,7 @@ from qat.analysis.measures import MEASURES
 from qat.report import text
 from qat.report.cells import Cell, Table, text_table
 from qat.report.experiment import Curve, Experiment, Recipe, scientific, tasks_of, unlike
-from qat.report.text import can_move, change, heading, interval, number, p_text, remark, resolved, signed
+from qat.report.text import can_move, change, heading, interval, number, p_text, remark, resolved, setting_text, signed
 
 PASS, FAIL = "✓", "✗"
 
@@ -191,19 +191,15 @@ def heldout(comparison: Mapping) -> Table:
 
 def settings(run: Mapping, baseline: Mapping) -> Table:
     """Return the settings in which the configs of a run and its baseline differ."""
-    rows = [[key, *map(_value, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
+    rows = [[key, *map(setting_text, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
     return text_table(["Setting", "Run", "Baseline"], rows)
 
 
 def configurations(configs: Mapping[str, Mapping]) -> Table:
     """Return the settings in which any of the configs {label: config} differ, a row for every config."""
     columns = unlike(configs)
-    rows = [[label, *(_value(column[label]) for column in columns.values())] for label in configs]
+    rows = [[label, *(setting_text(column[label]) for column in columns.values())] for label in configs]
     return text_table(["Run", *columns], rows if columns else [])
-
-
-def _value(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
 
 
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:

@@ -113,6 +113,13 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def setting_text(value) -> str:
+    """Return a setting's value as the command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def heading(name: str, unit: str) -> str:
     """Return the heading of a column: what it is, and its unit where it has one."""
     return f"{name}, {unit}" if unit else name

@@ -89,12 +89,19 @@ def test_the_table_of_runs_says_what_each_is_and_what_it_scored(tmp_path):
 
 
 def test_the_table_of_runs_names_settings_that_few_have(tmp_path):
-    changes = ({}, {}, {"quant.scope": ["mlp.*", "self_attn.*"]}, {"data.label_shift": "twice"})
+    wide, own = {"quant.scope": ["mlp.*", "self_attn.*"]}, {"model.architecture": {"vocab_size": 64}}
+    changes = ({}, {}, {}, wide, {"data.label_shift": "twice"}, {"quant.bf16_also": [9, 11]}, own)
     for number, change in enumerate(changes):
         write_run(tmp_path / "runs" / f"run{number}", config(**HIF8, **change))
     record.keep_runs(map(Run, sorted((tmp_path / "runs").iterdir())), tmp_path / "record")
     others = [row["other_settings"] for row in archive.table(tmp_path / "record")]
-    assert others == ["", "", "quant.scope=[mlp.*,self_attn.*]", "data.label_shift=twice"]
+    assert others[3:] == [
+        "quant.scope=[mlp.*,self_attn.*]",
+        "data.label_shift=twice",
+        "quant.bf16_also=[9,11]",
+        "model.architecture.vocab_size=64",
+    ]
+    assert others[:3] == ["", "", ""]
 
 
 def test_the_same_runs_make_the_same_record(kept, tmp_path):
@@ -195,6 +202,15 @@ def test_a_study_is_kept_without_a_report(kept, main, tmp_path):
     code, stdout, _ = main("record.py", *words)
     assert code == 0 and ", 3 runs" in stdout and "left out" not in stdout
     assert {path.name for path in (tmp_path / "record").iterdir()} == {"audit", "runs.csv", "runs-seed0.tar.xz"}
+
+
+def test_what_sensitivity_was_measured_of_is_kept(kept, main, tmp_path):
+    folder = tmp_path / "report" / "sensitivity" / "exp8-max"
+    folder.mkdir(parents=True)
+    (folder / "sensitivity.json").write_text(json.dumps({"request": {"run": "exp8-max"}}))
+    words = f"record={tmp_path / 'record'}", f"report.out={tmp_path / 'report'}", f"runs_dir={kept.runs}"
+    code, *_ = main("record.py", *words)
+    assert code == 0 and {row["run"] for row in archive.table(tmp_path / "record")} > {"exp8-max"}
 
 
 @pytest.mark.parametrize("script", ["record.py", "restore.py"])
