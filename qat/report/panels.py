@@ -207,10 +207,8 @@ def forest(
 ) -> Panel:
     """Draw differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
 
-    reach: the end of the axis, in `unit`, so that panels can share it; None: what the rows need.
+    reach: the end of the axis, in `unit`, so that panels can share it; None: what the rows need but those far out.
     """
-    ends = [abs(end) for _, modes, _ in rows for row in modes.values() for end in (row.value, *(row.ci or ()))]
-    reach = reach or 1.04 * max(ends) or 1.0
     drawn = []
     for label, modes, paper in rows:
         marks = []
@@ -220,7 +218,7 @@ def forest(
                 marks += [] if threshold is None else [Mark(threshold, None, shift, _THRESHOLD)]
                 marks += [Mark(value, ci, shift, {"marker": shape, "markerfacecolor": fill, "markersize": 5.5})]
         drawn.append((label, marks + ([] if paper is None else [Mark(paper, style=_PAPER)])))
-    return plots.forest(title, drawn, f"Run − BF16 ({unit})", (-reach, reach), row_height=30)
+    return plots.forest(title, drawn, f"Run − BF16 ({unit})", reach and (-reach, reach), row_height=30)
 
 
 def score_legend() -> dict[str, str]:

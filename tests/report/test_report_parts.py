@@ -14,7 +14,8 @@ from qat.errors import UserError
 from qat.report import studies, tables
 from qat.report.experiment import SHARES, Experiment, Telemetry, published
 from qat.report.page import _recipe, write_report
-from qat.report.panels import amax, overshoot
+from qat.report.panels import Estimate, amax, overshoot
+from qat.report.panels import forest as of_modes
 from qat.report.plots import Mark, forest
 from qat.runs.folder import Run
 from qat.studies import factorial
@@ -65,6 +66,13 @@ def test_a_row_far_out_is_an_arrow_and_does_not_stretch_the_axis():
     drawn = {tuple(line.get_xydata()[0]): line.get_marker() for line in axes.lines if line.get_marker() != "None"}
     assert drawn == {(0.01, 3): "o", (-0.002, 2): "o", (high, 1): ">"}
     assert [text.get_text() for text in axes.texts] == ["+0.39"]
+
+
+def test_the_control_is_not_drawn_and_does_not_stretch_the_axis():
+    modes = {"w8a8": Estimate(0.016, (0.01, 0.02)), "control": Estimate(0.76, (0.7, 0.79))}
+    axes = Figure().add_subplot()
+    of_modes("", [("exp8", modes, None)], "nats").draw(axes)
+    assert max(map(abs, axes.get_xlim())) < 0.03
 
 
 @pytest.mark.parametrize("marks", [[], [Mark(0.0, (0.0, 0.0))], [Mark(1.0)]])
