@@ -77,14 +77,20 @@ def _texts(cfg: Config, tokenizer, planning: bool) -> None:
             packing.training_stream(text, cfg.seed, tokenizer).micro_batch(1, cfg.budget.seq_len)
 
 
-def _disk(cfg: Config, parameters: int) -> None:
-    """Raise `UserError` where the checkpoints of the run and its baseline have no room: of each weights and moments, of
-    which two are kept and one is being written, and only weights when it is finished."""
-    runs = {run.id: run for run in map(Run.of, (baseline_of(cfg), cfg)) if not run.finished}
+def checkpoint_bytes(cfg: Config, parameters: int) -> tuple[int, int]:
+    """Return (most, final) bytes of a run's checkpoints: weights and moments of two that are kept and one that is being
+    written, as far as there are so many; only weights when it is finished."""
+    weights, moments = cfg.optim.weight_bytes * parameters, cfg.optim.moment_bytes * parameters
     saved = min(3, (cfg.steps - 1) // cfg.budget.checkpoint_every)
+    return max(weights, saved * (weights + moments)), weights
+
+
+def _disk(cfg: Config, parameters: int) -> None:
+    """Raise `UserError` where the checkpoints of the run and its baseline have no room."""
+    runs = {run.id: run for run in map(Run.of, (baseline_of(cfg), cfg)) if not run.finished}
+    most, final = checkpoint_bytes(cfg, parameters)
     there = sum(file.stat().st_size for run in runs.values() for file in run.checkpoints.rglob("*.safetensors"))
-    weight, moments = cfg.optim.weight_bytes, cfg.optim.moment_bytes
-    need = parameters * (max(weight, (weight + moments) * saved) + weight * (len(runs) - 1)) - there
+    need = most + final * (len(runs) - 1) - there
     free = shutil.disk_usage(files.existing(Path(cfg.runs_dir))).free
     if need > free:
         raise UserError(
@@ -99,7 +105,8 @@ def check_room(configs: Sequence[Config]) -> None:
     if len(configs) <= 2:  # `check` asks for a run and its baseline
         return
     model, _ = check_model(configs[0].model, configs[0].budget.seq_len)
-    need = sum(cfg.optim.weight_bytes for cfg in configs) * sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    need = sum(checkpoint_bytes(cfg, parameters)[1] for cfg in configs)
     free = shutil.disk_usage(files.existing(Path(configs[0].runs_dir))).free
     if need > free:
         raise UserError(

@@ -95,6 +95,7 @@ def test_attention_is_counted_by_its_heads_which_may_be_wider_than_the_model(con
         ("memory", "mpl", "bench.steps=mpl: unknown step; did you mean 'mlp'?"),
         ("memory", "all, plain PyTorch", "bench.parts=['memory'] do not measure it; add the part steps"),
         ("kernels", "mlp", "bench.parts=['kernels'] do not measure it; add the part steps"),
+        ("steps", "all, fp8 products", "bench.steps=all, fp8 products: cannot run here (FP8 needs a GPU"),
     ],
 )
 def test_what_would_not_be_measured_is_refused_before_anything_is(config, tmp_path, parts, chosen, said):
