@@ -95,7 +95,7 @@ factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its
 EIGHT := 0,1,2,3,4,5,6,7
 # Resumable; a table of claims fills while it runs. Other seeds: make decide SEEDS=0,1,2,3
 decide: BUDGET = desk
-decide: SEEDS = $(if $(SEED:0=),$(SEED),$(EIGHT))
+decide: SEEDS = $(if $(filter file,$(origin SEED)),$(EIGHT),$(SEED))
 decide: $(READY) ## the paper's claims, decided with the fewest runs, overnight on two cores -> report/decide/
 	$(call RUNS,$@)
 
@@ -105,7 +105,8 @@ audit: $(READY) ## what the released code did otherwise, one switch at a time ->
 # Of EXP=exp8, which it trains where that is missing, or of a run folder: make sensitivity RUN=runs/<id>
 RUN ?=
 sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, roles, one at a time; RUN=runs/<id> or EXP=exp8 -> report/sensitivity/
-	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES))
+	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES)) \
+	  $(if $(filter-out $(SEED),$(SEEDS)),"seeds=[$(SEEDS)]") $(LAUNCH)
 
 # Of any model, without training: make ptq ARGS="model=hub model.path=Qwen/Qwen3-0.6B ptq.on=pretrained"
 ptq: $(VENV)/.ptq ## is training needed? post-training quantization of EXP's BF16 baseline, method by method -> report/ptq/

@@ -152,7 +152,7 @@ def choices(content: Mapping) -> list[dict]:
     moved, measured, found = order(content), names(content, "kept", "kl", "left_out"), []
     for blocks in ([], *first_choices(content)):
         name = ",".join(map(str, blocks))
-        share = 1 - sum(moved[block] for block in blocks) / whole["kl"]
+        share = 1 - sum(moved[block] for block in blocks) / whole["kl"] if whole["kl"] else 1.0
         row = {"blocks": blocks, "expected": {measure: share * value for measure, value in whole.items()}}
         found.append(row | dict.fromkeys(whole))
         for measure in whole if name in measured or (measured and not blocks) else ():

@@ -21,7 +21,7 @@ from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.studies import measures
 from qat.studies.contrasts import Claim, Estimate, Response, Statement, with_holm
-from qat.studies.design import Cell, Compose, Key, refuse
+from qat.studies.design import Cell, Compose, Key, need_other_text, refuse
 from qat.studies.measures import Measured
 from qat.studies.registration import Registered, Registration, registration
 
@@ -67,14 +67,19 @@ def design(overrides: Sequence[str], compose: Compose, only: Sequence[Key] = ())
     only: the keys that are wanted; all, where there are none.
     """
     registered()  # what is wrong with it is said before anything is trained
-    own = {override.partition("=")[0] for switch in SWITCHES for override in switch.overrides}
-    refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
+    refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant"], "audit")
+    for switch in SWITCHES:
+        if not only or {(base, switch.name) for base in switch.bases} & set(only):
+            own = [override.partition("=")[0] for override in switch.overrides]
+            refuse(overrides, own, f'audit\'s switch "{switch.name}"')
     for override in overrides:
         if override.startswith("protocol=") and override != "protocol=paper":
             raise ConfigError(f"{override}: the audit throws its switches one at a time; set protocol=paper")
     bases = {"exp8": ("exp8", []), "exp3": ("exp3", [])}  # (experiment, changes)
     left_out = {}
-    split = _split(compose("exp8", overrides, []).cfg)
+    exp8 = compose("exp8", overrides, []).cfg
+    need_other_text(exp8)
+    split = _split(exp8)
     if split is None:
         left_out["a tick a call"] = "a step is one sequence, so calls are steps; set budget.micro_batch=2 or more"
     else:

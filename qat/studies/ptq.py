@@ -66,7 +66,9 @@ def design(experiment: str, overrides: Sequence[str], compose: Compose, seeds: S
     refuse(overrides, ["quant", "quant.format"], "ladder")
     job = compose(experiment, overrides, [])
     rungs = [rung(name) for name in job.cfg.ptq.rungs]
-    if not (job.cfg.quantized and job.cfg.quant.weights and job.cfg.quant.activations):
+    if not job.cfg.quantized:
+        raise ConfigError(f"experiment={experiment}: rounds nothing; name a quantized one, as in experiment=exp8")
+    if not (job.cfg.quant.weights and job.cfg.quant.activations):
         raise ConfigError("quant.weights, quant.activations: the ladder rounds both; leave them as they are")
     if job.cfg.quant.gemm == "fp8":
         raise ConfigError("quant.gemm=fp8: rows that do not clip have values past E4M3's range; set quant.gemm=bf16")

@@ -248,6 +248,20 @@ def test_an_experiments_own_sweep_is_expanded():
     assert [math.prod(cell.batch) for cell in scalings] == [math.prod(whole.batch) / 4] * 2
 
 
+def test_an_experiments_own_sweep_is_read_as_hydra_reads_it(tmp_path):
+    """Commas also stand in lists, and a range or one value may be swept."""
+    axes = {"quant.scope": "[mlp.*],[mlp.*,self_attn.*]", "seed": "range(0,3)", "optim.lr": "1e-4"}
+    lines = "".join(f"      {key}: '{values}'\n" for key, values in axes.items())
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n{lines}"
+    )
+    with initialize_config_dir(entry.CONF, version_base="1.3"):
+        jobs = experiments.jobs_of("mine", [f"hydra.searchpath=[{tmp_path}]"])
+    scopes = [["mlp.*"], ["mlp.*", "self_attn.*"]]
+    assert [(job.cfg.quant.scope, job.cfg.seed) for job in jobs] == [(s, n) for s in scopes for n in range(3)]
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 # Most are in tests/cli/bad_input/.
 
@@ -260,7 +274,10 @@ VALUES = [
     ("budget.accumulation=99999999999", "must lie in [1, 1048576]; the nearest valid value is 1048576"),
     ("budget.heldout_tokens=99999999999999999999", "must lie in [1, 2147483647]; the nearest valid value is"),
     ("repeat=99999999999", "must lie in [0, 1000]; the nearest valid value is 1000"),
-    ("ptq.sequences=99999999999", "ptq.sequences=99999999999: the nearest valid value is 65536"),
+    (
+        "ptq.sequences=99999999999",
+        "must lie in [1, 65536]; the nearest valid value is 65536",
+    ),
     ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
     ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
     ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
@@ -339,6 +356,7 @@ VALUES = [
     ("replay.rules=[]", "replay.rules=[]: nothing to replay; name rules as in [most_recent,max:64]"),
     ("ptq.questions=[smoothquant]", "ptq.questions=smoothquant: is no row of ptq.rungs; did you mean 'smoothquant:0."),
     ("sensitivity.task=hellaswag sensitivity.questions=0", "sensitivity.task=hellaswag: no question is asked with"),
+    ("sensitivity.task=lambada", "sensitivity.task=lambada: unknown value; choose one of mmlu, mmlu_continuation"),
     ("sensitivity.questions=9 sensitivity.groups=[linear]", "sensitivity.questions=9: no question is asked with"),
     ("seeds=[0,0]", "seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
     ("seeds=[0,-1]", "seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
