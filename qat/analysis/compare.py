@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -22,7 +21,7 @@ from omegaconf import OmegaConf
 from qat.analysis.answers import measure_rows, pooled_answers, task_row
 from qat.analysis.decisions import APE_THRESHOLD, decided
 from qat.analysis.results import EvalResult, Match, Outcomes, mean_of
-from qat.analysis.stats import paired_mean, student
+from qat.analysis.stats import noise, paired_mean, student
 from qat.config import Config
 from qat.errors import UserError
 from qat.runs.folder import Run
@@ -36,11 +35,17 @@ TASKS = {
     "mmlu_continuation": "MMLU (text)",
     "lambada": "LAMBADA",
 }
+
+
+def task_name(task: str) -> str:
+    """Return how a page names a task."""
+    return TASKS.get(task, task)
+
+
 MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights", "control": "4-bit weights (control)"}
 _OF_BASELINE = ("ptq", "control")  # other ways to run the baseline's own weights; scored or not
 
 _UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks
-_STATUS = (("state", "not started"), ("step", 0), ("steps", "?"))
 
 
 def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
@@ -104,9 +109,10 @@ def pretrained_run(run: Run) -> Run | None:
 
 
 def against_baseline(run: Run, benchmark: str) -> dict:
-    """Compare a run with its baseline and the pretrained checkpoint in the folders beside it, as `compare`."""
-    baseline, origin = run.path.parent / run_id(baseline_of(run.typed_config())), pretrained_run(run)
-    return compare(run.path, baseline, benchmark, origin and origin.path)
+    """Compare a finished, evaluated quantized run with its BF16 baseline and the pretrained checkpoint in the folders
+    beside it: `match`, then `aggregate`."""
+    baseline = Run(run.path.parent / run_id(baseline_of(run.typed_config())))
+    return aggregate([match(run, baseline, benchmark, pretrained_run(run))])
 
 
 def comparison_of(run: Run, benchmark: str) -> dict | None:
@@ -115,11 +121,6 @@ def comparison_of(run: Run, benchmark: str) -> dict | None:
         return against_baseline(run, benchmark)
     except UserError:
         return None
-
-
-def compare(run: Path, baseline: Path, benchmark: str, pretrained: Path | None = None) -> dict:
-    """Compare a finished, evaluated quantized run with its BF16 baseline: `match`, then `aggregate`."""
-    return aggregate([match(Run(run), Run(baseline), benchmark, pretrained and Run(pretrained))])
 
 
 def match(run: Run, baseline: Run, benchmark: str, pretrained: Run | None) -> Match:
@@ -239,12 +240,11 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
     for key, (ours, theirs) in mismatches(*configs).items():
         raise UserError(f"{baseline.id} is no matched baseline of {run.id}: {key}={theirs} there, {key}={ours} here")
     for candidate in (run, baseline):
-        status = candidate.status()
-        if status.get("state") != "finished":
-            state, step, steps = (status.get(key, unknown) for key, unknown in _STATUS)
+        if not candidate.finished:
+            status = {"state": "not started", "step": 0, "steps": "?"} | candidate.status()
             reason = f" ({status['reason']})" if status.get("reason") else ""
-            progress = f"{candidate.id} is {state} at step {step} of {steps}{reason}"
-            raise UserError(f"{progress}; finish it: {train_command(candidate)}")
+            progress = "{state} at step {step} of {steps}".format_map(status) + reason
+            raise UserError(f"{candidate.id} is {progress}; finish it: {train_command(candidate)}")
 
 
 def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
@@ -254,10 +254,7 @@ def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
     All are None of a single document, which has no noise to be had.
     """
     rows = np.array([change.losses[text] for change in changes])
-    mean = paired_mean(rows)
-    noise = {"ci": mean and mean.interval(), "detectable": mean and mean.detectable()}
-    noise |= {"p_value": mean and mean.p_value()}
-    return {"difference": float(rows.mean())} | noise
+    return {"difference": float(rows.mean())} | noise(paired_mean(rows))
 
 
 def _loss(matches: Sequence[Match]) -> dict:

@@ -166,14 +166,14 @@ def _effect(measured: Sequence[Measured], name: str, response: Response, key: Ke
 
 def registered() -> Registration:
     """Read what was registered before the runs."""
-    return registration("audit", _CLAIMS)
+    return registration("audit", CLAIMS)
 
 
 def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
     """Judge the registered claims (`qat.studies.contrasts.Claim`); cfg: of exp8 by the text."""
     if not measured:
         return []
-    return [_CLAIMS[key](claim, measured, cfg).judge() for key, claim in registered().claims.items()]
+    return [CLAIMS[key](claim, measured, cfg).judge() for key, claim in registered().claims.items()]
 
 
 def _loss(claim: Registered, measured: Sequence[Measured], other: bool = False) -> float:
@@ -274,11 +274,8 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
         return None
     apes = [[group[scope] for scope in scopes] for group in groups.values() if set(scopes) <= set(group)]
     fit = linregress(np.log([linears[scope] for scope in scopes]), np.mean(apes, axis=0))
-    if len(scopes) < 3:
-        return Estimate(float(fit.slope), None, None, None, len(scopes), "scopes", level)
-    mean = stats.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),))
-    noise = *mean.interval(level), mean.p_value()
-    return Estimate(mean.value, *noise, len(scopes), "scopes", level, mean.detectable(level))
+    mean = stats.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),)) if len(scopes) > 2 else None
+    return Estimate.from_mean(float(fit.slope), mean, len(scopes), "scopes", level)
 
 
 def _modes(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
@@ -287,7 +284,7 @@ def _modes(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
     return Claim(claim, [Statement(what(cell[0]), between, {cell: 1}, -loss, loss, margin=loss) for cell in cells])
 
 
-_CLAIMS = {  # by their keys in experiments/claims.yaml
+CLAIMS = {  # by their keys in experiments/claims.yaml
     "labels": _labels,
     "clipping": _clipping,
     "calls": _calls,

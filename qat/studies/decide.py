@@ -10,12 +10,12 @@ claims rest alone, with all of them. Questions, which take as long as the traini
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from qat.analysis import stats
 from qat.studies import audit, factorial
 from qat.studies.audit import PLAIN, SPLIT
-from qat.studies.contrasts import OPEN, Response, Weights
+from qat.studies.contrasts import Response, Weights
 from qat.studies.design import Cell, Compose, refuse, with_seeds
 from qat.studies.factorial import RECIPE
 from qat.studies.measures import Measured
@@ -65,11 +65,6 @@ def claims(measured: Sequence[Measured], exp8: Cell) -> list[dict]:
     crossed = [m for m in measured if m.key in FACTORIAL]
     switched = [m for m in measured if m.key in AUDIT]
     return [*factorial.claims(crossed), *audit.claims(switched, exp8.cfg)]
-
-
-def decided(claims: Sequence[Mapping]) -> list[str]:
-    """Return the keys of the claims that have a verdict."""
-    return [claim["key"] for claim in claims if claim["verdict"] != OPEN]
 
 
 def planned(response: Response, weights: Weights, level: float, seeds: int, units: int) -> float | None:

@@ -254,7 +254,7 @@ def _sufficient(claim: Registered, measured: Sequence[Measured], mode: str) -> C
         statements.append(Statement("loss APE within the threshold", ape, at, high=claim.margins["loss_ape"]))
     contrast = measures.contrast(measured, mode)
     skills = [-m.contrasts("baseline").mean() for m in _alike(measured)]
-    skill = max(0.0, float(np.mean([each for each in skills if np.isfinite(each)] or [0])))
+    skill = max(0.0, float(np.mean([skill for skill in skills if np.isfinite(skill)] or [0])))
     few = claim.margins["contrast"] / 100 * skill
     statements.append(Statement("answers within the threshold", contrast, at, high=few, margin=few))
     return Claim(claim, statements)
