@@ -12,7 +12,7 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat.tools.bench import measure
+    from qat.tools.bench.table import measure
 
     measure(config)
 

@@ -14,8 +14,6 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.analysis.compare import pretrained_run
     from qat.analysis.rerun_noise import reruns
     from qat.cli.experiments import described
@@ -30,8 +28,7 @@ def main(config, _) -> None:
         entry.beside("runs", "record")
         experiments = selected(config.runs)
     elif (report / "report.md").exists():
-        words = list(HydraConfig.get().overrides.task)
-        experiments = described(config.report.experiments, words, config.seeds)
+        experiments = described(config.report.experiments, entry.overrides(), config.seeds)
     else:  # of a study alone
         experiments = []
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
@@ -40,8 +37,8 @@ def main(config, _) -> None:
     runs += [origin for run in runs if run.config() and (origin := pretrained_run(run))]
     if report:
         record.keep_report(report, folder)
-    kept, left = record.keep_runs({run.id: run for run in runs}.values(), folder)
-    print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
+    archived, left = record.keep_runs({run.id: run for run in runs}.values(), folder)
+    print(f"record: {folder}, {len(archived)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
     if not (folder / "README.md").exists():
         print(f"say in {folder / 'README.md'} what command made it, on what, and what it shows")
 

@@ -5,7 +5,6 @@ python scripts/report.py runs=[runs/a,runs/b,runs/c] [report.out=report] [benchm
 """
 
 import sys
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -14,20 +13,16 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.cli.experiments import described
     from qat.report.page import write_report
     from qat.report.selection import selected
 
     if config.runs is None:
-        words = list(HydraConfig.get().overrides.task)
-        experiments = described(config.report.experiments, words, config.seeds)
+        experiments = described(config.report.experiments, entry.overrides(), config.seeds)
     else:
         asked = any(path[0] == "benchmark" for path in entry.beside("runs", "report", "benchmark"))
         experiments = selected(config.runs, config.benchmark if asked else None)
-    context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
-    page, tables = write_report(experiments, Path(config.report.out), context)
+    page, tables = write_report(experiments, Path(config.report.out))
     print(f"report: {page} and {tables}")
 
 

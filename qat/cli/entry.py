@@ -128,6 +128,11 @@ def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
     return config
 
 
+def overrides() -> list[str]:
+    """Return the overrides on the command line."""
+    return list(HydraConfig.get().overrides.task)
+
+
 def path_of(override: str) -> list[str]:
     """Return the parts of the key of a command-line override."""
     return re.match(r"[+~]*([\w.]*)", override)[1].split(".")
@@ -139,7 +144,7 @@ def beside(key: str, *groups: str) -> list[list[str]]:
     Errors: ConfigError for any other, which would have no effect.
     """
     paths = []
-    for override in HydraConfig.get().overrides.task:
+    for override in overrides():
         path = path_of(override)
         if path[0] in groups:
             paths.append(path)

@@ -52,9 +52,14 @@ class Experiment:
     command: str = ""
 
     @cached_property
+    def existing(self) -> dict[str, Run]:
+        """Return its runs and baselines whose folder exists, by id."""
+        return {run.id: run for run in (*self.runs, *self.baselines) if run.config()}
+
+    @cached_property
     def typed(self) -> dict[str, Config]:
-        """Return the configurations of its runs whose folder exists, {run id: config}."""
-        configs = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
+        """Return the configurations of `existing`, by id."""
+        configs = {name: run.typed_config() for name, run in self.existing.items()}
         for config in configs.values():
             config.benchmark = self.benchmark or config.benchmark
         return configs
@@ -72,7 +77,7 @@ class Experiment:
     @cached_property
     def bf16(self) -> list[Run]:
         """Return its unquantized runs, wherever they are listed, without repetition."""
-        return list({run.id: run for run in (*self.runs, *self.baselines) if self._quantized(run) is False}.values())
+        return [run for run in self.existing.values() if not self._quantized(run)]
 
     @cached_property
     def pairs(self) -> list[Pair]:

@@ -101,7 +101,7 @@ def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: 
             shade = np.log2(np.fmax.reduceat(grid, starts, axis=1))
         # Steps are logged at no even pace: a column reaches half way to its neighbours.
         edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
-        look = {"cmap": _diverging(), "vmin": -_REACH, "vmax": _REACH, "rasterized": True}
+        look = {"cmap": diverging(), "vmin": -_REACH, "vmax": _REACH, "rasterized": True}
         image = axes.pcolormesh(edges[[*starts, -1]], np.arange(len(blocks) + 1) - 0.5, shade, **look)
         axes.set_xlim(0.5, last_step + 0.5)
         shown = range(0, len(blocks), -(-len(blocks) // 6))
@@ -265,7 +265,7 @@ def _step_axis(axes: Axes, label: str, grid: bool = True) -> None:
         axes.grid(axis="y")
 
 
-def _diverging() -> ListedColormap:
+def diverging() -> ListedColormap:
     """Return a colour map: blue below, orange above, transparent between."""
     strength = np.linspace(-1, 1, 129)
     colour = [(*to_rgb(WARM if s > 0 else ACCENT), min(1.0, abs(s) ** 0.8)) for s in strength]

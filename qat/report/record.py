@@ -50,11 +50,11 @@ def keep_report(report: Path, record: Path) -> None:
 
 
 def keep_runs(runs: Iterable[Run], record: Path) -> tuple[list[str], list[str]]:
-    """Put runs into a record and write its runs.csv anew; (names kept, names left out as unfinished)."""
-    kept, unfinished = archive.keep(runs, record)
-    if kept:
+    """Put runs into a record and write its runs.csv anew; (names archived, names left out as unfinished)."""
+    archived, unfinished = archive.keep(runs, record)
+    if archived:
         write_table(record)
-    return kept, unfinished
+    return archived, unfinished
 
 
 def write_table(record: Path) -> None:
@@ -108,12 +108,12 @@ def _row(run: Run, cfg: Config, others: str) -> dict:
 def _other_settings(configs: Mapping[str, Config]) -> dict[str, str]:
     """Return, by run, the settings without a column in which it is unlike most trained runs of its kind, quantized or
     not."""
-    found = dict.fromkeys(configs, "")
+    others = dict.fromkeys(configs, "")
     for quantized in (True, False):
         kind = {name: cfg for name, cfg in configs.items() if cfg.budget.steps and cfg.quantized == quantized}
         for key, values in unlike({name: identity(cfg) for name, cfg in kind.items()}).items():
             texts = {name: setting_text(setting(kind[name], key) if v is None else v) for name, v in values.items()}
             usual, _ = Counter(texts.values()).most_common(1)[0]
             for name, text in texts.items() if key not in _COLUMNS else ():
-                found[name] += f" {key}={text}" if text != usual else ""
-    return {name: text.strip() for name, text in found.items()}
+                others[name] += f" {key}={text}" if text != usual else ""
+    return {name: text.strip() for name, text in others.items()}

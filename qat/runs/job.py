@@ -25,5 +25,5 @@ class Job:
 def with_baselines(jobs: Iterable[Job]) -> dict[str, Job]:
     """Return the jobs and their baselines by run id, each run once, each after its baseline."""
     jobs = list(jobs)
-    ordered = {run_id(each.cfg): each for job in jobs for each in (job.baseline, job)}
+    ordered = {run_id(one.cfg): one for job in jobs for one in (job.baseline, job)}
     return ordered | {run_id(job.cfg): job for job in jobs}  # an experiment's own run is described as its own

@@ -97,7 +97,7 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     keys = list(itertools.product(*factorial.FACTORS.values()))
     measured = invent(keys, damage=lambda key, _: 0.02 if key[0] == "max w64" else 0.01)
     write_factorial(measured, {}, typed(tmp_path, *WORDS, "experiment=exp8"), tmp_path / "factorial")
-    html, markdown = write_report([], tmp_path, {})
+    html, markdown = write_report([], tmp_path)
     page, recorded = Page(html), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
     assert studies.TITLES["factorial"] in page.headings and studies.TITLES["audit"] not in page.headings
     for words in (
@@ -114,7 +114,7 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "audit.json").write_text('{"claims": 3}')
     with pytest.raises(UserError, match=r"audit\.json is damaged \(.*\); write it again: make audit"):
-        write_report([], tmp_path, {})
+        write_report([], tmp_path)
 
 
 def test_a_column_of_the_heat_map_stands_at_its_step():

@@ -37,7 +37,7 @@ def test_a_run_without_a_baseline_says_why(folders, tmp_path):
     made_by = "make it: python scripts/train.py experiment=exp8"
     assert alone.pairs[0].missing == f"exp8 has no BF16 baseline yet; {made_by}"
     _, own = selected([folders["base"], folders["own"]])
-    html, markdown = write_report([own], tmp_path / "out", {})
+    html, markdown = write_report([own], tmp_path / "out")
     assert own.name == "custom"
     for page in (html.read_text(), markdown.read_text()):
         assert "base is no matched baseline of own: optim.lr=1e-05 there, optim.lr=3e-05 here" in page
