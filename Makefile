@@ -23,7 +23,7 @@ SBATCH   ?=
 LAUNCH    = $(if $(filter-out basic,$(LAUNCHER)),launch.launcher=$(LAUNCHER)) \
   $(if $(filter-out 1,$(RANKS)),launch.ranks=$(RANKS)) $(if $(filter-out 1,$(NODES)),launch.nodes=$(NODES)) \
   $(if $(SBATCH),'launch.sbatch="$(SBATCH)"')
-# Many runs by one script, $(1): suite, factorial, audit or ptq.
+# Many runs by one script, $(1): suite, factorial, decide, audit or ptq.
 RUNS      = $(PY) scripts/$(1).py "seeds=[$(SEEDS)]" $(LAUNCH) $(2) $(OVERRIDES)
 
 VENV   := .venv
@@ -121,7 +121,6 @@ rerun_noise: $(READY) ## noise of the machine alone: an experiment and its basel
 	$(call RUNS,suite,"report.experiments=[$(EXP)]" report.out=report/$(EXP) repeat=1)
 
 replay: $(READY) ## what any scaling rule would have predicted in a run, from its amaxes: make replay RUN=runs/<id> -> report/replay/
-	@[ -n "$(RUN)" ] || { echo "error: name a run, or its seeds: make $@ RUN=runs/<id>,runs/<id>"; exit 2; }
 	$(PY) scripts/$@.py "runs=[$(RUN)]" $(ARGS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
@@ -136,15 +135,12 @@ docs: $(READY) ## write what README.md and the pages of experiments/ show of the
 
 RECORD ?=
 record: $(READY) ## keep report/ and the small parts of its runs in git: make record RECORD=experiments/records/2026-01-31_laptop SEEDS=0,1,2
-	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) "seeds=[$(SEEDS)]" $(OVERRIDES)
 
 verify: $(READY) ## a record's runs beside the same runs repeated here: what differs, and whether it is inside the record's intervals
-	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 restore: $(READY) ## put a record's runs back into runs/: its reports can be made again, its suite goes on
-	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -> bench/bench.md

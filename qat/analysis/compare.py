@@ -12,11 +12,11 @@ measure, in percent. The paper's thresholds: a relative drop below 1 % a task an
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from qat.analysis.answers import measure_rows, pooled_answers, task_row
 from qat.analysis.decisions import APE_THRESHOLD, decided
@@ -35,17 +35,15 @@ TASKS = {
     "mmlu_continuation": "MMLU (text)",
     "lambada": "LAMBADA",
 }
+MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights", "control": "4-bit weights (control)"}
+_OF_BASELINE = ("ptq", "control")  # other ways to run the baseline's own weights; scored or not
+
+_UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks
 
 
 def task_name(task: str) -> str:
     """Return how a page names a task."""
     return TASKS.get(task, task)
-
-
-MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights", "control": "4-bit weights (control)"}
-_OF_BASELINE = ("ptq", "control")  # other ways to run the baseline's own weights; scored or not
-
-_UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks
 
 
 def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
@@ -99,7 +97,7 @@ def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
 
 def setting(cfg: Config, key: str):
     """Return what a configuration has under a dotted key; None where it has none."""
-    return OmegaConf.select(OmegaConf.structured(cfg), key)
+    return flat(dataclasses.asdict(cfg)).get(key)
 
 
 def pretrained_run(run: Run) -> Run | None:

@@ -56,9 +56,9 @@ def decided(row: Mapping, margin: float, more_is_worse: bool = True, can_move: b
 def correct(family: Sequence[dict], word: str = "decision") -> None:
     """Call `undecided`, in place, what is not beyond noise after Holm's correction over a family of decisions.
 
-    family: rows with p_value and, under the key `word`, a word of `DECISIONS`: `powerless` where there is no p_value.
+    family: rows with p_value (None: there is none) and, under the key `word`, a word of `DECISIONS`.
     """
-    family = [row for row in family if row[word] != "powerless"]
+    family = [row for row in family if row["p_value"] is not None and row[word] != "powerless"]
     for row, p_value in zip(family, holm([row["p_value"] for row in family]), strict=True):
         if row[word] in ("harm", "gain") and p_value > LEVEL:
             row[word] = "undecided"

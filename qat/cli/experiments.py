@@ -31,7 +31,7 @@ def jobs_of(experiment: str, overrides: Sequence[str], seeds: Sequence[int] | No
     given = {override.partition("=")[0] for override in overrides}  # what the command line sets is not swept
     swept = OverridesParser.create().parse_overrides([f"{key}={sweep[key]}" for key in sweep if key not in given])
     axes = [
-        [f"{axis.key_or_group}={value}" for value in axis.sweep_string_iterator()]
+        [f"{axis.get_key_element()}={value}" for value in axis.sweep_string_iterator()]
         if axis.is_sweep_override()
         else [axis.input_line]
         for axis in swept

@@ -128,9 +128,8 @@ def measured(cfg: Config, kind: str) -> list[Rate]:
     for file in sorted(RECORDS.glob("*/bench.json")):
         record = json.loads(file.read_text())
         facts = record["facts"]
-        if facts["model"].removesuffix("_random") != cfg.model.name.removesuffix("_random"):
-            continue
-        if facts["arithmetic"] != cfg.budget.arithmetic:
+        same_model = facts["model"].removesuffix("_random") == cfg.model.name.removesuffix("_random")
+        if not same_model or facts["arithmetic"] != cfg.budget.arithmetic:
             continue
         for row in record["rows"]:
             rate = re.match(r"([\d,]+) tokens/s", row["note"])

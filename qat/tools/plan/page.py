@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from qat.cli.preflight import checkpoint_bytes
+from qat.cli.preflight import checkpoint_bytes, from_hub
 from qat.tools.plan import communication, costs, memory
 from qat.tools.plan.machine import needs_hub
 from qat.tools.plan.plan import Plan, Training
-from qat.utils import files
 
 _LABEL, _WIDTH = 24, 116  # characters: of a label, of a line
 _USEFUL_PASSES = 4  # up to which repeated text is worth about as much as new text (arXiv 2305.16264)
@@ -198,11 +196,11 @@ def _downloads(plan: Plan) -> Iterator[str]:
     cfg = plan.cfg
     yield ""
     yield "downloads, where nothing is cached yet"
-    if cfg.model.source == "hub" and not Path(files.expand(cfg.model.path)).is_dir():
+    if from_hub(cfg.model):
         weights = size(2 * plan.shape.parameters) if plan.shape else "size unknown"
         pinned = "" if cfg.model.revision else "; model.revision is not pinned"
         yield _row("model", f"{cfg.model.path}: {weights}", f"BF16{pinned}")
-    if cfg.data.source == "hub" and not Path(files.expand(cfg.data.path)).is_dir():
+    if from_hub(cfg.data):
         known = costs.text(cfg)
         _, run = costs.tokens(cfg)
         if known:

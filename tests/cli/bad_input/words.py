@@ -33,7 +33,7 @@ OVERRIDES = [
     Case("runs=[runs]", "runs=['runs']: eval.py does not take it; give it the overrides", script="eval"),
     Case("seeds=[0,1]", "seeds=[0, 1]: train.py does not take it; give it one seed, as in seed=1"),
     Case("export.out=x", "export.out=x: train.py does not take it; leave it out"),
-    Case("experiment=exp1", "experiment=exp1: rounds nothing; name a quantized one, as in", script="ptq"),
+    Case("experiment=exp1 hydra.mode=RUN", "experiment=exp1: rounds nothing; name a quantized", script="ptq"),
     Case("validation=none", "validation=none: claims are about text of another kind than", script="factorial"),
     Case("validation=none", "validation=none: claims are about text of another kind than", script="audit"),
     Case("optim.master_weights=false", 'the audit\'s switch "no master weights" sets this itself', script="audit"),
