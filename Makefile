@@ -23,7 +23,7 @@ SBATCH   ?=
 LAUNCH    = $(if $(filter-out basic,$(LAUNCHER)),launch.launcher=$(LAUNCHER)) \
   $(if $(filter-out 1,$(RANKS)),launch.ranks=$(RANKS)) $(if $(filter-out 1,$(NODES)),launch.nodes=$(NODES)) \
   $(if $(SBATCH),'launch.sbatch="$(SBATCH)"')
-# Many runs by one script, $(1): suite, factorial, audit or ptq.
+# Many runs by one script, $(1): suite, factorial, decide, audit or ptq.
 RUNS      = $(PY) scripts/$(1).py "seeds=[$(SEEDS)]" $(LAUNCH) $(2) $(OVERRIDES)
 
 VENV   := .venv
@@ -95,7 +95,7 @@ factorial: $(READY) ## the paper's factors crossed, and a verdict on each of its
 EIGHT := 0,1,2,3,4,5,6,7
 # Resumable; a table of claims fills while it runs. Other seeds: make decide SEEDS=0,1,2,3
 decide: BUDGET = desk
-decide: SEEDS = $(if $(SEED:0=),$(SEED),$(EIGHT))
+decide: SEEDS = $(if $(filter file,$(origin SEED)),$(EIGHT),$(SEED))
 decide: $(READY) ## the paper's claims, decided with the fewest runs, overnight on two cores -> report/decide/
 	$(call RUNS,$@)
 
@@ -105,7 +105,8 @@ audit: $(READY) ## what the released code did otherwise, one switch at a time ->
 # Of EXP=exp8, which it trains where that is missing, or of a run folder: make sensitivity RUN=runs/<id>
 RUN ?=
 sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, roles, one at a time; RUN=runs/<id> or EXP=exp8 -> report/sensitivity/
-	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES))
+	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES)) \
+	  $(if $(filter-out $(SEED),$(SEEDS)),"seeds=[$(SEEDS)]") $(LAUNCH)
 
 # Of any model, without training: make ptq ARGS="model=hub model.path=Qwen/Qwen3-0.6B ptq.on=pretrained"
 ptq: $(VENV)/.ptq ## is training needed? post-training quantization of EXP's BF16 baseline, method by method -> report/ptq/
@@ -120,7 +121,6 @@ rerun_noise: $(READY) ## noise of the machine alone: an experiment and its basel
 	$(call RUNS,suite,"report.experiments=[$(EXP)]" report.out=report/$(EXP) repeat=1)
 
 replay: $(READY) ## what any scaling rule would have predicted in a run, from its amaxes: make replay RUN=runs/<id> -> report/replay/
-	@[ -n "$(RUN)" ] || { echo "error: name a run, or its seeds: make $@ RUN=runs/<id>,runs/<id>"; exit 2; }
 	$(PY) scripts/$@.py "runs=[$(RUN)]" $(ARGS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
@@ -135,15 +135,12 @@ docs: $(READY) ## write what README.md and the pages of experiments/ show of the
 
 RECORD ?=
 record: $(READY) ## keep report/ and the small parts of its runs in git: make record RECORD=experiments/records/2026-01-31_laptop SEEDS=0,1,2
-	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) "seeds=[$(SEEDS)]" $(OVERRIDES)
 
 verify: $(READY) ## a record's runs beside the same runs repeated here: what differs, and whether it is inside the record's intervals
-	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 restore: $(READY) ## put a record's runs back into runs/: its reports can be made again, its suite goes on
-	@[ -n "$(RECORD)" ] || { echo "error: name its folder: make $@ RECORD=experiments/records/2026-01-31_laptop"; exit 2; }
 	$(PY) scripts/$@.py record=$(RECORD) $(ARGS)
 
 bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -> bench/bench.md

@@ -22,12 +22,7 @@ from omegaconf import MISSING, OmegaConf
 
 ROLES = ("activation", "weight", "gradient")
 
-GROUPS = (
-    "role",
-    "block",
-    "projection",
-    "linear",
-)  # rounded tensors by role; by block, by projection, by both, and role
+GROUPS = ("role", "block", "projection", "linear")  # rounded tensors by role; by block, projection, both, and role
 
 CHOICES = {
     "protocol": ("paper", "released", "vendor"),
@@ -52,6 +47,10 @@ CHOICES = {
     "sensitivity.of": ("run", "baseline", "pretrained"),
     "ptq.on": ("baseline", "pretrained"),
 }
+
+# What is about commands, and says nothing of a run.
+COMMAND_GROUPS = ("report", "launch", "bench", "replay", "ptq", "export", "sensitivity", "dashboard")
+COMMAND_KEYS = ("run", "runs", "record", "seeds")
 
 STREAM_ORDER = 2  # version of the rule by which `qat.data.streaming` orders documents; part of a run's name
 
@@ -151,9 +150,8 @@ class QuantConfig:
     # CAGE: after an update with learning rate lr, w -= lr * lambda * (w - round(w)); this is lambda at the end. 0: off
     cage: float = 0.0
     cage_silent: float = 0.8  # share of the steps during which CAGE's lambda is 0; then it rises linearly
-    operands: str = (
-        "exact"  # exact: multiply, then divide by the scales; descaled: the other way round, as the released code
-    )
+    # exact: multiply, then divide by the scales; descaled: the other way round, as the released code
+    operands: str = "exact"
     # bf16: products in the run's arithmetic (`budget.arithmetic`); fp8: HiF8 values as E4M3 bytes on FP8 tensor cores;
     # operands are exact from 2^-12 up, sums are not (docs/performance.md)
     gemm: str = "bf16"
@@ -195,9 +193,8 @@ class BudgetConfig:
     arithmetic: str = "auto"  # auto: BF16 on GPUs, AMX and Arm's BF16, else FP32
     parallel: str = "ddp"  # under torchrun: ddp, or fsdp (FSDP2: parameters and Adam moments sharded over the ranks)
     compile: bool = False  # torch.compile of the forward and backward pass; needs a C++ compiler on a CPU
-    activation_checkpointing: bool = (
-        False  # keep only what enters each block, and compute the rest again for its gradients
-    )
+    # keep only what enters each block, and compute the rest again for its gradients
+    activation_checkpointing: bool = False
     largest_logits: int = 2**28  # elements; steps that are not compiled make more in pieces
     checkpoint_every: int = 100  # between two checkpoints, in steps
     telemetry_every: int = 10  # between two steps whose tensors are looked at, in steps
@@ -266,29 +263,16 @@ class ReplayConfig:
     tensor: str | None = None  # whose amaxes are drawn; null: of the one that exceeds its prediction most
 
 
+_METHODS = ["max", "cast", "quantile", "ofmr", "mse", "smoothquant:0.5", "awq", "gptq", "per_channel", "llm_int8:6"]
+_METHODS += ["rotation"]
+_FORMATS = ["fp8_e4m3", "fp8_e5m2", "int8", "mxfp8"]
+
+
 @dataclass
 class PTQConfig:
     on: str = "baseline"  # whose weights: of the matched BF16 baseline, or of the pretrained model, without training
     # rows: methods of `qat.quant.ptq`, with a number where they take one, and other formats, which max calibrates
-    rungs: list[str] = field(
-        default_factory=lambda: [
-            "max",
-            "cast",
-            "quantile",
-            "ofmr",
-            "mse",
-            "smoothquant:0.5",
-            "awq",
-            "gptq",
-            "per_channel",
-            "llm_int8:6",
-            "rotation",
-            "fp8_e4m3",
-            "fp8_e5m2",
-            "int8",
-            "mxfp8",
-        ]
-    )
+    rungs: list[str] = field(default_factory=lambda: [*_METHODS, *_FORMATS])
     # which of them also answer the benchmark's questions, which takes longest; of the others only the loss is taken
     questions: list[str] = field(default_factory=lambda: ["max"])
     sequences: int | None = None  # of the first training text, which calibrate; null: 16, as everywhere

@@ -12,14 +12,12 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.cli import runner
     from qat.cli.experiments import variant
     from qat.studies import audit, design, measures
     from qat.studies.page import write_audit
 
-    cells, left_out = audit.design(HydraConfig.get().overrides.task, variant)
+    cells, left_out = audit.design(entry.overrides(), variant)
     ranks, seeds = config.launch.ranks, config.seeds or [config.seed]
     cells, untrainable = audit.trainable(design.with_seeds(cells, seeds), ranks)
     outcomes = runner.complete(cells, ranks)
@@ -30,4 +28,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", "launch.ranks"), reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks", "report.out"), reads_text=True)

@@ -12,10 +12,10 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from qat.tools.bench import measure
+    from qat.tools.bench.table import measure
 
     measure(config)
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, takes=("bench",))

@@ -47,4 +47,4 @@ def _send(config) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("run",))
+    entry.run(main, takes=("run", "dashboard"))

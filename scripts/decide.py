@@ -12,18 +12,17 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.cli import preflight, runner
     from qat.cli.experiments import variant
     from qat.runs.identity import run_id
     from qat.studies import decide, factorial, measures
+    from qat.studies.contrasts import OPEN
     from qat.studies.page import write_decide
 
-    cells, left_out = decide.design(HydraConfig.get().overrides.task, variant, config.seeds or [config.seed])
+    cells, left_out = decide.design(entry.overrides(), variant, config.seeds or [config.seed])
     exp8, out = cells[0], Path(config.report.out) / "decide"
     plan, verdicts = factorial.registered(), {}
-    names = {run_id(each.cfg) for cell in cells for each in (cell.baseline, cell)}
+    names = {run_id(job.cfg) for cell in cells for job in (cell.baseline, cell)}
     print(f"decide: {len(names)} runs of {exp8.cfg.size}; registered: {plan.texts}; {plan.cost}", flush=True)
 
     def judge() -> None:
@@ -32,20 +31,21 @@ def main(config, _) -> None:
         judged = decide.claims(measured, exp8)
         write_decide(measured, missing | left_out, judged, exp8.cfg, out)
         for claim in judged:
-            if verdicts.get(claim["key"], decide.OPEN) != claim["verdict"]:
+            if verdicts.get(claim["key"], OPEN) != claim["verdict"]:
                 print(f"\n{claim['claim']}: {claim['verdict']}. {claim['why']}", flush=True)
             verdicts[claim["key"]] = claim["verdict"]
-        count = len(decide.decided(judged))
+        count = sum(claim["verdict"] != OPEN for claim in judged)
         print(f"\n{count} of {len(judged)} claims decided, {len(measured)} of {len(cells)} cells", flush=True)
 
     # A cell that answers questions is the run of one that does not.
-    text, asked = ([cell for cell in cells if bool(cell.cfg.benchmark.tasks) == it] for it in (False, True))
+    asked = [cell for cell in cells if cell.cfg.benchmark.tasks]
+    text = [cell for cell in cells if not cell.cfg.benchmark.tasks]
     preflight.check(asked[0].cfg)  # what questions need is missed before the night, and not after it
-    outcomes = [each for part in (text, asked) for each in runner.complete(part, config.launch.ranks, judge)]
+    outcomes = [outcome for part in (text, asked) for outcome in runner.complete(part, config.launch.ranks, judge)]
     judge()
     print(f"\ndecide: {out / 'decide.md'}")
     runner.refuse_failed(outcomes)
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", "launch.ranks"), reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks", "report.out"), reads_text=True)

@@ -15,7 +15,6 @@ from qat.errors import ConfigError
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from qat.analysis.compare import differences
@@ -30,10 +29,10 @@ def main(config, _) -> None:
     if len(names) != 2:
         raise ConfigError(f"{key}={names}: name two, as in {key}={example}")
     if config.runs is not None:
+        entry.beside("runs")
         cells = [[run.typed_config()] for run in run_folders(names)]
     else:
-        overrides = list(HydraConfig.get().overrides.task)
-        cells = [[job.cfg for job in experiments.jobs_of(name, overrides)] for name in names]
+        cells = [[job.cfg for job in experiments.jobs_of(name, entry.overrides())] for name in names]
     sides = [{run_id(cell): OmegaConf.to_container(OmegaConf.structured(cell)) for cell in side} for side in cells]
     labels = [told_apart(side) for side in sides]
     for one, other in itertools.product(*sides):
@@ -43,4 +42,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("runs",))
+    entry.run(main, takes=("runs", "report.experiments"))

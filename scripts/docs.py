@@ -13,8 +13,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
+import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from qat import config
 from qat.analysis.compare import MODES as ALL_MODES
 from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, decide
-from qat.analysis.stats import LEVEL, half_width
+from qat.analysis.stats import LEVEL, student
 from qat.cli.validate import CHOICES
 from qat.report import studies, tables
 from qat.report.experiment import published, scientific
-from qat.report.text import interval, markdown, signed
+from qat.report.text import change, markdown
 from qat.studies.registration import MEASURES
 from qat.utils.environment import ROOT
 
-_FOUND = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/README.md"))
-PAGES = sorted(str(path.relative_to(ROOT)) for path in _FOUND)
+_PAGES = (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/README.md"))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in _PAGES)
 _SECTION = re.compile(r"(<!-- (\w+) of (\S+): written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
 MODES = {mode: name for mode, name in ALL_MODES.items() if mode != "control"}
 TEXTS = {"embedded": "speeches", "wikipedia": "Wikipedia"}  # never trained on; the data's own kind first
@@ -94,11 +94,11 @@ def measures(record: Path) -> str:
 
 def switches(study: Path) -> str:
     """Return what each switch of the audit does to the held-out loss, as its page had it, and the decision on that."""
-    found, modes = json.loads(study.read_text()), ("W8A8", "PTQ", "BF16 weights")
-    statements = (statement for claim in found["claims"] for statement in claim["statements"])
+    audit, modes = json.loads(study.read_text()), ("W8A8", "PTQ", "BF16 weights")
+    statements = (statement for claim in audit["claims"] for statement in claim["statements"])
     margin = next(s["region"][1] for s in statements if "in either mode" in s["statement"])
     rows = []
-    for effect in found["effects"]:
+    for effect in audit["effects"]:
         changes = (effect["effects"].get(f"Held-out loss, {mode}") for mode in modes)
         rows.append(
             [effect["switch"], effect["base"], *(cell for change in changes for cell in _effect(change, margin))]
@@ -120,11 +120,11 @@ def _effect(change: dict | None, margin: float) -> tuple[str, str]:
 
 def claims(study: Path) -> str:
     """Return the verdicts of a study, a claim a row, and what each rests on."""
-    name, found = study.stem, json.loads(study.read_text())
-    keys, facts = ("Model", "Budget", "Benchmark", "Measured on", "Runs", "Hardware"), found["facts"]
+    name, result = study.stem, json.loads(study.read_text())
+    keys, facts = ("Model", "Budget", "Benchmark", "Measured on", "Runs", "Hardware"), result["facts"]
     about = "; ".join(facts[key] for key in keys if key in facts)
     link = f"[all of it]({study.with_suffix('.md').relative_to(ROOT / 'experiments')})"
-    return f"`make {name}` ({about}; {link}):\n\n{studies.claims_table(found['claims']).markdown()}\n"
+    return f"`make {name}` ({about}; {link}):\n\n{studies.claims_table(result['claims']).markdown()}\n"
 
 
 def registered(claims: Path) -> str:
@@ -175,8 +175,8 @@ def products(record: Path) -> str:
 def groups(folder: Path) -> str:
     """Return the groups of conf/, their defaults and their other options."""
     rows = []
-    for each in yaml.safe_load((folder / "train.yaml").read_text())["defaults"]:
-        group, default = next(iter(each.items())) if isinstance(each, dict) else (each, None)
+    for entry in yaml.safe_load((folder / "train.yaml").read_text())["defaults"]:
+        group, default = next(iter(entry.items())) if isinstance(entry, dict) else (entry, None)
         options = sorted(path.stem for path in (folder / group).glob("*.yaml"))
         others = " ".join(f"`{option}`" for option in options if option != default)
         rows += [[f"`{group}=`", f"`{default or 'none'}`", others]] if options else []
@@ -193,7 +193,7 @@ def keys(source: Path) -> str:
         rows, below = [], []
         for node in (node for node in classes[name].body if isinstance(node, ast.AnnAssign)):
             key, kind = node.target.id, ast.unparse(node.annotation)
-            inner = next((each for each in classes if each in kind), None)
+            inner = next((group for group in classes if group in kind), None)
             if inner:
                 suffix = ".<task>" if kind.startswith("dict") else ""
                 below += [section(inner, f"{prefix}{key}{suffix}.", f"`{prefix}{key}{suffix}`")]
@@ -212,11 +212,11 @@ def keys(source: Path) -> str:
 
 
 _WRITERS = (findings, results, measures, switches, claims, registered, disagreements, costs, products, groups, keys)
-WRITERS = {each.__name__: each for each in _WRITERS}
+WRITERS = {writer.__name__: writer for writer in _WRITERS}
 
 
 def _default(name: str, key: str) -> str:
-    field = next(each for each in dataclasses.fields(getattr(config, name)) if each.name == key)
+    field = next(field for field in dataclasses.fields(getattr(config, name)) if field.name == key)
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return "from its group" if value == config.MISSING else f"`{json.dumps(value)}`"
 
@@ -234,8 +234,8 @@ def _experiments(report: dict) -> Iterator[tuple[str, dict, str, dict]]:
     for name, entry in published()["experiments"].items():
         own = [recipe for recipe in report["recipes"] if recipe["experiment"] == name]
         labels = [(recipe["label"], recipe["label"].removeprefix(name).strip()) for recipe in own]
-        apes = [(recipe["comparison"]["loss"]["ape"], *recipe["comparison"]["loss"]["ci"]) for recipe in own]
-        lines = [f"{short} {_text(*ape, 3, '')}".strip() for (_, short), ape in zip(labels, apes, strict=True)]
+        apes = [(recipe["comparison"]["loss"]["ape"], recipe["comparison"]["loss"]["ci"]) for recipe in own]
+        lines = [f"{short} {change(*ape, 3, '')}".strip() for (_, short), ape in zip(labels, apes, strict=True)]
         known = entry.get("ape", entry.get("ape_log"))
         lines += [f"(paper {known})"] if own and known else []
         cells = {
@@ -251,11 +251,7 @@ def _experiments(report: dict) -> Iterator[tuple[str, dict, str, dict]]:
 
 
 def _change(answer: dict, digits: int = 4) -> str:
-    return _text(answer["difference"], *answer["ci"], digits)
-
-
-def _text(value: float, low: float, high: float, digits: int = 4, plus: str = "+") -> str:
-    return f"{signed(value, digits, plus)} {interval((low, high), digits, plus)}"
+    return change(answer["difference"], answer["ci"], digits)
 
 
 def _of_bf16(report: dict, name: str, text: str) -> str:
@@ -263,9 +259,8 @@ def _of_bf16(report: dict, name: str, text: str) -> str:
     lines = []
     for rate in published()["experiments"][name]["lr"]:
         own = [row for row in report["bf16"] if row["experiment"] == name and row["lr"] == rate]
-        moved = [row["heldout"][text] - row["pretrained"][text] for row in own]
-        middle, half = fmean(moved), half_width(moved)
-        lines.append(f"lr {scientific(rate)} {_text(middle, middle - half, middle + half)}")
+        moved = student(np.array([row["heldout"][text] - row["pretrained"][text] for row in own]))
+        lines.append(f"lr {scientific(rate)} {change(moved.value, moved.interval())}")
     return "BF16 minus pretrained:<br>" + "<br>".join(lines)
 
 
@@ -325,7 +320,7 @@ def _unbroken(table: str) -> str:
 
 def written(text: str) -> str:
     """Return a page with each of its sections as its source has it."""
-    return _SECTION.sub(lambda found: found[1] + WRITERS[found[2]](ROOT / found[3]) + found[4], text)
+    return _SECTION.sub(lambda part: part[1] + WRITERS[part[2]](ROOT / part[3]) + part[4], text)
 
 
 def main() -> None:

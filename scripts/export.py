@@ -19,4 +19,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("run",))
+    entry.run(main, takes=("run", "export"))

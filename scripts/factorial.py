@@ -12,14 +12,12 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.cli import runner
     from qat.cli.experiments import variant
     from qat.studies import design, factorial, measures
     from qat.studies.page import write_factorial
 
-    cells = factorial.design(HydraConfig.get().overrides.task, variant)
+    cells = factorial.design(entry.overrides(), variant)
     cells = design.with_seeds(cells, config.seeds or [config.seed])
     outcomes = runner.complete(cells, config.launch.ranks)
     measured, missing = measures.read(cells)
@@ -29,4 +27,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", "launch.ranks"), reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks", "report.out"), reads_text=True)

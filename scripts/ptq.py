@@ -12,8 +12,6 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.cli import runner
     from qat.cli.experiments import variant
     from qat.eval.evaluate import score
@@ -23,7 +21,7 @@ def main(config, _) -> None:
     from qat.train import wandb_log
 
     seeds = config.seeds or [config.seed]
-    ladders = ptq.design(config.experiment or "exp8", HydraConfig.get().overrides.task, variant, seeds)
+    ladders = ptq.design(config.experiment or "exp8", entry.overrides(), variant, seeds)
     for ladder in ladders:
         reference = ladder.reference
         if reference.trained:
@@ -34,4 +32,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", "launch.ranks", *entry.PTQ), reads_text=True)
+    entry.run(main, takes=("seeds", "launch.ranks", "report.out", "ptq"), reads_text=True)

@@ -14,8 +14,6 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.analysis.compare import pretrained_run
     from qat.analysis.rerun_noise import reruns
     from qat.cli.experiments import described
@@ -27,10 +25,10 @@ def main(config, _) -> None:
     folder = archive.named(config)
     report = Path(config.report.out) if config.runs is None else None
     if report is None:
+        entry.beside("runs", "record")
         experiments = selected(config.runs)
     elif (report / "report.md").exists():
-        words = list(HydraConfig.get().overrides.task)
-        experiments = described(config.report.experiments, words, config.seeds)
+        experiments = described(config.report.experiments, entry.overrides(), config.seeds)
     else:  # of a study alone
         experiments = []
     runs = [run for experiment in experiments for run in (*experiment.runs, *experiment.baselines)]
@@ -39,11 +37,11 @@ def main(config, _) -> None:
     runs += [origin for run in runs if run.config() and (origin := pretrained_run(run))]
     if report:
         record.keep_report(report, folder)
-    kept, left = record.keep_runs({run.id: run for run in runs}.values(), folder)
-    print(f"record: {folder}, {len(kept)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
+    archived, left = record.keep_runs({run.id: run for run in runs}.values(), folder)
+    print(f"record: {folder}, {len(archived)} runs" + "".join(f"\n  left out, not finished: {name}" for name in left))
     if not (folder / "README.md").exists():
         print(f"say in {folder / 'README.md'} what command made it, on what, and what it shows")
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("record", "runs", "seeds"))
+    entry.run(main, takes=("record", "runs", "seeds", "report"))

@@ -18,6 +18,7 @@ def main(config, _) -> None:
 
     if not config.runs:
         raise ConfigError("runs=null: name run folders of one recipe, as in runs=[runs/<id>]")
+    entry.beside("runs", "replay", "report")
     replayed = [replay.read(Path(folder), config.replay.rules) for folder in config.runs]
     replay.refuse_unlike(replayed)
     tensor, names = config.replay.tensor or replay.worst_tensor(replayed), replayed[0].names
@@ -27,4 +28,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("runs", *entry.REPLAY))
+    entry.run(main, takes=("runs", "report.out", "replay"))

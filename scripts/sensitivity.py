@@ -35,4 +35,4 @@ def main(config, _) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("run", *entry.SENSITIVITY), reads_text=True)
+    entry.run(main, takes=("run", "report.out", "sensitivity"), reads_text=True)

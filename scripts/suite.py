@@ -6,7 +6,6 @@ python scripts/suite.py repeat=1 ...        # each run once more, and in the rep
 """
 
 import sys
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,13 +14,11 @@ from qat.cli import entry
 
 
 def main(config, _) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
     from qat.cli import runner, slurm
     from qat.cli.experiments import described, jobs_of
     from qat.report.page import write_report
 
-    given = list(HydraConfig.get().overrides.task)
+    given = entry.overrides()
     names, seeds, launch = config.report.experiments, config.seeds, config.launch
     overrides = [override for override in given if not override.startswith("repeat=")]
     repeats = [[], *([f"repeat={number}"] for number in range(1, config.repeat + 1))]
@@ -33,11 +30,10 @@ def main(config, _) -> None:
     outcomes = runner.complete(jobs, launch.ranks)
     if len(names) == 1:  # else there is a report without those that failed
         runner.refuse_failed(outcomes)
-    context = {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
-    page, tables = write_report(described(names, overrides, seeds), Path(config.report.out), context)
+    page, tables = write_report(described(names, overrides, seeds), Path(config.report.out))
     print(f"\nreport: {page} and {tables}")
     runner.refuse_failed(outcomes)
 
 
 if __name__ == "__main__":
-    entry.run(main, takes=("seeds", *entry.LAUNCH), reads_text=True)
+    entry.run(main, takes=("seeds", "launch", "report"), reads_text=True)

@@ -9,7 +9,7 @@ import numpy as np
 from qat.analysis.decisions import DROP_THRESHOLD, decided
 from qat.analysis.measures import MEASURES, Answers
 from qat.analysis.results import EvalResult, Match, mean_of
-from qat.analysis.stats import LEVEL, above_chance, detectable, mcnemar, paired_mean, tang, tango
+from qat.analysis.stats import LEVEL, above_chance, detectable, mcnemar, noise, paired_mean, tang, tango
 
 
 def task_row(matches: Sequence[Match], task: str, mode: str) -> dict:
@@ -60,8 +60,7 @@ def pooled_answers(matches: Sequence[Match], tasks: Sequence[str], mode: str) ->
     row |= {"points": score - baseline, "lost": lost, "gained": gained, "n": n}
     row |= {"relative_drop": drop, "passes": None if drop is None else drop < DROP_THRESHOLD}
     if len(matches) > 1:
-        mean = paired_mean(100 * changes, reach=100.0)
-        return row | {"ci": mean.interval(), "p_value": mean.p_value(), "detectable": mean.detectable()}
+        return row | noise(paired_mean(100 * changes, reach=100.0))
     ratio = tang(round(baseline * n / 100) - lost, lost, gained)
     return row | {
         "ci": [100 * end for end in tango(lost, gained, n)],
@@ -101,14 +100,9 @@ def _measure(matches: Sequence[Match], tasks: Sequence[str], mode: str, name: st
         float(np.mean([result.outcomes.pooled(tasks, name) for result in results]))
         for results in ([m.reference for m in matches], [m.own[mode] for m in matches])
     )
-    mean = paired_mean(np.array([m.changes[mode].pooled(tasks, name) for m in matches]))
     row |= {"value": value, "baseline": baseline, "difference": value - baseline}
     row |= {"n": sum(len(matches[0].reference.answers[task].target) for task in tasks)}
-    row |= {
-        "ci": mean and mean.interval(),
-        "p_value": mean and mean.p_value(),
-        "detectable": mean and mean.detectable(),
-    }
+    row |= noise(paired_mean(np.array([m.changes[mode].pooled(tasks, name) for m in matches])))
     if not measure.of_skill:
         return row | decided(row, baseline * measure.margin / 100)
     skills = _skills(matches, tasks, name)

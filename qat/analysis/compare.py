@@ -12,17 +12,16 @@ measure, in percent. The paper's thresholds: a relative drop below 1 % a task an
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 
 from qat.analysis.answers import measure_rows, pooled_answers, task_row
 from qat.analysis.decisions import APE_THRESHOLD, decided
 from qat.analysis.results import EvalResult, Match, Outcomes, mean_of
-from qat.analysis.stats import paired_mean, student
+from qat.analysis.stats import noise, paired_mean, student
 from qat.config import Config
 from qat.errors import UserError
 from qat.runs.folder import Run
@@ -40,7 +39,11 @@ MODES = {"w8a8": "W8A8", "ptq": "W8A8 by PTQ", "bf16": "BF16 weights", "control"
 _OF_BASELINE = ("ptq", "control")  # other ways to run the baseline's own weights; scored or not
 
 _UNDER_TEST = ("quant", "scaling", "bf16_warmup_steps")  # the parts of a run's identity that its baseline lacks
-_STATUS = (("state", "not started"), ("step", 0), ("steps", "?"))
+
+
+def task_name(task: str) -> str:
+    """Return how a page names a task."""
+    return TASKS.get(task, task)
 
 
 def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
@@ -64,8 +67,16 @@ def loss_ape(quantized: Sequence[float], baseline: Sequence[float]) -> float:
 
 def differences(left: Mapping, right: Mapping) -> dict[str, tuple]:
     """Return the dotted keys whose values differ: {key: (left's value, right's value)}, in left's order."""
-    a, b = _flat(left), _flat(right)
+    a, b = flat(left), flat(right)
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def flat(tree: Mapping, prefix: str = "") -> dict:
+    """Return the values of a tree by dotted keys."""
+    values = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
@@ -79,9 +90,14 @@ def mismatches(run: Config, baseline: Config) -> dict[str, tuple]:
     unequal.pop("data.order", None)  # no setting: streamed text has it, packaged text has not
     # An identity leaves defaults out: what is missing there is what the configuration has.
     return {
-        key: tuple(attrgetter(key)(side) if value is None else value for side, value in zip(sides, values, strict=True))
+        key: tuple(setting(side, key) if value is None else value for side, value in zip(sides, values, strict=True))
         for key, values in unequal.items()
     }
+
+
+def setting(cfg: Config, key: str):
+    """Return what a configuration has under a dotted key; None where it has none."""
+    return flat(dataclasses.asdict(cfg)).get(key)
 
 
 def pretrained_run(run: Run) -> Run | None:
@@ -104,9 +120,10 @@ def _mode_of_pretrained(pretrained: Run, benchmark: str, beside: Mapping) -> str
 
 
 def against_baseline(run: Run, benchmark: str) -> dict:
-    """Compare a run with its baseline and the pretrained checkpoint in the folders beside it, as `compare`."""
-    baseline, origin = run.path.parent / run_id(baseline_of(run.typed_config())), pretrained_run(run)
-    return compare(run.path, baseline, benchmark, origin and origin.path)
+    """Compare a finished, evaluated quantized run with its BF16 baseline and the pretrained checkpoint in the folders
+    beside it: `match`, then `aggregate`."""
+    baseline = Run(run.path.parent / run_id(baseline_of(run.typed_config())))
+    return aggregate([match(run, baseline, benchmark, pretrained_run(run))])
 
 
 def comparison_of(run: Run, benchmark: str) -> dict | None:
@@ -115,11 +132,6 @@ def comparison_of(run: Run, benchmark: str) -> dict | None:
         return against_baseline(run, benchmark)
     except UserError:
         return None
-
-
-def compare(run: Path, baseline: Path, benchmark: str, pretrained: Path | None = None) -> dict:
-    """Compare a finished, evaluated quantized run with its BF16 baseline: `match`, then `aggregate`."""
-    return aggregate([match(Run(run), Run(baseline), benchmark, pretrained and Run(pretrained))])
 
 
 def match(run: Run, baseline: Run, benchmark: str, pretrained: Run | None) -> Match:
@@ -232,13 +244,6 @@ def eval_command(run: Run, benchmark: str) -> str:
     return f"python scripts/eval.py run={run.path} benchmark={benchmark}"
 
 
-def _flat(tree: Mapping, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _refuse_unmatched(run: Run, baseline: Run) -> None:
     configs = run.typed_config(), baseline.typed_config()
     for candidate, config, quantized in zip((run, baseline), configs, (True, False), strict=True):
@@ -248,12 +253,11 @@ def _refuse_unmatched(run: Run, baseline: Run) -> None:
     for key, (ours, theirs) in mismatches(*configs).items():
         raise UserError(f"{baseline.id} is no matched baseline of {run.id}: {key}={theirs} there, {key}={ours} here")
     for candidate in (run, baseline):
-        status = candidate.status()
-        if status.get("state") != "finished":
-            state, step, steps = (status.get(key, unknown) for key, unknown in _STATUS)
+        if not candidate.finished:
+            status = {"state": "not started", "step": 0, "steps": "?"} | candidate.status()
             reason = f" ({status['reason']})" if status.get("reason") else ""
-            progress = f"{candidate.id} is {state} at step {step} of {steps}{reason}"
-            raise UserError(f"{progress}; finish it: {train_command(candidate)}")
+            progress = "{state} at step {step} of {steps}".format_map(status) + reason
+            raise UserError(f"{candidate.id} is {progress}; finish it: {train_command(candidate)}")
 
 
 def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
@@ -263,10 +267,7 @@ def loss_change(changes: Sequence[Outcomes], text: str) -> dict:
     All are None of a single document, which has no noise to be had.
     """
     rows = np.array([change.losses[text] for change in changes])
-    mean = paired_mean(rows)
-    noise = {"ci": mean and mean.interval(), "detectable": mean and mean.detectable()}
-    noise |= {"p_value": mean and mean.p_value()}
-    return {"difference": float(rows.mean())} | noise
+    return {"difference": float(rows.mean())} | noise(paired_mean(rows))
 
 
 def _loss(matches: Sequence[Match]) -> dict:

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from qat.analysis.decisions import APE_THRESHOLD, correct, decided
 from qat.analysis.measures import Answers
-from qat.analysis.stats import holm, student
+from qat.analysis.stats import holm, noise, student
 
 WAYS = ("alone", "left_out")
 _CHOSEN = (1, 2, 3, 5, 10)  # blocks left in BF16 whose model is measured
@@ -44,17 +44,17 @@ def series(content: Mapping, level: str, measure: str, path: Sequence[str], sour
     the model.
     """
     units = list(_units(content, level, MEASURES[measure].of_text, source))
-    found = [_at(unit, path) for _, unit in units]
+    values = [_at(unit, path) for _, unit in units]
     if not MEASURES[measure].of_text:
-        pairs = zip(units, found, strict=True)
-        answers = Answers.of([sample for (_, unit), values in pairs for sample in _samples(unit, values)])
+        pairs = zip(units, values, strict=True)
+        answers = Answers.of([sample for (_, unit), own in pairs for sample in _samples(unit, own)])
         right = np.take_along_axis(answers.logprobs, answers.target[:, None], axis=1)[:, 0]
         return {"logprob": right, "mass": answers.mass}.get(measure, answers.measures.get(measure))
     by_document: dict[tuple, list[float]] = {}
-    for (text, unit), values in zip(units, found, strict=True):
-        for document, value in zip(unit["documents"], values[measure], strict=True):
+    for (text, unit), own in zip(units, values, strict=True):
+        for document, value in zip(unit["documents"], own[measure], strict=True):
             by_document.setdefault((text, document), []).append(value)
-    return np.array([np.mean(values) for values in by_document.values()])
+    return np.array([np.mean(losses) for losses in by_document.values()])
 
 
 def _units(content: Mapping, level: str, of_text: bool, source: str | None) -> Iterator[tuple[str, Mapping]]:
@@ -104,21 +104,20 @@ def rows(content: Mapping, level: str, measure: str, way: str, source: str | Non
     if not groups:
         return []
     base = series(content, level, measure, ["unquantized" if way == "alone" else "quantized"], source)
-    sign, found = 1 if way == "alone" else -1, []
-    plain = series(content, level, measure, ["unquantized"], source)
+    sign, plain = 1 if way == "alone" else -1, series(content, level, measure, ["unquantized"], source)
+    effects = []
     for group in groups:
         changes = sign * (series(content, level, measure, [way, group], source) - base)
-        found.append({"group": group} | _row(changes, plain, measure))
+        effects.append({"group": group} | _row(changes, plain, measure))
     if measure == "loss":
-        correct(found)
-    corrected = holm([1.0 if row["p_value"] is None else row["p_value"] for row in found])
-    return [row | {"p_holm": p} for row, p in zip(found, corrected, strict=True)]
+        correct(effects)
+    corrected = holm([row["p_value"] for row in effects])
+    return [row | {"p_holm": 1.0 if p is None else p} for row, p in zip(effects, corrected, strict=True)]
 
 
 def _row(changes: np.ndarray, plain: np.ndarray, measure: str) -> dict:
     mean = student(changes) if len(changes) > 1 else None
-    row = {"difference": float(changes.mean()), "n": len(changes), "ci": mean and mean.interval()}
-    row |= {"p_value": mean and mean.p_value(), "detectable": mean and mean.detectable()}
+    row = {"difference": float(changes.mean()), "n": len(changes)} | noise(mean)
     return row | (decided(row, APE_THRESHOLD / 100 * float(plain.mean())) if measure == "loss" else {})
 
 
@@ -149,18 +148,18 @@ def choices(content: Mapping) -> list[dict]:
     other documents, less the unquantized model's, as `rows` has them, corrected over the sets; None where not measured.
     """
     whole = {measure: total(content, "block", measure)["difference"] for measure in ("loss", "kl")}
-    moved, measured, found = order(content), names(content, "kept", "kl", "left_out"), []
+    moved, measured, sets = order(content), names(content, "kept", "kl", "left_out"), []
     for blocks in ([], *first_choices(content)):
         name = ",".join(map(str, blocks))
-        share = 1 - sum(moved[block] for block in blocks) / whole["kl"]
+        share = 1 - sum(moved[block] for block in blocks) / whole["kl"] if whole["kl"] else 1.0
         row = {"blocks": blocks, "expected": {measure: share * value for measure, value in whole.items()}}
-        found.append(row | dict.fromkeys(whole))
+        sets.append(row | dict.fromkeys(whole))
         for measure in whole if name in measured or (measured and not blocks) else ():
             plain = series(content, "kept", measure, ["unquantized"])
             left = series(content, "kept", measure, ["left_out", name] if blocks else ["quantized"])
-            found[-1][measure] = _row(left - plain, plain, measure)
-    correct([row["loss"] for row in found if row["loss"]])
-    return found
+            sets[-1][measure] = _row(left - plain, plain, measure)
+    correct([row["loss"] for row in sets if row["loss"]])
+    return sets
 
 
 def agreement(content: Mapping) -> tuple[list[int], float | None]:

@@ -47,26 +47,26 @@ def tango(lost: int, gained: int, n: int) -> tuple[float, float]:
     return low, high
 
 
-def tang(kept: int, lost: int, gained: int) -> tuple[float, float] | None:
-    """Return the 95 % score interval of a ratio of paired proportions, (kept + gained) / (kept + lost).
+def tang(right: int, lost: int, gained: int) -> tuple[float, float] | None:
+    """Return the 95 % score interval of a ratio of paired proportions, (right + gained) / (right + lost).
 
-    It says how many times as many answers are right in the run (Tang, Tang and Chan 2003); kept: right in both. None
+    It says how many times as many answers are right in the run (Tang, Tang and Chan 2003); right: in both. None
     where the baseline has none right. It inverts the score test whose value at one is McNemar's, so it excludes one
     where `tango` excludes zero; like that it does not collapse where nothing flipped. Questions that neither answers do
     not matter.
     """
-    before, after, right = kept + lost, kept + gained, kept + lost + gained
+    before, after, either = right + lost, right + gained, right + lost + gained
     if not before:
         return None
 
     def excess(ratio: float) -> float:  # squared score statistic against z^2; its two roots are the limits
-        b = ratio**2 * (right + gained) - after
-        root = math.sqrt(max(0.0, b * b + 4 * ratio**2 * (1 - ratio**2) * right * gained))
-        gain_rate = (b + root) / (2 * ratio * (1 + ratio) * right)  # most likely under the ratio, of what is right
-        variance = ratio * right * ((1 - ratio) + (1 + ratio) * gain_rate)
+        b = ratio**2 * (either + gained) - after
+        root = math.sqrt(max(0.0, b * b + 4 * ratio**2 * (1 - ratio**2) * either * gained))
+        gain_rate = (b + root) / (2 * ratio * (1 + ratio) * either)  # most likely under the ratio, of what is right
+        variance = ratio * either * ((1 - ratio) + (1 + ratio) * gain_rate)
         return (after - ratio * before) ** 2 - Z**2 * variance
 
-    nudge, reach = 1e-9, 2 * after / before + 4 * Z**2 * right / before**2  # there the variance is too small by far
+    nudge, reach = 1e-9, 2 * after / before + 4 * Z**2 * either / before**2  # there the variance is too small by far
     low = 0.0 if after == 0 else brentq(excess, nudge, after / before * (1 - nudge))
     return low, brentq(excess, after / before * (1 + nudge) + nudge, reach)
 
@@ -85,14 +85,6 @@ def detectable(flips: int, n: int) -> float:
         return change * math.sqrt(n) - spread
 
     return 1.0 if excess(1.0) < 0 else brentq(excess, 0.0, 1.0)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Return half of the 95 % Student-t interval of a mean, in the unit of `values`; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    mean = student(np.array(values))
-    return mean.interval()[1] - mean.value
 
 
 class Mean(NamedTuple):
@@ -119,6 +111,13 @@ class Mean(NamedTuple):
         """Return the p-value of Student's two-sided test against zero."""
         tests = [2 * float(stdtr(df, -abs(self.value) / error)) for error, df in self.noise if error]
         return max(tests, default=float(self.value == 0))
+
+
+def noise(mean: Mean | None) -> dict:
+    """Return the noise of a mean for a row of results: ci (95 %), p_value, detectable; all None where it has none."""
+    if mean is None:
+        return dict.fromkeys(("ci", "p_value", "detectable"))
+    return {"ci": mean.interval(), "p_value": mean.p_value(), "detectable": mean.detectable()}
 
 
 def paired_mean(changes: np.ndarray, reach: float = 0.0) -> Mean | None:
@@ -186,11 +185,12 @@ def _extended(units: np.ndarray, reach: float) -> np.ndarray:
     return np.append(units, [-reach, reach])
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values after Holm's correction for all of them (Holm 1979), in the order given."""
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return the p-values after Holm's correction for all of them (Holm 1979), in the order given. None is no test."""
     # statsmodels has it, but takes seconds to be imported, and every evaluation asks for it.
-    corrected, largest, count = [0.0] * len(p_values), 0.0, len(p_values)
-    for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
+    tests = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected, largest = [None] * len(p_values), 0.0
+    for rank, (p, place) in enumerate(tests):
+        largest = max(largest, min(1.0, (len(tests) - rank) * p))
         corrected[place] = largest
     return corrected

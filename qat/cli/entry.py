@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.cli import sweep
 from qat.cli.outcomes import explain_error
 from qat.cli.validate import validate, validate_ranks, validate_surroundings
-from qat.config import Config, register
+from qat.config import COMMAND_GROUPS, COMMAND_KEYS, Config, register
 from qat.data import manuals
 from qat.errors import ConfigError, UserError, nearest
 from qat.runs.folder import Run
@@ -35,8 +35,8 @@ CONF = str(ROOT / "conf")
 def run(work: Callable[[Config, DictConfig], None], takes: tuple[str, ...] = (), reads_text: bool = False) -> None:
     """Run `work` on each composed configuration of `conf/train.yaml`, as a script's main function.
 
-    takes: of the keys in `_OF_SOME`, those that the script takes. reads_text: prepare it first where it is missing, for
-    runs are named by it.
+    takes: the keys and groups of commands that the script takes (`qat.config.COMMAND_KEYS`, `COMMAND_GROUPS`).
+    reads_text: prepare it first where it is missing, for runs are named by it.
     In a sweep a failing job neither stops nor hides the others: a table at the end has them all (`qat.cli.sweep`).
     Exit codes: 2 for what the user can mend, 75 after a scheduler's stop, 130 after Ctrl-C.
     """
@@ -111,40 +111,60 @@ def _mendable(
         raise UserError(explain_error(error)) from error
 
 
-LAUNCH, PTQ, REPLAY, SENSITIVITY = (
-    tuple(f"{group}.{key}" for key in vars(getattr(Config(), group)))
-    for group in ("launch", "ptq", "replay", "sensitivity")
-)
-_OF_SOME = {  # keys that only some scripts take: what to do where one does not
+_FIXES = {  # of a key of commands that a script does not take; of any other, to leave it out
     **dict.fromkeys(("run", "runs", "record"), "give it the overrides that made a run"),
     "seeds": "give it one seed, as in seed=1",
-    **dict.fromkeys((*LAUNCH, *PTQ, *REPLAY, *SENSITIVITY), "leave it out"),
 }
 
 
 def _accepted(config: Config, takes: tuple[str, ...]) -> Config:
-    for key, fix in _OF_SOME.items():
+    usual = Config()
+    of_groups = [f"{group}.{key}" for group in COMMAND_GROUPS for key in vars(getattr(usual, group))]
+    for key in (*COMMAND_KEYS, *of_groups):
         value = attrgetter(key)(config)
-        if key not in takes and value != attrgetter(key)(Config()):
+        if value != attrgetter(key)(usual) and not {key, key.partition(".")[0]} & set(takes):
+            fix = _FIXES.get(key, "leave it out")
             raise ConfigError(f"{key}={value}: {Path(sys.argv[0]).name} does not take it; {fix}")
     return config
+
+
+def overrides() -> list[str]:
+    """Return the overrides on the command line."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def path_of(override: str) -> list[str]:
+    """Return the parts of the key of a command-line override."""
+    return re.match(r"[+~]*([\w.]*)", override)[1].split(".")
+
+
+def beside(key: str, *groups: str) -> list[list[str]]:
+    """Return the keys on the command line beside `key`, all of them of `groups`, outer ones first (`path_of`).
+
+    Errors: ConfigError for any other, which would have no effect.
+    """
+    paths = []
+    for override in overrides():
+        path = path_of(override)
+        if path[0] in groups:
+            paths.append(path)
+        elif path != [key]:
+            fix = f"which takes those of {', '.join(groups)} alone" if groups else "leave it out"
+            raise ConfigError(f"{override}: has no effect beside {key}=, {fix}")
+    return sorted(paths, key=len)
 
 
 def config_of_folder(config: Config, *groups: str) -> Config:
     """Return the configuration of the run folder that `config` names, if any, else `config` itself.
 
     Overrides of `groups` on the command line count: a group (benchmark=paper), or a key of it (benchmark.batch_size=4).
-    Errors: UserError of `config_of_run`; ConfigError for any other override, which would have no effect.
+    Errors: UserError of `config_of_run`; ConfigError of `beside`.
     """
     if not config.run:
         return config
-    of_run, overrides = config_of_run(config.run), HydraConfig.get().overrides.task
-    paths = [re.match(r"[+~]*([\w.]*)", override)[1].split(".") for override in overrides]
-    for override, path in sorted(zip(overrides, paths, strict=True), key=lambda pair: len(pair[1])):
-        if path[0] in groups:
-            _carry(path, config, of_run)
-        elif path != ["run"]:
-            raise ConfigError(f"{override}: has no effect beside run=, which takes those of {', '.join(groups)} alone")
+    of_run = config_of_run(config.run)
+    for path in beside("run", *groups):
+        _carry(path, config, of_run)
     return of_run
 
 

@@ -6,15 +6,16 @@ import itertools
 from collections.abc import Sequence
 
 from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from qat.cli.entry import typed_config
+from qat.cli.entry import path_of, typed_config
+from qat.config import COMMAND_GROUPS, COMMAND_KEYS
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
 from qat.runs.job import Job
 
-_OF_COMMANDS = ("experiment=", "report.", "launch.", "bench.", "replay.", "sensitivity.")
-_OF_COMMANDS += ("seeds=", "run=", "runs=", "record=")
+_OF_COMMANDS = {*COMMAND_GROUPS, *COMMAND_KEYS, "experiment"} - {"ptq"}  # which says how a run's PTQ is calibrated
 
 
 def jobs_of(experiment: str, overrides: Sequence[str], seeds: Sequence[int] | None = None) -> list[Job]:
@@ -28,7 +29,13 @@ def jobs_of(experiment: str, overrides: Sequence[str], seeds: Sequence[int] | No
     base = compose("train", [f"experiment={experiment}", *overrides], return_hydra_config=True)
     sweep = base.hydra.sweeper.params or {}
     given = {override.partition("=")[0] for override in overrides}  # what the command line sets is not swept
-    axes = [[f"{key}={value}" for value in str(values).split(",")] for key, values in sweep.items() if key not in given]
+    swept = OverridesParser.create().parse_overrides([f"{key}={sweep[key]}" for key in sweep if key not in given])
+    axes = [
+        [f"{axis.get_key_element()}={value}" for value in axis.sweep_string_iterator()]
+        if axis.is_sweep_override()
+        else [axis.input_line]
+        for axis in swept
+    ]
     axes += [[f"seed={seed}" for seed in seeds]] if seeds else []
     jobs = [variant(experiment, overrides, cell) for cell in itertools.product(*axes)]
     return list({run_id(job.cfg): job for job in jobs}.values())
@@ -55,7 +62,7 @@ def command(experiment: str, overrides: Sequence[str], seeds: Sequence[int] | No
 
 def _of_runs(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that are about the runs."""
-    return [override for override in overrides if not override.startswith(_OF_COMMANDS)]
+    return [override for override in overrides if path_of(override)[0] not in _OF_COMMANDS]
 
 
 def described(names: Sequence[str], overrides: Sequence[str], seeds: Sequence[int] | None) -> list[Experiment]:

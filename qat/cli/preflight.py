@@ -27,22 +27,22 @@ _SECONDS = 60  # after which a compiler does not answer
 
 def check(cfg: Config) -> None:
     """Raise `ConfigError` for the first of `problems`, on every rank; the first alone looks for them."""
-    found = distributed.broadcast_object(problems(cfg) if environment.is_main_process() else [])
-    if found:
-        raise ConfigError(found[0])
+    lines = distributed.broadcast_object(problems(cfg) if environment.is_main_process() else [])
+    if lines:
+        raise ConfigError(lines[0])
 
 
 def problems(cfg: Config, planning: bool = False) -> list[str]:
     """Return what would stop the run of `cfg` or its evaluation, a line each, tried on the real model, tokenizer, text
     and questions. Texts of a hub are left to the run, which reads them before its first step. planning: nothing is
     loaded from a hub or prepared, and of the disk a plan says more (`qat.tools.plan.plan`)."""
-    found = []
+    lines = []
 
     def attempt(work, *arguments):
         try:
             return work(*arguments)
         except (UserError, OSError) as error:  # else the other ranks would wait for what was found
-            found.append(str(error))
+            lines.append(str(error))
 
     built = None if planning and from_hub(cfg.model) else attempt(_model, cfg)
     if built is not None:
@@ -53,7 +53,7 @@ def problems(cfg: Config, planning: bool = False) -> list[str]:
         if not planning:
             attempt(_disk, cfg, sum(parameter.numel() for parameter in model.parameters()))
     attempt(_compilers, cfg)
-    return found
+    return lines
 
 
 def from_hub(source: ModelConfig | DataConfig) -> bool:
@@ -77,20 +77,20 @@ def _texts(cfg: Config, tokenizer, planning: bool) -> None:
             packing.training_stream(text, cfg.seed, tokenizer).micro_batch(1, cfg.budget.seq_len)
 
 
-def _disk(cfg: Config, parameters: int) -> None:
-    """Raise `UserError` where the checkpoints of the run and its baseline have no room: of each weights and moments, of
-    which two are kept and one is being written, and only weights when it is finished."""
-    runs = {run.id: run for run in map(Run.of, (baseline_of(cfg), cfg)) if not run.finished}
+def checkpoint_bytes(cfg: Config, parameters: int) -> tuple[int, int]:
+    """Return (most, final) bytes of a run's checkpoints: weights and moments of two that are kept and one that is being
+    written, as far as there are so many; only weights when it is finished."""
+    weights, moments = cfg.optim.weight_bytes * parameters, cfg.optim.moment_bytes * parameters
     saved = min(3, (cfg.steps - 1) // cfg.budget.checkpoint_every)
+    return max(weights, saved * (weights + moments)), weights
+
+
+def _disk(cfg: Config, parameters: int) -> None:
+    """Raise `UserError` where the checkpoints of the run and its baseline have no room."""
+    runs = {run.id: run for run in map(Run.of, (baseline_of(cfg), cfg)) if not run.finished}
+    most, final = checkpoint_bytes(cfg, parameters)
     there = sum(file.stat().st_size for run in runs.values() for file in run.checkpoints.rglob("*.safetensors"))
-    weight, moments = cfg.optim.weight_bytes, cfg.optim.moment_bytes
-    need = parameters * (max(weight, (weight + moments) * saved) + weight * (len(runs) - 1)) - there
-    free = shutil.disk_usage(files.existing(Path(cfg.runs_dir))).free
-    if need > free:
-        raise UserError(
-            f"runs_dir={cfg.runs_dir}: the checkpoints take {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; "
-            f"make room, or name a folder on another disk"
-        )
+    _check_free(cfg, "the checkpoints", most + final * (len(runs) - 1) - there)
 
 
 def check_room(configs: Sequence[Config]) -> None:
@@ -99,12 +99,18 @@ def check_room(configs: Sequence[Config]) -> None:
     if len(configs) <= 2:  # `check` asks for a run and its baseline
         return
     model, _ = check_model(configs[0].model, configs[0].budget.seq_len)
-    need = sum(cfg.optim.weight_bytes for cfg in configs) * sum(parameter.numel() for parameter in model.parameters())
-    free = shutil.disk_usage(files.existing(Path(configs[0].runs_dir))).free
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    need = sum(checkpoint_bytes(cfg, parameters)[1] for cfg in configs)
+    _check_free(configs[0], f"the weights of {len(configs)} runs", need)
+
+
+def _check_free(cfg: Config, what: str, need: int) -> None:
+    """Raise `UserError` where fewer bytes than `need` are free for the runs of `cfg`."""
+    free = shutil.disk_usage(files.existing(Path(cfg.runs_dir))).free
     if need > free:
         raise UserError(
-            f"runs_dir={configs[0].runs_dir}: the weights of {len(configs)} runs take {need / 1e9:.3g} GB, and "
-            f"{free / 1e9:.3g} GB are free; make room, or name a folder on another disk"
+            f"runs_dir={cfg.runs_dir}: {what} take {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; make room, "
+            f"or name a folder on another disk"
         )
 
 

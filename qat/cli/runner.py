@@ -148,10 +148,10 @@ def train_with_baseline(cfg: Config) -> list[Run]:
     """Train the matched BF16 baseline and then the run, skipping what is finished. Returns [baseline, run] or [run]."""
     distributed.check_world_size(cfg)
     plan = [baseline_of(cfg), cfg] if cfg.quantized else [cfg]
-    if not all(Run.of(each).finished for each in plan):
+    if not all(Run.of(one).finished for one in plan):
         distributed.init()
         preflight.check(cfg)
-    return [train(each) for each in plan]
+    return [train(one) for one in plan]
 
 
 def evaluate_and_compare(cfg: Config) -> dict | None:
@@ -167,8 +167,8 @@ def evaluate_and_compare(cfg: Config) -> dict | None:
         comparison = against_baseline(run, cfg.benchmark.name)
         wandb_log.send(run, cfg, comparison)
         print(f"\n{table(comparison)}", flush=True)
-    repeats = [each for each in dict.fromkeys((baseline, run)) if cfg.repeat and original(each).finished]
-    if repeats:
-        rows = [rerun_cells(rerun_noise(original(each), each, cfg.benchmark.name)) for each in repeats]
+    pairs = [(original(repeat), repeat) for repeat in (baseline, run)] if cfg.repeat else []
+    rows = [rerun_cells(rerun_noise(*pair, cfg.benchmark.name)) for pair in pairs if pair[0].finished]
+    if rows:
         print(f"\n{markdown(RERUN_HEADER, rows)}", flush=True)
     return comparison

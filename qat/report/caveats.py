@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from qat.analysis.compare import TASKS
+from qat.analysis.compare import task_name
 from qat.analysis.decisions import APE_THRESHOLD
 from qat.report.experiment import Experiment, distinct, labels
 from qat.report.text import heldout_verdict, qat_verdict, verdict
@@ -94,7 +94,7 @@ def _near_chance(experiments: Sequence[Experiment]) -> list[str]:
         which = "BF16" if len(near) == len(rows) else f"{', '.join(names[run] for run in near)} alone"
         span = " to ".join(dict.fromkeys(f"{end(row['baseline'] for row in near.values()):.1f}" for end in (min, max)))
         lines.append(
-            f"{TASKS.get(task, task)} in {which}, {span} % of {first['n']:,} questions, cannot be told from chance, "
+            f"{task_name(task)} in {which}, {span} % of {first['n']:,} questions, cannot be told from chance, "
             f"{first['chance']:.0f} % (binomial test, 5 %). A score at chance has nothing left to lose, so that it did "
             "not drop is no evidence of health."
         )
@@ -103,7 +103,7 @@ def _near_chance(experiments: Sequence[Experiment]) -> list[str]:
 
 def run_warnings(experiments: Sequence[Experiment]) -> list[str]:
     """Return what the runs themselves warned of while they trained."""
-    runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs}
+    runs = {name: run for e in experiments for name, run in e.existing.items()}
     return [line for run in runs.values() for line in _warnings(run)]
 
 

@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header. A row whose first cell is empty continues the one above."""
+    """Rows of cells under a header."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]

@@ -14,9 +14,9 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.analysis.compare import TASKS, aggregate, differences, match, mismatches, pretrained_run, train_command
+from qat.analysis.compare import TASKS, aggregate, flat, match, mismatches, pretrained_run, train_command
 from qat.analysis.results import Match
-from qat.config import BenchmarkConfig, Config
+from qat.config import COMMAND_GROUPS, COMMAND_KEYS, BenchmarkConfig, Config
 from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import identity
@@ -30,9 +30,7 @@ _LABELS = {  # how a label puts a setting; the usual ones, and in this order bef
     "seed": "seed {}".format,
 }
 # What is about commands and folders, not about a run.
-_OF_COMMANDS = re.compile(
-    r"(runs?|record|runs_dir|retrain|experiment|seeds)$|(report|launch|bench|replay|export|sensitivity|dashboard)\."
-)
+_OF_COMMANDS = {*COMMAND_GROUPS, *COMMAND_KEYS, "experiment", "runs_dir", "retrain"}
 
 
 def published() -> dict:
@@ -54,9 +52,14 @@ class Experiment:
     command: str = ""
 
     @cached_property
+    def existing(self) -> dict[str, Run]:
+        """Return its runs and baselines whose folder exists, by id."""
+        return {run.id: run for run in (*self.runs, *self.baselines) if run.config()}
+
+    @cached_property
     def typed(self) -> dict[str, Config]:
-        """Return the configurations of its runs whose folder exists, {run id: config}."""
-        configs = {run.id: run.typed_config() for run in (*self.runs, *self.baselines) if run.config()}
+        """Return the configurations of `existing`, by id."""
+        configs = {name: run.typed_config() for name, run in self.existing.items()}
         for config in configs.values():
             config.benchmark = self.benchmark or config.benchmark
         return configs
@@ -74,7 +77,7 @@ class Experiment:
     @cached_property
     def bf16(self) -> list[Run]:
         """Return its unquantized runs, wherever they are listed, without repetition."""
-        return list({run.id: run for run in (*self.runs, *self.baselines) if self._quantized(run) is False}.values())
+        return [run for run in self.existing.values() if not self._quantized(run)]
 
     @cached_property
     def pairs(self) -> list[Pair]:
@@ -272,9 +275,9 @@ class Telemetry:
 
 def unlike(configs: Mapping[str, Mapping]) -> dict[str, dict]:
     """Return the dotted settings in which configs differ: {key: {name: value}}; null where a config has none."""
-    flat = {name: {key: value for key, (_, value) in differences({}, c).items()} for name, c in configs.items()}
-    keys = [key for key in dict.fromkeys(key for c in flat.values() for key in c) if not _OF_COMMANDS.match(key)]
-    rows = {key: {name: config.get(key) for name, config in flat.items()} for key in keys}
+    settings = {name: flat(config) for name, config in configs.items()}
+    keys = dict.fromkeys(key for own in settings.values() for key in own if key.split(".")[0] not in _OF_COMMANDS)
+    rows = {key: {name: own.get(key) for name, own in settings.items()} for key in keys}
     return {key: row for key, row in rows.items() if len({str(value) for value in row.values()}) > 1}
 
 

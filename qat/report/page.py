@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,12 +20,12 @@ from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, DROP_THRESHOLD
 from qat.config import Config
 from qat.report import pictures, tables, uncertainty
 from qat.report.caveats import caveats, lead, run_warnings
-from qat.report.cells import Table
+from qat.report.cells import Table, text_table
 from qat.report.experiment import Experiment, Pair, labels, published, scientific
 from qat.report.panels import score_legend
 from qat.report.plots import Panel, svg
 from qat.report.studies import studies_in
-from qat.report.text import escape, loss_text, qat_verdict, verdict
+from qat.report.text import escape, heldout_table, loss_text, qat_verdict, task_table, verdict
 from qat.report.verdicts import verdicts
 from qat.runs.folder import Run
 from qat.utils.environment import brief, commit_name, hardware_name
@@ -46,17 +48,16 @@ _SHELL = """<!DOCTYPE html>
 """
 
 
-def write_report(experiments: Sequence[Experiment], out: Path, context: Mapping) -> tuple[Path, Path]:
+def write_report(experiments: Sequence[Experiment], out: Path) -> tuple[Path, Path]:
     """Write the report into the folder `out`; return the paths of `report.html` and `report.md`.
 
-    context: provenance of the page itself, {label: text}: command, date. That of the numbers is read from the runs.
     Beside the two lie `report.json`, the numbers for other pages, and the pictures of `report.md`: `loss.png`,
     `overshoot.png`, `deltas.png`, where a run has what they show. Results of the factorial and the audit are shown if
     they lie in `out`.
     """
     out, paper = Path(out), published()
     shown = pictures.write_pictures(experiments, paper, out)
-    view = _view(experiments, paper, context) | {"pictures": shown, "studies": studies_in(out)}
+    view = _view(experiments, paper) | {"pictures": shown, "studies": studies_in(out)}
     figures = Figures()
     web = html(_markdown(view, figures), figures, TITLE)
     files = {"report.html": web, "report.md": _markdown(view), "report.json": _json(experiments, view)}
@@ -138,7 +139,7 @@ def _bf16(experiment: Experiment, run: Run) -> dict:
     return row
 
 
-def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -> dict:
+def _view(experiments: Sequence[Experiment], paper: Mapping) -> dict:
     rows = verdicts(experiments)
     return {
         "title": TITLE,
@@ -146,7 +147,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
         "rows": rows,
         "decisions": DECISIONS,
         "verdicts": tables.verdicts(rows),
-        "provenance": _provenance(experiments) | context,
+        "provenance": _provenance(experiments) | made(),
         "paper": paper["paper"],
         "thresholds": {"drop": DROP_THRESHOLD, "ape": APE_THRESHOLD},
         "overview": tables.overview(experiments, paper),
@@ -170,8 +171,7 @@ def _view(experiments: Sequence[Experiment], paper: Mapping, context: Mapping) -
 def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
     """Return what the runs' own configs say; several values where they differ."""
     configs = [config for e in experiments for config in e.configs.values()]
-    runs = {run.id: run for e in experiments for run in (*e.runs, *e.baselines)}
-    environments = [environment for run in runs.values() for environment in run.environments()]
+    runs = {name: run for e in experiments for name, run in e.existing.items()}
     lines = {
         "Model": [c["model"]["name"] for c in configs],
         "Data": [c["data"]["name"] for c in configs],
@@ -180,12 +180,24 @@ def _provenance(experiments: Sequence[Experiment]) -> dict[str, str]:
         "Protocol": [c["protocol"] for c in configs],
         "Seed": [str(c["seed"]) for c in configs],
         "Benchmark": [c["benchmark"]["name"] for c in configs],
-        "Hardware": [hardware_name(e) for e in environments],
         "Arithmetic": [c["budget"]["arithmetic"].upper() for c in configs],
-        "Versions": [", ".join(map(" ".join, e["packages"].items())) for e in environments],
-        "Code": [commit_name(e["git"]) for e in environments if e["git"]],
     }
-    return {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
+    about = {label: "; ".join(dict.fromkeys(values)) for label, values in lines.items() if values}
+    return about | origin(runs.values())
+
+
+def origin(runs: Iterable[Run]) -> dict[str, str]:
+    """Return what computed runs: hardware, versions and code, several where they differ."""
+    environments = [environment for run in runs for environment in run.environments()]
+    versions = [", ".join(map(" ".join, e["packages"].items())) for e in environments]
+    codes = [commit_name(e["git"]) for e in environments]
+    lines = {"Hardware": map(hardware_name, environments), "Versions": versions, "Code": codes}
+    return {label: "; ".join(dict.fromkeys(values)) or "unknown" for label, values in lines.items()}
+
+
+def made() -> dict[str, str]:
+    """Return what made a page, and when."""
+    return {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
 
 
 def _lengths(experiments: Sequence[Experiment]) -> list[str]:
@@ -223,8 +235,8 @@ def _experiment(experiment: Experiment, entry: Mapping, shown: dict[str, str]) -
 
 def _pair(pair: Pair, experiment: Experiment, shown: dict[str, str]) -> dict:
     compared, first = pair.comparison, shown.setdefault(pair.run.id, experiment.name)
-    rows = [tables.tasks(compared), tables.measures(compared)] if compared and compared["tasks"] else []
-    rows += [tables.heldout(compared)] if compared and compared["heldout"] else []
+    rows = [text_table(*task_table(compared)), tables.measures(compared)] if compared and compared["tasks"] else []
+    rows += [text_table(*heldout_table(compared))] if compared and compared["heldout"] else []
     rows += [tables.settings(pair.config, experiment.configs[pair.baseline.id])] if pair.baseline else []
     return {
         "label": pair.label,
@@ -256,8 +268,7 @@ def _configurations(experiments: Sequence[Experiment]) -> Table:
 
 def _run_configs(experiments: Sequence[Experiment]) -> dict[str, str]:
     """Return configuration, environment and status of every run as YAML, by id."""
-    runs = {run.id: (run, e) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs}
-    return {name: _details(run, e.configs[name]) for name, (run, e) in runs.items()}
+    return {name: _details(run, e.configs[name]) for e in experiments for name, run in e.existing.items()}
 
 
 def _recipe(pair: Pair, cfg: Config) -> str:

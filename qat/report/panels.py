@@ -101,7 +101,7 @@ def overshoot(telemetry: Telemetry, role: str, title: str, last_step: int, bar: 
             shade = np.log2(np.fmax.reduceat(grid, starts, axis=1))
         # Steps are logged at no even pace: a column reaches half way to its neighbours.
         edges = np.concatenate([[steps[0] - 0.5], (steps[1:] + steps[:-1]) / 2, [steps[-1] + 0.5]])
-        look = {"cmap": _diverging(), "vmin": -_REACH, "vmax": _REACH, "rasterized": True}
+        look = {"cmap": diverging(), "vmin": -_REACH, "vmax": _REACH, "rasterized": True}
         image = axes.pcolormesh(edges[[*starts, -1]], np.arange(len(blocks) + 1) - 0.5, shade, **look)
         axes.set_xlim(0.5, last_step + 0.5)
         shown = range(0, len(blocks), -(-len(blocks) // 6))
@@ -207,10 +207,8 @@ def forest(
 ) -> Panel:
     """Draw differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
 
-    reach: the end of the axis, in `unit`, so that panels can share it; None: what the rows need.
+    reach: the end of the axis, in `unit`, so that panels can share it; None: what the rows need but those far out.
     """
-    ends = [abs(end) for _, modes, _ in rows for row in modes.values() for end in (row.value, *(row.ci or ()))]
-    reach = reach or 1.04 * max(ends) or 1.0
     drawn = []
     for label, modes, paper in rows:
         marks = []
@@ -220,7 +218,7 @@ def forest(
                 marks += [] if threshold is None else [Mark(threshold, None, shift, _THRESHOLD)]
                 marks += [Mark(value, ci, shift, {"marker": shape, "markerfacecolor": fill, "markersize": 5.5})]
         drawn.append((label, marks + ([] if paper is None else [Mark(paper, style=_PAPER)])))
-    return plots.forest(title, drawn, f"Run − BF16 ({unit})", (-reach, reach), row_height=30)
+    return plots.forest(title, drawn, f"Run − BF16 ({unit})", reach and (-reach, reach), row_height=30)
 
 
 def score_legend() -> dict[str, str]:
@@ -267,7 +265,7 @@ def _step_axis(axes: Axes, label: str, grid: bool = True) -> None:
         axes.grid(axis="y")
 
 
-def _diverging() -> ListedColormap:
+def diverging() -> ListedColormap:
     """Return a colour map: blue below, orange above, transparent between."""
     strength = np.linspace(-1, 1, 129)
     colour = [(*to_rgb(WARM if s > 0 else ACCENT), min(1.0, abs(s) ** 0.8)) for s in strength]

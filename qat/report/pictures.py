@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat.analysis.compare import TASKS
+from qat.analysis.compare import task_name
 from qat.analysis.decisions import DROP_THRESHOLD
 from qat.config import ROLES
 from qat.report import panels
@@ -115,7 +115,7 @@ def of_scores(experiments: Sequence[Experiment], paper: Mapping) -> list[Panel]:
             modes = {row["mode"]: _points(row) for row in own}
             score = paper["experiments"].get(name, {}).get("scores", {}).get(task, {})
             rows.append((recipe.label, modes, score["quantized"] - score["bf16"] if "quantized" in score else None))
-        forests.append(panels.forest(TASKS.get(task, task), rows, "percentage points", 1.04 * max(limits)))
+        forests.append(panels.forest(task_name(task), rows, "percentage points", 1.04 * max(limits)))
     return forests
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from operator import attrgetter
 from pathlib import Path
 
-from qat.analysis.compare import comparison_of
+from qat.analysis.compare import comparison_of, setting
 from qat.config import Config
 from qat.errors import UserError
 from qat.quant.rules import RULES
 from qat.report.experiment import tasks_of, unlike
 from qat.report.studies import TITLES, results
-from qat.report.text import change
+from qat.report.text import change, setting_text
 from qat.runs import archive
 from qat.runs.folder import Run
 from qat.runs.identity import identity
@@ -29,7 +29,9 @@ _COLUMNS = ("seed", "quant.format", "scaling.algo", "scaling.window", "optim.lr"
 
 def of_studies(report: Path) -> set[str]:
     """Return the runs and baselines of the studies in a report's folder, by name."""
-    return {row[key] for study in results(report).values() for row in study["runs"] for key in ("run", "baseline")}
+    runs = {row[key] for study in results(report).values() for row in study["runs"] for key in ("run", "baseline")}
+    files = report.glob("sensitivity/*/sensitivity.json")
+    return runs | {json.loads(file.read_text(encoding="utf-8"))["request"]["run"] for file in files}
 
 
 def keep_report(report: Path, record: Path) -> None:
@@ -48,11 +50,11 @@ def keep_report(report: Path, record: Path) -> None:
 
 
 def keep_runs(runs: Iterable[Run], record: Path) -> tuple[list[str], list[str]]:
-    """Put runs into a record and write its runs.csv anew; (names kept, names left out as unfinished)."""
-    kept, unfinished = archive.keep(runs, record)
-    if kept:
+    """Put runs into a record and write its runs.csv anew; (names archived, names left out as unfinished)."""
+    archived, unfinished = archive.keep(runs, record)
+    if archived:
         write_table(record)
-    return kept, unfinished
+    return archived, unfinished
 
 
 def write_table(record: Path) -> None:
@@ -108,19 +110,12 @@ def _row(run: Run, cfg: Config, others: str) -> dict:
 def _other_settings(configs: Mapping[str, Config]) -> dict[str, str]:
     """Return, by run, the settings without a column in which it is unlike most trained runs of its kind, quantized or
     not."""
-    found = dict.fromkeys(configs, "")
+    others = dict.fromkeys(configs, "")
     for quantized in (True, False):
         kind = {name: cfg for name, cfg in configs.items() if cfg.budget.steps and cfg.quantized == quantized}
         for key, values in unlike({name: identity(cfg) for name, cfg in kind.items()}).items():
-            texts = {name: _text(attrgetter(key)(kind[name]) if v is None else v) for name, v in values.items()}
+            texts = {name: setting_text(setting(kind[name], key) if v is None else v) for name, v in values.items()}
             usual, _ = Counter(texts.values()).most_common(1)[0]
             for name, text in texts.items() if key not in _COLUMNS else ():
-                found[name] += f" {key}={text}" if text != usual else ""
-    return {name: text.strip() for name, text in found.items()}
-
-
-def _text(value) -> str:
-    """Return a setting's value as the command line takes it."""
-    if isinstance(value, list):
-        return f"[{','.join(value)}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+                others[name] += f" {key}={text}" if text != usual else ""
+    return {name: text.strip() for name, text in others.items()}

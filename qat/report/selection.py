@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat.analysis.compare import mismatches
-from qat.config import Config
+from qat.config import BenchmarkConfig, Config
 from qat.errors import ConfigError
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
@@ -17,10 +17,10 @@ from qat.runs.identity import baseline_of, run_id
 OF_NONE = "custom"  # runs of no experiment
 
 
-def selected(folders: Sequence[str]) -> list[Experiment]:
+def selected(folders: Sequence[str], benchmark: BenchmarkConfig | None = None) -> list[Experiment]:
     """Return the runs in `folders`, of any experiments or none, the quantized ones with their BF16 baselines.
 
-    Errors: ConfigError for none, for what is no run folder, and for two of one name.
+    benchmark: as of `Experiment`. Errors: ConfigError for none, for what is no run folder, and for two of one name.
     """
     runs = run_folders(folders)
     configs = {run.id: run.typed_config() for run in runs}
@@ -32,7 +32,7 @@ def selected(folders: Sequence[str]) -> list[Experiment]:
     for name, members in groups.items():
         quantized = [run for run in members if configs[run.id].quantized]
         baselines = [baseline for run in quantized for baseline in _baselines(run, configs[run.id], plain)]
-        experiments.append(Experiment(name, members, baselines))
+        experiments.append(Experiment(name, members, baselines, benchmark))
     return experiments
 
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qat.analysis.compare import MODES, TASKS, pretrained_record, pretrained_run
+from qat.analysis.compare import MODES, TASKS, pretrained_record, pretrained_run, task_name
 from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.analysis.measures import MEASURES
-from qat.report import text
 from qat.report.cells import Cell, Table, text_table
 from qat.report.experiment import Curve, Experiment, Recipe, scientific, tasks_of, unlike
-from qat.report.text import can_move, change, heading, interval, number, p_text, remark, resolved, signed
+from qat.report.text import can_move, change, heading, interval, number, p_text, remark, resolved, setting_text, signed
 
 PASS, FAIL = "✓", "✗"
 
@@ -53,7 +52,7 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
             rows += _recipe_rows(experiment, recipe, tasks)
         if not experiment.pairs:
             rows.append([Cell(""), Cell("no run yet"), *[Cell("–")] * (len(tasks) + 1)])
-    return Table(["", "Source", "Loss APE %", *(f"{TASKS.get(t, t)}, drop %" for t in tasks)], rows)
+    return Table(["", "Source", "Loss APE %", *(f"{task_name(t)}, drop %" for t in tasks)], rows)
 
 
 def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
@@ -75,7 +74,7 @@ def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         cells += [column[place] for column in beside.values()] + [Cell(f"{held['kl']:.4f}")]
         rows.append(cells + [_points(points.get(task)) for task in tasks])
     header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", *beside, "KL, nats"]
-    return Table([*header, *(f"{TASKS.get(t, t)}, points" for t in tasks)], rows)
+    return Table([*header, *(f"{task_name(t)}, points" for t in tasks)], rows)
 
 
 def _points(row: Mapping | None) -> Cell:
@@ -151,20 +150,15 @@ def _mark(passes: bool, sure: bool = True) -> str:
     return mark if sure else f"({mark})"
 
 
-def tasks(comparison: Mapping) -> Table:
-    """Return every task of a comparison in every mode, and all questions together."""
-    return text_table(text.TASK_HEADER, text.task_rows(comparison))
-
-
 def measures(comparison: Mapping) -> Table:
     """Return what the log-probabilities of the choices say of every task in every mode, and of all tasks pooled."""
-    found = {(row["task"], row["mode"], row["measure"]): row for row in comparison["measures"]}
-    names = [name for name in MEASURES if name != "accuracy" and any(name == key[2] for key in found)]
+    measured = {(row["task"], row["mode"], row["measure"]): row for row in comparison["measures"]}
+    names = [name for name in MEASURES if name != "accuracy" and any(name == key[2] for key in measured)]
     diagnoses = {(row["task"], row["mode"]): row for row in comparison["tasks"]}
     rows = []
-    for task, mode in dict.fromkeys(key[:2] for key in found):
-        cells = [_measure(found.get((task, mode, name))) for name in names]
-        rows.append([Cell(TASKS.get(task, task)), Cell(MODES[mode]), *cells, *_diagnosis(diagnoses.get((task, mode)))])
+    for task, mode in dict.fromkeys(key[:2] for key in measured):
+        cells = [_measure(measured.get((task, mode, name))) for name in names]
+        rows.append([Cell(task_name(task)), Cell(MODES[mode]), *cells, *_diagnosis(diagnoses.get((task, mode)))])
     heads = ["Answers of", "Mode", *(heading(MEASURES[name].name, MEASURES[name].unit) for name in names)]
     return Table([*heads, "Flips", "Choice KL, nats", "Choice mass", "Bits per byte, right and wrong answers"], rows)
 
@@ -184,26 +178,17 @@ def _diagnosis(row: Mapping | None) -> list[Cell]:
     return [Cell(f"{100 * row['flips']:.1f} %"), Cell(f"{row['choice_kl']:.4f}"), Cell(mass), Cell(bits)]
 
 
-def heldout(comparison: Mapping) -> Table:
-    """Return the loss on text never trained on, and the divergence from the baseline's predictions."""
-    return text_table(text.HELDOUT_HEADER, text.heldout_rows(comparison))
-
-
 def settings(run: Mapping, baseline: Mapping) -> Table:
     """Return the settings in which the configs of a run and its baseline differ."""
-    rows = [[key, *map(_value, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
+    rows = [[key, *map(setting_text, row.values())] for key, row in unlike({"run": run, "baseline": baseline}).items()]
     return text_table(["Setting", "Run", "Baseline"], rows)
 
 
 def configurations(configs: Mapping[str, Mapping]) -> Table:
     """Return the settings in which any of the configs {label: config} differ, a row for every config."""
     columns = unlike(configs)
-    rows = [[label, *(_value(column[label]) for column in columns.values())] for label in configs]
+    rows = [[label, *(setting_text(column[label]) for column in columns.values())] for label in configs]
     return text_table(["Run", *columns], rows if columns else [])
-
-
-def _value(value) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)
 
 
 def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
@@ -234,7 +219,7 @@ def baselines(experiments: Sequence[Experiment], paper: Mapping) -> Table:
         cells = [scientific(entry["lr"][-1]), f"{entry['loss']['bf16']:.4f}", "–"]
         rows.append([f"paper, {name} BF16", *cells, *(scores.get(task, "–") for task in names)])
     header = ["Weights", "Learning rate", "Final loss, nats", "Held-out loss, nats"]
-    return text_table([*header, *(f"{TASKS.get(t, t)} %" for t in names)], rows)
+    return text_table([*header, *(f"{task_name(t)} %" for t in names)], rows)
 
 
 def disagreements(paper: Mapping) -> Table:

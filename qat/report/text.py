@@ -6,23 +6,23 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from qat.analysis.compare import MODES, TASKS
+from qat.analysis.compare import MODES, task_name
 from qat.analysis.decisions import APE_THRESHOLD, DROP_THRESHOLD
 from qat.analysis.stats import LEVEL, holm
 from qat.report.verdicts import comparison_rows
 
-TASK_HEADER = ["Task", "Mode", "Pretrained %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
-TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
-HELDOUT_HEADER = ["Held-out text", "Mode", "Pretrained, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
-HELDOUT_HEADER += ["KL, nats", "Documents"]
-DECISION_HEADER = ["Scored as", "Measure", "Minus BF16 [95 % CI]", "Margin", "Detectable", "Decision"]
+_TASK_HEADER = ["Task", "Mode", "Pretrained %", "BF16 %", "Score %", "Points [95 % CI]", "Rel. drop % [95 % CI]"]
+_TASK_HEADER += ["Lost/gained of n", "p", "Detectable, points", "Remark"]
+_HELDOUT_HEADER = ["Held-out text", "Mode", "Pretrained, nats", "BF16, nats", "Loss, nats", "Difference [95 % CI]"]
+_HELDOUT_HEADER += ["KL, nats", "Documents"]
+_DECISION_HEADER = ["Scored as", "Measure", "Minus BF16 [95 % CI]", "Margin", "Detectable", "Decision"]
 RERUN_HEADER = ["Run", "Repeat", "Steps", "Loss APE %", "Largest loss difference, nats", "Held-out difference, nats"]
 RERUN_HEADER += ["Answers flipped", "In words"]
 
 
-def task_rows(comparison: Mapping) -> list[list[str]]:
-    """Return every task in every mode, and all questions together, as text, a cell for each entry of `TASK_HEADER`."""
-    return [_task_cells(row) for row in (*comparison["tasks"], *comparison["pooled"])]
+def task_table(comparison: Mapping) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of every task in every mode, and of all questions together."""
+    return _TASK_HEADER, [_task_cells(row) for row in (*comparison["tasks"], *comparison["pooled"])]
 
 
 def _task_cells(row: dict) -> list[str]:
@@ -34,15 +34,15 @@ def _task_cells(row: dict) -> list[str]:
     if not can_move(row):
         points = drop = "powerless"
     flips = f"-{row['lost']}/+{row['gained']} of {row['n']}"
-    name = TASKS.get(row["task"], row["task"]) if "task" in row else "All questions"
+    name = task_name(row["task"]) if "task" in row else "All questions"
     scores = (number(row.get("pretrained")), number(row["baseline"]), number(row["score"]))
     cells = [name, MODES[row["mode"]], *scores, points, drop, flips, p_text(row["p_value"])]
     return [*cells, f"{row['detectable']:.1f}", remark(row)]
 
 
-def heldout_rows(comparison: Mapping) -> list[list[str]]:
-    """Return every held-out text in every mode as text, a cell for each entry of `HELDOUT_HEADER`."""
-    return [
+def heldout_table(comparison: Mapping) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the loss on every text never trained on, in every mode."""
+    return _HELDOUT_HEADER, [
         [
             row["text"],
             MODES[row["mode"]],
@@ -55,8 +55,8 @@ def heldout_rows(comparison: Mapping) -> list[list[str]]:
     ]
 
 
-def decision_rows(comparison: Mapping) -> list[list[str]]:
-    """Return what is decided by every measure in every mode as text, a cell for each entry of `DECISION_HEADER`."""
+def _decision_rows(comparison: Mapping) -> list[list[str]]:
+    """Return what is decided by every measure in every mode."""
     rows = []
     for row in comparison_rows(comparison):
         for answer in row["answers"].values():
@@ -111,6 +111,13 @@ def escape(text: str) -> str:
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number, or a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def setting_text(value) -> str:
+    """Return a setting's value as the command line takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def heading(name: str, unit: str) -> str:
@@ -242,7 +249,7 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
         for row in (row for row in comparison["tasks"] if row["mode"] != "control"):
             shared = row["mode"] == "ptq"
             of = (comparison["baseline"], comparison["ptq"]) if shared else (comparison["run"], row["mode"])
-            name = f"{label + ': ' if label else ''}{TASKS.get(row['task'], row['task'])} in {MODES[row['mode']]}"
+            name = f"{label + ': ' if label else ''}{task_name(row['task'])} in {MODES[row['mode']]}"
             tests.setdefault((*of, row["task"]), (name, row))
     if not tests:
         return "No benchmark task was compared."
@@ -263,8 +270,8 @@ def verdict(comparisons: Mapping[str, dict]) -> str:
             f"Accuracy decides nothing: none {tests} finds a difference from BF16; {smallest}. That is no evidence of "
             f"equality: {least}with these questions {reach}."
         )
-    found = [(name, signed(row["points"]), p_text(row["p_value"])) for name, row in rows[:real]]
-    differ = [f"{name} ({points} points, p {'= ' * (p[0] != '<')}{p})" for name, points, p in found]
+    beyond = [(name, signed(row["points"]), p_text(row["p_value"])) for name, row in rows[:real]]
+    differ = [f"{name} ({points} points, p {'= ' * (p[0] != '<')}{p})" for name, points, p in beyond]
     rest = f"; elsewhere {reach}" if real < len(rows) else ""
     return f"{real} {tests} find a difference from BF16: {', '.join(differ)}{rest}."
 
@@ -280,8 +287,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def table(comparison: dict) -> str:
     """Return a comparison as Markdown for the terminal: the tasks, the losses, what is decided, and why."""
     parts = [f"{comparison['run']} against {comparison['baseline']} on benchmark {comparison['benchmark']}", ""]
-    parts += [markdown(TASK_HEADER, task_rows(comparison)), ""] if comparison["tasks"] else []
-    parts += [markdown(HELDOUT_HEADER, heldout_rows(comparison)), ""] if comparison["heldout"] else []
-    parts += [markdown(DECISION_HEADER, decision_rows(comparison)), ""]
+    parts += [markdown(*task_table(comparison)), ""] if comparison["tasks"] else []
+    parts += [markdown(*heldout_table(comparison)), ""] if comparison["heldout"] else []
+    parts += [markdown(_DECISION_HEADER, _decision_rows(comparison)), ""]
     sentences = [loss_text(comparison), qat_verdict([comparison]), verdict({"": comparison})]
     return "\n".join([*parts, *filter(None, sentences)]) + "\n"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from qat.analysis import rerun_noise as reruns
-from qat.analysis.compare import MODES, TASKS
+from qat.analysis.compare import MODES, task_name
 from qat.analysis.decisions import DROP_THRESHOLD
-from qat.analysis.stats import Z, half_width
+from qat.analysis.stats import Z, student
 from qat.errors import UserError
 from qat.report.cells import Table, text_table
 from qat.report.experiment import Experiment, distinct, tasks_of
@@ -30,7 +32,7 @@ def resolution(experiments: Sequence[Experiment]) -> Table:
         row = widest[task]
         flips, threshold = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_THRESHOLD / 100
         need = f"{_round_up(Z**2 * flips / (threshold / 100) ** 2):,}" if flips and threshold else "–"
-        cells = [TASKS.get(task, task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
+        cells = [task_name(task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
         rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{threshold:.2f}", need])
     header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % threshold, points"]
     return text_table([*header, "Questions to resolve the threshold"], rows)
@@ -52,11 +54,12 @@ def seeds(experiments: Sequence[Experiment]) -> Table:
             held = [_changed(c["heldout"], mode) for c in compared]  # the first text is the data's own
             if not all(held):
                 continue
-            cells = [label, name, str(len(compared)), _spread(apes, 3, "") if mode == "w8a8" else ""]
-            cells += [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
-            pooled, label = [_changed(c["pooled"], mode) for c in compared], ""
-            points = [_spread([row["points"] for row in pooled], 2), _half_interval(pooled, 2)] if all(pooled) else "––"
-            rows.append([*cells, *points])
+            ape = _spread(apes, 3, "") if mode == "w8a8" else ""
+            loss = [_spread([row["difference"] for row in held], 4), _half_interval(held, 4)]
+            pooled, points = [_changed(c["pooled"], mode) for c in compared], ["–", "–"]
+            if all(pooled):
+                points = [_spread([row["points"] for row in pooled], 2), _half_interval(pooled, 2)]
+            rows.append([label if mode == "w8a8" else "", name, str(len(compared)), ape, *loss, *points])
     header = ["", "Scored", "Seeds", "Loss APE %", "Held-out loss, nats: over seeds", "one run's ±"]
     return text_table([*header, "All questions, points: over seeds", "one run's ±"], rows)
 
@@ -72,9 +75,7 @@ def _changed(rows: Sequence[Mapping], mode: str) -> Mapping | None:
 
 def rerun_noise(experiments: Sequence[Experiment]) -> Table:
     """Return every run and baseline beside its repetitions, or why they cannot be compared."""
-    runs = {
-        run.id: (run, e.configs[run.id]) for e in experiments for run in (*e.runs, *e.baselines) if run.id in e.configs
-    }
+    runs = {name: (run, e.configs[name]) for e in experiments for name, run in e.existing.items()}
     rows = []
     for run, config in runs.values():
         for place, repeat in enumerate(reruns.reruns(run), start=1):
@@ -86,10 +87,8 @@ def rerun_noise(experiments: Sequence[Experiment]) -> Table:
 
 
 def _spread(values: Sequence[float], digits: int, plus: str = "+") -> str:
-    mean, half = sum(values) / len(values), half_width(values)
-    agree = max(values) - min(values) < 1e-9  # which is no certainty
-    ends = None if agree else [mean - half, mean + half]
-    return change(mean, ends, digits, plus)
+    mean, agree = student(np.array(values)), max(values) - min(values) < 1e-9  # which is no certainty
+    return change(mean.value, None if agree else mean.interval(), digits, plus)
 
 
 def _half_interval(rows: Sequence[Mapping], digits: int) -> str:

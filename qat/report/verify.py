@@ -28,22 +28,22 @@ def verify(record: Path, runs: Path) -> tuple[str, int]:
     """
     with tempfile.TemporaryDirectory() as folder:
         archive.restore(record, Path(folder))
-        kept = [run for run in map(Run, sorted(Path(folder).iterdir())) if run.finished]
-        both = [(run, Run(runs / run.id)) for run in kept if Run(runs / run.id).finished]
+        done = [run for run in map(Run, sorted(Path(folder).iterdir())) if run.finished]
+        both = [(run, Run(runs / run.id)) for run in done if Run(runs / run.id).finished]
         if not both:
-            raise UserError(f"{runs} has none of the {len(kept)} runs of {record}; repeat its command (its README.md)")
+            raise UserError(f"{runs} has none of the {len(done)} runs of {record}; repeat its command (its README.md)")
         both = [pair for pair in both if not _copied(*pair)]
         if not both:
             restored = f"{runs} has the runs of {record} as they were put back, none repeated"
             raise UserError(f"{restored}; repeat its command, and this one, with ARGS=runs_dir=<another folder>")
-        floors = [_rerun_noise(*pair) for pair in both]
-        rows = [row for pair, told in zip(both, floors, strict=True) for row in _differences(*pair, told[-1])]
+        noises = [_rerun_noise(*pair) for pair in both]
+        rows = [row for pair, (noise, _) in zip(both, noises, strict=True) for row in _differences(*pair, noise)]
     drop = RERUN_HEADER.index("Repeat")
-    parts = [markdown(_without(RERUN_HEADER, drop), [_without(cells, drop) for cells in floors])]
-    parts += [markdown(HEADER, rows)] if rows else []
-    if len(both) < len(kept):
-        parts += [f"{len(both)} of the record's {len(kept)} runs were repeated here; nothing is said of the others."]
-    failed = sum(cells[-1].startswith(("outside", _UNLIKE)) for cells in (*rows, *floors))
+    parts = [markdown(_without(RERUN_HEADER, drop), [_without(cells, drop) for _, cells in noises])]
+    parts += [markdown(HEADER, [row for row, _ in rows])] if rows else []
+    if len(both) < len(done):
+        parts += [f"{len(both)} of the record's {len(done)} runs were repeated here; nothing is said of the others."]
+    failed = sum(noise is None for noise, _ in noises) + sum(amiss for _, amiss in rows)
     return "\n\n".join(parts) + "\n", failed
 
 
@@ -52,11 +52,13 @@ def _copied(first: Run, again: Run) -> bool:
     return first.metrics() == again.metrics()
 
 
-def _rerun_noise(first: Run, again: Run) -> list[str]:
+def _rerun_noise(first: Run, again: Run) -> tuple[dict | None, list[str]]:
+    """Return what the two differ by, None where they cannot be compared, and the cells that say so."""
     try:
-        return rerun_cells(rerun_noise(first, again, _benchmark(first)))
+        noise = rerun_noise(first, again, _benchmark(first))
     except UserError as reason:
-        return [first.id, *["-"] * (len(RERUN_HEADER) - 2), f"{_UNLIKE}: {reason}"]
+        return None, [first.id, *["-"] * (len(RERUN_HEADER) - 2), f"{_UNLIKE}: {reason}"]
+    return noise, rerun_cells(noise)
 
 
 def _benchmark(run: Run) -> str:
@@ -67,27 +69,27 @@ def _without(cells: Sequence[str], place: int) -> list[str]:
     return [*cells[:place], *cells[place + 1 :]]
 
 
-def _differences(first: Run, again: Run, told: str) -> list[list[str]]:
+def _differences(first: Run, again: Run, noise: dict | None) -> list[tuple[list[str], bool]]:
     """Return a row a held-out text of a quantized run, one that says why where either cannot be compared with its
-    baseline;
-    told: what the first table says of the run. Nothing of what it calls unlike or not scored, or identical without a
-    baseline."""
-    if not first.typed_config().quantized or told.startswith(_UNLIKE) or told.endswith("not scored"):
+    baseline, and whether it is amiss. Nothing of a run that is unlike or not scored, or identical without a baseline.
+    """
+    if not (first.typed_config().quantized and noise and noise["heldout"]):
         return []
     try:
         stated, here = (_against_baseline(run, _benchmark(first)) for run in (first, again))
     except UserError as reason:
         why, *_ = str(reason).split("; ")  # what follows is of a folder that is about to go
-        return [] if told.startswith("bit-identical") else [[first.id, *["-"] * 4, f"{_UNLIKE}: {why}"]]
+        return [] if noise["identical"] else [([first.id, *["-"] * 4, f"{_UNLIKE}: {why}"], True)]
     rows = []
     for text, row in stated.items():
         difference, ci = here[text]["difference"], row["ci"]
-        told = "-" if ci is None else "inside" if ci[0] <= difference <= ci[1] else "outside"
-        cells = [first.id, text, change(row["difference"], ci)]
-        rows.append([*cells, signed(difference, 4), f"{row['decision']}, {here[text]['decision']}", told])
+        outside = ci is not None and not ci[0] <= difference <= ci[1]
+        place = "-" if ci is None else "outside" if outside else "inside"
+        cells = [first.id, text, change(row["difference"], ci), signed(difference, 4)]
+        rows.append(([*cells, f"{row['decision']}, {here[text]['decision']}", place], outside))
     return rows
 
 
 def _against_baseline(run: Run, benchmark: str) -> dict[str, dict]:
-    found = against_baseline(run, benchmark)["heldout"]
-    return {row["text"]: row for row in found if row["mode"] == "w8a8"}
+    rows = against_baseline(run, benchmark)["heldout"]
+    return {row["text"]: row for row in rows if row["mode"] == "w8a8"}

@@ -9,7 +9,7 @@ import wandb
 import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
-from qat.analysis.compare import MODES, TASKS
+from qat.analysis.compare import MODES, task_name
 from qat.config import ROLES
 from qat.errors import UserError
 
@@ -88,7 +88,7 @@ def _loss() -> ws.Section:
 def _scores(mode: str, tasks: list[str]) -> ws.Section:
     measures = {"points": "points", "relative_drop": "relative drop, % (the paper's threshold: 1)"}
     panels = [
-        wr.BarPlot(title=f"{TASKS.get(task, task)}: {words}", metrics=[f"{mode}/{task}/{measure}"])
+        wr.BarPlot(title=f"{task_name(task)}: {words}", metrics=[f"{mode}/{task}/{measure}"])
         for measure, words in measures.items()
         for task in tasks
     ]

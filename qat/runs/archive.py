@@ -1,6 +1,7 @@
 """Records: the report of a suite and the runs it was made from, small enough to be kept in git.
 
-<record>/  README.md (by hand: the command, what it shows)  report.md  report.json  *.png  factorial/  audit/
+<record>/  README.md (by hand: the command, what it shows)  report.md  report.json  *.png
+           decide/  factorial/  replay/  audit/  ptq/  sensitivity/ (those of the studies that were made)
            runs.csv (a row a run)  runs-seed<n>.tar.xz (the run folders of a seed, less weights and mirrors)
 
 An archive holds `<id>/<file>` in the order of these names, without times and owners: the same runs give the same bytes.

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.config import Config
+from qat.config import COMMAND_GROUPS, Config
 from qat.errors import UserError, first_line
 from qat.runs import fingerprints
 from qat.runs.identity import digest, run_id
@@ -27,8 +27,7 @@ from qat.utils import environment, files
 if TYPE_CHECKING:
     import numpy as np
 
-# Groups of commands, which say nothing of a run; those of recorded runs are of their time.
-_OF_COMMANDS = ("report", "launch", "study", "bench", "replay", "ptq", "export", "sensitivity", "dashboard")
+_OF_COMMANDS = {*COMMAND_GROUPS, "study"}  # those of recorded runs are of their time
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.studies import measures
 from qat.studies.contrasts import Claim, Estimate, Response, Statement, with_holm
-from qat.studies.design import Cell, Compose, Key, refuse
+from qat.studies.design import Cell, Compose, Key, need_other_text, refuse
 from qat.studies.measures import Measured
 from qat.studies.registration import Registered, Registration, registration
 
@@ -67,14 +67,19 @@ def design(overrides: Sequence[str], compose: Compose, only: Sequence[Key] = ())
     only: the keys that are wanted; all, where there are none.
     """
     registered()  # what is wrong with it is said before anything is trained
-    own = {override.partition("=")[0] for switch in SWITCHES for override in switch.overrides}
-    refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant", *own], "audit")
+    refuse(overrides, ["experiment", "scaling", "window", "lr", "warmup", "quant"], "audit")
+    for switch in SWITCHES:
+        if not only or {(base, switch.name) for base in switch.bases} & set(only):
+            own = [override.partition("=")[0] for override in switch.overrides]
+            refuse(overrides, own, f'audit\'s switch "{switch.name}"')
     for override in overrides:
         if override.startswith("protocol=") and override != "protocol=paper":
             raise ConfigError(f"{override}: the audit throws its switches one at a time; set protocol=paper")
     bases = {"exp8": ("exp8", []), "exp3": ("exp3", [])}  # (experiment, changes)
     left_out = {}
-    split = _split(compose("exp8", overrides, []).cfg)
+    exp8 = compose("exp8", overrides, []).cfg
+    need_other_text(exp8)
+    split = _split(exp8)
     if split is None:
         left_out["a tick a call"] = "a step is one sequence, so calls are steps; set budget.micro_batch=2 or more"
     else:
@@ -161,14 +166,14 @@ def _effect(measured: Sequence[Measured], name: str, response: Response, key: Ke
 
 def registered() -> Registration:
     """Read what was registered before the runs."""
-    return registration("audit", _CLAIMS)
+    return registration("audit", CLAIMS)
 
 
 def claims(measured: Sequence[Measured], cfg: Config) -> list[dict]:
     """Judge the registered claims (`qat.studies.contrasts.Claim`); cfg: of exp8 by the text."""
     if not measured:
         return []
-    return [_CLAIMS[key](claim, measured, cfg).judge() for key, claim in registered().claims.items()]
+    return [CLAIMS[key](claim, measured, cfg).judge() for key, claim in registered().claims.items()]
 
 
 def _loss(claim: Registered, measured: Sequence[Measured], other: bool = False) -> float:
@@ -269,11 +274,8 @@ def power_of_linears(measured: Sequence[Measured], level: float) -> Estimate | N
         return None
     apes = [[group[scope] for scope in scopes] for group in groups.values() if set(scopes) <= set(group)]
     fit = linregress(np.log([linears[scope] for scope in scopes]), np.mean(apes, axis=0))
-    if len(scopes) < 3:
-        return Estimate(float(fit.slope), None, None, None, len(scopes), "scopes", level)
-    mean = stats.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),))
-    noise = *mean.interval(level), mean.p_value()
-    return Estimate(mean.value, *noise, len(scopes), "scopes", level, mean.detectable(level))
+    mean = stats.Mean(float(fit.slope), ((float(fit.stderr), len(scopes) - 2),)) if len(scopes) > 2 else None
+    return Estimate.from_mean(float(fit.slope), mean, len(scopes), "scopes", level)
 
 
 def _modes(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
@@ -282,7 +284,7 @@ def _modes(claim: Registered, measured: Sequence[Measured], _: Config) -> Claim:
     return Claim(claim, [Statement(what(cell[0]), between, {cell: 1}, -loss, loss, margin=loss) for cell in cells])
 
 
-_CLAIMS = {  # by their keys in experiments/claims.yaml
+CLAIMS = {  # by their keys in experiments/claims.yaml
     "labels": _labels,
     "clipping": _clipping,
     "calls": _calls,

@@ -59,6 +59,12 @@ class Estimate:
     level: float = 1 - LEVEL
     detectable: float | None = None
 
+    @classmethod
+    def from_mean(cls, value: float, mean: stats.Mean | None, n: int, of: str, level: float) -> Estimate:
+        """Return a value with the noise of a mean; None: there is none."""
+        noise = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
+        return cls(value, *noise, n, of, level, mean and mean.detectable(level))
+
 
 @dataclass
 class Response:
@@ -95,9 +101,7 @@ class Response:
         n, of = (changes.shape[1], self.sampled) if self.within_units else (len(changes), "seeds")
         # Answers of one unit can move so far, in points; what else is measured has no end.
         reach = 100 * sum(map(abs, weights.values())) if (self.sampled, self.unit) == ("questions", "points") else 0.0
-        mean = self._mean(changes, reach)
-        noise = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
-        return Estimate(float(changes.mean()), *noise, n, of, level, mean and mean.detectable(level))
+        return Estimate.from_mean(float(changes.mean()), self._mean(changes, reach), n, of, level)
 
     def changes(self, weights: Weights) -> np.ndarray | None:
         """Return the weighted sum over cells of the seeds that have all of them, FP64 [seeds, units]; None if none."""
@@ -142,8 +146,8 @@ class Response:
 
     def detectable(self, estimate: Estimate | None) -> float | None:
         """Return the smallest difference that would be found, in the unit; where values are logarithms, a factor."""
-        found = estimate and estimate.detectable
-        return math.exp(found) if self.log and found is not None else found
+        smallest = estimate and estimate.detectable
+        return math.exp(smallest) if self.log and smallest is not None else smallest
 
     def fewer(self, estimate: Estimate | None) -> str:
         """Say of how many seeds an estimate is, where not of all; else nothing. Begins with a space."""
@@ -160,9 +164,8 @@ def with_holm(response: Response, estimates: Sequence[Estimate | None]) -> list[
 
     p_holm: the p-value after Holm's correction over all of them; None where an estimate has none.
     """
-    tested = [estimate for estimate in estimates if estimate is not None and estimate.p is not None]
-    corrected = dict(zip(map(id, tested), stats.holm([estimate.p for estimate in tested]), strict=True))
-    return [{"estimate": e and vars(e), "text": response.cell(e), "p_holm": corrected.get(id(e))} for e in estimates]
+    tests = zip(estimates, stats.holm([e and e.p for e in estimates]), strict=True)
+    return [{"estimate": e and vars(e), "text": response.cell(e), "p_holm": p} for e, p in tests]
 
 
 # -------------------------------------------------------------------------------------------------- verdicts
@@ -282,9 +285,9 @@ class Claim:
 
     def _cause(self, judged: Sequence[dict]) -> str:
         """Return why an open claim was not supported, by all of its statements or any."""
-        causes = {statement["open"] for statement in judged} - {None}
-        first = POWERLESS if self.needs == "all" else UNDECIDED  # of all, one that is powerless is enough
-        return first if first in causes else causes.pop()
+        causes = [statement["open"] for statement in judged if statement["open"]]
+        decisive = POWERLESS if self.needs == "all" else UNDECIDED  # of all, one that is powerless is enough
+        return decisive if decisive in causes else causes[0]
 
 
 def _why(verdict: str, cause: str | None, judged: Sequence[dict]) -> str:

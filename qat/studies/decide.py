@@ -10,13 +10,12 @@ claims rest alone, with all of them. Questions, which take as long as the traini
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from qat.analysis import stats
-from qat.errors import ConfigError
 from qat.studies import audit, factorial
 from qat.studies.audit import PLAIN, SPLIT
-from qat.studies.contrasts import OPEN, Response, Weights
+from qat.studies.contrasts import Response, Weights
 from qat.studies.design import Cell, Compose, refuse, with_seeds
 from qat.studies.factorial import RECIPE
 from qat.studies.measures import Measured
@@ -51,8 +50,6 @@ def design(overrides: Sequence[str], compose: Compose, seeds: Sequence[int]) -> 
     that answer questions, too, come last."""
     refuse(overrides, ["benchmark.control"], "study")
     exp8 = compose("exp8", [*overrides, "benchmark.control=true"], [])
-    if exp8.cfg.validation is None:
-        raise ConfigError("validation=none: claims are about text of another kind than that of training; name one")
     text = [override for override in overrides if not override.startswith("benchmark")] + ["benchmark=text"]
     crossed = {cell.key: cell for cell in factorial.design(text, compose)}
     switched, left_out = audit.design(text, compose, AUDIT)
@@ -68,11 +65,6 @@ def claims(measured: Sequence[Measured], exp8: Cell) -> list[dict]:
     crossed = [m for m in measured if m.key in FACTORIAL]
     switched = [m for m in measured if m.key in AUDIT]
     return [*factorial.claims(crossed), *audit.claims(switched, exp8.cfg)]
-
-
-def decided(claims: Sequence[Mapping]) -> list[str]:
-    """Return the keys of the claims that have a verdict."""
-    return [claim["key"] for claim in claims if claim["verdict"] != OPEN]
 
 
 def planned(response: Response, weights: Weights, level: float, seeds: int, units: int) -> float | None:

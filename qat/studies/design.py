@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qat.config import Config
 from qat.errors import ConfigError
 from qat.runs.job import Job
 
@@ -35,6 +36,12 @@ def with_seeds(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:
             cfg.seed = seed
             seeded.append(Cell(cfg, [*cell.overrides, f"seed={seed}"], cell.key))
     return seeded
+
+
+def need_other_text(cfg: Config) -> None:
+    """Raise `ConfigError` where no text of another kind is measured, which claims are about."""
+    if cfg.validation is None:
+        raise ConfigError("validation=none: claims are about text of another kind than that of training; name one")
 
 
 def refuse(overrides: Iterable[str], own: Sequence[str], study: str) -> None:

@@ -33,7 +33,7 @@ import numpy as np
 
 from qat.studies import measures
 from qat.studies.contrasts import Claim, Response, Statement, Weights, with_holm
-from qat.studies.design import Cell, Compose, refuse
+from qat.studies.design import Cell, Compose, need_other_text, refuse
 from qat.studies.measures import MODES, Measured
 from qat.studies.registration import Registered, Registration, registration
 
@@ -67,6 +67,7 @@ def design(overrides: Sequence[str], compose: Compose) -> list[Cell]:
     refuse(overrides, _SET, "factorial")
     levels = {name: changes for factor in FACTORS.values() for name, changes in factor.items()}
     composed = {name: compose("exp8", overrides, changes) for name, changes in levels.items()}
+    need_other_text(composed["current"].cfg)
     cells = []
     for rate, warmup, scaling in itertools.product(RATES, WARMUPS, SCALINGS):
         # Each factor is a group of its own, so a cell takes one from each; composing all would take long.
@@ -253,7 +254,7 @@ def _sufficient(claim: Registered, measured: Sequence[Measured], mode: str) -> C
         statements.append(Statement("loss APE within the threshold", ape, at, high=claim.margins["loss_ape"]))
     contrast = measures.contrast(measured, mode)
     skills = [-m.contrasts("baseline").mean() for m in _alike(measured)]
-    skill = max(0.0, float(np.mean([each for each in skills if np.isfinite(each)] or [0])))
+    skill = max(0.0, float(np.mean([skill for skill in skills if np.isfinite(skill)] or [0])))
     few = claim.margins["contrast"] / 100 * skill
     statements.append(Statement("answers within the threshold", contrast, at, high=few, margin=few))
     return Claim(claim, statements)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qat.analysis.compare import TASKS, eval_command, match
+from qat.analysis.compare import eval_command, match
 from qat.analysis.results import EvalResult, Outcomes
 from qat.errors import UserError
 from qat.runs.folder import Run
@@ -48,11 +48,10 @@ class Measured:
         NaN where there is no such text."""
         return self._outcomes(ours, theirs).losses.get(self.other if other else self.text, np.full(1, np.nan))
 
-    def answers(self, ours: str, theirs: str | None = None, task: str | None = None) -> np.ndarray:
-        """Return answers by question, FP64, of a task or of all; or what they are above those of `theirs`. NaN where no
-        questions were asked."""
+    def answers(self, ours: str, theirs: str | None = None) -> np.ndarray:
+        """Return answers by question, FP64, or what they are above those of `theirs`. NaN where none were asked."""
         outcomes = self._outcomes(ours, theirs)
-        return outcomes.pooled([task] if task else None) if outcomes.answers else np.full(1, np.nan)
+        return outcomes.pooled() if outcomes.answers else np.full(1, np.nan)
 
     def contrasts(self, ours: str, theirs: str | None = None) -> np.ndarray:
         """Return the answer contrast by question, FP64 bits per byte, of all tasks that have it; or less `theirs`."""
@@ -127,12 +126,10 @@ def contrast(measured: Sequence[Measured], ours: str, theirs: str = "baseline", 
     return _response(measured, "contrast", name, unit, 4, lambda m: m.contrasts(ours, theirs), "questions", **more)
 
 
-def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", task: str | None = None, **more):
-    """Measure the points of right answers of `ours` less those of `theirs`, over all questions or those of one task."""
-    name = f"{TASKS.get(task, task) if task else 'All questions'}, {_versus(ours, theirs)}"
-    return _response(
-        measured, "accuracy", name, "points", 2, lambda m: 100 * m.answers(ours, theirs, task), "questions", **more
-    )
+def points(measured: Sequence[Measured], ours: str, theirs: str = "baseline", **more) -> Response:
+    """Measure the points of right answers of `ours` less those of `theirs`, over all questions."""
+    name, unit = f"All questions, {_versus(ours, theirs)}", "points"
+    return _response(measured, "accuracy", name, unit, 2, lambda m: 100 * m.answers(ours, theirs), "questions", **more)
 
 
 def ape(measured: Sequence[Measured]) -> Response:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from qat.config import Config
-from qat.report.page import Figures, html
+from qat.report.page import Figures, html, made, origin
 from qat.report.plots import ACCENT, WARM, Mark, Panel, forest, png
 from qat.report.studies import TITLES, claims_table, interaction
 from qat.report.text import heading, markdown, p_text
@@ -27,7 +25,6 @@ from qat.studies.contrasts import OPEN, Response, Weights, region
 from qat.studies.measures import MODES, Measured
 from qat.studies.registration import Registration
 from qat.utils import files
-from qat.utils.environment import commit_name, hardware_name
 
 TOGETHER = "Intervals are of 95 %, in a claim of several statements of 95 % together"
 VERDICTS = (
@@ -204,7 +201,6 @@ def _verdict(judged: Mapping) -> str:
 
 def facts_of(cfg: Config, own: Mapping[str, str], registered: Registration, runs: Iterable[Run]) -> dict[str, str]:
     """Return what the numbers of a study rest on: what all have, with its own, and where its runs come from."""
-    environments = [environment for run in runs for environment in run.environments()]
     planned = f"{with_seeds(registered.seeds)}; {registered.texts}; questions: {registered.questions}"
     return {
         "Model": cfg.model.name,
@@ -212,15 +208,9 @@ def facts_of(cfg: Config, own: Mapping[str, str], registered: Registration, runs
         "Budget": f"{cfg.budget.name}, {cfg.size}",
         **own,
         "Registered": planned,
-        "Hardware": "; ".join(dict.fromkeys(map(hardware_name, environments))) or "unknown",
-        "Code": "; ".join(dict.fromkeys(commit_name(environment["git"]) for environment in environments)) or "unknown",
+        **origin(runs),
         **made(),
     }
-
-
-def made() -> dict[str, str]:
-    """Return what made a page, and when."""
-    return {"Command": f"python {' '.join(sys.argv)}", "Date": str(date.today())}
 
 
 def with_seeds(seeds: Sequence[int]) -> str:

@@ -66,14 +66,16 @@ def design(experiment: str, overrides: Sequence[str], compose: Compose, seeds: S
     refuse(overrides, ["quant", "quant.format"], "ladder")
     job = compose(experiment, overrides, [])
     rungs = [rung(name) for name in job.cfg.ptq.rungs]
-    if not (job.cfg.quantized and job.cfg.quant.weights and job.cfg.quant.activations):
+    if not job.cfg.quantized:
+        raise ConfigError(f"experiment={experiment}: rounds nothing; name a quantized one, as in experiment=exp8")
+    if not (job.cfg.quant.weights and job.cfg.quant.activations):
         raise ConfigError("quant.weights, quant.activations: the ladder rounds both; leave them as they are")
     if job.cfg.quant.gemm == "fp8":
         raise ConfigError("quant.gemm=fp8: rows that do not clip have values past E4M3's range; set quant.gemm=bf16")
-    library = [each.name for each in rungs if METHODS[each.method].needs_modelopt]
+    library = [one.name for one in rungs if METHODS[one.method].needs_modelopt]
     if library and not importlib.util.find_spec("modelopt"):
         raise ConfigError(f"ptq.rungs={library[0]}: nvidia-modelopt is not installed; pip install -e '.[ptq]'")
-    formats = {each.format for each in rungs} - {None}
+    formats = {one.format for one in rungs} - {None}
     configs = {name: compose(experiment, overrides, [f"quant={name}"]).cfg for name in formats} | {None: job.cfg}
     return [_ladder(configs, [*job.overrides, f"seed={seed}"], seed) for seed in seeds]
 
@@ -123,7 +125,7 @@ def rows(ladders: Sequence[Ladder]) -> list[dict]:
 
 def registered() -> Registration:
     """Read what was registered before the runs."""
-    return registration("ptq", _CLAIMS)
+    return registration("ptq", CLAIMS)
 
 
 def claims(ladders: Sequence[Ladder]) -> list[dict]:
@@ -140,7 +142,7 @@ def claims(ladders: Sequence[Ladder]) -> list[dict]:
     judged = []
     for key, claim in registered().claims.items():
         margin = claim.margins["heldout_loss"] / 100 * baseline
-        statements = _CLAIMS[key](response, list(ladders[0].rows), margin)
+        statements = CLAIMS[key](response, list(ladders[0].rows), margin)
         judged += [Claim(claim, statements).judge()] if statements else []
     return judged
 
@@ -165,4 +167,4 @@ def _enough(response: Response, _: Sequence[str], margin: float) -> list[Stateme
     return [Statement(what, response, {("max",): 1}, high=margin, margin=margin)]
 
 
-_CLAIMS = {"ties": _ties, "rotation": _rotation, "enough": _enough}  # by their keys in experiments/claims.yaml
+CLAIMS = {"ties": _ties, "rotation": _rotation, "enough": _enough}  # by their keys in experiments/claims.yaml

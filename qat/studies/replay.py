@@ -143,9 +143,7 @@ def estimate(series: Sequence[np.ndarray], level: float = 1 - LEVEL) -> Estimate
         return None
     mean = stats.over_steps(series)
     n, of = (len(series), "seeds") if len(series) > 1 else (len(series[0]), "steps")
-    noise = (*mean.interval(level), mean.p_value()) if mean else (None, None, None)
-    value = float(np.mean([steps.mean() for steps in series]))
-    return Estimate(value, *noise, n, of, level, mean and mean.detectable(level))
+    return Estimate.from_mean(float(np.mean([steps.mean() for steps in series])), mean, n, of, level)
 
 
 def of_cosine(replayed: Sequence[Replayed], rule: str, other: str) -> list[np.ndarray]:
@@ -238,7 +236,7 @@ def recommendation(rows: Sequence[Mapping], limit: float | None) -> str:
     if not compared:
         return f"What the rules cost was not measured: train with scaling.shadow=[{','.join(TO_TRY)}]."
 
-    def said(rows: Sequence[Mapping]) -> str:
+    def cost(rows: Sequence[Mapping]) -> str:
         row = max(rows, key=lambda row: abs(row["change"]["value"]))
         return f"{row['rule']} less {row['first']} costs {_nats(Estimate(**row['change']))}"
 
@@ -246,13 +244,13 @@ def recommendation(rows: Sequence[Mapping], limit: float | None) -> str:
     threshold = f"({APE_THRESHOLD:g} % of the loss is {limit:.4f} nats)"
     if by["gain"]:
         best = min(by["gain"], key=lambda row: row["change"]["value"])
-        return f"Use {best['rule']}: {said([best])}, a gain {threshold}."
+        return f"Use {best['rule']}: {cost([best])}, a gain {threshold}."
     if unclear := by["undecided"] + by["powerless"]:
-        return f"Not decided at this length: {said(unclear)} {threshold}."
+        return f"Not decided at this length: {cost(unclear)} {threshold}."
     if by["harm"]:
         worse = " and ".join(row["rule"] for row in by["harm"])
-        return f"Any rule but {worse}: {said(by['harm'])}, a harm {threshold}."
-    return f"It does not matter on these weights: {said(compared)}, and no other rule more {threshold}."
+        return f"Any rule but {worse}: {cost(by['harm'])}, a harm {threshold}."
+    return f"It does not matter on these weights: {cost(compared)}, and no other rule more {threshold}."
 
 
 def _nats(change: Estimate) -> str:
@@ -264,13 +262,13 @@ def _nats(change: Estimate) -> str:
 
 def registered() -> Registration:
     """Read what was registered before the runs."""
-    return registration("replay", _CLAIMS)
+    return registration("replay", CLAIMS)
 
 
 def claims(replayed: Sequence[Replayed]) -> list[dict]:
     """Judge the registered claims (`qat.studies.contrasts.Claim`), and say what the control of losses cost here."""
     cost, entries = estimate(of_rule(replayed, CONTROL, LONGEST)), registered().claims
-    judged = [make(entries[key], replayed).judge() for key, make in _CLAIMS.items()]
+    judged = [make(entries[key], replayed).judge() for key, make in CLAIMS.items()]
     for claim in judged:
         if "batch_loss" in entries[claim["key"]].margins:
             claim["control"] += f": {_nats(cost) if cost else 'not run'}"
@@ -311,7 +309,7 @@ def _hold(claim: Registered, replayed: Sequence[Replayed]) -> Claim:
     return Claim(claim, [_states(replayed, what, HELD, LONGEST, low=margin(replayed) or 0)])
 
 
-_CLAIMS: dict[str, Callable[[Registered, Sequence[Replayed]], Claim]] = {  # by their keys in experiments/claims.yaml
+CLAIMS: dict[str, Callable[[Registered, Sequence[Replayed]], Claim]] = {  # by their keys in experiments/claims.yaml
     "saturation": _saturation,
     "damage": _damage,
     "hold": _hold,

@@ -70,16 +70,16 @@ class Group(NamedTuple):
 
 def tensors(model: nn.Module) -> dict[int, Tensor]:
     """Return the rounded weights and activations of a converted model by their index in the bank."""
-    found: dict[int, Tensor] = {}
+    rounded: dict[int, Tensor] = {}
     for block, module in enumerate(transformer_blocks(model)):
         for name, linear in quantized_linears(module).items():
             for role in ("weight", "activation"):
                 quantizer = linear.quantizers[role]
                 if quantizer.enabled:
-                    shared = found.get(quantizer.index)
+                    shared = rounded.get(quantizer.index)
                     projection = f"{shared.projection}+{name.rpartition('.')[2]}" if shared else name
-                    found[quantizer.index] = Tensor(block, projection, role)
-    return found
+                    rounded[quantizer.index] = Tensor(block, projection, role)
+    return rounded
 
 
 def groups(rounded: Mapping[int, Tensor], level: str) -> dict[str, Group]:
@@ -120,7 +120,7 @@ class Unit(NamedTuple):
     def key(self) -> str:
         """Name it by its tokens."""
         digest = hashlib.sha256()
-        for tensor in filter(lambda each: each is not None, itertools.chain.from_iterable(self.pieces)):
+        for tensor in filter(torch.is_tensor, itertools.chain.from_iterable(self.pieces)):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:12]
 
@@ -258,12 +258,12 @@ class _Reader:
         """Add what the logits give to `values`."""
         logprobs = logits.log_softmax(-1)
         if self.padded:
-            found = logprobs[:, 0].gather(-1, self.labels).reshape(-1, 1)
+            chosen = logprobs[:, 0].gather(-1, self.labels).reshape(-1, 1)
         else:
-            found = logprobs.expand(len(self.labels), -1, -1).gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
-        new = {"logprobs": found.sum(1)}
+            chosen = logprobs.expand(len(self.labels), -1, -1).gather(-1, self.labels.unsqueeze(-1)).squeeze(-1)
+        new = {"logprobs": chosen.sum(1)}
         if self.is_text:
-            new = {"loss": -found.mean(1), "kl": (self._cross(logprobs) - self.entropy).mean(1)}
+            new = {"loss": -chosen.mean(1), "kl": (self._cross(logprobs) - self.entropy).mean(1)}
         for measure, numbers in new.items():
             values.setdefault(measure, []).extend(round(number, 7) for number in numbers.tolist())
 

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
 from qat.analysis import sensitivity as analysis
 from qat.analysis.sensitivity import MEASURES
 from qat.analysis.stats import LEVEL
 from qat.eval.subject import Subject
-from qat.report.plots import ACCENT, INK, PAPER, WARM, Panel
+from qat.report.page import made
+from qat.report.panels import diverging
+from qat.report.plots import INK, Panel
 from qat.report.text import change, decided, markdown, signed
-from qat.studies.page import Picture, listed, made, write_page
+from qat.studies.page import Picture, listed, write_page
 from qat.utils import environment, files
 
 TITLE = "Where the damage of W8A8 sits"
@@ -177,11 +178,10 @@ def _map(content: Mapping, level: str, measure: str, way: str) -> Panel:
     largest = max(abs(row["difference"]) for row in cells.values()) or 1.0
     digits = 0 if largest >= 0.02 else 1 if largest >= 0.002 else 2
     nothing = {"difference": np.nan}  # not every block has every linear
-    colours = LinearSegmentedColormap.from_list("damage", [ACCENT, PAPER, WARM])
 
     def draw(axes: Axes) -> None:
         values = [[cells.get((line, block), nothing)["difference"] for block in blocks] for line in lines]
-        axes.imshow(values, cmap=colours, vmin=-largest, vmax=largest, aspect="auto")
+        axes.imshow(values, cmap=diverging(), vmin=-largest, vmax=largest, aspect="auto")
         for (line, block), row in cells.items():
             x, y = blocks.index(block), lines.index(line)
             number = signed(1000 * row["difference"], digits, plus="")

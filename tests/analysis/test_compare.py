@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from qat.analysis.compare import compare, loss_ape
-from qat.analysis.stats import half_width, holm
+from qat.analysis.compare import loss_ape, mismatches
+from qat.analysis.stats import holm, student
 from qat.errors import UserError
 from qat.report.text import heldout_verdict, remark, table, verdict
 from qat.runs.folder import Run
-from tests.helpers.synthetic_runs import HIF8, RIGHT, TEXT, config, edit, flipped, lossy_pair, write_run
+from tests.helpers.synthetic_runs import HIF8, RIGHT, TEXT, compare, config, edit, flipped, lossy_pair, write_run
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def test_loss_ape_refuses(quantized, baseline, says):
         loss_ape(quantized, baseline)
 
 
+def test_configurations_that_lack_what_the_other_has_are_told_apart(tmp_path):
+    changes = ({}, {"model.source": "random", "model.architecture": {"vocab_size": 64}})
+    ours, theirs = (Run(write_run(tmp_path / str(i), config(**c))).typed_config() for i, c in enumerate(changes))
+    assert mismatches(ours, theirs)["model.architecture.vocab_size"] == (None, 64)
+
+
 def test_compare_by_hand(runs):
     result = compare(*runs, "quick")
     assert json.loads(json.dumps(result)) == result
@@ -66,7 +72,7 @@ def test_compare_by_hand(runs):
     heldout = result["heldout"][0]
     assert (heldout["loss"], heldout["baseline"], heldout["difference"]) == pytest.approx((3.3, 3.2, 0.1))
     assert heldout["kl"] == 0.0021
-    assert heldout["ci"] == pytest.approx([0.1 - half_width([0.1, 0.2, 0.0]), 0.1 + half_width([0.1, 0.2, 0.0])])
+    assert heldout["ci"] == pytest.approx(student(np.array([0.1, 0.2, 0.0])).interval())
 
 
 def test_pretrained_scores_stand_beside(runs, tmp_path):

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qat.analysis.compare import compare
-from qat.analysis.stats import half_width
+from qat.analysis.stats import student
 from qat.errors import UserError
 from qat.report.text import qat_verdict, table, verdict
-from tests.helpers.synthetic_runs import PTQ, RIGHT, TEXT, config, edit, flipped, lossy_pair, write_run
+from tests.helpers.synthetic_runs import PTQ, RIGHT, TEXT, compare, config, edit, flipped, lossy_pair, write_run
 
 
 @pytest.fixture
@@ -40,9 +39,9 @@ def test_ptq_of_the_baseline_stands_beside_the_run(runs):
     held = {row["mode"]: row for row in result["heldout"]}
     assert held["ptq"]["difference"] == pytest.approx(0.7 / 3) and held["ptq"]["ci"][0] > 0
     (qat,) = result["qat"]
-    half = half_width([0.1, 0.1, 0.2])  # paired with the run's own sequences: 3.1, 3.4, 3.4
+    mean = student(np.array([0.1, 0.1, 0.2]))  # paired with the run's own sequences: 3.1, 3.4, 3.4
     assert (qat["ptq"], qat["w8a8"], qat["recovered"]) == pytest.approx((0.7 / 3, 0.1, 0.4 / 3))
-    assert qat["ci"] == pytest.approx([0.4 / 3 - half, 0.4 / 3 + half])
+    assert qat["ci"] == pytest.approx(mean.interval())
     assert json.loads(json.dumps(result)) == result
     assert "| W8A8 by PTQ " in table(result) and verdict({"": result}).startswith("2 of 3 exact McNemar tests")
     assert verdict({"a": result, "b": dict(result, run="other")}).startswith("1 of 5 exact")  # they share one PTQ
@@ -86,9 +85,9 @@ def test_what_qat_does_is_told_apart_into_its_weights_and_its_scales(runs):
     (qat,) = result["qat"]
     weights, scales = [-0.1, -0.05, -0.1], [0, -0.05, -0.1]
     for part, changes in (("weights", weights), ("scales", scales)):
-        mean, half = np.mean(changes), half_width(changes)
-        assert qat[part]["difference"] == pytest.approx(mean)
-        assert qat[part]["ci"] == pytest.approx([mean - half, mean + half])
+        mean = student(np.array(changes))
+        assert qat[part]["difference"] == pytest.approx(mean.value)
+        assert qat[part]["ci"] == pytest.approx(mean.interval())
     assert qat["weights"]["difference"] + qat["scales"]["difference"] == pytest.approx(-qat["recovered"])
     assert qat_verdict([result]).endswith(
         "Of QAT minus PTQ, its weights (under PTQ's scales) make -0.0833 [-0.1550, -0.0116], its scales "

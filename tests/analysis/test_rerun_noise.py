@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from qat.analysis.rerun_noise import original, rerun_noise, reruns
-from qat.analysis.stats import half_width
+from qat.analysis.stats import student
 from qat.errors import UserError
 from qat.report import uncertainty
 from qat.report.experiment import Experiment
@@ -45,8 +46,8 @@ def test_a_repetition_that_differs_by_hand(tmp_path):
     assert (found["ape"], found["largest"]) == pytest.approx((10, 0.5)) and not found["identical"]
     assert (found["flipped"], found["n"]) == (3, 100)
     (text,) = found["heldout"]
-    half = half_width([0.1, 0.2, 0.0])
-    assert text["difference"] == pytest.approx(0.1) and text["ci"] == pytest.approx([0.1 - half, 0.1 + half])
+    ends = student(np.array([0.1, 0.2, 0.0])).interval()
+    assert text["difference"] == pytest.approx(0.1) and text["ci"] == pytest.approx(ends)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_the_report_lists_what_was_repeated(tmp_path):
     again = write_repeat(tmp_path, 2, (2.0, 2.0))
     (again.path / "eval.json").unlink()
     edit(write_repeat(tmp_path, 3).path / "metrics.jsonl", lambda row: row.update(step=row["step"] + 1))
-    html, markdown = write_report([experiment], tmp_path / "out", {})
+    html, markdown = write_report([experiment], tmp_path / "out")
     for text in (html.read_text(), markdown.read_text()):
         assert "Rerun noise" in text and "bit-identical: every loss equal" in text and "0 of 100" in text
         assert "not bit-identical; not scored" in text and "record different steps in metrics.jsonl" in text

@@ -59,7 +59,7 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
     assert cells[3] == "+0.00 [-]" and float(cells[4]) > 0  # seeds that agree are no certainty
     assert ptq[1] == "+0.5000 [-]" and bf16[1].startswith("+0.0000")
     assert pretrained[1] == "+1.0000 [-]" and (pretrained[2], pretrained[4]) == ("–", "–")
-    html, markdown = write_report([three], tmp_path / "out", {})
+    html, markdown = write_report([three], tmp_path / "out")
     assert "The noise between seeds" in Page(html).text and cells[1] in markdown.read_text()
 
 
@@ -104,7 +104,7 @@ def test_what_qat_does_to_weights_and_scales_has_the_noise_of_seeds_and_document
 
 
 def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three, tmp_path):
-    _, markdown = write_report([three], tmp_path / "out", {})
+    _, markdown = write_report([three], tmp_path / "out")
     text = markdown.read_text()
     assert "threshold in 0 of 1 recipes, of 3 compared runs (5.00 %); 1 of their intervals over seeds" in text
     assert "intervals over seeds spans it." in text
@@ -119,7 +119,7 @@ def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
     for folder in pairs[1]:
         edit(folder / "eval.json", lambda record: [mode.update(lm_eval="9") for mode in record["quick"].values()])
     experiment = Experiment("exp8", *named_apart(pairs))
-    _, markdown = write_report([experiment], tmp_path / "out", {})
+    _, markdown = write_report([experiment], tmp_path / "out")
     assert all(pair.comparison for pair in experiment.pairs) and not tables.overview([experiment], published()).rows
     text = markdown.read_text()
     assert "> lm-eval version differs: 9 in base-1" in text and "> Not compared: exp8." in text
@@ -136,7 +136,7 @@ def test_a_run_that_is_named_twice_is_not_two_seeds(tmp_path):
 def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_lacks(three, tmp_path):
     for run in three.runs[1:]:
         (run.path / "eval.json").unlink()
-    _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out", {})
+    _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out")
     text = markdown.read_text()
     assert "| exp8 seed 0 |" in text and "One seed a cell: intervals cover" in text
     assert "> Not compared: exp8 seed 1, exp8 seed 2." in text
@@ -144,7 +144,7 @@ def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_la
 
 def test_seeds_that_were_never_run_are_not_passed_over(three, tmp_path):
     runs = [*three.runs[:1], Run(tmp_path / "not-there")]
-    _, markdown = write_report([Experiment("exp8", runs, three.baselines[:1])], tmp_path / "out", {})
+    _, markdown = write_report([Experiment("exp8", runs, three.baselines[:1])], tmp_path / "out")
     assert "> Not compared: exp8 (1 of 2 runs missing)." in markdown.read_text()
 
 
@@ -152,7 +152,7 @@ def test_scores_by_unlike_machines_are_told_of(three, tmp_path):
     for by, run in zip(("a GPU", "a CPU"), (three.runs[0], three.baselines[0]), strict=True):
         scored = {"scored_on": by}
         edit(run.path / "eval.json", lambda record, by=scored: [mode.update(by) for mode in record["quick"].values()])
-    _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out", {})
+    _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out")
     assert "were scored by unlike machines or versions (a CPU; a GPU), whose sums" in markdown.read_text()
 
 
@@ -161,7 +161,7 @@ def test_a_task_at_chance_in_some_baselines_is_named_with_them(tmp_path):
     scores = {0: at_chance, 1: above}
     pairs = [compared_pair(tmp_path / str(seed), {"arc_easy": right}, seed=seed) for seed, right in scores.items()]
     experiment = Experiment("exp8", *named_apart(pairs))
-    _, markdown = write_report([experiment], tmp_path / "out", {})
+    _, markdown = write_report([experiment], tmp_path / "out")
     assert "ARC-Easy in BF16 seed 0 alone, 25.0 % of 40 questions, cannot be told from chance" in markdown.read_text()
     assert not experiment.recipes[0].comparison["tasks"][0]["near_chance"]  # half of them right in the mean
 
@@ -171,7 +171,7 @@ def test_one_question_and_several_seeds_have_the_widest_interval(tmp_path):
     experiment = Experiment("exp8", *named_apart(pairs))
     row = experiment.recipes[0].comparison["tasks"][0]
     assert row["ci"] == [-100, 100] and row["p_value"] == 1
-    write_report([experiment], tmp_path / "out", {})
+    write_report([experiment], tmp_path / "out")
 
 
 def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):

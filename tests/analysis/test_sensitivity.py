@@ -101,6 +101,10 @@ def test_blocks_are_kept_in_the_order_of_what_they_do():
     assert first["loss"]["difference"] == pytest.approx(0.01) and first["kl"]["difference"] == pytest.approx(0.015)
 
 
+def test_where_nothing_moves_nothing_is_expected_of_a_choice():
+    assert {row["expected"]["kl"] for row in analysis.choices(content(harm={}))} == {0.0}
+
+
 def test_harm_of_a_choice_holds_after_holms_correction():
     """A choice's p is 0.036: harm by itself, and not as one of four."""
 

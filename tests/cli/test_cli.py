@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.cli import entry, experiments
 from qat.cli.validate import validate
-from qat.config import Config
+from qat.config import Config, register
 from qat.errors import UserError
 from qat.quant.convert import convert
 from tests.cli.bad_input.mistakes import A_NAME
@@ -248,6 +248,21 @@ def test_an_experiments_own_sweep_is_expanded():
     assert [math.prod(cell.batch) for cell in scalings] == [math.prod(whole.batch) / 4] * 2
 
 
+def test_an_experiments_own_sweep_is_read_as_hydra_reads_it(tmp_path):
+    """Commas also stand in lists, and a range or one value may be swept."""
+    axes = {"quant.scope": "[mlp.*],[mlp.*,self_attn.*]", "seed": "range(0,3)", "optim.lr": "1e-4"}
+    lines = "".join(f"      {key}: '{values}'\n" for key, values in axes.items())
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n{lines}"
+    )
+    register()
+    with initialize_config_dir(entry.CONF, version_base="1.3"):
+        jobs = experiments.jobs_of("mine", [f"hydra.searchpath=[{tmp_path}]"])
+    scopes = [["mlp.*"], ["mlp.*", "self_attn.*"]]
+    assert [(job.cfg.quant.scope, job.cfg.seed) for job in jobs] == [(s, n) for s in scopes for n in range(3)]
+
+
 # --------------------------------------------------------------------------------------------------------- mistakes
 # Most are in tests/cli/bad_input/.
 
@@ -260,7 +275,7 @@ VALUES = [
     ("budget.accumulation=99999999999", "must lie in [1, 1048576]; the nearest valid value is 1048576"),
     ("budget.heldout_tokens=99999999999999999999", "must lie in [1, 2147483647]; the nearest valid value is"),
     ("repeat=99999999999", "must lie in [0, 1000]; the nearest valid value is 1000"),
-    ("ptq.sequences=99999999999", "ptq.sequences=99999999999: the nearest valid value is 65536"),
+    ("ptq.sequences=99999999999", "must lie in [1, 65536]; the nearest valid value is 65536"),
     ("optim.lr=nan", "optim.lr=nan: must lie in [1e-12, 10]"),
     ("scaling.alpha=1.5", "scaling.alpha=1.5: must lie in [0, 1]; the nearest valid value is 1"),
     ("scaling.window=0", "scaling.window=0: must lie in [1, 65536]; the nearest valid value is 1"),
@@ -276,10 +291,7 @@ VALUES = [
     ("benchmark.tasks.hellaswag.shots=-1", "benchmark.tasks.hellaswag.shots=-1: the nearest valid value is 0"),
     ("quant.scope=[]", "quant.scope=[]: nothing would be quantized; name linears as in [mlp.down_proj]"),
     ("quant.weights=false quant.activations=false quant.gradients=false", "quant.weights=false: activations and"),
-    (
-        "quant.format=fp8_e4m3 quant.target_weight=449",
-        "quant.target_weight=449: above the largest fp8_e4m3 value; the nearest valid value is 448",
-    ),
+    ("quant.format=fp8_e4m3 quant.target_weight=449", "above the largest fp8_e4m3 value; the nearest valid value is 4"),
     ("quant.rounding=hybrid quant.gradients=false", "rounds gradients, and quant.gradients=false; set quant.rounding"),
     ("quant.rounding=hybrid quant.format=fp8_e4m3", "fp8_e4m3 has no hybrid rounding; set quant.rounding=nearest"),
     ("optim.pure_bf16=true", "leaves no FP32 master weights; set optim.master_weights=false"),
@@ -290,47 +302,26 @@ VALUES = [
     ("quant.gemm=fp8 quant.weights=false", "a role that is not quantized has no 8-bit operands; set quant.gemm"),
     ("quant.gemm=fp8 quant.target_gradient=224", "quant.target_gradient=224: quant.gemm=fp8 holds values up to"),
     ("quant.gemm=fp8 budget.micro_batch=1 budget.seq_len=100", "budget.seq_len=100: quant.gemm=fp8 takes"),
-    (
-        "loss.distill=0.5 data.label_shift=twice",
-        "predicts the next token, data.label_shift=twice trains the one after;",
-    ),
+    ("loss.distill=0.5 data.label_shift=twice", "predicts the next token, data.label_shift=twice trains the one after"),
     ("optim.moments=hif8 budget.parallel=fsdp", "optim.moments=hif8: a moment has one scale, and budget.parallel=fsdp"),
     (
         "optim.moments=bf16 optim.pure_bf16=true optim.master_weights=false budget.arithmetic=bf16",
         "optim.moments=bf16: optim.pure_bf16=true has them in BF16; leave it out",
     ),
-    (
-        "scaling.algo=lsq scaling.update_every=2",
-        "scaling.update_every=2: scaling=lsq learns every step; set scaling.update",
-    ),
+    ("scaling.algo=lsq scaling.update_every=2", "scaling=lsq learns every step; set scaling.update_every=1"),
     ("optim.pure_bf16=true optim.master_weights=false", "trains and scores in BF16; set budget.arithmetic=bf16"),
     ("quant.cage=10 optim.master_weights=false", "less than BF16 can hold; set optim.master_weights=true"),
-    (
-        "quant.rounding=hybrid quant.target_gradient=224",
-        "rounds values past the clip again; set quant.overflow=saturate",
-    ),
+    ("quant.rounding=hybrid quant.target_gradient=224", "rounds values past the clip again; set quant.overflow=satur"),
     ("quant.bf16_also=[2,1]", "name blocks once and in order: [1, 2]"),
     ("scaling.algo=lsq quant.overflow=inf", "quant.overflow=inf: scaling=lsq learns where to clip; set"),
     ("scaling.algo=lsq quant.weights=false quant.activations=false", "scaling=lsq: learns no scale of gradients"),
     ("loss.distill=2", "loss.distill=2.0: must lie in [0, 1]; the nearest valid value is 1"),
     ("quant.cage_silent=0.5", "quant.cage_silent=0.5: has no effect without CAGE; set estimator=cage"),
-    (
-        "quant.cage=10 quant.weights=false",
-        "quant.cage=10: weights are not rounded (quant.weights=false); set quant.cage=0",
-    ),
+    ("quant.cage=10 quant.weights=false", "weights are not rounded (quant.weights=false); set quant.cage=0"),
     ("quant.cage=10 quant.cage_silent=1", "silent in all 16 steps; the largest valid share is 0.9375"),
-    (
-        "scaling.algo=exp_smooth scaling.window=1",
-        "scaling.window=1: exp_smooth averages two entries; the smallest valid value is 2",
-    ),
-    (
-        "budget.steps=30 warmup.bf16=1",
-        "warmup.bf16=1: quantization would start at step 31 of 30; the largest valid share is 0.9667",
-    ),
-    (
-        "budget.steps=30 optim.lr_warmup=1",
-        "optim.lr_warmup=1: the learning rate would never leave its warmup; the largest",
-    ),
+    ("scaling.algo=exp_smooth scaling.window=1", "exp_smooth averages two entries; the smallest valid value is 2"),
+    ("budget.steps=30 warmup.bf16=1", "would start at step 31 of 30; the largest valid share is 0.9667"),
+    ("budget.steps=30 optim.lr_warmup=1", "learning rate would never leave its warmup; the largest valid share is 0.9"),
     ("scaling.lr=0.2", "scaling.lr=0.2: has no effect with scaling=max; set scaling=lsq"),
     ("scaling.alpha=0.9", "scaling.alpha=0.9: has no effect with scaling=max; set scaling=exp_smooth"),
     (
@@ -344,6 +335,7 @@ VALUES = [
     ("replay.rules=[]", "replay.rules=[]: nothing to replay; name rules as in [most_recent,max:64]"),
     ("ptq.questions=[smoothquant]", "ptq.questions=smoothquant: is no row of ptq.rungs; did you mean 'smoothquant:0."),
     ("sensitivity.task=hellaswag sensitivity.questions=0", "sensitivity.task=hellaswag: no question is asked with"),
+    ("sensitivity.task=lambada", "sensitivity.task=lambada: unknown value; choose one of mmlu, mmlu_continuation"),
     ("sensitivity.questions=9 sensitivity.groups=[linear]", "sensitivity.questions=9: no question is asked with"),
     ("seeds=[0,0]", "seeds=[0, 0]: must be different seeds from 0 up, as in [0,1,2]"),
     ("seeds=[0,-1]", "seeds=[0, -1]: must be different seeds from 0 up, as in [0,1,2]"),
@@ -351,10 +343,7 @@ VALUES = [
     ("launch.nodes=2", "launch.nodes=2: is for launch.launcher=slurm; leave it out"),
     ("quant.format=hif9", "quant.format=hif9: unknown value; did you mean 'hif8'?"),
     ("quant.bf16_blocks=30", "smollm2_135m has 30 blocks, so nothing would be quantized; the largest valid value"),
-    (
-        "budget.batch_factor=0.25 budget.micro_batch=2 budget.accumulation=1",
-        "budget.accumulation=1: times batch_factor=1/4 is no whole number",
-    ),
+    ("budget.batch_factor=0.25 budget.micro_batch=2 budget.accumulation=1", "times batch_factor=1/4 is no whole numbe"),
     ("model.source=random", "model.architecture=null: model.source=random needs sizes, as in model=tiny"),
     ("model.path=null", "model.path=null: model.source=package needs one, as in model.path=HuggingFaceTB/SmolLM2-135M"),
     ("model.revision=main", "model.revision=main: model.source=package has none; leave it out"),

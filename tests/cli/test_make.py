@@ -26,8 +26,17 @@ def test_a_recipe_runs_a_script_that_is_there(target):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     scripts = re.findall(r"scripts/\S*", printed)
     assert scripts and all((ROOT / script).is_file() for script in scripts)
-    made = ("exp8", "suite", "factorial", "audit", "ptq", "rerun_noise")
+    made = ("exp8", "suite", "factorial", "audit", "ptq", "rerun_noise", "sensitivity")  # which refuses both
     assert ('"seeds=[0,1]" launch.ranks=2' in " ".join(printed.split())) == (target in made)
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds"), [([], "0,1,2,3,4,5,6,7"), (["SEED=0"], "0"), (["SEED=3"], "3"), (["SEEDS=0,1"], "0,1")]
+)
+def test_decide_takes_eight_seeds_unless_it_is_told_which(words, seeds):
+    command = ["make", "-n", "decide", "READY=", *words]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f'"seeds=[{seeds}]"' in printed
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from omegaconf import OmegaConf
 
-from qat.analysis.compare import mismatches
+from qat.analysis.compare import aggregate, match, mismatches
 from qat.config import Config, QuantConfig
 from qat.report.experiment import Experiment
 from qat.runs.folder import Run
@@ -93,6 +93,11 @@ def _weights(run: Run) -> list[str]:
         other for other in beside if not mismatches(cfg, other.typed_config()) and not other.typed_config().quantized
     ]
     return [run.fingerprint, *(other.fingerprint for other in baselines if other.metrics())][:2]
+
+
+def compare(run: Path, baseline: Path, benchmark: str, pretrained: Path | None = None) -> dict:
+    """Compare runs in any folders."""
+    return aggregate([match(Run(run), Run(baseline), benchmark, pretrained and Run(pretrained))])
 
 
 def pretrained_beside(run: Path) -> Path:

@@ -30,7 +30,6 @@ from tests.helpers.synthetic_runs import (
     write_validation,
 )
 
-CONTEXT = {"Command": "make suite"}
 VOID = {"br", "hr", "img", "meta"}
 
 
@@ -81,7 +80,7 @@ def report(tmp_path_factory) -> tuple[Page, str, Path]:
     """The whole suite."""
     root = tmp_path_factory.mktemp("suite")
     experiments = suite(root)
-    html, markdown = write_report(experiments, root / "out", CONTEXT)
+    html, markdown = write_report(experiments, root / "out")
     return Page(html), markdown.read_text(), html.parent
 
 
@@ -131,7 +130,7 @@ def test_harm_holds_after_holms_correction_over_the_recipes():
 
 def test_a_task_with_one_answer_to_all_questions_is_powerless(tmp_path):
     run, base = (Run(path) for path in compared_pair(tmp_path, {"mmlu": [True] * 40, "arc_easy": [True, False] * 20}))
-    html, _ = write_report([Experiment("exp8", [run], [base])], tmp_path / "out", {})
+    html, _ = write_report([Experiment("exp8", [run], [base])], tmp_path / "out")
     page = Page(html)
     (overview,) = page.table("", "Loss APE %, paper")
     assert overview[-2] == "powerless" and overview[-1].startswith("+0.0 [-")
@@ -213,7 +212,7 @@ def test_what_a_run_warned_of_is_a_caveat(tmp_path):
     metrics = [json.loads(line) | {"skipped": False} for line in (base / "metrics.jsonl").read_text().splitlines()]
     metrics[-1] |= {"skipped": True, "loss": None}
     (base / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    html, markdown = write_report([Experiment("exp1", [Run(base)], [])], tmp_path / "out", {})
+    html, markdown = write_report([Experiment("exp1", [Run(base)], [])], tmp_path / "out")
     for line in (
         "base, step 9: 90 % lost.",
         "base, step 5: weight scales lag.",
@@ -227,7 +226,7 @@ def test_what_a_run_warned_of_is_a_caveat(tmp_path):
 def test_without_ptq_or_the_pretrained_checkpoint_the_rest_is_shown(tmp_path):
     run, base = (Run(path) for path in compared_pair(tmp_path))
     experiment = Experiment("exp8", [run], [base])
-    html, markdown = write_report([experiment], tmp_path / "out", {})
+    html, markdown = write_report([experiment], tmp_path / "out")
     for text in (Page(html).text, markdown.read_text()):
         assert "ours, W8A8" in text and "ours, W8A8 by PTQ" not in text and "costs" not in text
         assert (
@@ -240,13 +239,13 @@ def test_the_benchmark_that_is_asked_for_is_shown_and_no_other(tmp_path):
     run, base = (Run(path) for path in compared_pair(tmp_path))
     other = Experiment("exp8", [run], [base], BenchmarkConfig(name="paper"))
     assert other.pairs[0].comparison is None and "has no paper evaluation" in other.pairs[0].missing
-    html, _ = write_report([other], tmp_path / "out", {})
+    html, _ = write_report([other], tmp_path / "out")
     assert re.search(r"Benchmark:?\s+paper", Page(html).text)
     assert Experiment("exp8", [run], [base]).pairs[0].comparison["benchmark"] == "quick"
 
 
 def test_nothing_at_all(tmp_path):
-    html, markdown = write_report([], tmp_path, {})
+    html, markdown = write_report([], tmp_path)
     assert "No quantized run has been compared" in Page(html).text
     assert "No quantized run has been compared" in markdown.read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json", "report.md"}
@@ -266,7 +265,7 @@ def test_every_stage_of_incompleteness(tmp_path):
         Experiment("exp8", [Run(other)], [Run(base)]),
         Experiment("my sweep", [Run(lone)], [Run(base)]),
     ]
-    html, markdown = write_report(experiments, tmp_path / "out", {})
+    html, markdown = write_report(experiments, tmp_path / "out")
     page = Page(html)
     for line in (
         "exp1 has not been run yet; make it: make exp1 BUDGET=gpu",

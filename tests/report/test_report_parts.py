@@ -14,7 +14,8 @@ from qat.errors import UserError
 from qat.report import studies, tables
 from qat.report.experiment import SHARES, Experiment, Telemetry, published
 from qat.report.page import _recipe, write_report
-from qat.report.panels import amax, overshoot
+from qat.report.panels import Estimate, amax, overshoot
+from qat.report.panels import forest as of_modes
 from qat.report.plots import Mark, forest
 from qat.runs.folder import Run
 from qat.studies import factorial
@@ -67,6 +68,13 @@ def test_a_row_far_out_is_an_arrow_and_does_not_stretch_the_axis():
     assert [text.get_text() for text in axes.texts] == ["+0.39"]
 
 
+def test_the_control_is_not_drawn_and_does_not_stretch_the_axis():
+    modes = {"w8a8": Estimate(0.016, (0.01, 0.02)), "control": Estimate(0.76, (0.7, 0.79))}
+    axes = Figure().add_subplot()
+    of_modes("", [("exp8", modes, None)], "nats").draw(axes)
+    assert max(map(abs, axes.get_xlim())) < 0.03
+
+
 @pytest.mark.parametrize("marks", [[], [Mark(0.0, (0.0, 0.0))], [Mark(1.0)]])
 def test_a_forest_has_an_axis_whatever_its_rows(marks):
     axes = Figure().add_subplot()
@@ -89,7 +97,7 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     keys = list(itertools.product(*factorial.FACTORS.values()))
     measured = invent(keys, damage=lambda key, _: 0.02 if key[0] == "max w64" else 0.01)
     write_factorial(measured, {}, typed(tmp_path, *WORDS, "experiment=exp8"), tmp_path / "factorial")
-    html, markdown = write_report([], tmp_path, {})
+    html, markdown = write_report([], tmp_path)
     page, recorded = Page(html), json.loads((tmp_path / "factorial" / "factorial.json").read_text())
     assert studies.TITLES["factorial"] in page.headings and studies.TITLES["audit"] not in page.headings
     for words in (
@@ -106,7 +114,7 @@ def test_a_factorial_beside_the_report_is_part_of_it(tmp_path):
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "audit.json").write_text('{"claims": 3}')
     with pytest.raises(UserError, match=r"audit\.json is damaged \(.*\); write it again: make audit"):
-        write_report([], tmp_path, {})
+        write_report([], tmp_path)
 
 
 def test_a_column_of_the_heat_map_stands_at_its_step():

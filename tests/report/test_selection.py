@@ -37,7 +37,7 @@ def test_a_run_without_a_baseline_says_why(folders, tmp_path):
     made_by = "make it: python scripts/train.py experiment=exp8"
     assert alone.pairs[0].missing == f"exp8 has no BF16 baseline yet; {made_by}"
     _, own = selected([folders["base"], folders["own"]])
-    html, markdown = write_report([own], tmp_path / "out", {})
+    html, markdown = write_report([own], tmp_path / "out")
     assert own.name == "custom"
     for page in (html.read_text(), markdown.read_text()):
         assert "base is no matched baseline of own: optim.lr=1e-05 there, optim.lr=3e-05 here" in page
@@ -59,6 +59,11 @@ def test_the_command_shows_any_runs(main, folders, tmp_path):
     assert (code, stderr, stdout) == (0, "", "report: out/report.html and out/report.md\n")
     tables = (tmp_path / "out" / "report.md").read_text()
     assert "exp8 against base" in tables and "base is no matched baseline of own" in tables and "## exp3" not in tables
+
+
+def test_the_command_shows_runs_on_the_benchmark_that_is_asked_for(main, folders, tmp_path):
+    code, *_ = main("report.py", f"runs=[exp8,{folders['base']}]", "report.out=out", "benchmark=paper")
+    assert code == 0 and "has no paper evaluation in mode" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_the_differences_of_two_runs_are_printed(main, folders):

@@ -39,7 +39,7 @@ def kept(tmp_path_factory) -> Kept:
     """A suite that was run, reported and kept as a record."""
     root = tmp_path_factory.mktemp("suite")
     experiments = suite(root / "runs")[-2:]
-    write_report(experiments, root / "report", {})
+    write_report(experiments, root / "report")
     weights = root / "runs" / "exp8-max" / "checkpoints" / "step-00000036" / "model.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"w" * 1000)
@@ -89,12 +89,19 @@ def test_the_table_of_runs_says_what_each_is_and_what_it_scored(tmp_path):
 
 
 def test_the_table_of_runs_names_settings_that_few_have(tmp_path):
-    changes = ({}, {}, {"quant.scope": ["mlp.*", "self_attn.*"]}, {"data.label_shift": "twice"})
+    wide, own = {"quant.scope": ["mlp.*", "self_attn.*"]}, {"model.architecture": {"vocab_size": 64}}
+    changes = ({}, {}, {}, wide, {"data.label_shift": "twice"}, {"quant.bf16_also": [9, 11]}, own)
     for number, change in enumerate(changes):
         write_run(tmp_path / "runs" / f"run{number}", config(**HIF8, **change))
     record.keep_runs(map(Run, sorted((tmp_path / "runs").iterdir())), tmp_path / "record")
     others = [row["other_settings"] for row in archive.table(tmp_path / "record")]
-    assert others == ["", "", "quant.scope=[mlp.*,self_attn.*]", "data.label_shift=twice"]
+    assert others[3:] == [
+        "quant.scope=[mlp.*,self_attn.*]",
+        "data.label_shift=twice",
+        "quant.bf16_also=[9,11]",
+        "model.architecture.vocab_size=64",
+    ]
+    assert others[:3] == ["", "", ""]
 
 
 def test_the_same_runs_make_the_same_record(kept, tmp_path):
@@ -129,7 +136,7 @@ def test_what_is_restored_makes_the_same_report(kept, tmp_path):
         return [Run(tmp_path / "runs" / run.id) for run in group]
 
     restored = [Experiment(e.name, moved(e.runs), moved(e.baselines)) for e in kept.experiments]
-    write_report(restored, tmp_path / "report", {})
+    write_report(restored, tmp_path / "report")
     before, after = ((folder / "report.md").read_text() for folder in (kept.report, tmp_path / "report"))
     assert re.sub(r"\S*/runs/", "", after) == re.sub(r"\S*/runs/", "", before)
 
@@ -187,14 +194,18 @@ def test_runs_are_kept_without_a_report_where_they_are_named(kept, main, tmp_pat
     assert {path.name for path in (tmp_path / "record").iterdir()} == {"runs.csv", "runs-seed0.tar.xz"}
 
 
-def test_a_study_is_kept_without_a_report(kept, main, tmp_path):
+def test_studies_are_kept_without_a_report(kept, main, tmp_path):
+    other = next(name for name in kept.names if name.startswith("exp7"))
     found = {"claims": [], "runs": [{"run": "exp8-max", "baseline": "exp8-bf16", "seed": 0}]}
-    (tmp_path / "report" / "audit").mkdir(parents=True)
-    (tmp_path / "report" / "audit" / "audit.json").write_text(json.dumps(found))
+    for name, content in (("audit/audit", found), ("sensitivity/exp7/sensitivity", {"request": {"run": other}})):
+        path = tmp_path / "report" / f"{name}.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content))
     words = f"record={tmp_path / 'record'}", f"report.out={tmp_path / 'report'}", f"runs_dir={kept.runs}"
     code, stdout, _ = main("record.py", *words)
-    assert code == 0 and ", 3 runs" in stdout and "left out" not in stdout
-    assert {path.name for path in (tmp_path / "record").iterdir()} == {"audit", "runs.csv", "runs-seed0.tar.xz"}
+    assert code == 0 and ", 4 runs" in stdout and "left out" not in stdout
+    files = {"audit", "sensitivity", "runs.csv", "runs-seed0.tar.xz"}
+    assert {path.name for path in (tmp_path / "record").iterdir()} == files
 
 
 @pytest.mark.parametrize("script", ["record.py", "restore.py"])

@@ -43,7 +43,7 @@ def test_every_cell_that_a_claim_needs_is_there_once(cells):
     judged = decide.claims(measured, cells[0])
     lacking = {claim["key"] for claim in judged for each in claim["statements"] if "without" in each}
     assert lacking == {"linears", "labels"}  # too few scopes; of the labels nothing is forgotten
-    assert len(judged) == 15 and "linears" not in decide.decided(judged)
+    assert len(judged) == 15 and {claim["key"]: claim["verdict"] for claim in judged}["linears"] == OPEN
 
 
 def test_the_benchmark_is_of_the_cells_that_are_asked_and_the_other_text_is_needed():
@@ -52,7 +52,9 @@ def test_the_benchmark_is_of_the_cells_that_are_asked_and_the_other_text_is_need
         cells, left_out = decide.design(["model=tiny", "benchmark=letters", "budget.micro_batch=1"], variant, [0])
         with pytest.raises(ConfigError, match="validation=none: claims are about text of another kind"):
             decide.design(["validation=none"], variant, [0])
+        other, _ = decide.design(["model=tiny", "budget.arithmetic=fp32"], variant, [0])
     assert {cell.cfg.benchmark.name for cell in cells} == {"text", "letters"}
+    assert {cell.cfg.budget.arithmetic for cell in other} == {"fp32"}
     assert "budget.micro_batch=2" in left_out["a tick a call"]
 
 

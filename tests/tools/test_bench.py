@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from qat.errors import ConfigError
 from qat.models.load import load_model
 from qat.quant.formats import FORMATS
-from qat.tools import bench
 from qat.tools.bench import products, steps, table, timing
 from qat.tools.bench.plain import fake_quantize
 
@@ -52,7 +51,7 @@ def test_the_table_holds_what_was_measured(config, tmp_path, monkeypatch):
     monkeypatch.setattr(table, "_ELEMENTS", {"cpu": 2**14})
     cfg = config("experiment=exp8", "bench.parts=[steps,kernels]", "bench.rounds=2", f"bench.out={tmp_path}")
     cfg.bench.steps = ["mlp", "all", "all, plain PyTorch"]
-    page = bench.measure(cfg).read_text()
+    page = table.measure(cfg).read_text()
     rows = {row["what"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
     wanted = {"step: bf16 : bf16", "step: mlp : bf16", "step: all : bf16", "step: all, plain PyTorch : bf16"}
     assert wanted | {"evaluation: W8A8, all : bf16", "shadow of one rule : step, all linears"} <= rows.keys()
@@ -95,13 +94,14 @@ def test_attention_is_counted_by_its_heads_which_may_be_wider_than_the_model(con
         ("memory", "mpl", "bench.steps=mpl: unknown step; did you mean 'mlp'?"),
         ("memory", "all, plain PyTorch", "bench.parts=['memory'] do not measure it; add the part steps"),
         ("kernels", "mlp", "bench.parts=['kernels'] do not measure it; add the part steps"),
+        ("steps", "all, fp8 products", "bench.steps=all, fp8 products: cannot run here (FP8 needs a GPU"),
     ],
 )
 def test_what_would_not_be_measured_is_refused_before_anything_is(config, tmp_path, parts, chosen, said):
     cfg = config(f"bench.out={tmp_path / 'out'}")
     cfg.bench.parts, cfg.bench.steps = [parts], [chosen]
     with pytest.raises(ConfigError, match=re.escape(said)):
-        bench.measure(cfg)
+        table.measure(cfg)
     assert not (tmp_path / "out").exists()
 
 
@@ -110,7 +110,7 @@ def test_memory_is_measured_of_each_step_that_is_asked_for(config, tmp_path, mon
     monkeypatch.setattr(timing, "peak_memory", lambda _, cfg: 3 if cfg.scaling.algo == "max" else 2)
     cfg = config("experiment=exp8", "bench.parts=[memory]", f"bench.out={tmp_path}")
     cfg.bench.steps = ["all", "all, current scaling"]
-    bench.measure(cfg)
+    table.measure(cfg)
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert {row["what"]: row["median"] for row in rows} == {
         "peak memory: all : bf16": 1.5,

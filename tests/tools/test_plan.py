@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from qat.cli.preflight import checkpoint_bytes
 from qat.config import BenchmarkConfig, Config, TaskConfig
 from qat.eval import evaluate, questions
 from qat.models.load import load_config, load_model
@@ -189,7 +190,7 @@ def test_openpangu_is_known_where_no_hub_answers(tmp_path):
     # Without attention scores: six FLOPs for each of the 1,155.7 M weights of linears, the tied head's too.
     assert made.shape.flops(0) == 6 * made.coverage.matmul_parameters
     assert costs.tokens(made.cfg) == (1_048_576, 10_485_760_000)
-    assert costs.checkpoints(made.cfg, made.shape) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
+    assert checkpoint_bytes(made.cfg, made.shape.parameters) == (3 * 12 * 1_155_912_192, 4 * 1_155_912_192)
     assert costs.cached_tokens(made.cfg, made.shape) == 4 * 10_485_760_000
 
 
@@ -204,6 +205,7 @@ def test_a_model_that_nobody_knows_leaves_a_page_without_its_sizes(tmp_path):
 @pytest.mark.usefixtures("untraced")
 def test_what_a_record_measured_on_this_machine_is_reckoned_with(tmp_path, monkeypatch):
     facts = {"model": "openpangu_1b_random", "hardware": "NVIDIA H200", "batch": "16 x 1024 tokens"}
+    facts["arithmetic"] = "bf16"
     rows = [("bf16", "50,000 tokens/s, 40% of"), ("mlp", "40000 tokens/s"), ("all", "20000 tokens/s")]
     record = {"facts": facts, "rows": [{"what": f"step: {name} : bf16", "note": note} for name, note in rows]}
     (tmp_path / "2027-01-01_bench_gpu").mkdir()
@@ -218,6 +220,8 @@ def test_what_a_record_measured_on_this_machine_is_reckoned_with(tmp_path, monke
     assert other[-1].basis == "measured on NVIDIA H200, 16 x 1024 tokens: 2027-01-01_bench_gpu"
     current = plan.make(typed(tmp_path, *PANGU, "scaling=current"), 8, GPUS, on_gpus=True).trainings[1].rates
     assert current[0].low < current[0].high  # no record of that
+    cfg.budget.arithmetic = "fp32"
+    assert not any("measured on" in rate.basis for rate in plan.make(cfg, 8, GPUS, on_gpus=True).trainings[0].rates)
 
 
 def test_questions_of_the_quick_benchmark_are_those_that_its_file_counts():
@@ -237,7 +241,7 @@ def test_all_questions_of_a_task_are_those_that_the_split_has(split):
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("words", ["validation=wikipedia", "validation=none", "quant=bf16"])
+@pytest.mark.parametrize("words", ["validation=wikipedia", "validation=none", "quant=bf16", "benchmark.control=true"])
 def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
     counted = []
 
@@ -281,7 +285,7 @@ def test_a_finished_run_takes_the_disk_that_was_planned_and_no_more_time(config)
     cfg = config()
     before = plan.make(cfg, 1, CPU, on_gpus=False)
     run = train(cfg)
-    planned = costs.checkpoints(before.cfg, before.shape)[1]
+    planned = checkpoint_bytes(before.cfg, before.shape.parameters)[1]
     assert sum(f.stat().st_size for f in run.checkpoints.rglob("*.safetensors")) == pytest.approx(planned, rel=0.1)
     names = ("metrics.jsonl", "telemetry.jsonl", "amax.safetensors")
     rows = sum((run.path / name).stat().st_size for name in names)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -47,7 +48,8 @@ def settings(cfg: Config) -> dict[str, Config]:
 
 
 def check(cfg: Config) -> None:
-    """Raise `ConfigError` for a name in bench.steps that is unknown, or that no part of the benchmark measures."""
+    """Raise `ConfigError` for a name in bench.steps that is unknown, that cannot run here, or that no part of the
+    benchmark measures."""
     measured = {"memory": OURS, "steps": (*OURS, *COMPARATORS)}
     for name in cfg.bench.steps or []:
         if name not in measured["steps"]:
@@ -56,6 +58,9 @@ def check(cfg: Config) -> None:
             raise ConfigError(
                 f"bench.steps={name}: bench.parts={cfg.bench.parts} do not measure it; add the part steps"
             )
+        absent = "torchao" in name and not find_spec("torchao")
+        if absent or name not in (*settings(cfg), *COMPARATORS):
+            raise ConfigError(f"bench.steps={name}: cannot run here (FP8 needs a GPU from 8.9 on, torchao its package)")
 
 
 def _wanted(cfg: Config, name: str) -> bool:

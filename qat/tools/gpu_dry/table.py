@@ -44,9 +44,7 @@ VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which o
     "distilled": "loss=distill",
     "FSDP2, blocks apart": "budget.parallel=fsdp",
 }
-_NOT_INTERPRETED = (
-    "activation checkpointing",
-)  # it saves the random state of a GPU, where the interpreter has a CPU's
+_NOT_INTERPRETED = ("activation checkpointing",)  # it saves a GPU's random state; the interpreter has a CPU's
 # A model for the interpreter. FP32: a difference is then that of the order of sums, or a fault.
 _SMALL = (
     "model.architecture.vocab_size=257 model.architecture.hidden_size=64 model.architecture.intermediate_size=128 "

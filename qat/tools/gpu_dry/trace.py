@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from qat.cli import entry
-from qat.cli.validate import validate
 from qat.config import Config, register
 from qat.models.load import load_config
 from qat.tools.gpu_dry.pretend import pretend
@@ -145,9 +144,7 @@ def configured(words: list[str]) -> Config:
     """Return the configuration of command-line words."""
     register()
     with initialize_config_dir(entry.CONF, version_base="1.3"):
-        cfg = entry.typed_config(compose("train", words))
-    validate(cfg)
-    return cfg
+        return entry.typed_config(compose("train", words))
 
 
 def main(words: list[str]) -> None:

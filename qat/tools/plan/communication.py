@@ -38,8 +38,8 @@ def of_step(shape: Shape, cfg: Config, ranks: int, calls: int) -> list[Traffic]:
     small = [Traffic("all_reduce", 2, 4 * (models + 1))]  # the losses, and whether a rank was told to stop
     if shape.scales and cfg.scaling.sync == "max":
         ticks = 1 if cfg.scaling.tick == "step" else calls
-        each = 2 if RULES[cfg.scaling.algo].learns else 1  # amaxes, slopes
-        small.append(Traffic("all_reduce", each * ticks, 4 * each * ticks * shape.scales))
+        kinds = 2 if RULES[cfg.scaling.algo].learns else 1  # amaxes, slopes
+        small.append(Traffic("all_reduce", kinds * ticks, 4 * kinds * ticks * shape.scales))
     weight = cfg.optim.weight_bytes
     gradients = weight * shape.parameters
     if cfg.budget.parallel == "ddp":

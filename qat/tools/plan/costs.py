@@ -119,13 +119,15 @@ def scope(kinds) -> str:
     return "mlp" if all(kind.startswith("mlp.") for kind in kinds) else "all"
 
 
-def measured(model: str, kind: str) -> list[Rate]:
-    """Return a model's rates in the records of benchmarks. kind: bf16, or a name of `qat.tools.bench.steps`."""
+def measured(cfg: Config, kind: str) -> list[Rate]:
+    """Return the rates of a model in its arithmetic in the records of benchmarks. kind: bf16, or a name of
+    `qat.tools.bench.steps`."""
     rates = []
     for file in sorted(RECORDS.glob("*/bench.json")):
         record = json.loads(file.read_text())
         facts = record["facts"]
-        if facts["model"].removesuffix("_random") != model.removesuffix("_random"):
+        same_model = facts["model"].removesuffix("_random") == cfg.model.name.removesuffix("_random")
+        if not same_model or facts["arithmetic"] != cfg.budget.arithmetic:
             continue
         for row in record["rows"]:
             rate = re.match(r"([\d,]+) tokens/s", row["note"])
@@ -139,7 +141,7 @@ def measured(model: str, kind: str) -> list[Rate]:
 def rates(cfg: Config, shape: Shape, kind: str | None, machine: Machine, on_gpus: bool) -> list[Rate]:
     """Return the rates of one rank, first the one to plan with. kind: of the quantized steps, None for BF16."""
     step = f"{kind}, current scaling" if kind and cfg.scaling.algo == "current" else kind or "bf16"
-    records = measured(cfg.model.name, step)
+    records = measured(cfg, step)
     known = [rate for rate in records if machine.name in rate.basis] if bool(machine.gpus) == on_gpus else []
     if not known:
         published = [_PUBLISHED[kind]] if "openpangu_1b" in cfg.model.name and on_gpus else []
@@ -162,12 +164,6 @@ def _assumed(flops: float, kind: str | None, machine: Machine, on_gpus: bool) ->
     if kind:
         basis += f"; {fast:g} (our CPU record) to {slow:g} (the released code) times slower"
     return Rate(shares[0] * peak / flops / slow, shares[1] * peak / flops / fast, basis)
-
-
-def checkpoints(cfg: Config, shape: Shape) -> tuple[float, float]:
-    """Return (largest, final) bytes of a run's checkpoints: at most two and one being written; then only weights."""
-    weights = float(cfg.optim.weight_bytes * shape.parameters)
-    return 3 * (weights + cfg.optim.moment_bytes * shape.parameters), weights
 
 
 def rows(cfg: Config, tensors: int) -> float:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+from qat.cli.preflight import checkpoint_bytes, from_hub
 from qat.tools.plan import communication, costs, memory
 from qat.tools.plan.machine import needs_hub
 from qat.tools.plan.plan import Plan, Training
-from qat.utils import files
 
 _LABEL, _WIDTH = 24, 116  # characters: of a label, of a line
 _USEFUL_PASSES = 4  # up to which repeated text is worth about as much as new text (arXiv 2305.16264)
@@ -178,11 +177,11 @@ def _disk(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"disk ({cfg.runs_dir}: {size(plan.machine.runs_free)} free)"
     if plan.shape is not None:
-        most, final = costs.checkpoints(plan.cfg, plan.shape)
+        most, final = checkpoint_bytes(cfg, plan.shape.parameters)
         value = f"{size(most)} while a run trains, {size(final)} of each that is finished"
         weight = cfg.optim.weight_bytes
-        basis = f"{weight + cfg.optim.moment_bytes} and {weight} bytes a parameter; two kept, on a full disk one, and "
-        basis += f"one being written, every {cfg.budget.checkpoint_every} steps"
+        basis = f"{weight + cfg.optim.moment_bytes} and {weight} bytes a parameter; two kept and one being written, "
+        basis += f"every {cfg.budget.checkpoint_every} steps"
         yield _row("checkpoints", value, basis)
         tensors = 3 * len(plan.coverage.linears)
         basis = f"{tensors} tensors at most, every {cfg.budget.telemetry_every} steps"
@@ -197,11 +196,11 @@ def _downloads(plan: Plan) -> Iterator[str]:
     cfg = plan.cfg
     yield ""
     yield "downloads, where nothing is cached yet"
-    if cfg.model.source == "hub" and not Path(files.expand(cfg.model.path)).is_dir():
+    if from_hub(cfg.model):
         weights = size(2 * plan.shape.parameters) if plan.shape else "size unknown"
         pinned = "" if cfg.model.revision else "; model.revision is not pinned"
         yield _row("model", f"{cfg.model.path}: {weights}", f"BF16{pinned}")
-    if cfg.data.source == "hub" and not Path(files.expand(cfg.data.path)).is_dir():
+    if from_hub(cfg.data):
         known = costs.text(cfg)
         _, run = costs.tokens(cfg)
         if known:
@@ -256,9 +255,9 @@ def _missing_memory_and_disk(plan: Plan) -> Iterator[str]:
             f"GPU memory: {size(need)} for {size(machine.gpu_memory)}; lower budget.micro_batch, or set "
             f"budget.activation_checkpointing=true"
         )
-    most, final = costs.checkpoints(plan.cfg, plan.shape)
+    most, final = checkpoint_bytes(plan.cfg, plan.shape.parameters)
     cached = costs.cached_tokens(plan.cfg, plan.shape)
-    disk = 2 / 3 * most + (len(plan.trainings) - 1) * final + (cached if machine.one_disk else 0)
+    disk = most + (len(plan.trainings) - 1) * final + (cached if machine.one_disk else 0)
     if disk > machine.runs_free:
         what = " and for the token cache" if machine.one_disk and cached else ""
         yield f"disk in {plan.cfg.runs_dir}{what}: {size(disk)} for {size(machine.runs_free)} free"

@@ -23,8 +23,6 @@ from qat.tools.plan import costs, memory
 from qat.tools.plan.machine import Machine
 from qat.utils.environment import ROOT
 
-__all__ = ["Plan", "Training", "make"]
-
 
 @dataclass(frozen=True)
 class Training:
@@ -58,8 +56,9 @@ class Plan:
 
     @property
     def scored(self) -> int:
-        """Count the models that evaluation scores: the pretrained one, baseline, its PTQ, and the run in both modes."""
-        return 5 if self.cfg.quantized else 2
+        """Count the models that evaluation scores: the pretrained one, baseline, its PTQ and control, and the run in
+        both modes."""
+        return (5 if self.cfg.quantized else 2) + self.cfg.benchmark.control
 
     def lengthened(self, training: Training) -> float:
         """Return how many times as long steps take, on average, where `scaling.shadow` tries rules at some of them.

@@ -107,11 +107,7 @@ CASES = [
         f"torch.float32{FIX}",
         rewritten(setting("scales", "history", lambda history: history[:, :1].clone())),
     ),
-    Case(
-        STOPPED,
-        "the saved scales are of other tensors: ",
-        rewritten(lambda _, facts: facts["scales"].reverse()),
-    ),
+    Case(STOPPED, "the saved scales are of other tensors: ", rewritten(lambda _, facts: facts["scales"].reverse())),
     Case(DONE, f"model.safetensors lacks {WEIGHT}{FIX}", rewritten(lambda t, _: t["model"].pop(WEIGHT), DONE), "eval"),
     Case(DONE, "the saved scales have no history", rewritten(lambda t, _: t.pop("scales"), DONE), "eval"),
 ]
