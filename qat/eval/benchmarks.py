@@ -115,7 +115,8 @@ def check(benchmark: BenchmarkConfig, tokenizer: PreTrainedTokenizerBase, max_le
 
     Raises:
         ConfigError: there are fewer examples than shots, or an answer does not fit into `max_length` tokens.
-        UserError: lm-eval or the package with the questions is not installed, there can be no cache, or no token can begin a text.
+        UserError: lm-eval or the package with the questions is not installed, there can be no cache, or no token can
+            begin a text.
     """
     from qat.models.tokenizer import document_token
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import gc
 import importlib.util
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from qat.config import BenchmarkConfig, TaskConfig
 from qat.errors import ConfigError, UserError
@@ -190,15 +188,6 @@ def test_the_hash_names_the_evaluation():
 
 
 # ---- configuration ----
-
-
-@pytest.mark.parametrize("name", ["smoke", "quick", "paper"])
-def test_configurations_are_valid(name):
-    raw = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    assert set(raw) | {"arithmetic", "control"} == {field.name for field in dataclasses.fields(BenchmarkConfig)}
-    assert raw["name"] == name
-    tasks = {task: TaskConfig(**values) for task, values in raw.pop("tasks").items()}
-    assert set(tasks) <= set(benchmarks.TASKS)
 
 
 def check(tokenizer, tasks, max_length=2048):
