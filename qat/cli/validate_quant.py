@@ -33,12 +33,6 @@ def check_quant(cfg: Config) -> None:
                 f"quant.target_{role}={target:g}: above the largest {q.format} value; the nearest valid value is "
                 f"{largest:g}"
             )
-        default = getattr(QuantConfig, f"target_{role}")
-        if target != default and not getattr(q, f"{role}s"):
-            raise ConfigError(
-                f"quant.target_{role}={target:g}: has no effect with quant.{role}s=false; set quant.target_{role}="
-                f"{default:g}"
-            )
     if q.rounding == "hybrid" and not (q.gradients and FORMATS[q.format].hybrid):
         fault = f"{q.format} has no hybrid rounding" if q.gradients else "rounds gradients, and quant.gradients=false"
         raise ConfigError(f"quant.rounding=hybrid: {fault}; set quant.rounding=nearest")

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from qat.config import STREAM_ORDER, Config, QuantConfig, ScalingConfig, WarmupConfig
+from qat.config import ROLES, STREAM_ORDER, Config, QuantConfig, ScalingConfig, WarmupConfig
 from qat.quant.rules import RULES
 
 # Settings of these groups that cannot change a number of training.
@@ -51,6 +51,9 @@ def identity(cfg: Config) -> dict:
         parts["loss"] = loss
     if cfg.quantized:
         parts["quant"] = _changed(cfg.quant)
+        for role in ROLES:
+            if not getattr(cfg.quant, f"{role}s"):  # what is not rounded has no target
+                parts["quant"].pop(f"target_{role}", None)
         if cfg.scaling.algo == "current":  # by its own amax no value is clipped, and masked
             parts["quant"].pop("ste", None)
         parts["scaling"] = _effective_scaling(cfg)

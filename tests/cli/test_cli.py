@@ -324,10 +324,6 @@ VALUES = [
     ("budget.steps=30 optim.lr_warmup=1", "learning rate would never leave its warmup; the largest valid share is 0.9"),
     ("scaling.lr=0.2", "scaling.lr=0.2: has no effect with scaling=max; set scaling=lsq"),
     ("scaling.alpha=0.9", "scaling.alpha=0.9: has no effect with scaling=max; set scaling=exp_smooth"),
-    (
-        "quant.gradients=false quant.target_gradient=7",
-        "quant.target_gradient=7: has no effect with quant.gradients=false; set quant.target_gradient=15",
-    ),
     ("quant.ste=masked quant.overflow=inf", "quant.ste=masked: stops the gradients of what is clipped, and quant.over"),
     ("quant.ste=masked quant.weights=false quant.activations=false", "no weight or input of a linear is rounded; set"),
     ("optim.lr_from_zero=true optim.lr_warmup=0", "optim.lr_warmup=0 has no first step; set optim.lr_from_zero=false"),

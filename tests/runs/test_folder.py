@@ -115,6 +115,7 @@ HUB = {"data.source": "hub"}
         ({"scaling.algo": "exp_smooth"}, "scaling.window", (16, 64), False),
         ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
         ({"scaling.algo": "current"}, "quant.ste", ("pass_through", "masked"), False),
+        ({"quant.gradients": False}, "quant.target_gradient", (15.0, 224.0), False),
         ({"scaling.algo": "lsq"}, "scaling.lr", (0.1, 0.2), True),
         ({"warmup.bf16": 0.0}, "scaling.discard_after_warmup", (True, False), False),
         ({"warmup.bf16": 0.5}, "scaling.discard_after_warmup", (True, False), True),
