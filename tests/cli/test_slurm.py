@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -19,7 +18,7 @@ from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.runs.job import with_baselines
 from qat.train import loop
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, wait_for
 from tests.helpers import slurm
 
 SUITE = ["make", "--no-print-directory", "suite", "LAUNCHER=slurm", "READY="]
@@ -119,9 +118,7 @@ def test_a_run_on_two_nodes_saves_upon_the_signal_is_requeued_and_goes_on(texts,
     options = ["--array=0", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path}/log-%a"]
     job = ["scripts/slurm_job.sh", sys.executable, "1", str(tmp_path), "train.py"]
     with subprocess.Popen(["sbatch", *options, *job], cwd=ROOT, env=environment) as queued:
-        deadline = time.monotonic() + 120
-        while len(run.metrics()) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(run.metrics()) >= 3)
         for process in (tmp_path / "bin" / "processes").read_text().split():
             os.kill(int(process), signal.SIGUSR1)
         queued.wait(240)

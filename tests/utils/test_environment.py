@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import pwd
 import subprocess
 
@@ -56,6 +57,7 @@ def test_hardware_and_code_are_named_in_one_way():
 def repository(tmp_path, monkeypatch):
     """git(*words) in a new repository of one file, committed, that stands for ours."""
     monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # the user's
 
     def git(*words: str) -> str:
         return subprocess.run(
