@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -36,16 +37,24 @@ TINY = ("model=tiny", "budget=smoke", "logger=local")
 _USER_CACHE = os.environ.get("HIF8_CACHE")
 
 
-@functools.cache
-def composed(*words: str):
-    """conf/train.yaml under command-line words, as the DictConfig that a script gets."""
-    from hydra import compose, initialize_config_dir
+@contextlib.contextmanager
+def composing(conf: Path = ROOT / "conf"):
+    """Let Hydra compose the schema and this folder."""
+    from hydra import initialize_config_dir
 
-    from qat.cli import entry
     from qat.config import register
 
     register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        yield
+
+
+@functools.cache
+def composed(*words: str):
+    """conf/train.yaml under command-line words, as the DictConfig that a script gets."""
+    from hydra import compose
+
+    with composing():
         return compose("train", list(words))
 
 

@@ -10,17 +10,16 @@ import sys
 
 import pytest
 import torch
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.cli import entry, experiments
 from qat.cli.validate import validate
-from qat.config import Config, register
+from qat.config import Config
 from qat.errors import UserError
 from qat.quant.convert import convert
 from tests.cli.bad_input.mistakes import A_NAME
-from tests.conftest import ROOT, composed, options
+from tests.conftest import ROOT, composed, composing, options
 
 EXPERIMENTS, PROTOCOLS, BUDGETS = options("experiment"), options("protocol"), options("budget")
 
@@ -226,7 +225,7 @@ def test_the_number_of_quantized_linears_is_the_papers():
 
 def test_an_experiments_own_sweep_is_expanded():
     whole = entry.typed_config(composed())
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
 
         def configs(*arguments) -> list[Config]:
             return [job.cfg for job in experiments.jobs_of(*arguments)]
@@ -256,8 +255,7 @@ def test_an_experiments_own_sweep_is_read_as_hydra_reads_it(tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text(
         f"# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n{lines}"
     )
-    register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         jobs = experiments.jobs_of("mine", [f"hydra.searchpath=[{tmp_path}]"])
     scopes = [["mlp.*"], ["mlp.*", "self_attn.*"]]
     assert [(job.cfg.quant.scope, job.cfg.seed) for job in jobs] == [(s, n) for s in scopes for n in range(3)]

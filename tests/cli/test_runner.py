@@ -18,6 +18,7 @@ from qat.errors import ConfigError, UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.runs.job import Job
+from tests.cli.test_sweep import table
 from tests.conftest import ROOT, TINY, wait_for
 
 SUITE = ("suite.py", *TINY, "report.experiments=[exp7,exp8]", "report.out=report")
@@ -39,10 +40,6 @@ def replaced(monkeypatch):
         return trained
 
     return replace
-
-
-def table(out: str) -> list[str]:
-    return re.sub(" +", " ", out[out.rindex("\nruns:") :]).splitlines()[2:]
 
 
 def test_a_baseline_comes_before_its_runs_and_a_failure_stops_only_what_needs_it(config, replaced, capsys):

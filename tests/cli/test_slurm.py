@@ -10,15 +10,14 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from qat.cli import entry, experiments
-from qat.config import register
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.runs.job import with_baselines
 from qat.train import loop
-from tests.conftest import ROOT, TINY, wait_for
+from tests.conftest import ROOT, TINY, composing, wait_for
 from tests.helpers import slurm
 
 SUITE = ["make", "--no-print-directory", "suite", "LAUNCHER=slurm", "READY="]
@@ -27,9 +26,8 @@ SOME = ["exp2", "exp4", "exp6", "exp1"]  # two sweeps, and two recipes that are 
 
 def test_the_overrides_of_a_job_compose_to_its_run_and_a_baseline_comes_first():
     """Also where the command line names a format, by a group or a key, beside which a baseline has none."""
-    register()
     given = [[*TINY, "quant.scope=[mlp.*]"], [*TINY, "quant=fp8_e4m3"], [*TINY, "quant.format=fp8_e5m2"]]
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         jobs = [job for name in SOME for job in experiments.jobs_of(name, given[0])]
         jobs += [job for overrides in given[1:] for job in experiments.jobs_of("exp8", overrides)]
         submitted = with_baselines(jobs)

@@ -9,18 +9,17 @@ import textwrap
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from qat.cli import entry
 from qat.cli.validate import CHOICES
-from qat.config import register
 from qat.eval.subject import calibration_batches
 from qat.models.load import load_model
 from qat.quant import formats, ptq, rules
 from qat.quant.calibrate import prepare
 from qat.runs.identity import ptq_of
 from qat.train import loop
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, composing
 
 
 def shown(page: str, first: str) -> str:
@@ -47,8 +46,7 @@ def composed(monkeypatch, tmp_path, texts):
     monkeypatch.setitem(CHOICES, "quant.format", ("none", *formats.FORMATS))
 
     def make(*words: str):
-        register()
-        with initialize_config_dir(str(conf), version_base="1.3"):
+        with composing(conf):
             given = ("budget.steps=2", f"data.path={texts}", "data.source=files", f"runs_dir={tmp_path}")
             return entry.typed_config(compose("train", [*TINY, *given, *words]))
 

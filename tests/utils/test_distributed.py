@@ -201,20 +201,17 @@ def test_another_number_of_ranks_is_told_of_and_refused_only_where_it_changes_a_
     assert capsys.readouterr().out == ""
 
 
-class Clock:
-    """Goes on only while the main thread sleeps."""
+def clock() -> SimpleNamespace:
+    """Go on only while the main thread sleeps."""
+    now = [0.0]
 
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
+    def sleep(seconds: float) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.now += seconds
+            now[0] += seconds
         else:
             time.sleep(seconds)
+
+    return SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
 
 
 @pytest.fixture
@@ -233,7 +230,7 @@ def alone(monkeypatch):
         variables = {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(distributed, "time", Clock())
+        monkeypatch.setattr(distributed, "time", clock())
         monkeypatch.setattr(distributed, "_open_store", ready)
         monkeypatch.setattr(distributed, "INIT_TIMEOUT", datetime.timedelta(minutes=1))
         return port

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from qat.cli import entry
 from qat.config import DataConfig, ModelConfig
@@ -21,7 +21,7 @@ from qat.models import load
 from qat.runs.identity import run_id
 from qat.tools.plan.machine import needs_hub
 from qat.utils import environment
-from tests.conftest import TINY, composed
+from tests.conftest import TINY, composed, composing
 
 IDENTITY = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
 
@@ -171,7 +171,7 @@ def test_every_folder_and_file_of_the_command_line_may_be_in_the_home_folder(hom
         *group, name = key.split(".")
         assert getattr(getattr(cfg, group[0]) if group else cfg, name) == str(home / key)
     assert cfg.runs == [str(home / "a"), "b"]
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         sweep = compose("train", words, return_hydra_config=True).hydra.sweep.dir
     assert sweep.startswith(f"{home}/runs_dir/.sweep/")
 
