@@ -151,6 +151,7 @@ bench: $(READY) ## what quantization costs: kernels, steps, evaluation, memory -
 # Needs no GPU, but Triton and g++. VARIANT="max" compiles that one alone; the names are in qat/tools/gpu_dry/table.py.
 gpu_dry: $(TESTED) ## compile the GPU's step in every variant on a machine without one: graphs, kernels, registers, numbers -> docs/performance.md
 	$(PY) scripts/gpu_dry.py $(if $(VARIANT),"$(VARIANT)")
+	$(if $(VARIANT),,$(PY) -m pytest -n0 tests/quant/test_kernels.py -k machine_code)
 
 # On a machine that has PyTorch and what else is needed (scripts/wheels.sh brings it): make gpu_first PY=python3 READY=
 # TESTED=, and so the others.

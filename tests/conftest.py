@@ -1,20 +1,24 @@
-"""One thread, no network, a cache of the session's own, and configurations composed from the real conf/."""
+"""One thread, no network, no launcher, a cache of the session's own, configurations composed from the real conf/."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch, Numba, transformers or wandb are imported.
-os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = os.environ.setdefault("HIF8_TEST_THREADS", "1")
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # Compiled kernels outlive a session, whose cache does not.
 os.environ.setdefault(
@@ -27,25 +31,39 @@ os.environ["WANDB_SILENT"] = "true"
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+THREADS = int(os.environ["HIF8_TEST_THREADS"])
 RUNS = "runs_dir"  # the key of Config that names the folder of run folders
 TINY = ("model=tiny", "budget=smoke", "logger=local")
 _USER_CACHE = os.environ.get("HIF8_CACHE")
 
 
-@functools.cache
-def composed(*words: str):
-    """conf/train.yaml under command-line words, as the DictConfig that a script gets."""
-    from hydra import compose, initialize_config_dir
+@contextlib.contextmanager
+def composing(conf: Path = ROOT / "conf"):
+    """Let Hydra compose the schema and this folder."""
+    from hydra import initialize_config_dir
 
-    from qat.cli import entry
     from qat.config import register
 
     register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        yield
+
+
+@functools.cache
+def composed(*words: str):
+    """conf/train.yaml under command-line words, as the DictConfig that a script gets."""
+    from hydra import compose
+
+    with composing():
         return compose("train", list(words))
 
 
-def typed(runs: Path, *words: str, **dotted):
+def options(group: str) -> list[str]:
+    """The files of a folder of conf/, without .yaml."""
+    return sorted(file.stem for file in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def typed(runs: Path, /, *words: str, **dotted):
     """A validated Config of `words`, its runs in the folder `runs`; keys of `dotted` are set afterwards."""
     from qat.cli import entry
     from qat.cli.validate import validate
@@ -68,6 +86,14 @@ def script(name: str, *words: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    """Return once the condition holds, or raise."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def wandb_records(path: Path) -> list[list[dict]]:
     """The records of every W&B run in the run folder `path`, oldest first, by W&B's own reader."""
     files = sorted((path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
@@ -77,7 +103,10 @@ def wandb_records(path: Path) -> list[list[dict]]:
 
 
 def pytest_configure(config):
-    """Tests run on the CPU, save for those that are asked for with `-m gpu`."""
+    """Tests run on the CPU, save for those that are asked for with `-m gpu`, and are ranks of no launcher."""
+    for name in list(os.environ):
+        if re.match("WORLD_SIZE|(LOCAL_)?RANK$|MASTER_|SLURM_|HIF8_REQUEUE", name):
+            del os.environ[name]
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
@@ -101,7 +130,7 @@ def _let_triton_end_in_silence():
 def _session(tmp_path_factory):
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     gc.freeze()  # what the imports left is not searched for garbage again and again
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # shared by all workers
@@ -142,7 +171,7 @@ def texts(tmp_path_factory) -> Path:
 def configure(texts):
     """configure(runs folder, *words, **dotted keys): a Config of the tiny model, smoke budget and the small texts."""
 
-    def make(runs: Path, *words: str, **dotted):
+    def make(runs: Path, /, *words: str, **dotted):
         return typed(runs, *TINY, *words, **{"data.source": "files", "data.path": str(texts), **dotted})
 
     return make

@@ -14,9 +14,8 @@ from qat.report.page import write_report
 from qat.runs import archive
 from qat.runs.folder import Run
 from qat.runs.identity import run_id
-from tests.helpers.synthetic_runs import HIF8, config, edit, write_run
+from tests.helpers.synthetic_runs import HIF8, RIGHT, config, edit, write_run
 
-RIGHT = [True] * 60 + [False] * 40
 TEXT = [3.0, 3.2, 3.4]
 
 

@@ -8,11 +8,12 @@ import pytest
 from scipy.stats import t
 
 from qat.report import tables, uncertainty
+from qat.report.caveats import caveats, lead
 from qat.report.experiment import Experiment, distinct, published
 from qat.report.page import write_report
 from qat.runs.folder import Run
+from tests.helpers.page import Page
 from tests.helpers.synthetic_runs import HIF8, PTQ, compared_pair, config, edit, pretrained_beside, write_run
-from tests.report.test_report import Page
 
 
 @pytest.fixture
@@ -103,9 +104,8 @@ def test_what_qat_does_to_weights_and_scales_has_the_noise_of_seeds_and_document
     assert recipe.comparison["qat"][0].keys().isdisjoint(("weights", "scales"))
 
 
-def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three, tmp_path):
-    _, markdown = write_report([three], tmp_path / "out")
-    text = markdown.read_text()
+def test_the_verdict_counts_recipes_and_the_table_beside_the_paper_has_a_row_a_mode(three):
+    text = " ".join(lead([three])["sentences"])
     assert "threshold in 0 of 1 recipes, of 3 compared runs (5.00 %); 1 of their intervals over seeds" in text
     assert "intervals over seeds spans it." in text
     assert "none of 6 tests (Student's over seeds and questions; 5 %, Holm's" in text
@@ -133,27 +133,27 @@ def test_a_run_that_is_named_twice_is_not_two_seeds(tmp_path):
     assert recipe.missing == "exp8 has a seed twice (run-0, run-1), so there is no mean over seeds; leave one out"
 
 
-def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_lacks(three, tmp_path):
+def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_lacks(three):
     for run in three.runs[1:]:
         (run.path / "eval.json").unlink()
-    _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out")
-    text = markdown.read_text()
-    assert "| exp8 seed 0 |" in text and "One seed a cell: intervals cover" in text
-    assert "> Not compared: exp8 seed 1, exp8 seed 2." in text
+    again = [Experiment("exp8", three.runs, three.baselines)]
+    assert [str(row[0]) for row in tables.overview(again, published()).rows] == ["exp8 seed 0"]
+    assert any(line.startswith("One seed a cell: intervals cover") for line in caveats(again))
+    assert lead(again)["open"] == ["Not compared: exp8 seed 1, exp8 seed 2."]
 
 
 def test_seeds_that_were_never_run_are_not_passed_over(three, tmp_path):
     runs = [*three.runs[:1], Run(tmp_path / "not-there")]
-    _, markdown = write_report([Experiment("exp8", runs, three.baselines[:1])], tmp_path / "out")
-    assert "> Not compared: exp8 (1 of 2 runs missing)." in markdown.read_text()
+    unfinished = [Experiment("exp8", runs, three.baselines[:1])]
+    assert lead(unfinished)["open"] == ["Not compared: exp8 (1 of 2 runs missing)."]
 
 
-def test_scores_by_unlike_machines_are_told_of(three, tmp_path):
+def test_scores_by_unlike_machines_are_told_of(three):
     for by, run in zip(("a GPU", "a CPU"), (three.runs[0], three.baselines[0]), strict=True):
         scored = {"scored_on": by}
         edit(run.path / "eval.json", lambda record, by=scored: [mode.update(by) for mode in record["quick"].values()])
-    _, markdown = write_report([Experiment("exp8", three.runs, three.baselines)], tmp_path / "out")
-    assert "were scored by unlike machines or versions (a CPU; a GPU), whose sums" in markdown.read_text()
+    lines = "\n".join(caveats([Experiment("exp8", three.runs, three.baselines)]))
+    assert "were scored by unlike machines or versions (a CPU; a GPU), whose sums" in lines
 
 
 def test_a_task_at_chance_in_some_baselines_is_named_with_them(tmp_path):
@@ -161,8 +161,8 @@ def test_a_task_at_chance_in_some_baselines_is_named_with_them(tmp_path):
     scores = {0: at_chance, 1: above}
     pairs = [compared_pair(tmp_path / str(seed), {"arc_easy": right}, seed=seed) for seed, right in scores.items()]
     experiment = Experiment("exp8", *named_apart(pairs))
-    _, markdown = write_report([experiment], tmp_path / "out")
-    assert "ARC-Easy in BF16 seed 0 alone, 25.0 % of 40 questions, cannot be told from chance" in markdown.read_text()
+    lines = "\n".join(caveats([experiment]))
+    assert "ARC-Easy in BF16 seed 0 alone, 25.0 % of 40 questions, cannot be told from chance" in lines
     assert not experiment.recipes[0].comparison["tasks"][0]["near_chance"]  # half of them right in the mean
 
 
@@ -171,7 +171,7 @@ def test_one_question_and_several_seeds_have_the_widest_interval(tmp_path):
     experiment = Experiment("exp8", *named_apart(pairs))
     row = experiment.recipes[0].comparison["tasks"][0]
     assert row["ci"] == [-100, 100] and row["p_value"] == 1
-    write_report([experiment], tmp_path / "out")
+    assert "[-100.0, +100.0]" in str(tables.overview([experiment], published()).rows[0][-1])
 
 
 def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):

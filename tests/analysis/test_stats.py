@@ -33,7 +33,7 @@ def test_mcnemar_is_the_binomial_test_of_the_flips():
 def test_tango_inverts_the_score_test(lost, gained, n):
     """At either limit the score statistic is 1.96 for the most likely rates, found here by brute force: statsmodels has
     no interval for the difference of paired proportions."""
-    share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions lost, under a given change
+    share = np.linspace(0, 1, 200_001)[1:-1]  # of questions lost, under a given change
     for limit in tango(lost, gained, n):
         rates = share + limit, share, 1 - 2 * share - limit
         valid = np.all([rate > 0 for rate in rates], axis=0)
@@ -58,7 +58,7 @@ def test_tango_at_the_edges():
 )
 def test_tang_inverts_the_score_test(kept, lost, gained):
     """As for Tango's: at either limit the statistic is 1.96 for the most likely rates, by brute force."""
-    share = np.linspace(0, 1, 2_000_001)[1:-1]  # of questions gained, of all that either answers, under a given ratio
+    share = np.linspace(0, 1, 200_001)[1:-1]  # of questions gained, of all that either answers, under a given ratio
     for ratio in tang(kept, lost, gained):
         lost_share = 1 - ratio + ratio * share
         rates = 1 - lost_share - share, lost_share, share
@@ -111,14 +111,9 @@ def test_more_than_chance_is_scipys_binomial_test():
         assert above_chance(right, n, chance) == pytest.approx(wanted)
 
 
-def test_holm_is_as_by_hand():
-    assert holm([0.04, 0.001, 0.02]) == pytest.approx([0.04, 0.003, 0.04])
-    assert holm([0.03, 0.04, 0.001]) == pytest.approx([0.06, 0.06, 0.003])
-    assert holm([]) == []
-
-
 def test_holm_is_that_of_statsmodels():
     draw = np.random.default_rng(0)
+    assert holm([]) == []
     for size in (1, 2, 8, 56):
         p_values = draw.beta(0.2, 2, size).tolist()
         assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist())

@@ -10,21 +10,18 @@ import sys
 
 import pytest
 import torch
-from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.cli import entry, experiments
 from qat.cli.validate import validate
-from qat.config import Config, register
+from qat.config import Config
 from qat.errors import UserError
 from qat.quant.convert import convert
 from tests.cli.bad_input.mistakes import A_NAME
-from tests.conftest import ROOT, composed
+from tests.conftest import ROOT, composed, composing, options
 
-EXPERIMENTS = [f"exp{i}" for i in range(1, 9)]
-PROTOCOLS = ["paper", "released", "vendor"]
-BUDGETS = ["smoke", "laptop", "gpu", "paper"]
+EXPERIMENTS, PROTOCOLS, BUDGETS = options("experiment"), options("protocol"), options("budget")
 
 
 def under(protocol: str, experiment: str) -> tuple[str, ...]:
@@ -72,11 +69,10 @@ except SystemExit as end:
 def test_every_option_of_every_group_composes_and_validates():
     # The first is chosen by protocol and experiment; the others have tests of their own.
     skipped = ("specialization", "experiment", "hydra")
-    groups = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in (ROOT / "conf").iterdir() if p.is_dir()}
-    groups = {name: options for name, options in groups.items() if name not in skipped}
+    groups = {p.name: options(p.name) for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name not in skipped}
     assert len(groups) == 15 and all(groups.values())
     for number in range(max(map(len, groups.values()))):
-        words = [f"{group}={options[number % len(options)]}" for group, options in groups.items()]
+        words = [f"{group}={names[number % len(names)]}" for group, names in groups.items()]
         words += ["model.path=Somebody/hub"] if "model=hub" in words else []  # its last part is the name
         words += ["data.label_shift=once"] if "loss=distill" in words else []
         words += ["scaling.update_every=1", "quant.overflow=clip"] if "scaling=lsq" in words else []
@@ -88,8 +84,11 @@ def test_every_option_of_every_group_composes_and_validates():
 
 
 def test_every_experiment_composes_with_every_protocol_and_budget():
-    """A budget sets only keys that no experiment and no protocol sets (tested below), so that merging composes."""
+    """Budgets are composed with protocols; their sizes alone meet each experiment, whose batch is a part of them."""
     sizes = {budget: changes((f"budget={budget}",)) for budget in BUDGETS}
+    for protocol, budget in itertools.product(PROTOCOLS, BUDGETS):
+        cfg = entry.typed_config(composed(*under(protocol, "exp8"), f"budget={budget}"))
+        assert (cfg.protocol, cfg.budget.name, cfg.optim.lr) == (protocol, budget, 1e-5)
     for experiment, protocol in itertools.product(EXPERIMENTS, PROTOCOLS):
         cfg = entry.typed_config(composed(*under(protocol, experiment)))
         assert cfg.protocol == protocol
@@ -226,7 +225,7 @@ def test_the_number_of_quantized_linears_is_the_papers():
 
 def test_an_experiments_own_sweep_is_expanded():
     whole = entry.typed_config(composed())
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
 
         def configs(*arguments) -> list[Config]:
             return [job.cfg for job in experiments.jobs_of(*arguments)]
@@ -256,8 +255,7 @@ def test_an_experiments_own_sweep_is_read_as_hydra_reads_it(tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text(
         f"# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n{lines}"
     )
-    register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         jobs = experiments.jobs_of("mine", [f"hydra.searchpath=[{tmp_path}]"])
     scopes = [["mlp.*"], ["mlp.*", "self_attn.*"]]
     assert [(job.cfg.quant.scope, job.cfg.seed) for job in jobs] == [(s, n) for s in scopes for n in range(3)]

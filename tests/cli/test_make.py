@@ -10,13 +10,17 @@ import pytest
 from safetensors.torch import save_file
 
 from qat.analysis.compare import against_baseline
+from qat.cli import entry
 from qat.report.text import table
 from qat.runs.folder import Run
-from tests.conftest import ROOT
+from qat.runs.identity import run_id
+from scripts import gpu_first
+from tests.conftest import ROOT, composed
 from tests.models.test_openpangu import BLOCKS, random_weights, write_config, write_tokenizer
 
-TARGETS = ("exp8", "plan", "text", "suite", "sweep", "factorial", "audit", "rerun_noise", "diff", "report", "docs")
-TARGETS += ("ptq", "replay", "record", "verify", "restore", "bench", "sensitivity", "gpu_dry", "gpu_first")
+# All that `make help` lists but for what installs, tests and cleans up, and runs no script.
+TARGETS = re.findall(r"^([a-z_]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+TARGETS = ["exp8", *sorted(set(TARGETS) - {"help", "setup", "test", "torture", "lint", "format", "clean"})]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -26,8 +30,20 @@ def test_a_recipe_runs_a_script_that_is_there(target):
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     scripts = re.findall(r"scripts/\S*", printed)
     assert scripts and all((ROOT / script).is_file() for script in scripts)
-    made = ("exp8", "suite", "factorial", "audit", "ptq", "rerun_noise", "sensitivity")  # which refuses both
+    made = ("exp8", "suite", "factorial", "decide", "audit", "ptq", "rerun_noise")
+    made += ("sensitivity",)  # which refuses both
     assert ('"seeds=[0,1]" launch.ranks=2' in " ".join(printed.split())) == (target in made)
+
+
+def test_what_runs_first_on_a_gpu_is_a_valid_configuration():
+    trained = set()
+    for _, _, command in gpu_first.STAGES:
+        script, *words = command.split()
+        if script.startswith("scripts/"):
+            trained.add(run_id(entry.typed_config(composed(*words))))
+        else:
+            assert (ROOT / words[-1]).is_dir()
+    assert len(trained) == 3  # of one of which the questions are asked
 
 
 @pytest.mark.parametrize(

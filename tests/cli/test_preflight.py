@@ -98,6 +98,15 @@ def test_what_can_be_trained_has_no_problems_and_a_finished_run_is_not_looked_at
     runner.train_with_baseline(cfg)
 
 
+def test_weights_of_many_runs_need_room_before_the_first_is_trained(config, monkeypatch):
+    cells = [config("experiment=exp8", seed=seed) for seed in range(3)]
+    preflight.check_room(cells)
+    full_disk(monkeypatch, None)
+    preflight.check_room(cells[:2])  # for which `check` asks
+    with pytest.raises(UserError, match=r"^runs_dir=.*: the weights of 3 runs take 0\.0\d+ GB, and 1e-06 GB are free"):
+        preflight.check_room(cells)
+
+
 def test_a_run_in_pure_bf16_needs_half_the_disk(config, monkeypatch):
     words = {"optim.master_weights": False, "budget.arithmetic": "bf16", "budget.checkpoint_every": 1}
     needs = {}

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +18,8 @@ from qat.errors import ConfigError, UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.runs.job import Job
-from tests.conftest import ROOT, TINY
+from tests.cli.test_sweep import table
+from tests.conftest import ROOT, TINY, wait_for
 
 SUITE = ("suite.py", *TINY, "report.experiments=[exp7,exp8]", "report.out=report")
 
@@ -39,10 +40,6 @@ def replaced(monkeypatch):
         return trained
 
     return replace
-
-
-def table(out: str) -> list[str]:
-    return re.sub(" +", " ", out[out.rindex("\nruns:") :]).splitlines()[2:]
 
 
 def test_a_baseline_comes_before_its_runs_and_a_failure_stops_only_what_needs_it(config, replaced, capsys):
@@ -71,6 +68,30 @@ def test_a_baseline_comes_before_its_runs_and_a_failure_stops_only_what_needs_it
     assert [row.split()[:2] for row in table(capsys.readouterr().out)] == [[o.state, o.name] for o in outcomes]
     with pytest.raises(UserError, match="4 of 6 runs failed; the same command runs only what is missing"):
         runner.refuse_failed(outcomes)
+
+
+def test_the_time_left_is_reckoned_from_the_runs_before(config, replaced, monkeypatch, capsys):
+    now = [0]
+    monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    replaced(lambda _: now.append(now.pop() + 600))
+    runner.complete([Job(config("experiment=exp8", f"seed={seed}"), []) for seed in (0, 1)])
+    lines = re.findall(r"^\[\d of 4\] [^\s,]+(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert lines == ["", *(f", about {minutes} min left" for minutes in (30, 20, 10))]
+
+
+@pytest.mark.parametrize("name", ["factorial", "decide", pytest.param("audit", marks=pytest.mark.slow)])
+def test_a_study_writes_its_page_and_says_what_failed(main, replaced, tmp_path, name):
+    def train(cfg):
+        if cfg.scaling.algo == "most_recent":
+            raise UserError("the gradient is not finite")
+
+    trained = replaced(train)
+    code, out, stderr = main(f"{name}.py", *TINY, "report.out=report")
+    assert len(trained) > 9 and code == 2 and "\nfailed: the gradient is not finite\n" in out
+    assert stderr.endswith(" runs failed; the same command runs only what is missing\n")
+    page = (tmp_path / "report" / name / f"{name}.md").read_text()
+    assert f"\n{name}: report/{name}/{name}.md\n" in out
+    assert re.search("^## (Missing|Not measured yet)$", page, re.MULTILINE)  # nothing was scored
 
 
 @pytest.mark.parametrize("names", ["[exp7,exp8]", "[exp8]"])
@@ -116,12 +137,6 @@ def test_what_so_many_ranks_cannot_train_is_refused_before_anything_is(config, r
     assert trained == []
 
 
-@pytest.mark.parametrize("key", ["seeds=[0,1]", "launch.ranks=2"])
-def test_a_script_that_does_not_take_a_key_says_so(main, key):
-    code, _, stderr = main("train.py", *TINY, key)
-    assert code == 2 and re.fullmatch(r"error: \S+=.*: train\.py does not take it; .*\n", stderr)
-
-
 def test_a_repeat_is_made_beside_its_original_and_the_report_is_the_originals(main, replaced, monkeypatch):
     trained, shown = replaced(lambda _: None), []
     monkeypatch.setattr("qat.report.page.write_report", lambda experiments, *_: (shown.extend(experiments), ""))
@@ -163,9 +178,7 @@ def test_with_ranks_each_run_is_a_torchrun_that_gets_the_signal_and_saves(texts,
     ]
     command += ["launch.ranks=2"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as suite:
-        deadline = time.monotonic() + 400
-        while len(run.metrics()) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(run.metrics()) >= 3)
         suite.send_signal(signal.SIGTERM)
         out = suite.stdout.read()
     assert suite.returncode == 75 and table(out)[0].split() == ["preempted", run.id, "SIGTERM"]

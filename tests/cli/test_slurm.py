@@ -8,18 +8,16 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from qat.cli import entry, experiments
-from qat.config import register
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, run_id
 from qat.runs.job import with_baselines
 from qat.train import loop
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, composing, wait_for
 from tests.helpers import slurm
 
 SUITE = ["make", "--no-print-directory", "suite", "LAUNCHER=slurm", "READY="]
@@ -28,9 +26,8 @@ SOME = ["exp2", "exp4", "exp6", "exp1"]  # two sweeps, and two recipes that are 
 
 def test_the_overrides_of_a_job_compose_to_its_run_and_a_baseline_comes_first():
     """Also where the command line names a format, by a group or a key, beside which a baseline has none."""
-    register()
     given = [[*TINY, "quant.scope=[mlp.*]"], [*TINY, "quant=fp8_e4m3"], [*TINY, "quant.format=fp8_e5m2"]]
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         jobs = [job for name in SOME for job in experiments.jobs_of(name, given[0])]
         jobs += [job for overrides in given[1:] for job in experiments.jobs_of("exp8", overrides)]
         submitted = with_baselines(jobs)
@@ -119,9 +116,7 @@ def test_a_run_on_two_nodes_saves_upon_the_signal_is_requeued_and_goes_on(texts,
     options = ["--array=0", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path}/log-%a"]
     job = ["scripts/slurm_job.sh", sys.executable, "1", str(tmp_path), "train.py"]
     with subprocess.Popen(["sbatch", *options, *job], cwd=ROOT, env=environment) as queued:
-        deadline = time.monotonic() + 120
-        while len(run.metrics()) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(run.metrics()) >= 3)
         for process in (tmp_path / "bin" / "processes").read_text().split():
             os.kill(int(process), signal.SIGUSR1)
         queued.wait(240)

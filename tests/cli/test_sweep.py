@@ -25,8 +25,8 @@ TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m"]
 
 
 def table(out: str) -> list[str]:
-    """The rows of a sweep's table: what is indented below its heading at the end of the output."""
-    return re.sub(" +", " ", out[out.rindex("\nsweep:") :]).splitlines()[2:]
+    """The rows of the table of a sweep or of runs: what is indented below its heading at the end of the output."""
+    return re.sub(" +", " ", re.split("\n(?:sweep|runs):", out)[-1]).splitlines()[2:]
 
 
 def starts(lines: list[str], wanted: list[str]) -> bool:

@@ -48,20 +48,27 @@ def build(debs, package: manuals.Package, version: str, pages: dict[str, str]) -
     subprocess.run(command, check=True, capture_output=True)
 
 
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packages")
+    for package in manuals.PACKAGES["manuals"]:
+        pages = {"one": html(f"{package.name} one"), "deep/two": html(f"{package.name} two")}
+        unread = {"index": "<html><body><p>Index</p></body></html>", "translations/it/one": html("it")}
+        build(folder, package, "1.0-1", pages | unread)
+    return folder
+
+
 @pytest.fixture
-def debs(tmp_path, monkeypatch):
+def debs(packages, tmp_path, monkeypatch):
     """A folder of small packages, all that the stand-in for apt-get has; 14 speeches; an empty cache; nothing is
     installed."""
     debs, programs, speeches = (tmp_path / name for name in ("debs", "bin", "speeches"))
-    for folder in (debs, programs, speeches):
+    shutil.copytree(packages, debs)
+    for folder in (programs, speeches):
         folder.mkdir()
     for year in range(1790, 1804):
         (speeches / f"{year}.txt").write_text(SENTENCE.format(year) * 5)
     monkeypatch.setattr(manuals, "package_path", lambda path: speeches)
-    for package in manuals.PACKAGES["manuals"]:
-        pages = {"one": html(f"{package.name} one"), "deep/two": html(f"{package.name} two")}
-        unread = {"index": "<html><body><p>Index</p></body></html>", "translations/it/one": html("it")}
-        build(debs, package, "1.0-1", pages | unread)
     (programs / "apt-get").write_text(APT.format(debs=debs))
     (programs / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -201,9 +208,14 @@ def test_a_script_that_trains_prepares_the_text_and_a_plan_only_says_that_it_is_
     assert code == 2 and err == "error: data=embedded: needs no preparing; name a text that does, as in data=manuals\n"
 
 
-@pytest.mark.parametrize("pattern", ["manifest.json", "*sotu-1790.txt"])
 @pytest.mark.parametrize(
-    "damage", [truncated, os.unlink, lambda file: file.write_text("{}")], ids=["cut", "gone", "{}"]
+    ("pattern", "damage"),
+    [
+        ("manifest.json", truncated),
+        ("manifest.json", lambda file: file.write_text("{}")),
+        ("*sotu-1790.txt", truncated),
+        ("*sotu-1790.txt", os.unlink),
+    ],
 )
 def test_a_text_that_is_not_whole_is_not_read_but_made_again(debs, capsys, pattern, damage):
     folder = manuals.folder(CFG)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import random
 import signal
-import time
 from collections import Counter
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from qat.data import token_cache
 from qat.data.heldout import HELDOUT_LENGTH
 from qat.models.tokenizer import byte_tokenizer
+from tests.conftest import wait_for
 from tests.helpers.hub import COMMIT, FAULTS, Hub, Request
 from tests.helpers.streaming import Streamer
 
@@ -60,10 +60,9 @@ def running():
 
 @pytest.fixture
 def hub(running):
-    running.commits, running.fault = [COMMIT], lambda request: None
     running.requests.clear()
     yield running
-    running.fault = lambda request: None
+    running.commits, running.fault = [COMMIT], lambda request: None
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ def test_an_epoch_has_every_document_once_but_for_those_held_out_and_their_copie
 def test_when_every_request_fails_once_no_token_is_lost_or_doubled(whole, hub, ask, kind):
     failed = set()
     hub.fault = once_each(kind, failed)
-    done = ask(batches=BATCHES, heldout=1000)
+    done = ask(batches=BATCHES, heldout=1000, **({"silence": 0.2} if kind == "stall" else {}))
     assert done["error"] is None and len(failed) > 25
     assert done["batches"] == whole["batches"] and done["heldout"] == whole["heldout"]
     if FAULTS[kind]:
@@ -235,18 +234,24 @@ def test_a_run_stays_on_the_revision_it_has_begun_with(whole, hub, ask):
 # -------------------------------------------------------------------------------------------------------- the cache
 
 
-def test_processes_share_a_cache_that_reads_each_row_group_once(whole, hub, streamers):
+@pytest.fixture(scope="module")
+def filled(running, streamers):
+    """(what two processes that fill the cache yield, the row groups that they read)"""
+    running.requests.clear()
     for each in streamers:
         each.start(cfg=CACHED, batches=EPOCH - 15, heldout=1000)
-    found = [each.result() for each in streamers]
+    return [each.result() for each in streamers], row_groups(running)
+
+
+def test_processes_share_a_cache_that_reads_each_row_group_once(whole, filled):
+    found, times = filled
     assert found[0]["batches"] == found[1]["batches"] == whole["batches"][: EPOCH - 15]
     assert found[0]["heldout"] == found[1]["heldout"] == whole["heldout"]
-    times = row_groups(hub)
     assert times.pop(("sample/10BT/000_00000.parquet", 4)) == 2  # held-out text and trained on
     assert len(times) > 15 and sum(times.values()) <= len(times) + 1
 
 
-def test_what_is_cached_needs_no_hub(whole, hub, streamers, cache):
+def test_what_is_cached_needs_no_hub(whole, filled, hub, streamers):
     hub.fault = lambda request: "denied"
     for each in streamers:
         done = each.answer(cfg=CACHED, batches=EPOCH - 15, heldout=1000)
@@ -285,6 +290,8 @@ def test_runs_of_other_seeds_and_orders_read_what_is_cached(whole, hub, ask):
 
 @pytest.mark.parametrize("damage", ["cut", "directory", "middle", "empty"])
 def test_a_damaged_block_is_made_again(whole, hub, ask, cache, damage):
+    assert ask({"cache": True}, batches=EPOCH)["error"] is None
+    hub.requests.clear()
     damaged = sorted(cache.glob(f"tokens/*/{COMMIT}/*/*.npz"))[2]
     content = damaged.read_bytes()
     half = len(content) // 2
@@ -310,24 +317,22 @@ def test_facts_of_the_cache_that_are_cut_are_asked_for_again(tmp_path, capsys, c
     assert capsys.readouterr().out == f"warning: {file} is damaged and made again\n"
 
 
-def test_a_hub_that_refuses_is_said_by_a_run_that_fills_the_cache(hub, ask, cache, tmp_path):
+def test_a_hub_that_refuses_is_said_by_a_run_that_fills_the_cache(hub, ask, tmp_path):
     hub.fault = lambda request: "denied" if request.start is not None else None
     done = ask({"cache": True}, batches=1, cache=str(tmp_path))
     assert "cannot be streamed (Client error '403" in done["error"] and "\n" not in done["error"]
     hub.fault = lambda request: None
-    assert len(ask({"cache": True}, batches=1)["batches"]) == 1
-    assert ask({"cache": True}, batches=1, cache=str(cache))["error"] is None
+    assert len(ask({"cache": True}, batches=1, cache=str(tmp_path))["batches"]) == 1
 
 
-def test_another_process_fills_on_when_the_first_is_stopped_in_an_outage(hub, streamers, tmp_path):
+def test_another_process_fills_on_when_the_first_is_stopped_in_an_outage(hub, streamers, cache, tmp_path):
     work = {"cfg": CACHED, "batches": 1, "cache": str(tmp_path)}  # empty: whoever comes first fills it
     first, second = streamers
     done = first.answer(**work)
     hub.requests.clear()
     hub.fault = lambda request: "down"
     first.start(**work | {"batches": BATCHES})
-    while not hub.requests:
-        time.sleep(0.01)
+    wait_for(lambda: bool(hub.requests))
     first.process.send_signal(signal.SIGINT)
     assert first.process.wait(180) != 0
     hub.fault = lambda request: None
@@ -336,3 +341,4 @@ def test_another_process_fills_on_when_the_first_is_stopped_in_an_outage(hub, st
     epoch = documents(rest["batches"])[: FILES * GROUPS * ROWS - HELDOUT - 1]
     assert len(set(epoch)) == len(epoch)
     assert second.close() == 0
+    streamers[:] = [Streamer(hub.url, tmp_path / f"home{number}", cache) for number in range(2)]  # for other tests

@@ -8,7 +8,6 @@ import gc
 import importlib.util
 import socket
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from qat.config import BenchmarkConfig, TaskConfig
 from qat.errors import ConfigError, UserError
 from qat.eval import benchmarks, questions
 
-CONF = Path(__file__).parents[2] / "conf" / "benchmark"
 SMALL = {
     "mmlu": TaskConfig(shots=0, limit=1),
     "hellaswag": TaskConfig(shots=0, limit=4),
@@ -34,6 +32,18 @@ def run(model, tokenizer, tasks, batch_size=4, max_length=2048, **more):
 @pytest.fixture(scope="module")
 def scores(model, tokenizer):
     return run(model, tokenizer, SMALL)
+
+
+@pytest.fixture(scope="module")
+def unshared(model, tokenizer):
+    return run(model, tokenizer, SMALL, share_prefixes=False)
+
+
+def assert_close(ours, theirs) -> None:
+    for name, rows in ours.samples.items():
+        for row, expected in zip(rows, theirs.samples[name], strict=True):
+            assert (row["choice"], row["prompt_hash"]) == (expected["choice"], expected["prompt_hash"])
+            assert row["logprobs"] == pytest.approx(expected["logprobs"], rel=1e-5, abs=1e-3)
 
 
 def prompts(name, shots, limit, split="test"):
@@ -90,16 +100,17 @@ def test_a_second_call_says_the_same(model, tokenizer, scores):
     assert run(model, tokenizer, {"arc_easy": SMALL["arc_easy"]}) == again
 
 
-def test_batch_size_does_not_matter(model, tokenizer, scores):
-    single = run(model, tokenizer, {name: SMALL[name] for name in ("hellaswag", "arc_easy")}, batch_size=1)
-    for name, rows in single.samples.items():
-        for one, four in zip(rows, scores.samples[name], strict=True):
-            assert one["choice"] == four["choice"]
-            assert one["prompt_hash"] == four["prompt_hash"]
-            assert one["logprobs"] == pytest.approx(four["logprobs"], abs=1e-3)
+FEW = {name: SMALL[name] for name in ("hellaswag", "arc_easy")}
 
 
-def test_logits_that_are_not_made_are_not_missed(model, tokenizer, scores, monkeypatch):
+def test_batch_size_does_not_matter(model, tokenizer, unshared, monkeypatch):
+    forward, sizes = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda x, **more: sizes.append(len(x)) or forward(x, **more))
+    assert_close(run(model, tokenizer, FEW, batch_size=1, share_prefixes=False), unshared)
+    assert set(sizes) == {1}
+
+
+def test_logits_that_are_not_made_are_not_missed(model, tokenizer, unshared, monkeypatch):
     forward, kept, made = model.forward, [], []
 
     def whole(inputs, logits_to_keep):
@@ -108,11 +119,8 @@ def test_logits_that_are_not_made_are_not_missed(model, tokenizer, scores, monke
         return forward(inputs)
 
     monkeypatch.setattr(model, "forward", whole)
-    again = run(model, tokenizer, SMALL, share_prefixes=False)
+    assert_close(run(model, tokenizer, FEW, share_prefixes=False), unshared)
     assert sum(kept) < 0.7 * sum(made)
-    for name, rows in again.samples.items():
-        for row, expected in zip(rows, scores.samples[name], strict=True):
-            assert row["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-3)
 
 
 def test_nothing_is_left_changed(model, tokenizer, monkeypatch, capfd):
@@ -241,9 +249,6 @@ def test_lambada_asks_for_the_last_word():
     assert set(prompts("lambada", 0, 5)) < {(row["context"], row["continuation"]) for row in packaged}
 
 
-def test_shared_prompts_change_no_score(model, tokenizer, scores):
-    plain = run(model, tokenizer, SMALL, share_prefixes=False)
-    assert plain.tasks == scores.tasks
-    for name, rows in plain.samples.items():
-        for row, expected in zip(rows, scores.samples[name], strict=True):
-            assert row["logprobs"] == pytest.approx(expected["logprobs"], rel=1e-5, abs=1e-3)
+def test_shared_prompts_change_no_score(scores, unshared):
+    assert unshared.tasks == scores.tasks
+    assert_close(unshared, scores)

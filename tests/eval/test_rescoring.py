@@ -47,21 +47,6 @@ def test_runs_that_quantize_alike_share_one_ptq(scored, config):
         assert ptq_mode(changed.quant) != ptq_mode(cfg.quant)
 
 
-def test_another_calibration_is_scored_anew(scored, monkeypatch):
-    for module in (subject, evaluate):
-        monkeypatch.setattr(module, "CALIBRATION_SEQUENCES", 4)
-    asked = []
-
-    def stop(*_, **__):
-        asked.append(True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(benchmarks, "score", stop)
-    with pytest.raises(KeyboardInterrupt):
-        score(silent(scored[0]))
-    assert asked
-
-
 def test_losses_under_another_calibration_are_taken_anew(restored, scored):
     """And a recorded run that has none is left as it is."""
     with_weights(restored, scored[0])
@@ -78,15 +63,15 @@ def test_losses_under_another_calibration_are_taken_anew(restored, scored):
     assert losses[4] == losses[None]
 
 
-def test_a_repetition_on_one_cpu_is_bit_identical(scored, capsys):
-    cfg = dataclasses.replace(silent(scored[0]), repeat=1)
-    assert not Run.of(cfg).path.exists() and Run.of(pretrained_of(cfg)).path == Run.of(pretrained_of(scored[0])).path
+def test_a_repetition_on_one_cpu_is_bit_identical(restored, capsys):
+    cfg = dataclasses.replace(restored, repeat=1)
+    assert not Run.of(cfg).path.exists() and Run.of(pretrained_of(cfg)).path == Run.of(pretrained_of(restored)).path
     runner.train_with_baseline(cfg)
     comparison = score(cfg)
-    assert comparison["baseline"] == Run.of(baseline_of(cfg)).id != Run.of(baseline_of(scored[0])).id
+    assert comparison["baseline"] == Run.of(baseline_of(cfg)).id != Run.of(baseline_of(restored)).id
     rows = [line for line in capsys.readouterr().out.splitlines() if "bit-identical" in line]
     assert len(rows) == 2 and all("bit-identical: every loss equal" in row and "not bit" not in row for row in rows)
-    assert Run.of(scored[0]).id in rows[1] and Run.of(baseline_of(scored[0])).id in rows[0]
+    assert Run.of(restored).id in rows[1] and Run.of(baseline_of(restored)).id in rows[0]
 
 
 @pytest.fixture
@@ -165,9 +150,14 @@ def test_what_was_scored_of_other_weights_is_scored_anew(restored, scored, capsy
     assert base.evaluations()["smoke"]["bf16"]["weights"] == [base.fingerprint]
 
 
-def test_other_questions_are_scored_anew(restored, scored, monkeypatch):
+@pytest.mark.parametrize("other", ["questions", "calibration"])
+def test_only_what_other_questions_or_calibration_change_is_scored_anew(restored, scored, monkeypatch, capsys, other):
     with_weights(restored, scored[0])
-    restored.benchmark = dataclasses.replace(restored.benchmark, split="validation")
+    if other == "questions":
+        restored.benchmark = dataclasses.replace(restored.benchmark, split="validation")
+    else:
+        for module in (subject, evaluate):
+            monkeypatch.setattr(module, "CALIBRATION_SEQUENCES", 4)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -175,6 +165,9 @@ def test_other_questions_are_scored_anew(restored, scored, monkeypatch):
     monkeypatch.setattr(benchmarks, "score", stop)
     with pytest.raises(KeyboardInterrupt):
         score(restored)
+    (scoring,) = [line for line in capsys.readouterr().out.splitlines() if ": scoring" in line]
+    first = subjects(restored)["pretrained" if other == "questions" else "ptq"]
+    assert scoring.startswith(f"{first.run.id} ({first.mode}): scoring")
 
 
 def test_of_another_text_the_losses_are_taken_and_the_answers_kept(restored, scored, monkeypatch):

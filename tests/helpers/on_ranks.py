@@ -1,4 +1,4 @@
-"""Runs on one, two and four ranks, processes on the CPU: `python -m tests.helpers.on_ranks <texts> <folder>`.
+"""Runs on one, two and four ranks, processes on the CPU: `python -m tests.helpers.on_ranks <texts> <folder> [<run>]`.
 
 One interpreter trains alone first, which imports and compiles everything, and forks the ranks, which then need not.
 What the ranks saw is left in the folder as `<run>.<rank>.json`; the runs themselves in `<folder>/runs`.
@@ -39,7 +39,7 @@ SHADOW = "scaling.shadow=[most_recent,max:4]"
 STOP = 3  # the step before which an interrupted run stops
 
 # name -> (ranks, words, what else). stop: before step STOP; after: continues what that run left; bare: without the
-# reduction of amaxes. Neighbours with as many ranks share their processes.
+# reduction of amaxes; slow: only when it is named. Neighbours with as many ranks share their processes.
 RUNS = {
     "one": (1, (SHADOW,), {}),
     "unrounded1": (1, ("quant.weights=false", "budget.steps=2"), {}),
@@ -50,7 +50,7 @@ RUNS = {
     "unrounded2": (2, ("quant.weights=false", "budget.steps=2", "budget.parallel=fsdp"), {}),
     "other ddp2": (2, OTHER, {}),
     "other fsdp2": (2, (*OTHER, "budget.parallel=fsdp"), {}),
-    "compiled": (2, ("budget.compile=true",), {"stop": True}),
+    "compiled": (2, ("budget.compile=true",), {"stop": True, "slow": True}),
     "fsdp2 compiled": (2, ("budget.parallel=fsdp", "budget.compile=true"), {"stop": True}),
     "fsdp2 stopped": (2, ("budget.parallel=fsdp",), {"stop": True}),
     "unreduced": (2, (), {"bare": True}),
@@ -144,7 +144,7 @@ def _rank(rank: int, work: Callable, *rest) -> None:
     work(rank, *rest)
 
 
-def run_module(module: str, *arguments: Path) -> None:
+def run_module(module: str, *arguments: Path | str) -> None:
     """`python -m tests.<module> <arguments>`, which must not fail."""
     command = [sys.executable, "-m", f"tests.helpers.{module}", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -152,6 +152,7 @@ def run_module(module: str, *arguments: Path) -> None:
 
 
 if __name__ == "__main__":
-    texts, folder = map(Path, sys.argv[1:])
-    for size, names in itertools.groupby(RUNS, lambda name: RUNS[name][0]):
+    texts, folder = map(Path, sys.argv[1:3])
+    chosen = sys.argv[3:] or [name for name, (*_, how) in RUNS.items() if not how.get("slow")]
+    for size, names in itertools.groupby(chosen, lambda name: RUNS[name][0]):
         fork(size, train_all, list(names), texts, folder)

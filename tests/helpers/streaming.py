@@ -58,11 +58,18 @@ class Streamer:
 
 
 def _work(
-    cfg: dict, batches: int = 0, state: dict | None = None, heldout: int = 0, seed: int = 0, cache: str | None = None
+    cfg: dict,
+    batches: int = 0,
+    state: dict | None = None,
+    heldout: int = 0,
+    seed: int = 0,
+    cache: str | None = None,
+    silence: float = 5.0,
 ) -> dict:
     """Return {"batches", "states" (before each and after the last), "heldout", "error", "said"} of a stream of cfg.
-    cache: its $HIF8_CACHE, from now on."""
-    os.environ["HIF8_CACHE"] = cache or os.environ["HIF8_CACHE"]
+    cache: its $HIF8_CACHE, where that is another; silence: seconds after which a request fails."""
+    os.environ["HIF8_CACHE"] = cache or os.environ["USUAL_CACHE"]
+    hub.SILENCE = constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = silence
     HfFileSystem.clear_instance_cache()
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
     hub._reached.clear()
@@ -87,7 +94,7 @@ def main() -> None:
     nap = time.sleep
     time.sleep = lambda seconds: nap(min(seconds, 0.01))  # the hub's own retries, too
     hub.FIRST_WAIT, hub.LONGEST_WAIT = 0.01, 0.02
-    hub.SILENCE = constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = 0.2
+    os.environ["USUAL_CACHE"] = os.environ["HIF8_CACHE"]
     streaming.HELDOUT_DOCUMENTS, streaming._AHEAD, streaming._LEAST_READ = 15, 1, 256
     for line in sys.stdin:
         print(json.dumps(_work(**json.loads(line))), flush=True)

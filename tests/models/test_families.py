@@ -12,6 +12,7 @@ from qat.models import tokenizer
 from qat.models.load import attend_causally, check_model, load_model
 from qat.quant.convert import convert
 from qat.train.step import Trainer
+from tests.helpers.models import write_model
 
 SIZES = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -31,10 +32,7 @@ FAMILIES = {  # model_type -> (sizes of its own, linears of the scope mlp.*)
 
 def saved(folder, kind: str, **sizes):
     """A random model of another family as a folder, its weights in BF16."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | sizes)).bfloat16()
-    model.save_pretrained(folder)
-    tokenizer.byte_tokenizer().save_pretrained(folder)
+    write_model(folder, kind, dtype="bfloat16", **SIZES | sizes)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -21,6 +21,7 @@ from qat.models.loss import token_losses
 from qat.models.tokenizer import byte_tokenizer, document_token
 from tests.cli.bad_input.mistakes import truncated
 from tests.conftest import composed
+from tests.helpers.models import write_model
 
 # ---------------------------------------------------------------------------------------------- document separators
 
@@ -54,21 +55,13 @@ def test_a_random_model_depends_on_its_seed_alone():
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
 
-@pytest.mark.parametrize("change", [{"num_attention_heads": 7}, {"vocab_size": "many"}])
-def test_an_architecture_that_is_none_is_said_in_one_line(change):
-    sizes = dict(composed("model=tiny").model.architecture) | change
-    with pytest.raises(UserError, match=r"^model\.architecture: not a Llama \([^\n]+\)$"):
-        load_model(ModelConfig(name="tiny", source="random", architecture=sizes), seed=0)
-
-
 # ------------------------------------------------------------------------------------------------- models of the user's
 
 
 def hub(folder, generation=None, **changes):
     """A small Llama and its tokenizer as a folder; changes: to its sizes."""
     sizes = dict(composed("model=tiny").model.architecture) | {"num_hidden_layers": 1} | changes
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    write_model(folder, **sizes)
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     return ModelConfig(name="own", source="hub", path=str(folder))
@@ -111,13 +104,6 @@ def test_a_special_token_without_an_embedding_is_read_as_text(tmp_path):
     assert tokenizer.decode(ids) == "<|endoftext|>a <image>" and max(ids) < model.config.vocab_size
     tokenizer.save_pretrained(tmp_path / "saved")  # for chats of an exported model, it is a token still
     assert not AutoTokenizer.from_pretrained(tmp_path / "saved").split_special_tokens
-
-
-def test_a_check_reads_no_weights(tmp_path):
-    cfg = hub(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    model, _ = check_model(cfg, 128)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_smollm2_reads_english_and_would_relearn_it_if_labels_were_shifted_twice(user_cache):

@@ -295,6 +295,7 @@ def test_a_model_that_cannot_be_reached_is_said_in_one_line(path):
 NAME, OTHER = "Somebody/openPangu", "f" * 40
 LOAD = """
 import json, sys
+sys.modules["sklearn"] = None  # transformers would import it, for seconds
 from qat.models.load import load_model
 from qat.config import ModelConfig
 from qat.errors import UserError

@@ -108,6 +108,7 @@ def test_triton_decodes_all_codes(device, dtype):
     torch.testing.assert_close(values, hif8.decode(codes).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_machine_code_leaves_the_time_to_memory(tmp_path):
     """A multiprocessor of an H200 issues about 30 instructions a lane in the time in which memory moves an element and
     its code; about half of that keeps the kernels bound by memory. Rounding by arithmetic took 34, with codes 81."""

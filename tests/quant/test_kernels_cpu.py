@@ -3,14 +3,20 @@ tests/quant/test_kernels.py."""
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numba
 import pytest
+import torch
 from numba.core import caching
 
 from qat.quant.kernels import cpu
+from tests.conftest import ROOT, THREADS
 
 
 @pytest.mark.parametrize(
@@ -70,3 +76,19 @@ def test_kernels_are_compiled_again_where_their_cache_is_damaged_or_full(tmp_pat
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
     kernel = cpu._kernel(double)
     assert kernel(1.5) == 3.0
+
+
+def test_kernels_use_the_threads_of_torch():
+    cpu.decode(torch.zeros(10**5, dtype=torch.uint8), torch.float32)
+    assert numba.get_num_threads() == torch.get_num_threads() == THREADS
+
+
+def test_kernels_round_alike_on_several_threads():
+    """The fused kernels' tests again in a process that has four threads: Numba reads that while it is imported."""
+    command = [sys.executable, "-m", "pytest", "-n0", "-m", "not gpu", "-p", "no:cacheprovider"]
+    command += ["-k", "fused or threads_of_torch", "tests/quant/test_kernels.py", "tests/quant/test_kernels_cpu.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["HIF8_TEST_THREADS"] = "4"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 18

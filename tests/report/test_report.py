@@ -3,9 +3,8 @@
 import json
 import math
 import re
-from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from qat.report.experiment import Curve, Experiment, Telemetry, published
 from qat.report.page import write_report
 from qat.runs.folder import Run
 from qat.studies import audit
+from tests.helpers.page import Page
 from tests.helpers.synthetic_runs import (
     HIF8,
     ROLES,
@@ -29,50 +29,6 @@ from tests.helpers.synthetic_runs import (
     write_telemetry,
     write_validation,
 )
-
-VOID = {"br", "hr", "img", "meta"}
-
-
-class Page(HTMLParser):
-    """Read what matters of a page: text, headings, tables, images, links, and whether every element is closed."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.source, self.open, self.tags, self.words = path.read_text(), [], Counter(), []
-        self.ids, self.links, self.images, self.tables, self.headings = [], [], {}, [], []
-        self.feed(self.source)
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.tags[tag] += 1
-        self.open += [] if tag in VOID else [tag]
-        self.ids += [found["id"]] if "id" in found else []
-        self.links += [found["href"]] if "href" in found else []
-        if tag == "img":
-            self.images.setdefault(found["alt"], []).append(found["src"])
-        elif tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag in ("h1", "h2", "h3"):
-            self.headings.append("")
-
-    def handle_endtag(self, tag):
-        assert tag in VOID or self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if {"td", "th"} & set(self.open):
-            self.tables[-1][-1][-1] = f"{self.tables[-1][-1][-1]} {data}".strip()
-        if self.open and self.open[-1] in ("h1", "h2", "h3"):
-            self.headings[-1] += data
-
-    def table(self, *header: str) -> list[list[str]]:
-        """The rows of the first table whose header begins so."""
-        return next(rows[1:] for rows in self.tables if tuple(rows[0][: len(header)]) == header)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +60,7 @@ def test_the_first_screen_is_a_verdict(report):
     assert [row[0] for row in rows if row[0]] == recipes
     assert [row[1] for row in rows if row[0]] == ["W8A8"] * len(recipes)
     recorded = json.loads((folder / "report.json").read_text())["verdicts"]
+    words = set()
     for row, known in zip(rows, recorded, strict=True):
         for cell, answer in zip(row[2:], known["answers"].values(), strict=True):
             digits = 1 if answer["unit"] == "points" else 4
@@ -112,20 +69,32 @@ def test_the_first_screen_is_a_verdict(report):
             harm = -1 if answer["unit"] == "points" else 1  # of accuracy, less is worse
             ends = sorted([harm * low, harm * high])
             alone = decide(harm * answer["difference"], ends, answer["margin"], answer["detectable"])
-            assert answer["answer"] in (alone, "undecided", "powerless")
+            # Holm's correction over the recipes may take a decision back.
+            assert answer["answer"] in ((alone, "undecided") if alone in ("harm", "gain") else (alone,))
+            words.add(answer["answer"])
+    assert len(words - {"powerless"}) > 1
     assert markdown.index("| Recipe") < markdown.index("\n## ") < markdown.index("## Provenance")
 
 
-def test_harm_holds_after_holms_correction_over_the_recipes():
-    def row(p_value):
-        return {"mode": "w8a8", "answers": {"text": {"answer": "harm", "p_value": p_value}}}
+def test_harm_holds_after_holms_correction_over_the_recipes(monkeypatch):
+    """Of one way of scoring and one measure at a time."""
+    p_values = {  # of three recipes
+        ("w8a8", "speeches"): (0.01, 0.02, 0.03),
+        ("w8a8", "articles"): (0.01, 0.03, 0.03),
+        ("ptq", "speeches"): (0.02, 0.02, 0.02),
+    }
+    harm = dict.fromkeys(verdicts._NUMBERS) | {"decision": "harm"}
 
-    rows = [row(0.01), row(0.02), row(0.03)]
-    verdicts._correct(rows)
-    assert [row["answers"]["text"]["answer"] for row in rows] == ["harm", "harm", "harm"]
-    rows = [row(0.01), row(0.03), row(0.03)]
-    verdicts._correct(rows)
-    assert [row["answers"]["text"]["answer"] for row in rows] == ["harm", "undecided", "undecided"]
+    def recipe(number):
+        rows = [harm | {"mode": mode, "text": text, "p_value": p[number]} for (mode, text), p in p_values.items()]
+        return SimpleNamespace(comparison={"seeds": 1, "heldout": rows, "measures": []})
+
+    monkeypatch.setattr(verdicts, "distinct", lambda _: {f"exp{number}": recipe(number) for number in range(3)})
+    decided = {key: [] for key in p_values}
+    for row in verdicts.verdicts([]):
+        for text, answer in row["answers"].items():
+            decided[row["mode"], text].append(answer["answer"])
+    assert list(decided.values()) == [["harm"] * 3, ["harm", "undecided", "undecided"], ["undecided"] * 3]
 
 
 def test_a_task_with_one_answer_to_all_questions_is_powerless(tmp_path):

@@ -21,9 +21,9 @@ from qat.runs.folder import Run
 from qat.studies import factorial
 from qat.studies.page import write_factorial
 from tests.conftest import typed
+from tests.helpers.page import Page
 from tests.helpers.studies import WORDS, invent
 from tests.helpers.synthetic_runs import compared_pair, edit
-from tests.report.test_report import Page
 
 
 def test_amax_stands_beside_what_was_predicted():

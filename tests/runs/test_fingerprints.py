@@ -7,33 +7,26 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.cli import runner
 from qat.errors import UserError
 from qat.eval.evaluate import evaluate
-from qat.models import tokenizer
 from qat.runs import fingerprints
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import loop
-from qat.train.step import Trainer
 from tests.conftest import typed
+from tests.helpers.models import write_model
+from tests.helpers.steps import stopped
 
-
-def write_model(folder: Path, seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder)
-    tokenizer.byte_tokenizer().save_pretrained(folder)
+SIZES = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture
 def cfg(config, texts, tmp_path):
     """A run of two steps on a model, a text and a validation text of its own."""
-    write_model(tmp_path / "model", seed=0)
+    write_model(tmp_path / "model", **SIZES)
     for name in ("text", "validation"):
         shutil.copytree(texts, tmp_path / name)
     keys = {"model.source": "hub", "model.path": str(tmp_path / "model"), "model.architecture": None}
@@ -44,7 +37,7 @@ def cfg(config, texts, tmp_path):
 
 
 def another_model(folder: Path) -> None:
-    write_model(folder / "model", seed=1)
+    write_model(folder / "model", seed=1, **SIZES)
 
 
 def another_text(name: str):
@@ -59,7 +52,7 @@ CHANGES = [("model", another_model), ("data", another_text("text")), ("validatio
 
 
 @pytest.mark.parametrize(("key", "change"), CHANGES, ids=[key for key, _ in CHANGES])
-def test_another_model_or_text_behind_the_same_path_is_refused(cfg, tmp_path, key, change, monkeypatch):
+def test_another_model_or_text_behind_the_same_path_is_refused(cfg, tmp_path, key, change):
     def refused():
         return pytest.raises(
             UserError, match=rf"^{key}\.path=.*: holds other files than .* was made of \(\w+, now \w+\)"
@@ -74,10 +67,7 @@ def test_another_model_or_text_behind_the_same_path_is_refused(cfg, tmp_path, ke
     for folder in ("model", "text", "validation"):  # put back
         shutil.rmtree(tmp_path / folder)
         shutil.copytree(tmp_path.with_suffix(".before") / folder, tmp_path / folder)
-    real = Trainer.step
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", lambda self, n, *a, **k: real(self, n, *a, **k) if n < 2 else _interrupt())
-        runner.train_with_baseline(cfg)
+    stopped(cfg, 2)
     change(tmp_path)
     with refused():  # at a resume
         loop.train(cfg)
@@ -87,10 +77,6 @@ def test_another_model_or_text_behind_the_same_path_is_refused(cfg, tmp_path, ke
         evaluate(baseline_of(cfg))
     (Run.of(baseline_of(cfg)).path / "sources.json").unlink()  # as of a recorded run
     loop.train(baseline_of(cfg))
-
-
-def _interrupt():
-    raise KeyboardInterrupt
 
 
 def test_a_folder_of_parquet_is_known_by_its_footers(config, tmp_path):

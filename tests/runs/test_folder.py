@@ -16,6 +16,7 @@ import pytest
 
 from qat.analysis.compare import train_command
 from qat.cli.validate import CHOICES
+from qat.config import Config
 from qat.errors import UserError
 from qat.quant import scaling
 from qat.quant.rules import RULES, Rule
@@ -38,26 +39,40 @@ CHANGES = {
     "data.label_shift": "twice",
     "data.duplicate_workers": 2,
     "optim.lr": 2e-5,
+    "optim.beta1": 0.8,
     "optim.beta2": 0.96,
+    "optim.eps": 1e-6,
+    "optim.weight_decay": 0.0,
+    "optim.clip": 0.5,
     "optim.lr_warmup": 0.1,
+    "optim.lr_from_zero": True,
     "optim.master_weights": False,
     "optim.moments": "bf16",
     "loss.distill": 0.5,
     "quant.format": "fp8_e5m2",
     "quant.scope": ["mlp.down_proj"],
     "quant.bf16_blocks": 4,
+    "quant.bf16_also": [4],
+    "quant.weights": False,
+    "quant.activations": False,
     "quant.gradients": False,
+    "quant.target_activation": 14.0,
     "quant.target_weight": 14.0,
+    "quant.target_gradient": 14.0,
     "quant.overflow": "inf",
     "quant.ste": "masked",
     "quant.cage": 10.0,
     "quant.operands": "descaled",
+    "quant.gemm": "fp8",
     "scaling.algo": "current",
     "scaling.window": 32,
     "scaling.tick": "call",
+    "scaling.sync": "none",
     "quant.rounding": "hybrid",
     "scaling.update_every": 2,
     "scaling.guard": 1.0,
+    "scaling.settle": 0.5,
+    "scaling.observe_in_warmup": False,
     "scaling.discard_after_warmup": False,
     "warmup.bf16": 0.2,
     "budget.steps": 13,
@@ -66,12 +81,19 @@ CHANGES = {
     "budget.seq_len": 64,
     "budget.steps_factor": 0.5,
     "budget.batch_factor": 0.5,
+    "budget.compile": True,
+    "budget.activation_checkpointing": True,
+    "budget.largest_logits": 2**20,
 }
 SAME = {
     "experiment": "exp7",
     "protocol": "released",
-    "report.out": "elsewhere",
+    "seeds": [1, 2],
+    "retrain": True,
     "run": "some/folder",
+    "runs": ["some/folder"],
+    "record": "some/folder",
+    "validation": None,
     RUNS: "elsewhere",
     "model.name": "tiny",
     "model.licence": "other",
@@ -80,14 +102,12 @@ SAME = {
     "data.tokenizer_threads": 4,
     "data.retry_hours": 1.0,
     "data.shuffle_buffer": 7,  # of streams only
-    "logger.name": "wandb",
-    "logger.project": "other",
+    "budget.parallel": "fsdp",
+    "budget.validation_tokens": 64,
     "budget.name": "other",
     "budget.checkpoint_every": 3,
     "budget.telemetry_every": 3,
     "budget.heldout_tokens": 512,
-    "benchmark.split": "validation",
-    "benchmark.batch_size": 2,
     "scaling.shadow": ["most_recent"],
     "optim.max_skipped": 99,
 }
@@ -98,31 +118,51 @@ def test_what_changes_a_number_changes_the_name(config, key):
     assert renamed(config, ("experiment=exp8",), **{key: CHANGES[key]})
 
 
+# Groups of which a name reads nothing.
+LEFT_OUT = ("report", "launch", "bench", "replay", "ptq", "export", "sensitivity", "dashboard", "logger", "benchmark")
+
+
 def test_what_changes_no_number_leaves_the_name(config):
+    cfg = config("experiment=exp8")
+    assert run_id(dataclasses.replace(cfg, **dict.fromkeys(LEFT_OUT))) == run_id(cfg)
     assert [key for key, value in SAME.items() if renamed(config, ("experiment=exp8",), **{key: value})] == []
 
 
+def test_every_setting_has_a_row():
+    keys = set()
+    for name, value in vars(Config()).items():
+        group = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        keys |= {f"{name}.{field.name}" for field in group} or {name}
+    rows = {*CHANGES, *SAME, *(key for _, key, *_ in BESIDE)}
+    assert {key for key in keys if key.partition(".")[0] not in LEFT_OUT} == rows
+
+
 HUB = {"data.source": "hub"}
+BESIDE = [  # (what stands beside a key, the key, two values, whether they are two runs)
+    ({"model.source": "hub", "model.path": "an/id"}, "model.revision", ("v1", "v2"), True),
+    ({"data.source": "hub", "data.path": "an/id"}, "data.revision", ("v1", "v2"), True),
+    ({"data.source": "hub", "data.path": "an/id"}, "data.subset", ("a", "b"), True),
+    ({"data.path": "an/id"}, "data.source", ("package", "hub"), True),
+    ({"model.path": "an/id"}, "model.source", ("package", "hub"), True),
+    ({}, "model.architecture", ({"hidden_size": 16}, {"hidden_size": 32}), True),
+    ({}, "budget.arithmetic", ("fp32", "bf16"), True),
+    ({"optim.master_weights": False, "budget.arithmetic": "bf16"}, "optim.pure_bf16", (False, True), True),
+    ({"quant.cage": 10.0}, "quant.cage_silent", (0.5, 0.8), True),
+    ({"scaling.algo": "current"}, "scaling.window", (16, 64), False),
+    ({"scaling.algo": "most_recent"}, "scaling.window", (16, 64), False),
+    ({"scaling.algo": "exp_smooth"}, "scaling.window", (16, 64), False),
+    ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
+    ({"scaling.algo": "current"}, "quant.ste", ("pass_through", "masked"), False),
+    ({"quant.gradients": False}, "quant.target_gradient", (15.0, 224.0), False),
+    ({"scaling.algo": "lsq"}, "scaling.lr", (0.1, 0.2), True),
+    ({"warmup.bf16": 0.0}, "scaling.discard_after_warmup", (True, False), False),
+    ({"warmup.bf16": 0.5}, "scaling.discard_after_warmup", (True, False), True),
+    (HUB, "data.cache", (True, False), False),
+    (HUB, "data.shuffle_buffer", (7, 8), True),
+]
 
 
-@pytest.mark.parametrize(
-    ("beside", "key", "values", "counts"),
-    [
-        ({"model.source": "hub", "model.path": "an/id"}, "model.revision", ("v1", "v2"), True),
-        ({"data.source": "hub", "data.path": "an/id"}, "data.revision", ("v1", "v2"), True),
-        ({"scaling.algo": "current"}, "scaling.window", (16, 64), False),
-        ({"scaling.algo": "most_recent"}, "scaling.window", (16, 64), False),
-        ({"scaling.algo": "exp_smooth"}, "scaling.window", (16, 64), False),
-        ({"scaling.algo": "exp_smooth"}, "scaling.alpha", (0.5, 0.9), True),
-        ({"scaling.algo": "current"}, "quant.ste", ("pass_through", "masked"), False),
-        ({"quant.gradients": False}, "quant.target_gradient", (15.0, 224.0), False),
-        ({"scaling.algo": "lsq"}, "scaling.lr", (0.1, 0.2), True),
-        ({"warmup.bf16": 0.0}, "scaling.discard_after_warmup", (True, False), False),
-        ({"warmup.bf16": 0.5}, "scaling.discard_after_warmup", (True, False), True),
-        (HUB, "data.cache", (True, False), False),
-        (HUB, "data.shuffle_buffer", (7, 8), True),
-    ],
-)
+@pytest.mark.parametrize(("beside", "key", "values", "counts"), BESIDE)
 def test_a_setting_counts_only_beside_what_reads_it(config, beside, key, values, counts):
     one, other = (run_id(config("experiment=exp8", **beside, **{key: value})) for value in values)
     assert (one != other) == counts
@@ -236,19 +276,20 @@ def test_a_folder_gives_its_configuration_back(config):
     assert run.typed_config() == cfg and run.id == run_id(run.typed_config())
     assert run.environment()["packages"]["torch"] and not run.finished
     assert run.environments() == [run.environment()]
-    (run.path / "config.yaml").write_text("optim: {lr: fast}")
-    with pytest.raises(UserError, match=r"^[^\n]*/config\.yaml is damaged \([^\n]*\); delete the run folder[^\n]*$"):
-        run.typed_config()
     with pytest.raises(UserError, match=r"not a run folder \(no config\.yaml\)"):
         Run(run.path.parent).typed_config()
 
 
-@pytest.mark.parametrize("content", ["{", "[1", "\x00", '{"a": 1}\n{'])
+DAMAGED = ["{", "[1", "\x00", "\udcff", "null", "[]", "words", '{"a": 1}\n{', "optim: {lr: fast}"]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_named_in_one_line(tmp_path, content):
     run = Run(tmp_path)
     readers = {"status.json": run.status, "eval.json": run.evaluations, "metrics.jsonl": run.metrics}
+    readers["config.yaml"] = run.typed_config
     for name, reader in readers.items():
-        (tmp_path / name).write_text(content + "\n")
+        (tmp_path / name).write_text(content + "\n", errors="surrogateescape")
         with pytest.raises(UserError, match=rf"^[^\n]*/{name} is damaged \([^\n]*\); delete the run folder[^\n]*$"):
             reader()
 

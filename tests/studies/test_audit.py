@@ -6,13 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import initialize_config_dir
 from scipy import stats
 
 from qat.analysis.compare import differences
-from qat.cli import entry
 from qat.cli.experiments import variant
-from qat.config import register
 from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, identity, ptq_mode, run_id
@@ -20,7 +17,7 @@ from qat.studies import audit, measures, page
 from qat.studies.audit import PLAIN, SPLIT, SWITCHES
 from qat.studies.contrasts import CONTRADICTED, OPEN, SUPPORTED
 from qat.studies.design import with_seeds
-from tests.conftest import typed
+from tests.conftest import composing, typed
 from tests.helpers.studies import WORDS, invent, write
 from tests.helpers.synthetic_runs import edit
 
@@ -30,8 +27,7 @@ LINEARS = {"MLP of all blocks": 90, "attention too": 175, "attention too, all bl
 
 @pytest.fixture(scope="module")
 def design():
-    register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         return audit.design([*WORDS, "budget.micro_batch=4", "budget.accumulation=1", "protocol=paper"], variant)
 
 
@@ -70,9 +66,8 @@ def test_only_a_switch_of_training_has_a_baseline_of_its_own(design):
 
 
 def test_a_step_of_one_sequence_has_no_calls_to_tick(monkeypatch):
-    register()
     monkeypatch.setattr(audit, "SWITCHES", [switch for switch in SWITCHES if switch.name == "a tick a call"])
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         cells, left_out = audit.design([*WORDS, "budget.micro_batch=1", "budget.accumulation=1"], variant)
     assert [cell.key for cell in cells] == [("exp8", PLAIN), ("exp3", PLAIN)]
     assert "budget.micro_batch=2" in left_out["a tick a call"]

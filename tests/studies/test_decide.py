@@ -4,17 +4,15 @@ import copy
 
 import numpy as np
 import pytest
-from hydra import initialize_config_dir
 
 from qat.analysis import stats
-from qat.cli import entry
 from qat.cli.experiments import variant
-from qat.config import register
 from qat.errors import ConfigError
 from qat.runs.identity import baseline_of, run_id
 from qat.studies import decide, measures, page
 from qat.studies.audit import PLAIN
 from qat.studies.contrasts import OPEN, Response
+from tests.conftest import composing
 from tests.helpers.studies import WORDS, invent, write
 
 SEEDS = range(8)
@@ -22,9 +20,8 @@ SEEDS = range(8)
 
 @pytest.fixture(scope="module")
 def cells():
-    register()
     words = [word for word in WORDS if not word.startswith("benchmark=")]
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         cells, left_out = decide.design([*words, "budget.micro_batch=4", "budget.accumulation=1"], variant, SEEDS)
     assert not left_out
     return cells
@@ -47,8 +44,7 @@ def test_every_cell_that_a_claim_needs_is_there_once(cells):
 
 
 def test_the_benchmark_is_of_the_cells_that_are_asked_and_the_other_text_is_needed():
-    register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         cells, left_out = decide.design(["model=tiny", "benchmark=letters", "budget.micro_batch=1"], variant, [0])
         with pytest.raises(ConfigError, match="validation=none: claims are about text of another kind"):
             decide.design(["validation=none"], variant, [0])

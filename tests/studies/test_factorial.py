@@ -8,12 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from hydra import initialize_config_dir
 from scipy import stats
 
-from qat.cli import entry, experiments
+from qat.cli import experiments
 from qat.cli.experiments import variant
-from qat.config import ScalingConfig, register
+from qat.config import ScalingConfig
 from qat.errors import ConfigError
 from qat.quant.scaling import ScaleBank
 from qat.runs.folder import Run
@@ -21,6 +20,7 @@ from qat.runs.identity import baseline_of, run_id
 from qat.studies import design, factorial, measures, page
 from qat.studies.contrasts import CONTRADICTED, EQUIVALENT, OPEN, SUPPORTED
 from qat.studies.design import Cell
+from tests.conftest import composing
 from tests.helpers.studies import WORDS, invent, write
 
 KEYS = list(itertools.product(*factorial.FACTORS.values()))
@@ -28,8 +28,7 @@ KEYS = list(itertools.product(*factorial.FACTORS.values()))
 
 @pytest.fixture(scope="module")
 def grid() -> list[Cell]:
-    register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         return factorial.design([*WORDS, "seeds=[0,1]", "report.out=elsewhere"], variant)
 
 
@@ -49,7 +48,7 @@ def test_the_grid_has_each_distinct_run_once(grid):
     assert {cell.key for cell in grid} == set(KEYS)
     assert len({run_id(baseline_of(cell.cfg)) for cell in grid}) == 2
     recipe = next(cell.cfg for cell in grid if cell.key == factorial.RECIPE)
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         assert run_id(recipe) == run_id(experiments.jobs_of("exp8", WORDS)[0].cfg)
         composed = [run_id(variant("exp8", cell.overrides[1:], []).cfg) for cell in grid[:3]]
     assert composed == [run_id(cell.cfg) for cell in grid[:3]]

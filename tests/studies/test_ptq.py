@@ -6,11 +6,8 @@ import dataclasses
 import json
 
 import pytest
-from hydra import initialize_config_dir
 
-from qat.cli import entry
 from qat.cli.experiments import variant
-from qat.config import register
 from qat.errors import ConfigError
 from qat.eval.evaluate import score
 from qat.runs.folder import Run
@@ -18,6 +15,7 @@ from qat.runs.identity import baseline_of, pretrained_of, ptq_mode
 from qat.studies import ptq
 from qat.studies.ptq_page import write
 from scripts import docs
+from tests.conftest import composing
 
 WORDS = ["model=tiny", "budget=smoke", "logger=local", "ptq.questions=[max]", "benchmark=smoke"]
 WORDS += ["~benchmark.tasks.mmlu_continuation", "~benchmark.tasks.lambada"]
@@ -25,8 +23,7 @@ OURS = "ptq.rungs=[max,per_channel,rotation,fp8_e4m3]"
 
 
 def design(*words: str, seeds=(0,)) -> list[ptq.Ladder]:
-    register()
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         return ptq.design("exp8", [*WORDS, *words], variant, seeds)
 
 

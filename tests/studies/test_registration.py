@@ -7,18 +7,16 @@ import math
 
 import pytest
 import yaml
-from hydra import initialize_config_dir
 
 from qat.analysis import decisions
 from qat.analysis.measures import MEASURES
-from qat.cli import entry
 from qat.cli.experiments import variant
-from qat.config import register
 from qat.errors import UserError
 from qat.runs import archive
 from qat.studies import audit, decide, design, factorial, measures
 from qat.studies.registration import CLAIMS, registration
 from qat.utils.environment import ROOT
+from tests.conftest import composing
 from tests.helpers.studies import invent
 
 TREE = yaml.safe_load(CLAIMS.read_text())
@@ -112,10 +110,9 @@ def test_the_margins_are_read_from_the_file(monkeypatch):
 @pytest.mark.slow
 def test_what_is_registered_as_detectable_follows_from_the_record(tmp_path):
     """The noise of the laptop's factorial, at the size of `make decide`, to three digits."""
-    register()
     archive.restore(ROOT / "experiments" / "records" / "2026-11-22_laptop", tmp_path)
     words = ["benchmark=letters", "budget.heldout_tokens=2048", f"runs_dir={tmp_path}"]
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         cells = factorial.design(words, variant)
     measured, missing = measures.read(design.with_seeds(cells, range(4)))
     assert len(measured) == 80 and not missing

@@ -20,9 +20,9 @@ from qat.studies.contrasts import Estimate
 from qat.studies.replay import CONTROL, HELD, LAST, LONGEST, Replayed
 from qat.studies.replay_page import write_replay
 from qat.train import checkpoint, loop
-from qat.train.step import Trainer
 from qat.utils.environment import ROOT
 from scripts import docs
+from tests.helpers.steps import spoil
 
 SMALL = ("experiment=exp8", "model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")
 SMALL += ("budget.accumulation=1", "budget.steps=8", "validation=none")
@@ -34,22 +34,9 @@ RECIPES = {
 }
 
 
-def spoil(monkeypatch, number: int) -> None:
-    """Make the loss of a step NaN."""
-    real = Trainer.step
-
-    def step(self, current, batches, **how):
-        with pytest.MonkeyPatch.context() as patch:
-            if current == number:
-                patch.setattr(self.losses, "forward", lambda *_: self.model.lm_head.weight.sum() * float("nan"))
-            return real(self, current, batches, **how)
-
-    monkeypatch.setattr(Trainer, "step", step)
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_s_own_rule_gives_its_overshoot_and_its_scales_bit_for_bit(config, monkeypatch, recipe):
-    spoil(monkeypatch, 6)
+    spoil((6,), monkeypatch)
     run = loop.train(config(*SMALL, *RECIPES[recipe]))
     cfg, (names, amax) = run.typed_config(), run.amaxes()
     bank = ScaleBank(names, [15.0] * len(names), cfg.scaling, cfg.settle_steps)

@@ -41,6 +41,7 @@ def test_ratios_are_of_the_same_round():
     assert timing.ratio({"a": [2.0, 9.0, 4.0], "b": [1.0, 3.0, 4.0]}, "a", "b") == (2.0, 1.0, 3.0)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_work_alone():
     held = torch.ones(2**26)  # 256 MiB in this process, which the other must not count
     small, large = (timing.peak_memory(torch.ones, size) for size in (1, 2**26))

@@ -9,13 +9,11 @@ import pytest
 
 from qat.models.load import load_config
 from qat.tools import flops
-from qat.tools.plan import communication, plan
+from qat.tools.plan import communication
 from qat.tools.plan.communication import Traffic
-from qat.tools.plan.page import page
 from tests.conftest import typed
 from tests.helpers import traffic
 from tests.helpers.on_ranks import run_module
-from tests.tools.test_plan import CPU, PANGU
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +48,3 @@ def test_rings_send_what_textbooks_say():
     assert Traffic("all_reduce", 1, whole).sent(4) == 2 * 3 / 4 * whole
     assert Traffic("all_gather", 1, whole).sent(4) == Traffic("reduce_scatter", 1, whole).sent(4) == 3 / 4 * whole
     assert Traffic("broadcast", 1, whole).sent(4) == whole
-
-
-def test_a_plan_says_what_a_rank_sends(tmp_path):
-    cfg = typed(tmp_path, *PANGU)
-    assert "sent by each rank       8.09 GB a step, in 181 calls" in page(plan.make(cfg, 8, CPU, on_gpus=True))
-    assert "sent by each rank" not in page(plan.make(cfg, 1, CPU, on_gpus=False))

@@ -1,4 +1,4 @@
-"""Every setting of quantization does something: each of its values changes a loss, a scale or a weight of a short run.
+"""Every setting of quantization and of the optimizer changes a loss, a scale or a weight of a short run by each value.
 
 A setting added later needs a row here.
 """
@@ -16,7 +16,7 @@ from qat.models.load import load_model
 from qat.quant.convert import convert
 from qat.train.step import Trainer
 
-GROUPS = ("quant", "scaling", "loss")
+GROUPS = ("optim", "quant", "scaling", "loss")
 WORDS = ("experiment=exp7", "model.blocks=3", "model.architecture.num_hidden_layers=3", "budget.steps=4")
 WORDS += ("quant.bf16_blocks=1",)
 BASE = {
@@ -30,6 +30,18 @@ BASE = {
 WARMED_UP = {"warmup.bf16": 0.5, "scaling.discard_after_warmup": False}
 # key -> its other values, and what they need beside them
 ROWS = {
+    "optim.lr": ((1e-3,), {}),
+    "optim.beta1": ((0.5,), {}),
+    "optim.beta2": ((0.5,), {}),
+    "optim.eps": ((1e-3,), {}),
+    "optim.weight_decay": ((0.0,), {}),
+    "optim.clip": ((1e-3,), {}),
+    "optim.lr_warmup": ((0.5,), {}),
+    "optim.lr_from_zero": ((True,), {}),
+    "optim.max_skipped": ((1,), {}),
+    "optim.master_weights": ((False,), {}),
+    "optim.pure_bf16": ((True,), {"optim.master_weights": False, "budget.arithmetic": "bf16"}),
+    "optim.moments": (("bf16", "hif8"), {}),
     "quant.format": (("none", "fp8_e4m3", "fp8_e5m2"), {}),
     "quant.scope": ((["mlp.down_proj"],), {}),
     "quant.bf16_blocks": ((0, 2), {}),
@@ -61,8 +73,9 @@ ROWS = {
     "scaling.shadow": ((["most_recent"],), {}),
     "loss.distill": ((0.5, 1.0), {}),
 }
-# What one rank has no use for (tests/utils/test_distributed.py), and what only looks (tests/train/test_shadow.py).
-CHANGES_NOTHING = {"scaling.sync", "scaling.shadow"}
+# What one rank has no use for (tests/utils/test_distributed.py), what only looks (tests/train/test_shadow.py), and what
+# ends a run (tests/train/test_loop.py).
+CHANGES_NOTHING = {"scaling.sync", "scaling.shadow", "optim.max_skipped"}
 
 
 @pytest.fixture(scope="module")

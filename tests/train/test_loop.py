@@ -23,10 +23,11 @@ from qat.train import checkpoint, loop, run_log
 from qat.train.schedule import learning_rate
 from qat.train.step import Trainer
 from qat.utils import signals
-from tests.conftest import RUNS, TINY
+from tests.conftest import RUNS, THREADS, TINY
+from tests.helpers.steps import before_step, spoil, stopped
 from tests.helpers.torture import left
 
-pytestmark = pytest.mark.usefixtures("arithmetic")
+BOTH = pytest.mark.usefixtures("arithmetic")
 
 # A BF16 warmup of six steps, whose amaxes are kept; and three micro-batches a step of which each occurs twice, so that
 # every second step ends between the two occurrences of one.
@@ -48,15 +49,15 @@ OTHER += ("optim.moments=hif8", "budget.accumulation=1", "quant.bf16_blocks=0", 
 
 
 @pytest.fixture(scope="module")
-def reference(arithmetic, configure, tmp_path_factory):
-    """reference(words): the configuration of an uninterrupted run, trained once after its baseline."""
+def reference(configure, tmp_path_factory):
+    """reference(words): the configuration of an uninterrupted run, trained once an arithmetic, after its baseline."""
     folder, done = tmp_path_factory.mktemp("reference"), set()
 
     def trained(words):
         cfg = configure(folder, *words)
-        if words not in done:
+        if Run.of(cfg).id not in done:
             runner.train_with_baseline(cfg)
-            done.add(words)
+            done.add(Run.of(cfg).id)
         return cfg
 
     return trained
@@ -70,6 +71,7 @@ def every_file(run: Run) -> dict:
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
+@BOTH
 @pytest.mark.parametrize("words", [PAPER, RELEASED, VENDOR], ids=["paper", "released", "vendor"])
 def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
     cfg = reference(words)
@@ -100,11 +102,13 @@ def test_a_run_and_its_baseline_leave_complete_folders(reference, words):
     assert not (Run.of(baseline_of(cfg)).path / "amax.safetensors").exists()
 
 
+@BOTH
 def test_a_quantized_run_is_its_baseline_until_quantization_starts(reference):
+    """House rule 4: in the BF16 warmup a converted model is the original bit for bit, forward and backward."""
     cfg = reference(PAPER)
-    ours, theirs = ([row["loss"] for row in Run.of(each).metrics()] for each in (cfg, baseline_of(cfg)))
+    ours, theirs = ([(r["loss"], r["grad_norm"]) for r in Run.of(each).metrics()] for each in (cfg, baseline_of(cfg)))
     assert cfg.bf16_warmup_steps == 6 and ours[:6] == theirs[:6]
-    assert all(q != b and abs(q - b) < 0.01 for q, b in zip(ours[6:], theirs[6:], strict=True))
+    assert all(q != b and abs(q - b) < 0.01 for (q, _), (b, _) in zip(ours[6:], theirs[6:], strict=True))
 
 
 def test_telemetry_is_written_when_it_is_due(reference):
@@ -131,21 +135,27 @@ def test_under_the_vendors_protocol_every_linear_is_scaled_and_held(reference):
     assert sum(row["overshoot"] > 1 for row in rows if row["step"] == 5) < 0.1 * len(scales[5])
 
 
-def test_a_run_in_pure_bf16_is_stored_resumed_and_scored_as_such(configure, tmp_path, monkeypatch):
+def test_a_run_in_pure_bf16_is_stored_resumed_and_scored_as_such(configure, tmp_path):
     words = ("experiment=exp3", "optim.pure_bf16=true", "optim.master_weights=false", "quant.bf16_blocks=1")
     words += ("budget.arithmetic=bf16",)
     words += ("model.blocks=2", "model.architecture.num_hidden_layers=2", "budget.steps=3", "budget.checkpoint_every=1")
-    whole, stopped = (configure(tmp_path / name, *words) for name in ("whole", "stopped"))
+    whole, again = (configure(tmp_path / name, *words) for name in ("whole", "again"))
     loop.train(whole)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_step(3, patch)
-        loop.train(stopped)
-    loop.train(stopped)
-    weights = [checkpoint.latest(Run.of(cfg).checkpoints)[0]["model"] for cfg in (whole, stopped)]
+    stopped(again, 3)
+    loop.train(again)
+    weights = [checkpoint.latest(Run.of(cfg).checkpoints)[0]["model"] for cfg in (whole, again)]
     assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
     assert {weight.dtype for weight in weights[0].values()} == {torch.bfloat16}
     model, _ = Subject(whole, Run.of(whole), "bf16").build()
     assert all(torch.equal(p.bfloat16(), weights[0][name]) for name, p in model.named_parameters())
+
+
+def test_a_run_repeats_itself_bit_for_bit_on_two_threads(configure, tmp_path, request):
+    request.addfinalizer(lambda: torch.set_num_threads(THREADS))
+    torch.set_num_threads(2)
+    words = ("experiment=exp8", "budget.steps=3", "budget.micro_batch=4", "budget.seq_len=128")  # enough for two
+    one, two = (loop.train(configure(tmp_path / name, *words)) for name in ("one", "two"))
+    assert left(one) == left(two)
 
 
 def test_the_same_command_again_touches_nothing(reference, capsys):
@@ -154,27 +164,13 @@ def test_the_same_command_again_touches_nothing(reference, capsys):
     before = [every_file(run) for run in folders]
     capsys.readouterr()
     assert [run.id for run in runner.train_with_baseline(cfg)] == [run.id for run in folders]
-    assert capsys.readouterr().out == "".join(f"{run.id}: finished already\n" for run in folders)
+    assert [run.id for run in runner.train_with_baseline(baseline_of(cfg))] == [folders[0].id]  # its own baseline
+    said = [*folders, folders[0]]
+    assert capsys.readouterr().out == "".join(f"{run.id}: finished already\n" for run in said)
     assert [every_file(run) for run in folders] == before
 
 
-def test_a_bf16_run_is_its_own_baseline(reference):
-    baseline = baseline_of(reference(PAPER))
-    assert [run.id for run in runner.train_with_baseline(baseline)] == [Run.of(baseline).id]
-
-
 # --------------------------------------------------------------------------------------------------- stops and resumes
-
-
-def before_step(number, monkeypatch):
-    real = Trainer.step
-
-    def step(self, current, batches, **how):
-        if current == number:
-            raise KeyboardInterrupt
-        return real(self, current, batches, **how)
-
-    monkeypatch.setattr(Trainer, "step", step)
 
 
 def before_checkpoint(number, monkeypatch):
@@ -221,13 +217,12 @@ STOPS = [  # (run, where it is stopped, the step, rows that are there then, the 
 ]
 
 
+@BOTH
 @pytest.mark.parametrize(("words", "where", "number", "rows", "resumed"), STOPS)
 def test_a_stopped_run_ends_like_an_uninterrupted_one(reference, config, words, where, number, rows, resumed, capsys):
     cfg = config(*words)
     run = Run.of(cfg)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        where(number, patch)
-        loop.train(cfg)
+    stopped(cfg, number, where)
     assert run.status()["state"] == "stopped" and len(run.metrics()) == rows
     if words == RELEASED:  # in the middle of a micro-batch's occurrences
         cursor = json.loads((run.checkpoints / "step-00000003" / "facts.json").read_text())["data"]
@@ -253,9 +248,7 @@ def test_no_checkpoint_outlives_the_rows_before_it(config, monkeypatch):
 def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, config, monkeypatch):
     cfg = config(*PAPER)
     run = Run.of(cfg)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        after_last_checkpoint(cfg.steps, patch)
-        loop.train(cfg)
+    stopped(cfg, cfg.steps, after_last_checkpoint)
     assert run.status()["state"] == "stopped" and checkpoint.latest(run.checkpoints)[1]["step"] == cfg.steps
     monkeypatch.setattr(checkpoint, "save", lambda *_, **__: pytest.fail("the only checkpoint was written again"))
     loop.train(cfg)
@@ -265,10 +258,7 @@ def test_a_run_stopped_on_its_last_metres_keeps_its_last_checkpoint(reference, c
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says what is mapped")
 def test_a_resumed_run_maps_no_checkpoint_and_finishes_where_none_can_be_removed(reference, config, monkeypatch):
     cfg = config(*PAPER)
-    run = Run.of(cfg)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_step(7, patch)
-        loop.train(cfg)
+    run = stopped(cfg, 7)
     real, mapped = loop._Session.steps, []
 
     def steps(session, log):
@@ -293,10 +283,7 @@ def test_a_resumed_run_maps_no_checkpoint_and_finishes_where_none_can_be_removed
 
 def test_a_resume_survives_a_damaged_checkpoint_and_a_line_cut_off(reference, config, capsys):
     cfg = config(*PAPER)
-    run = Run.of(cfg)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        before_step(11, patch)
-        loop.train(cfg)
+    run = stopped(cfg, 11)
     newest = run.checkpoints / "step-00000008" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     for name in ("metrics.jsonl", "telemetry.jsonl"):
@@ -346,20 +333,6 @@ def test_a_signal_in_the_last_step_finishes_the_run_and_still_stops_the_command(
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
-
-
-def spoil(numbers, monkeypatch) -> None:
-    """Make the loss of these steps NaN."""
-    real = Trainer.step
-
-    def step(self, number, batches, **how):
-        if number not in numbers:
-            return real(self, number, batches, **how)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.losses, "forward", lambda *_: self.model.lm_head.weight.sum() * float("nan"))
-            return real(self, number, batches, **how)
-
-    monkeypatch.setattr(Trainer, "step", step)
 
 
 def test_losses_that_are_not_finite_stop_the_run_and_say_so(config, monkeypatch):

@@ -7,10 +7,9 @@ import math
 import pytest
 
 from qat.quant.rules import RULES
-from qat.runs.folder import Run
 from qat.train import loop, monitor
-from qat.train.step import Trainer
 from tests.conftest import composed
+from tests.helpers.steps import stopped
 
 
 def settings(*words: str):
@@ -179,26 +178,17 @@ def test_a_run_whose_scales_lag_says_so_while_it_runs_and_once_across_a_resume(c
     """The predicted amaxes are a tenth of what they should be; stopped before step 8, resumed after step 4."""
     lagging = RULES["max"]._replace(predict=lambda history, scaling: history.amax(0) / 10)
     monkeypatch.setitem(RULES, "max", lagging)
-    cfg, real = config("experiment=exp8", "optim.lr=1e-4"), Trainer.step
-
-    def step(self, number, batches, **how):
-        if number == 8:
-            raise KeyboardInterrupt
-        return real(self, number, batches, **how)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
-        loop.train(cfg)
+    cfg = config("experiment=exp8", "optim.lr=1e-4")
+    before = stopped(cfg, 8).warnings()
     printed = capsys.readouterr().out
-    stopped = Run.of(cfg).warnings()
     rows = loop.train(cfg).warnings()
     lagging = [row for row in rows if row["kind"] == "lagging scales"]
     assert {row["role"] for row in lagging} == {"activation", "weight", "gradient"}
     assert all(row["step"] == 6 and ".mlp." in row["layer"] and row["size"] > 4 for row in lagging)
     assert f"warning: step 6: {lagging[0]['warning']}" in printed
     again = [row for row in rows if row["step"] > 6]
-    assert [row for row in rows if row["step"] <= 6] == stopped
-    assert all(any(row["size"] >= 2 * old["size"] for old in stopped if old["kind"] == row["kind"]) for row in again)
+    assert [row for row in rows if row["step"] <= 6] == before
+    assert all(any(row["size"] >= 2 * old["size"] for old in before if old["kind"] == row["kind"]) for row in again)
 
 
 def test_a_warning_is_said_and_kept_in_the_run_folder(config, capsys):

@@ -9,10 +9,8 @@ from qat.errors import ConfigError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import loop
-from qat.train.step import Trainer
+from tests.helpers.steps import stopped
 from tests.helpers.torture import left
-
-pytestmark = pytest.mark.usefixtures("arithmetic")
 
 # Dropout, so that random numbers matter, and a history from the start, so that rules differ at the first quantized step
 SMALL = ("experiment=exp8", "model.blocks=2", "model.architecture.num_hidden_layers=2", "quant.bf16_blocks=1")
@@ -63,16 +61,8 @@ def test_rules_round_with_scales_of_their_own(trained):
 
 
 def test_a_resumed_run_tries_the_same(trained, config):
-    cfg, real = config(*SMALL, SHADOW), Trainer.step
-
-    def step(self, number, batches, **how):
-        if number == 6:  # a step with rules, after the checkpoint of the fourth
-            raise KeyboardInterrupt
-        return real(self, number, batches, **how)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
-        loop.train(cfg)
+    cfg = config(*SMALL, SHADOW)
+    stopped(cfg, 6)  # a step with rules, after the checkpoint of the fourth
     assert left(loop.train(cfg)) == left(trained[0])
 
 

@@ -19,8 +19,9 @@ from qat.train import checkpoint, loop
 from qat.train.step import Trainer
 from qat.train.validation import Validator
 from qat.utils import device
+from tests.helpers.steps import stopped
 
-pytestmark = pytest.mark.usefixtures("arithmetic")
+BOTH = pytest.mark.usefixtures("arithmetic")
 
 SMALL = ("model.blocks=3", "model.architecture.num_hidden_layers=3", "quant.bf16_blocks=1")
 SMALL += ("budget.accumulation=1", "budget.steps=6")
@@ -41,6 +42,7 @@ def files(run: Run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.checkpoints.rglob("*.safetensors")}
 
 
+@BOTH
 @ALL
 def test_a_run_with_validation_is_the_run_without_bit_for_bit(configure, tmp_path, words):
     runs = [loop.train(configure(tmp_path / other, *words, f"validation={other}")) for other in ("wikipedia", "none")]
@@ -67,6 +69,7 @@ def trained(config):
     return make
 
 
+@BOTH
 @ALL
 @pytest.mark.parametrize("steps", [0, 1, 6])
 def test_validation_leaves_bank_gradients_random_numbers_and_mode_as_they_are(trained, words, steps):
@@ -99,6 +102,7 @@ def test_validation_after_a_first_step_that_failed_leaves_the_next_one_its_amaxe
     assert (banks[0]["scale"] != 1).all()
 
 
+@BOTH
 def test_the_loss_is_that_of_the_next_token_as_the_model_trains(trained):
     for words in (PAPER, RELEASED):
         pretrained = {row["text"]: row["loss"] for row in trained(words, 0)[1].rows(0)}
@@ -126,18 +130,9 @@ def test_run_and_baseline_are_validated_at_the_same_steps_and_begin_alike(config
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_a_run_stopped_before_or_after_its_first_checkpoint_has_each_row_once(config, monkeypatch, number):
+def test_a_run_stopped_before_or_after_its_first_checkpoint_has_each_row_once(config, number):
     cfg = config(*PAPER, "budget.checkpoint_every=2", "budget.telemetry_every=2")
-    run, real = Run.of(cfg), Trainer.step
-
-    def step(self, current, batches, **how):
-        if current == number:
-            raise KeyboardInterrupt
-        return real(self, current, batches, **how)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
-        loop.train(cfg)
+    run = stopped(cfg, number)
     assert {row["step"] for row in validated(run)} == set(range(0, number, 2))
     loop.train(cfg)
     assert [row["step"] for row in validated(run)] == [0, 0, 2, 2, 4, 4, 6, 6]

@@ -19,9 +19,9 @@ from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import loop, wandb_log
-from qat.train.step import Trainer
 from qat.utils.signals import Preempted
 from tests.conftest import wandb_records
+from tests.helpers.steps import stopped
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +30,10 @@ def mirrored(configure, tmp_path_factory):
     the folder after the stop and after the end)"""
     words = ("experiment=exp8", "logger=wandb", "budget.steps=8", "budget.accumulation=1")
     cfg = configure(tmp_path_factory.mktemp("mirrored"), *words)
-    real = Trainer.step
-
-    def step(self, number, batches, **how):
-        if number == 6:
-            raise KeyboardInterrupt
-        return real(self, number, batches, **how)
-
     loop.train(dataclasses.replace(baseline_of(cfg), logger=LoggerConfig(name="local")))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "step", step)
-        loop.train(cfg)
-    stopped = wandb_records(Run.of(cfg).path)
+    before = wandb_records(stopped(cfg, 6).path)
     run = loop.train(cfg)
-    return run, cfg, [*stopped, *wandb_records(run.path)]
+    return run, cfg, [*before, *wandb_records(run.path)]
 
 
 def of_kind(records: list[dict], kind: str) -> list[dict]:

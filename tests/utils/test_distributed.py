@@ -9,19 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qat.errors import ConfigError, UserError
+from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.utils import device, distributed, environment
 from tests.conftest import ROOT, RUNS, TINY
 from tests.helpers.on_ranks import RUNS as ON_RANKS
 from tests.helpers.on_ranks import STOP, free_port, run_module
 
-MANY = ["ddp2", "ddp4", "fsdp2", "compiled", "fsdp2 compiled"]
+MANY = ["ddp2", "ddp4", "fsdp2", pytest.param("compiled", marks=pytest.mark.slow), "fsdp2 compiled"]
 
 
 @pytest.fixture(scope="module", params=["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -34,12 +36,16 @@ def arithmetic(request):
 
 @pytest.fixture(scope="module")
 def seen(arithmetic, texts, tmp_path_factory):
-    """seen(run, rank): what a rank of a run of `tests.helpers.on_ranks` saw; all run once, for the whole file."""
+    """seen(run, rank): what a rank of a run of `tests.helpers.on_ranks` saw; all run once, for the whole file, but for
+    slow ones that no test asks for."""
     folder = tmp_path_factory.mktemp("ranks")
     run_module("on_ranks", texts, folder)
 
     def read(name: str, rank: int = 0) -> dict:
-        return json.loads((folder / f"{name}.{rank}.json").read_text())
+        file = folder / f"{name}.{rank}.json"
+        if not file.exists():
+            run_module("on_ranks", texts, folder, name)
+        return json.loads(file.read_text())
 
     read.runs = folder / "runs"
     return read
@@ -182,37 +188,51 @@ def test_micro_batches_that_cannot_be_shared_out_are_refused(seen):
     assert [seen("uneven", rank)["error"].startswith(line) for rank in (0, 1)] == [True, True]
 
 
-@pytest.mark.parametrize(("experiment", "asked", "valid"), [("exp2", 1, 8), ("exp2", 12, 16), ("exp8", 3, 4)])
-def test_the_nearest_valid_value_is_valid(monkeypatch, config, experiment, asked, valid):
-    """Also of an experiment whose batch is a part of the others'."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    words = {"budget.micro_batch": 16, "budget.accumulation": asked}
-    with pytest.raises(ConfigError, match=f"accumulation={asked}: 2 ranks .*the nearest valid value is {valid},"):
-        distributed.check_world_size(config(f"experiment={experiment}", **words))
-    distributed.check_world_size(config(f"experiment={experiment}", **words | {"budget.accumulation": valid}))
-
-
-def test_a_finished_run_of_another_number_of_ranks_is_told_of_where_that_changes_it(monkeypatch, config, capsys):
+def test_another_number_of_ranks_is_told_of_and_refused_only_where_it_changes_a_run(monkeypatch, config, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     distributed.warn_other_world_size(config("experiment=exp8", "protocol=released"), 1)
     assert "warning: scaling.tick=call: its amax histories are those of 1 ranks, not of 2" in capsys.readouterr().out
-    for words, before in ((("experiment=exp8",), 1), (("experiment=exp8", "protocol=released"), 2)):
+    with pytest.raises(UserError, match=r"^scaling\.tick=call: .* depend on the number of ranks, 1 until now$"):
+        distributed.refuse_other_world_size(config("experiment=exp8", "protocol=released"), 1)
+    alike = (("experiment=exp8",), 1), (("experiment=exp8", "protocol=released"), 2)
+    for words, before in (*alike, (("experiment=exp8", "protocol=released", "quant=bf16"), 1)):
         distributed.warn_other_world_size(config(*words), before)
-    distributed.warn_other_world_size(config("experiment=exp8", "protocol=released", "quant=bf16"), 1)
+        distributed.refuse_other_world_size(config(*words), before)
     assert capsys.readouterr().out == ""
+
+
+def clock() -> SimpleNamespace:
+    """Go on only while the main thread sleeps."""
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():
+            now[0] += seconds
+        else:
+            time.sleep(seconds)
+
+    return SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
 
 
 @pytest.fixture
 def alone(monkeypatch):
     """alone(rank): this process is a rank of two, and the other one is not started."""
+    opened = distributed._open_store
+
+    def ready(*where):
+        store = opened(*where)
+        if distributed.rank() == 0:  # which hosts it
+            store.exception(60)
+        return store
 
     def begin(rank: int) -> int:
         port = free_port()
         variables = {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(distributed, "INIT_TIMEOUT", datetime.timedelta(seconds=0.6))
-        monkeypatch.setattr(distributed, "_NOTICE", 0.2)
+        monkeypatch.setattr(distributed, "time", clock())
+        monkeypatch.setattr(distributed, "_open_store", ready)
+        monkeypatch.setattr(distributed, "INIT_TIMEOUT", datetime.timedelta(minutes=1))
         return port
 
     return begin
@@ -221,7 +241,7 @@ def alone(monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_says_whom_it_waits_for_and_gives_up(alone, rank, capsys):
     port, other = alone(rank), 1 - rank
-    with pytest.raises(UserError, match=f"^rank {other} of 2 did not come to 127.0.0.1:{port} within 0.01 minutes; "):
+    with pytest.raises(UserError, match=f"^rank {other} of 2 did not come to 127.0.0.1:{port} within 1 minutes; "):
         distributed.init()
     assert capsys.readouterr().out == (
         f"rank {rank}: waiting for rank {other} of 2 at 127.0.0.1:{port}; Ctrl-C stops waiting\n"
@@ -306,8 +326,17 @@ def test_a_mistake_is_said_by_the_first_rank_alone(main, monkeypatch):
     assert said[1].startswith("error: Could not override 'optim.lrr'") and said[2:] == ["", ""]
 
 
-def test_nan_agrees_with_nan_and_one_rank_with_itself():
-    distributed.check_agreement("scales", torch.tensor([float("nan")]))
+def test_nan_agrees_with_nan(monkeypatch):
+    ours, theirs = torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 2.0])
+    bits = theirs.view(torch.int32).to(torch.int64)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda x: torch.maximum(x, torch.stack([bits, -bits])))
+    distributed.check_agreement("scales", theirs)
+    with pytest.raises(UserError, match=r"^scales: 1 of 2 differ between 2 ranks"):
+        distributed.check_agreement("scales", ours)
+
+
+def test_one_rank_agrees_with_itself():
     assert distributed.broadcast_object(3) == 3 and distributed.all_gather_object(3) == [3]
     assert distributed.any_rank(True) and not distributed.any_rank(False)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import pwd
 import subprocess
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 
 from qat.cli import entry
 from qat.config import DataConfig, ModelConfig
@@ -20,7 +21,7 @@ from qat.models import load
 from qat.runs.identity import run_id
 from qat.tools.plan.machine import needs_hub
 from qat.utils import environment
-from tests.conftest import TINY, composed
+from tests.conftest import TINY, composed, composing
 
 IDENTITY = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
 
@@ -56,6 +57,7 @@ def test_hardware_and_code_are_named_in_one_way():
 def repository(tmp_path, monkeypatch):
     """git(*words) in a new repository of one file, committed, that stands for ours."""
     monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # the user's
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -169,7 +171,7 @@ def test_every_folder_and_file_of_the_command_line_may_be_in_the_home_folder(hom
         *group, name = key.split(".")
         assert getattr(getattr(cfg, group[0]) if group else cfg, name) == str(home / key)
     assert cfg.runs == [str(home / "a"), "b"]
-    with initialize_config_dir(entry.CONF, version_base="1.3"):
+    with composing():
         sweep = compose("train", words, return_hydra_config=True).hydra.sweep.dir
     assert sweep.startswith(f"{home}/runs_dir/.sweep/")
 

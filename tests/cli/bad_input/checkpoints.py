@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qat.train import checkpoint
-from tests.cli.bad_input.mistakes import DONE, STOPPED, WEIGHT, Case, World, flipped, truncated, unscored
+from tests.cli.bad_input.mistakes import DONE, STOPPED, WEIGHT, Case, World, flipped, unscored
 
 
 def every(damage: Callable[[Path], None], pattern: str, run: str = STOPPED) -> Callable[[World], None]:
@@ -50,10 +50,7 @@ def setting(group: str, name: str, value) -> Callable[[dict, dict], None]:
 FIX = "; resume with the configuration it was made with, or delete the run folder"
 RETRAIN = "delete the run folder to train it again"
 CASES = [
-    Case(STOPPED, f"checkpoints: no checkpoint can be read; {RETRAIN}", every(truncated, "model.safetensors")),
     Case(STOPPED, f"checkpoints: no checkpoint can be read; {RETRAIN}", every(flipped, "optimizer.safetensors")),
-    Case(STOPPED, f"checkpoints: no checkpoint can be read; {RETRAIN}", every(flipped, "facts.json")),
-    Case(STOPPED, f"checkpoints: no checkpoint can be read; {RETRAIN}", every(Path.unlink, "scales.safetensors")),
     Case(DONE, f"checkpoints: no checkpoint can be read; {RETRAIN}", every(flipped, "model.safetensors", DONE), "eval"),
     Case(
         STOPPED,

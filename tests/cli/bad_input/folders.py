@@ -8,12 +8,11 @@ from collections.abc import Callable
 from tests.cli.bad_input.mistakes import A_NAME, DONE, SMALL, STOPPED, Case, World
 
 
-def writing(name: str, text: str | bytes, words: str = DONE) -> Callable[[World], None]:
+def writing(name: str, text: str, words: str = DONE) -> Callable[[World], None]:
     """Replace a file of a run folder."""
 
     def prepare(world: World) -> None:
-        path = world.run(words).path / name
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        (world.run(words).path / name).write_text(text)
 
     return prepare
 
@@ -59,10 +58,6 @@ def folder_for_file(world: World) -> None:
 RUN = "run={run}"
 CASES = [
     Case(RUN, "config.yaml is damaged (", writing("config.yaml", "{"), "eval"),
-    Case(RUN, "config.yaml is damaged (", writing("config.yaml", "some words"), "eval"),
-    Case(RUN, "config.yaml is damaged (", writing("config.yaml", "[1, 2]"), "eval"),
-    Case(RUN, "config.yaml is damaged (", writing("config.yaml", b"\xff\x00\x80"), "eval"),
-    Case(RUN, "config.yaml is damaged (", writing("config.yaml", ""), "eval"),
     Case(RUN, "config.yaml is damaged (Key 'lrr' not in", editing("  lr:", "  lrr:"), "eval"),
     Case(RUN, "quant.format=hif9: unknown value", editing("format: hif8", "format: hif9"), "eval"),
     Case(RUN, "give the folder that name again", editing("lr: 0.0001", "lr: 0.0002"), "eval"),
@@ -76,11 +71,9 @@ CASES = [
     Case("run=texts", "texts: not a run folder (no config.yaml); see `ls ", script="eval"),
     Case("run=/", "not a run folder (no config.yaml)", script="eval"),
     Case("run=texts/00.txt", "texts/00.txt: not a run folder", script="eval"),
-    Case(RUN, "status.json is damaged (", writing("status.json", "{"), "eval"),
     Case(RUN, "status.json is damaged (a mapping was expected, not list)", writing("status.json", "[]"), "eval"),
     Case(RUN, "status.json is damaged ('step' is missing)", writing("status.json", '{"state": "stopped"}'), "eval"),
     Case(RUN, "status.json: Is a directory", folder_for_file, "eval"),
-    Case(RUN, "eval.json is damaged (", writing("eval.json", "null"), "eval"),
     Case(RUN, "eval.json is damaged (", writing("eval.json", '{"smoke": 3}'), "eval"),
     Case(RUN, "metrics.jsonl is damaged (", breaking("metrics.jsonl", DONE), "eval"),
     Case(f"{STOPPED} seed=5", "is not started; train it first", script="eval"),

@@ -11,11 +11,11 @@ import pytest
 
 from qat.cli import runner
 from qat.cli.runner import evaluate_and_compare
-from qat.models.tokenizer import byte_tokenizer
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of
 from qat.train import loop
 from tests.conftest import typed
+from tests.helpers.models import write_model
 
 # A model of four blocks, six steps with a checkpoint after the second and the fourth, four questions.
 SMALL = "model=tiny budget=smoke logger=local model.blocks=4 model.architecture.num_hidden_layers=4 quant.bf16_blocks=2"
@@ -89,7 +89,7 @@ def build(path: Path) -> World:
         patch.setattr(loop._Session, "_announce", stopping_before(5))
         with pytest.raises(KeyboardInterrupt):
             loop.train(stopped)
-        write_model(done, world / "model")
+        write_model(world / "model", **done.model.architecture)
     return world
 
 
@@ -99,13 +99,6 @@ def stopping_before(step: int):
             raise KeyboardInterrupt
 
     return announce
-
-
-def write_model(cfg, folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    LlamaForCausalLM(LlamaConfig(**cfg.model.architecture)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
 
 
 def truncated(file: Path) -> None:
