@@ -26,7 +26,7 @@ TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m"]
 
 def table(out: str) -> list[str]:
     """The rows of the table of a sweep or of runs: what is indented below its heading at the end of the output."""
-    return re.sub(" +", " ", re.split("\n(?:sweep|runs):", out)[-1]).splitlines()[2:]
+    return re.sub(" +", " ", re.split("\n(?:sweep|runs):", out)[-1]).splitlines()[1:]
 
 
 def starts(lines: list[str], wanted: list[str]) -> bool:
