@@ -77,7 +77,7 @@ def test_the_first_screen_is_a_verdict(report):
 
 
 def test_harm_holds_after_holms_correction_over_the_recipes(monkeypatch):
-    """Of one way of scoring and one measure at a time."""
+    """Correct over the recipes of one way of scoring and one measure at a time."""
     p_values = {  # of three recipes
         ("w8a8", "speeches"): (0.01, 0.02, 0.03),
         ("w8a8", "articles"): (0.01, 0.03, 0.03),
