@@ -207,8 +207,10 @@ def forest(
 ) -> Panel:
     """Draw differences from BF16; a row is (label, estimate by mode, the paper's difference or None).
 
-    reach: the end of the axis, in `unit`, so that panels can share it; None: what the rows need but those far out.
+    reach: the end of the axis, in `unit`, so that panels can share it; None: what the modes drawn need.
     """
+    shown = [modes[mode] for _, modes, _ in rows for mode in _MODE_MARKS if mode in modes]
+    reach = reach or 1.04 * max((abs(end) for row in shown for end in (row.value, *(row.ci or ()))), default=0) or 1.0
     drawn = []
     for label, modes, paper in rows:
         marks = []
@@ -218,7 +220,7 @@ def forest(
                 marks += [] if threshold is None else [Mark(threshold, None, shift, _THRESHOLD)]
                 marks += [Mark(value, ci, shift, {"marker": shape, "markerfacecolor": fill, "markersize": 5.5})]
         drawn.append((label, marks + ([] if paper is None else [Mark(paper, style=_PAPER)])))
-    return plots.forest(title, drawn, f"Run − BF16 ({unit})", reach and (-reach, reach), row_height=30)
+    return plots.forest(title, drawn, f"Run − BF16 ({unit})", (-reach, reach), row_height=30)
 
 
 def score_legend() -> dict[str, str]:

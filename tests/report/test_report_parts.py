@@ -75,6 +75,13 @@ def test_the_control_is_not_drawn_and_does_not_stretch_the_axis():
     assert max(map(abs, axes.get_xlim())) < 0.03
 
 
+def test_wide_intervals_beside_a_narrow_threshold_are_on_the_axis():
+    modes = {mode: Estimate(0.7, (-1.8, 2.8), -0.3) for mode in ("w8a8", "bf16")}
+    axes = Figure().add_subplot()
+    of_modes("", [("exp8", modes, None)], "points").draw(axes)
+    assert axes.get_xlim()[0] < -1.8 and axes.get_xlim()[1] > 2.8 and not axes.texts
+
+
 @pytest.mark.parametrize("marks", [[], [Mark(0.0, (0.0, 0.0))], [Mark(1.0)]])
 def test_a_forest_has_an_axis_whatever_its_rows(marks):
     axes = Figure().add_subplot()
