@@ -37,11 +37,9 @@ def main(config, _) -> None:
         count = sum(claim["verdict"] != OPEN for claim in judged)
         print(f"\n{count} of {len(judged)} claims decided, {len(measured)} of {len(cells)} cells", flush=True)
 
-    # A cell that answers questions is the run of one that does not.
-    asked = [cell for cell in cells if cell.cfg.benchmark.tasks]
-    text = [cell for cell in cells if not cell.cfg.benchmark.tasks]
-    preflight.check(asked[0].cfg)  # what questions need is missed before the night, and not after it
-    outcomes = [outcome for part in (text, asked) for outcome in runner.complete(part, config.launch.ranks, judge)]
+    asked = next(cell for cell in cells if cell.cfg.benchmark.tasks)
+    preflight.check(asked.cfg)  # what questions need is missed before the night, and not after it
+    outcomes = runner.complete(cells, config.launch.ranks, judge)
     judge()
     print(f"\ndecide: {out / 'decide.md'}")
     runner.refuse_failed(outcomes)

@@ -19,7 +19,7 @@ from qat.models.load import check_model, context_length
 from qat.quant.convert import convert
 from qat.quant.kernels import dispatch
 from qat.runs.folder import Run
-from qat.runs.identity import baseline_of
+from qat.runs.identity import baseline_of, run_id
 from qat.utils import device, distributed, environment, files
 
 _SECONDS = 60  # after which a compiler does not answer
@@ -95,7 +95,7 @@ def _disk(cfg: Config, parameters: int) -> None:
 
 def check_room(configs: Sequence[Config]) -> None:
     """Raise `UserError` where the weights of many runs, which are kept when they are finished, have no room."""
-    configs = [cfg for cfg in configs if not Run.of(cfg).finished]
+    configs = list({run_id(cfg): cfg for cfg in configs if not Run.of(cfg).finished}.values())
     if len(configs) <= 2:  # `check` asks for a run and its baseline
         return
     model, _ = check_model(configs[0].model, configs[0].budget.seq_len)

@@ -47,23 +47,24 @@ def complete(jobs: Iterable[Job], ranks: int = 1, after: Callable[[], None] = la
     jobs = with_baselines(jobs)
     for job in jobs.values():
         distributed.check_world_size(job.cfg, ranks)
-    missing = {name for name, job in jobs.items() if _lacks(job.cfg)}
-    preflight.check_room([jobs[name].cfg for name in missing])
-    outcomes, started = {name: Outcome(name, "not begun") for name in jobs}, time.monotonic()
+    missing = {key for key, job in jobs.items() if _lacks(job.cfg)}
+    preflight.check_room([jobs[key].cfg for key in missing])
+    outcomes, started = {key: Outcome(key[0], "not begun") for key in jobs}, time.monotonic()
     try:
-        for number, (name, job) in enumerate(jobs.items(), start=1):
+        for number, (key, job) in enumerate(jobs.items(), start=1):
+            name, benchmark = key
             left = len(missing.intersection(list(jobs)[number - 1 :]))
             print(f"\n[{number} of {len(jobs)}] {name}{_estimate(started, len(missing) - left, left)}", flush=True)
-            outcomes[name] = _outcome(name, job, outcomes[run_id(baseline_of(job.cfg))], ranks)
-            if outcomes[name].reason:
-                print(f"failed: {outcomes[name].reason}", flush=True)
-            elif job.cfg.quantized and name in missing:
+            outcomes[key] = _outcome(name, job, outcomes[run_id(baseline_of(job.cfg)), benchmark], ranks)
+            if outcomes[key].reason:
+                print(f"failed: {outcomes[key].reason}", flush=True)
+            elif job.cfg.quantized and key in missing:
                 after()
     except signals.Preempted as stop:
-        outcomes[name] = Outcome(name, "preempted", str(stop))
+        outcomes[key] = Outcome(name, "preempted", str(stop))
         raise
     except KeyboardInterrupt:
-        outcomes[name] = Outcome(name, "stopped", "Ctrl-C")
+        outcomes[key] = Outcome(name, "stopped", "Ctrl-C")
         raise
     finally:
         print_table(list(outcomes.values()), "runs:")

@@ -22,8 +22,12 @@ class Job:
         return Job(baseline_of(self.cfg), [*self.overrides, "quant.format=none"]) if self.cfg.quantized else self
 
 
-def with_baselines(jobs: Iterable[Job]) -> dict[str, Job]:
-    """Return the jobs and their baselines by run id, each run once, each after its baseline."""
+def with_baselines(jobs: Iterable[Job]) -> dict[tuple[str, str], Job]:
+    """Return the jobs and their baselines by (run id, benchmark), each once, each after its baseline."""
     jobs = list(jobs)
-    ordered = {run_id(one.cfg): one for job in jobs for one in (job.baseline, job)}
-    return ordered | {run_id(job.cfg): job for job in jobs}  # an experiment's own run is described as its own
+    ordered = {_key(one.cfg): one for job in jobs for one in (job.baseline, job)}
+    return ordered | {_key(job.cfg): job for job in jobs}  # an experiment's own run is described as its own
+
+
+def _key(cfg: Config) -> tuple[str, str]:
+    return run_id(cfg), cfg.benchmark.name

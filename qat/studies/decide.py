@@ -46,18 +46,19 @@ AUDIT = (
 
 
 def design(overrides: Sequence[str], compose: Compose, seeds: Sequence[int]) -> tuple[list[Cell], dict[str, str]]:
-    """Return the cells under command-line overrides, and {switch: why it is left out}. Cells come seed by seed; those
-    that answer questions, too, come last."""
+    """Return the cells under command-line overrides, and {switch: why it is left out}.
+
+    Cells come seed by seed, exp8 first, which is then asked questions: a record keeps no weights to ask them later.
+    """
     refuse(overrides, ["benchmark.control"], "study")
     exp8 = compose("exp8", [*overrides, "benchmark.control=true"], [])
     text = [override for override in overrides if not override.startswith("benchmark")] + ["benchmark=text"]
     crossed = {cell.key: cell for cell in factorial.design(text, compose)}
     switched, left_out = audit.design(text, compose, AUDIT)
-    cells = [*(crossed[key] for key in FACTORIAL), *switched]
-    often = [cell for cell in cells if cell.key in OFTEN]
     asked = Cell(exp8.cfg, exp8.overrides, RECIPE)
-    seeded = with_seeds(cells, seeds[:FEW]) + with_seeds(often, seeds[FEW:]) + with_seeds([asked], seeds[:FEW])
-    return seeded, left_out
+    first, *others = [*(crossed[key] for key in FACTORIAL), *switched]
+    often = [cell for cell in (first, *others) if cell.key in OFTEN]
+    return with_seeds([first, asked, *others], seeds[:FEW]) + with_seeds(often, seeds[FEW:]), left_out
 
 
 def claims(measured: Sequence[Measured], exp8: Cell) -> list[dict]:

@@ -70,6 +70,19 @@ def test_a_baseline_comes_before_its_runs_and_a_failure_stops_only_what_needs_it
         runner.refuse_failed(outcomes)
 
 
+def test_a_run_that_is_scored_on_two_benchmarks_is_scored_on_the_second_before_the_next_run(
+    config, replaced, monkeypatch
+):
+    replaced(lambda _: None)
+    scored = []
+    monkeypatch.setattr(runner, "evaluate_and_compare", lambda cfg: scored.append((cfg.seed, cfg.benchmark.name)))
+    asked = [("text", 0), ("letters", 0), ("text", 1)]
+    jobs = [Job(config("experiment=exp8", f"benchmark={name}", f"seed={seed}"), []) for name, seed in asked]
+    outcomes = runner.complete(jobs)
+    assert scored == [(seed, name) for name, seed in asked for _ in range(2)]  # the baseline, and the run
+    assert len(outcomes) == 6 and len({outcome.name for outcome in outcomes}) == 4
+
+
 def test_the_time_left_is_reckoned_from_the_runs_before(config, replaced, monkeypatch, capsys):
     now = [0]
     monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: now[0]))

@@ -31,9 +31,9 @@ def test_the_overrides_of_a_job_compose_to_its_run_and_a_baseline_comes_first():
         jobs = [job for name in SOME for job in experiments.jobs_of(name, given[0])]
         jobs += [job for overrides in given[1:] for job in experiments.jobs_of("exp8", overrides)]
         submitted = with_baselines(jobs)
-        composed = {name: entry.typed_config(compose("train", job.overrides)) for name, job in submitted.items()}
-    assert {name: run_id(cfg) for name, cfg in composed.items()} == {name: name for name in submitted}
-    places = list(submitted)
+        composed = [entry.typed_config(compose("train", job.overrides)) for job in submitted.values()]
+    assert [(run_id(cfg), cfg.benchmark.name) for cfg in composed] == list(submitted)
+    places = [name for name, _ in submitted]
     assert all(places.index(run_id(baseline_of(job.cfg))) <= places.index(run_id(job.cfg)) for job in jobs)
     assert len(submitted) == len({run_id(cfg) for job in jobs for cfg in (job.cfg, baseline_of(job.cfg))})
 
