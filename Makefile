@@ -23,6 +23,10 @@ SBATCH   ?=
 LAUNCH    = $(if $(filter-out basic,$(LAUNCHER)),launch.launcher=$(LAUNCHER)) \
   $(if $(filter-out 1,$(RANKS)),launch.ranks=$(RANKS)) $(if $(filter-out 1,$(NODES)),launch.nodes=$(NODES)) \
   $(if $(SBATCH),'launch.sbatch="$(SBATCH)"')
+# For scripts of one run, which refuse several seeds, and what is given beside RUN, which has its own.
+SEVERAL   = $(if $(filter-out $(SEED),$(SEEDS)),"seeds=[$(SEEDS)]")
+given     = $(if $(filter command,$(origin $(1))),$(2)=$($(1)))
+BESIDE    = $(call given,SEED,seed) $(call given,BUDGET,budget) $(call given,PROTOCOL,protocol) $(call given,EXP,experiment)
 # Many runs by one script, $(1): suite, factorial, decide, audit or ptq.
 RUNS      = $(PY) scripts/$(1).py "seeds=[$(SEEDS)]" $(LAUNCH) $(2) $(OVERRIDES)
 
@@ -71,7 +75,7 @@ $(EXPERIMENTS): $(READY) ## one experiment: train baseline and run, evaluate, co
 # Any python will do that has the packages: make plan PY=python3 READY=
 EXP ?= exp8
 plan: $(READY) ## what EXP=exp8 will take before it is paid for: coverage, memory, hours, disk, downloads, what is missing here
-	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(OVERRIDES)
+	@WORLD_SIZE=$(RANKS) $(PY) scripts/plan.py experiment=$(EXP) seed=$(SEED) $(SEVERAL) $(OVERRIDES)
 
 # On Debian 12; needs no root where `apt-get update` has been run.
 text: $(READY) ## prepare the text of budget=gpu (data=manuals) in the cache, once; runs do so by themselves
@@ -105,8 +109,8 @@ audit: $(READY) ## what the released code did otherwise, one switch at a time ->
 # Of EXP=exp8, which it trains where that is missing, or of a run folder: make sensitivity RUN=runs/<id>
 RUN ?=
 sensitivity: $(READY) ## where the damage of W8A8 sits: blocks, projections, roles, one at a time; RUN=runs/<id> or EXP=exp8 -> report/sensitivity/
-	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES)) \
-	  $(if $(filter-out $(SEED),$(SEEDS)),"seeds=[$(SEEDS)]") $(LAUNCH)
+	$(PY) scripts/sensitivity.py $(if $(RUN),run=$(RUN) $(BESIDE) $(ARGS),experiment=$(EXP) seed=$(SEED) $(OVERRIDES)) \
+	  $(SEVERAL) $(LAUNCH)
 
 # Of any model, without training: make ptq ARGS="model=hub model.path=Qwen/Qwen3-0.6B ptq.on=pretrained"
 ptq: $(VENV)/.ptq ## is training needed? post-training quantization of EXP's BF16 baseline, method by method -> report/ptq/
@@ -121,7 +125,7 @@ rerun_noise: $(READY) ## noise of the machine alone: an experiment and its basel
 	$(call RUNS,suite,"report.experiments=[$(EXP)]" report.out=report/$(EXP) repeat=1)
 
 replay: $(READY) ## what any scaling rule would have predicted in a run, from its amaxes: make replay RUN=runs/<id> -> report/replay/
-	$(PY) scripts/$@.py "runs=[$(RUN)]" $(ARGS)
+	$(PY) scripts/$@.py "runs=[$(RUN)]" $(BESIDE) $(SEVERAL) $(ARGS)
 
 diff: $(READY) ## what differs between two experiments: make diff A=exp7 B=exp8
 	@[ -n "$(A)" ] && [ -n "$(B)" ] || { echo "error: name two experiments: make diff A=exp7 B=exp8"; exit 2; }

@@ -55,6 +55,15 @@ def test_decide_takes_eight_seeds_unless_it_is_told_which(words, seeds):
     assert f'"seeds=[{seeds}]"' in printed
 
 
+@pytest.mark.parametrize("target", ["sensitivity", "replay"])
+def test_what_is_given_beside_a_run_reaches_the_script_which_refuses_it(target):
+    command = ["make", "-n", target, "READY=", "RUN=a", "EXP=exp3", "BUDGET=desk", "PROTOCOL=released", "SEED=1"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "seed=1 budget=desk protocol=released experiment=exp3" in printed
+    printed = subprocess.run(command[:5], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"seed=", "budget=", "protocol=", "experiment="} & set(re.findall(r"\w+=", printed))
+
+
 @pytest.mark.slow
 def test_make_takes_openpangu_on_two_sharded_ranks_to_the_table_of_differences(texts, tmp_path):
     """One minute: FSDP2 by torchrun, then evaluation, comparison and report, each a process of its own."""

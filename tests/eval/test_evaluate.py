@@ -189,7 +189,8 @@ def test_the_divergence_is_that_of_the_two_predictions(scored):
         ours, theirs = (built[n][0](input_ids=tokens[:, :-1]).logits.double().softmax(-1) for n in ("w8a8", "baseline"))
     divergence = (theirs * (theirs.log() - ours.log())).sum(-1).mean().item()
     heldout = Run.of(cfg).evaluations()["smoke"]["w8a8"]["heldout"]["embedded"]
-    assert heldout["kl"] == pytest.approx(divergence, abs=5e-8) and divergence > 1.5e-7
+    tolerance = 5e-8  # the FP32 sum over a vocabulary is off by 1e-8
+    assert heldout["kl"] == pytest.approx(divergence, abs=tolerance) and divergence > 2 * tolerance  # 0 would fail
 
 
 # --------------------------------------------------------------------------------------------------- what is left alone
