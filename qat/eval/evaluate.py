@@ -122,9 +122,9 @@ class _Scorer:
         alike = done.get("arithmetic", unnamed) == self.arithmetic and done.get("request") in requests
         return alike and mixed["sequences"] == CALIBRATION_SEQUENCES
 
-    def _done(self, subject: Subject) -> dict:
-        """Return what its folder has of these weights."""
-        done = subject.run.evaluations().get(self.cfg.benchmark.name, {}).get(subject.mode, {})
+    def _done(self, subject: Subject, benchmark: str = "") -> dict:
+        """Return what its folder has of these weights, by this benchmark or another one."""
+        done = subject.run.evaluations().get(benchmark or self.cfg.benchmark.name, {}).get(subject.mode, {})
         return done if done.get("weights") == self._weights(subject) else {}
 
     def _weights(self, subject: Subject) -> list[str]:
@@ -151,7 +151,7 @@ class _Scorer:
         name, mode = self.cfg.benchmark.name, subject.mode
         about = f"{mode}, {subject.rung.name}" if subject.unusual else mode
         if self.scored(subject):
-            lacks = mode == "w8a8" and not self._done(subject).get("qat_weights_ptq_scales")
+            lacks = self._splits_gain(subject) and not self._done(subject).get("qat_weights_ptq_scales")
             note = ", without losses under PTQ's scales: to have them, delete its eval.json" if lacks else ""
             print(f"{subject.run.id} ({about}): scored already{note}", flush=True)
             return
@@ -159,10 +159,11 @@ class _Scorer:
         started = time.perf_counter()
         model, tokenizer = self._build(subject)
         answered, samples = self._questions(subject, model, tokenizer)
-        record = answered | {"heldout": self._heldout(model, tokenizer, beside=subject.compared)}
+        losses = self._losses_by_another_benchmark(subject)
+        record = answered | {"heldout": losses or self._heldout(model, tokenizer, beside=subject.compared)}
         del model  # before another one is built
         if mode == "w8a8":
-            record["qat_weights_ptq_scales"] = self._under_ptq_scales(subject)
+            record["qat_weights_ptq_scales"] = self._under_ptq_scales(subject) if self._splits_gain(subject) else None
         seconds = round(time.perf_counter() - started, 1)
         record |= {
             "request": self._request(subject, subject.asked),
@@ -207,6 +208,21 @@ class _Scorer:
         with device.attention_of_any_length(), arithmetic.autocast(self.arithmetic):
             scores = benchmarks.score(model, tokenizer, self.cfg.benchmark, limit, **how)
         return {"tasks": scores.tasks, "lm_eval": scores.lm_eval}, scores.samples
+
+    def _splits_gain(self, subject: Subject) -> bool:
+        """Return whether what QAT gains is split into its weights and its scales: not where text alone is scored, which
+        takes half as long without."""
+        return subject.mode == "w8a8" and bool(self.cfg.benchmark.tasks)
+
+    def _losses_by_another_benchmark(self, subject: Subject) -> dict[str, dict]:
+        """Return the losses that are there, on the same texts and this machine; {} without any."""
+        request, machine = self._request(subject, asked=False), environment.machine_summary()
+        for name in subject.run.evaluations():
+            done = self._done(subject, name)
+            alike = done.get("request", {}) | {"benchmark": request["benchmark"]} == request
+            if alike and (done["arithmetic"], done["scored_on"]) == (self.arithmetic, machine):
+                return done["heldout"]
+        return {}
 
     def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
         """Return losses by text never trained on: the data's own, and `validation`, of another kind; beside the

@@ -63,6 +63,26 @@ def test_losses_under_another_calibration_are_taken_anew(restored, scored):
     assert losses[4] == losses[None]
 
 
+def test_losses_that_another_benchmark_took_are_not_taken_again(restored, scored, monkeypatch):
+    """Save on another machine. Of text alone, what QAT gains is not split."""
+    with_weights(restored, scored[0])
+    asked = {name: subject.run.evaluations()["smoke"][subject.mode] for name, subject in subjects(restored).items()}
+    restored.benchmark = dataclasses.replace(restored.benchmark, name="text", tasks={})
+    taken = []
+    losses = asked["w8a8"]["heldout"]
+    monkeypatch.setattr(evaluate._Scorer, "_heldout", lambda *_, **__: taken.append(1) or losses)
+    comparison = score(restored)
+    assert not taken and not any("weights" in row for row in comparison["qat"])
+    for each in subjects(restored).values():
+        forget(each.run, each.mode, "text")
+    monkeypatch.setattr(evaluate.environment, "machine_summary", lambda: "another machine")
+    score(restored)
+    assert len(taken) == 5
+    records = {name: subject.run.evaluations()["text"][subject.mode] for name, subject in subjects(restored).items()}
+    assert records["w8a8"]["qat_weights_ptq_scales"] is None
+    assert {record["scored_on"] for record in records.values()} == {"another machine"}
+
+
 def test_a_repetition_on_one_cpu_is_bit_identical(restored, capsys):
     cfg = dataclasses.replace(restored, repeat=1)
     assert not Run.of(cfg).path.exists() and Run.of(pretrained_of(cfg)).path == Run.of(pretrained_of(restored)).path
@@ -89,8 +109,10 @@ def with_weights(restored, scored) -> None:
         shutil.copytree(Path(getattr(scored, RUNS)) / run.id / "checkpoints", run.checkpoints)
 
 
-def forget(run: Run, mode: str) -> None:
-    run.write_json("eval.json", {"smoke": {k: v for k, v in run.evaluations()["smoke"].items() if k != mode}})
+def forget(run: Run, mode: str, benchmark: str = "smoke") -> None:
+    results = run.evaluations()
+    del results[benchmark][mode]
+    run.write_json("eval.json", results)
 
 
 def test_without_weights_a_scored_run_is_compared(restored):
