@@ -12,6 +12,7 @@ from qat.errors import UserError
 from qat.report.cells import Cell, Table
 from qat.report.plots import ACCENT, BASE, INK, PAPER, WARM, Panel
 
+NOT_MEASURED = "not measured yet"  # why a claim is open, where cells are missing
 TITLES = {
     "decide": "The paper's claims, decided",
     "factorial": "Scaling × learning rate × BF16 warmup",
@@ -38,7 +39,12 @@ def results(out: Path) -> dict[str, dict]:
 def claims_table(claims: Sequence[Mapping]) -> Table:
     """Return the claims that were judged, one a row."""
     header = ["Claim", "The paper", "Verdict", "What was measured"]
-    return Table(header, [[Cell(claim[key]) for key in ("claim", "says", "verdict", "why")] for claim in claims])
+    return Table(header, [[Cell(text) for text in (c["claim"], c["says"], verdict(c), c["why"])] for c in claims])
+
+
+def verdict(judged: Mapping) -> str:
+    """Return the verdict on a claim or statement, or that it is not measured yet."""
+    return NOT_MEASURED if judged["open"] == NOT_MEASURED else judged["verdict"]
 
 
 def studies_in(out: Path) -> list[dict]:

@@ -32,13 +32,14 @@ from qat.analysis import stats
 from qat.analysis.decisions import decide
 from qat.analysis.stats import LEVEL
 from qat.errors import UserError
+from qat.report.studies import NOT_MEASURED
 from qat.report.text import interval, signed
 from qat.studies.design import Key
 from qat.studies.registration import Registered
 
 SUPPORTED, CONTRADICTED, EQUIVALENT = "supported", "contradicted", "equivalent"
 OPEN = "not decidable at this scale"
-POWERLESS, UNDECIDED = "powerless", "undecided"  # why a claim is open
+POWERLESS, UNDECIDED = "powerless", "undecided"  # why a claim is open, beside NOT_MEASURED
 Weights = Mapping[Key, float]
 
 
@@ -200,7 +201,9 @@ class Statement:
         decision = self.decide(estimate)
         if decision == "equivalent" and (verdict == OPEN or 0 in (self.low, self.high)):
             verdict = EQUIVALENT  # of a direction, however surely it is seen
-        powerless = decision == POWERLESS or estimate is None or estimate.low is None
+        cause = POWERLESS if decision == POWERLESS or estimate is None or estimate.low is None else UNDECIDED
+        if estimate is None and not self.estimate:
+            cause = NOT_MEASURED
         return {
             "statement": self.what,
             "measure": response.measure,
@@ -213,7 +216,7 @@ class Statement:
             "margin": self.margin,
             "detectable": response.detectable(estimate),
             "decision": decision,
-            "open": (POWERLESS if powerless else UNDECIDED) if verdict == OPEN else None,
+            "open": cause if verdict == OPEN else None,
             **({"without": self.without} if estimate is None else {}),
         }
 
@@ -259,7 +262,8 @@ class Claim:
     def judge(self) -> dict:
         """Return {key, claim, says, control, verdict, open, why, premises, statements}, JSON-able.
 
-        open: `POWERLESS` where what a verdict needs could not have been seen, else `UNDECIDED`; None with a verdict.
+        open: `NOT_MEASURED`, `POWERLESS` where what a verdict needs could not have been seen, else `UNDECIDED`; None
+        with a verdict.
         """
         premises = [premise.judge(1 - LEVEL / len(self.premises)) for premise in self.premises]
         judged = [statement.judge(1 - LEVEL / len(self.statements)) for statement in self.statements]
@@ -267,6 +271,7 @@ class Claim:
             seen = f"{unmet['text']} {unmet['unit']}; true {region(unmet['region'])}"
             verdict, why = OPEN, f"It was not seen that {unmet['statement']} ({seen}){_power(unmet)}."
             cause = unmet["open"] or POWERLESS  # a premise that is wrong leaves nothing to be seen
+            why = _why(OPEN, cause, [unmet]) if cause == NOT_MEASURED else why
         else:
             verdict = self._verdict(judged)
             cause = self._cause(judged) if verdict == OPEN else None
@@ -285,9 +290,9 @@ class Claim:
 
     def _cause(self, judged: Sequence[dict]) -> str:
         """Return why an open claim was not supported, by all of its statements or any."""
-        causes = [statement["open"] for statement in judged if statement["open"]]
-        decisive = POWERLESS if self.needs == "all" else UNDECIDED  # of all, one that is powerless is enough
-        return decisive if decisive in causes else causes[0]
+        causes = [statement["open"] for statement in judged]
+        of_all, of_any = (NOT_MEASURED, POWERLESS, UNDECIDED), (UNDECIDED, NOT_MEASURED, POWERLESS)
+        return next(cause for cause in (of_all if self.needs == "all" else of_any) if cause in causes)
 
 
 def _why(verdict: str, cause: str | None, judged: Sequence[dict]) -> str:

@@ -22,9 +22,12 @@ class Cell(Job):
     key: Key
 
     @property
+    def name(self) -> str:
+        return ", ".join(self.key) + ("" if self.cfg.benchmark.tasks else ", text alone")
+
+    @property
     def label(self) -> str:
-        text = "" if self.cfg.benchmark.tasks else ", text alone"
-        return f"{', '.join(self.key)}, seed {self.cfg.seed}{text}"
+        return f"{self.name}, {of_seeds([self.cfg.seed])}"
 
 
 def with_seeds(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:
@@ -36,6 +39,11 @@ def with_seeds(cells: Sequence[Cell], seeds: Iterable[int]) -> list[Cell]:
             cfg.seed = seed
             seeded.append(Cell(cfg, [*cell.overrides, f"seed={seed}"], cell.key))
     return seeded
+
+
+def of_seeds(seeds: Sequence[int]) -> str:
+    """Name the seeds."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds)) or 'none'}"
 
 
 def need_other_text(cfg: Config) -> None:

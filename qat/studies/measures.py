@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from qat.errors import UserError
 from qat.runs.folder import Run
 from qat.runs.identity import baseline_of, pretrained_of
 from qat.studies.contrasts import Response
-from qat.studies.design import Cell, Key
+from qat.studies.design import Cell, Key, of_seeds
 
 MODES = {"w8a8": "W8A8", "bf16": "BF16 weights"}  # what a run is scored as
 _NAMES = MODES | {"ptq": "PTQ"}
@@ -64,8 +65,9 @@ class Measured:
 
 
 def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
-    """Read the cells; (what they measured, {label: why not} of those that cannot be read or were scored otherwise)."""
-    measured, missing, first = [], {}, {}  # by benchmark
+    """Read the cells; (what they measured, {name and seeds: why not} of those that cannot be read or were scored
+    otherwise)."""
+    measured, missing, first = [], defaultdict(list), {}  # seeds by name and reason; by benchmark
     for cell in cells:
         try:
             numbers, reference = _read(cell)
@@ -74,14 +76,16 @@ def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
             measured.append(numbers)
             first.setdefault(reference.benchmark, reference)
         except UserError as reason:
-            missing[cell.label] = str(reason)
-    return measured, missing
+            missing[cell.name, str(reason)].append(cell.cfg.seed)
+    return measured, {f"{name}, {of_seeds(seeds)}": reason for (name, reason), seeds in missing.items()}
 
 
 def _read(cell: Cell) -> tuple[Measured, EvalResult]:
     """Read a cell, and what its baseline was scored as."""
     cfg, benchmark = cell.cfg, cell.cfg.benchmark.name
     run, base, origin = (Run.of(side) for side in (cfg, baseline_of(cfg), pretrained_of(cfg)))
+    if not run.path.exists():
+        raise UserError("not begun")
     matched = match(run, base, benchmark, origin)
     results = matched.own | {"baseline": matched.reference, "pretrained": matched.origin}
     if "ptq" not in results:

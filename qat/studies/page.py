@@ -17,11 +17,12 @@ from matplotlib.axes import Axes
 from qat.config import Config
 from qat.report.page import Figures, html, made, origin
 from qat.report.plots import ACCENT, WARM, Mark, Panel, forest, png
-from qat.report.studies import TITLES, claims_table, interaction
+from qat.report.studies import TITLES, claims_table, interaction, verdict
 from qat.report.text import heading, markdown, p_text
 from qat.runs.folder import Run
 from qat.studies import audit, factorial, measures
 from qat.studies.contrasts import OPEN, Response, Weights, region
+from qat.studies.design import of_seeds
 from qat.studies.measures import MODES, Measured
 from qat.studies.registration import Registration
 from qat.utils import files
@@ -126,7 +127,7 @@ def _write(
     asked = [f"{documents} held-out documents, {questions} questions" for documents, questions in sizes]
     own = {
         "Benchmark": ": ".join(filter(None, (cfg.benchmark.name, "; ".join(asked)))),
-        "Runs": f"{len({m.run for m in measured})} quantized runs, {with_seeds(seeds)}",
+        "Runs": f"{len({m.run for m in measured})} quantized runs, {of_seeds(seeds)}",
     }
     runs = [Run(Path(cfg.runs_dir) / m.run) for m in measured]
     content = {**content, "runs": _runs(measured)}
@@ -196,12 +197,13 @@ def _summary(claims: Sequence[Mapping]) -> str:
 
 def _verdict(judged: Mapping) -> str:
     """Write a verdict; of one that is open, why."""
-    return judged["verdict"] + (f" ({judged['open']})" if judged["verdict"] == OPEN else "")
+    word = verdict(judged)
+    return f"{word} ({judged['open']})" if word == OPEN else word
 
 
 def facts_of(cfg: Config, own: Mapping[str, str], registered: Registration, runs: Iterable[Run]) -> dict[str, str]:
     """Return what the numbers of a study rest on: what all have, with its own, and where its runs come from."""
-    planned = f"{with_seeds(registered.seeds)}; {registered.texts}; questions: {registered.questions}"
+    planned = f"{of_seeds(registered.seeds)}; {registered.texts}; questions: {registered.questions}"
     return {
         "Model": cfg.model.name,
         "Data": cfg.data.name,
@@ -211,11 +213,6 @@ def facts_of(cfg: Config, own: Mapping[str, str], registered: Registration, runs
         **origin(runs),
         **made(),
     }
-
-
-def with_seeds(seeds: Sequence[int]) -> str:
-    """Name the seeds."""
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds)) or 'none'}"
 
 
 def listed(lines: Mapping[str, str]) -> str:

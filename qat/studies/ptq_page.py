@@ -12,7 +12,8 @@ from qat.quant.ptq import METHODS, rung
 from qat.report.plots import INK, Mark, Panel, forest
 from qat.report.text import decided, heading, markdown, number
 from qat.studies import ptq
-from qat.studies.page import TOGETHER, VERDICTS, Picture, claims_sections, facts_of, with_seeds
+from qat.studies.design import of_seeds
+from qat.studies.page import TOGETHER, VERDICTS, Picture, claims_sections, facts_of
 from qat.studies.page import write as write_study
 from qat.studies.ptq import Ladder
 
@@ -49,7 +50,7 @@ def _facts(ladders: Sequence[Ladder]) -> dict[str, str]:
     questions = sum(row["n"] for row in record["tasks"].values())
     sequences, length = calibration_size(cfg)
     own = {
-        "Runs": f"{cfg.ptq.on} model in BF16, {with_seeds([ladder.cfg.seed for ladder in ladders])}",
+        "Runs": f"{cfg.ptq.on} model in BF16, {of_seeds([ladder.cfg.seed for ladder in ladders])}",
         "Quantized": f"{', '.join(cfg.quant.scope)}, {cfg.quant.bf16_blocks} blocks in BF16",
         "Calibration": f"{sequences} sequences of {length} tokens of {cfg.data.name}",
         "Measured on": f"{', '.join(documents)}; {questions} questions of benchmark {cfg.benchmark.name}",

@@ -13,7 +13,8 @@ from qat.report.text import markdown
 from qat.runs.identity import baseline_of, run_id
 from qat.studies import replay
 from qat.studies.contrasts import Estimate
-from qat.studies.page import VERDICTS, Picture, claims_sections, facts_of, marks, with_seeds, write
+from qat.studies.design import of_seeds
+from qat.studies.page import VERDICTS, Picture, claims_sections, facts_of, marks, write
 from qat.studies.replay import LAST, LONGEST, RESPONSES, Replayed
 
 _READING = (
@@ -51,7 +52,7 @@ def write_replay(replayed: Sequence[Replayed], tensor: str, out: Path) -> Path:
     sections += ["## Side by side", _SIDE_BY_SIDE, _side_by_side(shadow, one.roles)] if shadow else []
     own = {
         "Budget": f"{cfg.budget.name}, {cfg.size}, lr {cfg.optim.lr:g}",
-        "Runs": f"{len(replayed)}, {with_seeds([one.cfg.seed for one in replayed])}, under {cfg.scaling.algo}",
+        "Runs": f"{len(replayed)}, {of_seeds([one.cfg.seed for one in replayed])}, under {cfg.scaling.algo}",
         "Trace": f"{sum(len(one.steps) for one in replayed)} quantized steps of {len(one.names)} tensors",
     }
     content = {"claims": claims, "recommendation": advice, "rules": rules, "shadow": shadow}

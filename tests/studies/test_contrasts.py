@@ -7,11 +7,13 @@ import pytest
 from scipy import stats
 
 from qat.errors import UserError
+from qat.report.studies import NOT_MEASURED, claims_table
 from qat.studies.contrasts import (
     CONTRADICTED,
     EQUIVALENT,
     OPEN,
     SUPPORTED,
+    UNDECIDED,
     Claim,
     Response,
     Statement,
@@ -291,6 +293,19 @@ def test_an_open_claim_is_powerless_or_undecided_by_what_would_support_it(needs,
     assert judged["why"].endswith("and 1 would count." if cause == "powerless" else "on are found.")
     premise = Claim(REGISTERED, [], needs, premises=statements[-1:]).judge()
     assert premise["open"] == ("powerless" if spreads[-1] == 2 else "undecided")
+
+
+@pytest.mark.parametrize(("needs", "cause"), [("all", NOT_MEASURED), ("any", UNDECIDED)])
+def test_a_claim_whose_cell_is_missing_is_not_measured_yet(needs, cause):
+    """Save where it needs any of its statements, and another one is open."""
+    response = Response("x", "nats", 1, {(A, 0): 0.5 + 0.8 * SWING}, "documents")
+    there, missing = Statement("there", response, {A: 1}, -1, 1, 1.0), Statement("gone", response, {B: 1}, high=0)
+    judged = Claim(REGISTERED, [there, missing], needs).judge()
+    assert (judged["open"], judged["statements"][1]["open"]) == (cause, NOT_MEASURED)
+    premise = Claim(REGISTERED, [there], premises=[missing]).judge()
+    assert (premise["open"], premise["why"]) == (NOT_MEASURED, "“gone”: a cell that it needs is missing.")
+    shown = [row[2].text for row in claims_table([premise, judged]).rows]
+    assert shown == [NOT_MEASURED, OPEN if needs == "any" else NOT_MEASURED]
 
 
 def test_a_claim_with_a_verdict_is_not_open():

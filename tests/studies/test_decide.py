@@ -96,5 +96,6 @@ def test_the_table_fills_as_runs_finish(cells, tmp_path):
     text = path.read_text()
     verdicts = {claim["key"]: claim["verdict"] for claim in judged}
     assert verdicts["sufficient_w8a8"] == "contradicted" and verdicts["best"] == OPEN
-    assert "most_recent, 1e-5, 5 %, seed 0" in text.partition("## Not measured yet")[2]
-    assert text.startswith("# The paper's claims, decided\n\n**Of 15 claims: ") and "**Provisional: " in text
+    assert "- most_recent, 1e-5, 5 %, text alone, seeds 0, 1: not begun\n" in text.partition("## Not measured yet")[2]
+    assert text.startswith("# The paper's claims, decided\n\n**Of 15 claims: 10 not measured yet, 3 contradicted, ")
+    assert "**Provisional: " in text
