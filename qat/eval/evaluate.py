@@ -220,7 +220,7 @@ class _Scorer:
         for name in subject.run.evaluations():
             done = self._done(subject, name)
             alike = done.get("request", {}) | {"benchmark": request["benchmark"]} == request
-            if alike and (done["arithmetic"], done["scored_on"]) == (self.arithmetic, machine):
+            if alike and (done.get("arithmetic"), done.get("scored_on")) == (self.arithmetic, machine):
                 return done["heldout"]
         return {}
 
