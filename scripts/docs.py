@@ -127,6 +127,18 @@ def claims(study: Path) -> str:
     return f"`make {name}` ({about}; {link}):\n\n{studies.claims_table(result['claims']).markdown()}\n"
 
 
+def verdicts(study: Path) -> str:
+    """Return the verdicts of a study, a claim a row, and the estimate that each rests on."""
+    rows = []
+    for claim in json.loads(study.read_text())["claims"]:
+        unmet = [premise for premise in claim["premises"] if premise["verdict"] != "supported"]
+        own = [s for s in claim["statements"] if (s["verdict"], s["open"]) == (claim["verdict"], claim["open"])]
+        decisive = (unmet or own)[0]
+        measured = "" if decisive["estimate"] is None else f"{decisive['text']} {decisive['unit']}"
+        rows.append([claim["claim"], f"**{studies.verdict(claim)}**", f"{decisive['statement']}: {measured or '–'}"])
+    return _unbroken(markdown(["Claim", "Verdict", "What decides it"], rows)) + "\n"
+
+
 def registered(claims: Path) -> str:
     """Return what the registered claims rest on, a measure a row, and the damage that the measures were shown."""
     tree, rows = yaml.safe_load(claims.read_text()), []
@@ -211,7 +223,7 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-_WRITERS = (findings, results, measures, switches, claims, registered, disagreements, costs, products, groups, keys)
+_WRITERS = (findings, results, measures, switches, claims, verdicts, registered, disagreements, costs, products, groups, keys)
 WRITERS = {writer.__name__: writer for writer in _WRITERS}
 
 
