@@ -223,7 +223,20 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-_WRITERS = (findings, results, measures, switches, claims, verdicts, registered, disagreements, costs, products, groups, keys)
+_WRITERS = (
+    findings,
+    results,
+    measures,
+    switches,
+    claims,
+    verdicts,
+    registered,
+    disagreements,
+    costs,
+    products,
+    groups,
+    keys,
+)
 WRITERS = {writer.__name__: writer for writer in _WRITERS}
 
 

@@ -9,10 +9,13 @@ claims rest alone, with all of them. Questions, which take as long as the traini
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from qat.analysis import stats
+from qat.runs.identity import baseline_of, run_id
 from qat.studies import audit, factorial
 from qat.studies.audit import PLAIN, SPLIT
 from qat.studies.contrasts import Response, Weights
@@ -48,7 +51,8 @@ AUDIT = (
 def design(overrides: Sequence[str], compose: Compose, seeds: Sequence[int]) -> tuple[list[Cell], dict[str, str]]:
     """Return the cells under command-line overrides, and {switch: why it is left out}.
 
-    Cells come seed by seed, exp8 first, which is then asked questions: a record keeps no weights to ask them later.
+    A record keeps no weights. So cells come seed by seed and baseline by baseline, with which they are compared, exp8
+    first and then asked questions: of a record of whole baselines nothing is trained again.
     """
     refuse(overrides, ["benchmark.control"], "study")
     exp8 = compose("exp8", [*overrides, "benchmark.control=true"], [])
@@ -56,7 +60,10 @@ def design(overrides: Sequence[str], compose: Compose, seeds: Sequence[int]) -> 
     crossed = {cell.key: cell for cell in factorial.design(text, compose)}
     switched, left_out = audit.design(text, compose, AUDIT)
     asked = Cell(exp8.cfg, exp8.overrides, RECIPE)
-    first, *others = [*(crossed[key] for key in FACTORIAL), *switched]
+    by_baseline = defaultdict(list)
+    for cell in (*(crossed[key] for key in FACTORIAL), *switched):
+        by_baseline[run_id(baseline_of(cell.cfg))].append(cell)
+    first, *others = itertools.chain(*by_baseline.values())
     often = [cell for cell in (first, *others) if cell.key in OFTEN]
     return with_seeds([first, asked, *others], seeds[:FEW]) + with_seeds(often, seeds[FEW:]), left_out
 

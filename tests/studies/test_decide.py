@@ -1,6 +1,7 @@
 """The design that decides the claims: which cells it has, what they see, and the page that fills."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -36,12 +37,14 @@ def test_every_cell_that_a_claim_needs_is_there_once(cells):
     assert len({cell.label for cell in cells}) == len(cells)
     assert len({run_id(baseline_of(cell.cfg)) for cell in text}) == 4 * 4 + 4 * 2
     assert all(cell.cfg.benchmark.control for cell in asked)
-    # Of each seed exp8 comes first, and is asked as soon as it is trained: a record keeps no weights to ask later.
+    # A record keeps no weights to compare with or to ask later.
     order = [(cell.cfg.seed, cell.key, bool(cell.cfg.benchmark.tasks)) for cell in cells]
     assert order == sorted(order, key=lambda place: place[0])
     for seed in range(decide.FEW):
         mine = [place for place in order if place[0] == seed]
         assert mine[:2] == [(seed, decide.RECIPE, False), (seed, decide.RECIPE, True)]
+    baselines = [baseline for baseline, _ in itertools.groupby(run_id(baseline_of(cell.cfg)) for cell in cells)]
+    assert len(baselines) == len(set(baselines))
     measured = invent([cell.key for cell in text if cell.cfg.seed == 0], range(4))
     judged = decide.claims(measured, cells[0])
     lacking = {claim["key"] for claim in judged for each in claim["statements"] if "without" in each}
