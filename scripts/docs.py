@@ -38,8 +38,8 @@ TEXTS = {"embedded": "speeches", "wikipedia": "Wikipedia"}  # never trained on; 
 
 
 def findings(record: Path) -> str:
-    """Return what a record found: a row an experiment with the question it asks, and three sentences."""
-    report, factorial = _report(record), studies.results(record)["factorial"]
+    """Return what a record found: a row an experiment with the question it asks, and two sentences."""
+    report = _report(record)
     columns = ["", "It asks", *(f"Loss on {name}, nats" for name in TEXTS.values()), "Loss APE %"]
     rows = [
         [name, entry["question"], *(cells["w8a8", text] for text in TEXTS), ape]
@@ -52,7 +52,7 @@ def findings(record: Path) -> str:
     about = about.format_map(facts)
     page = (record / "report.md").relative_to(ROOT)
     about += f" W8A8 minus BF16, means over seeds with 95 % intervals ([report]({page}))."
-    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, factorial, record)]) + "\n"
+    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, record)]) + "\n"
 
 
 def results(record: Path) -> str:
@@ -289,8 +289,8 @@ def _of_bf16(report: dict, name: str, text: str) -> str:
     return "BF16 minus pretrained:<br>" + "<br>".join(lines)
 
 
-def _sentences(report: dict, factorial: dict, record: Path) -> str:
-    """Return what the numbers come to: loss, answers to questions, claims."""
+def _sentences(report: dict, record: Path) -> str:
+    """Return what the numbers come to: loss, and answers to questions."""
     rows = {(row["recipe"], row["mode"]): row["answers"] for row in report["verdicts"]}
     changes = [answers["wikipedia"] for (_, mode), answers in rows.items() if mode == "w8a8"]
     most = _change(max(changes, key=lambda answer: answer["difference"]))
@@ -302,8 +302,6 @@ def _sentences(report: dict, factorial: dict, record: Path) -> str:
     finds, margin = min(a["detectable"] for a in accuracy), max(a["margin"] for a in accuracy)
     last = report["recipes"][-1]
     mmlu = {task["mode"]: task for task in last["comparison"]["tasks"] if task["task"] == "mmlu"}
-    claims = Counter(claim["open"] or claim["verdict"] for claim in factorial["claims"])
-    seen = next(s for c in factorial["claims"] for s in c["statements"] if "exceed their predicted" in s["statement"])
     page = (record / "README.md").relative_to(ROOT)
     return f"""\
 - **Loss** in W8A8: {losses["w8a8"]}, there at most {most} nats. By PTQ, without QAT, of \
@@ -314,12 +312,7 @@ the three baselines: {losses["ptq"]}. The trained weights without rounding, as t
 points, and the margin is {margin:.1f}. What W8A8 does change is the probability that a letter answers MMLU at all, \
 in {last["label"]} from \
 {mmlu["w8a8"]["baseline_mass"]:.2f} to {mmlu["w8a8"]["mass"]:.2f} ({mmlu["bf16"]["mass"]:.2f} without rounding): \
-[form, not harm]({page}).
-- **Claims** of the paper, of {claims.total()} that were tested: supported {claims["supported"]}, contradicted \
-{claims["contradicted"]}, equivalent {claims["equivalent"]}, undecided {claims["undecided"]}, powerless \
-{claims["powerless"]}. What the first one rests on is {seen["verdict"]}: under the max window fewer tensors \
-exceed their predicted amax than under `most_recent`, {seen["text"]} percentage points. A maximum is never below its \
-last entry, so that does not show that the rule helps."""
+[form, not harm]({page})."""
 
 
 def _on_texts(rows: dict, mode: str) -> str:
