@@ -27,7 +27,10 @@ def test_a_step_compiles_to_one_graph_for_a_gpu_that_is_not_there(name):
     facts = traced(name)
     assert facts["graphs"] == (2 if "apart" in name else 1)
     assert facts["launches"] >= facts["kernels"] > 0 and facts["registers"] <= 255
-    assert facts["difference"] < 1e-4
+    if name in table._NOT_INTERPRETED:
+        assert facts["difference"] is None
+    else:
+        assert facts["difference"] < 1e-4
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ VARIANTS = {  # name -> overrides, beside those of _BASE: two blocks, of which o
     "released": "protocol=released",
     "FP32": "budget.arithmetic=fp32",
     "activation checkpointing": "budget.activation_checkpointing=true",
-    "distilled": "loss=distill",
+    "distilled": "loss=distill loss.distill=0.5",
     "FSDP2, blocks apart": "budget.parallel=fsdp",
 }
 _NOT_INTERPRETED = ("activation checkpointing",)  # it saves a GPU's random state; the interpreter has a CPU's
