@@ -73,7 +73,7 @@ class DataConfig:
     name: str = MISSING  # in messages and reports
     source: str = MISSING  # where the text comes from
     # hub: the data set's id; files: a folder of .txt, cut into documents of about 4,000 characters, or for `validation`
-    # a MediaWiki dump as .bz2; package: either of these inside one; prepared: its name
+    # a MediaWiki dump as .bz2 or a file of `datasets` as .arrow; package: any of these inside one; prepared: its name
     path: str | None = None
     subset: str | None = None  # hub: configuration of the data set
     # hub: branch, tag or commit; null: the newest when the run, or its cache, begins. prepared: a hash of the text;
@@ -96,6 +96,8 @@ class DataConfig:
 class ValidationConfig(DataConfig):
     group: ClassVar[str] = "validation"
     packaged: ClassVar[str] = "wikipedia"
+    column: str = "text"  # of an .arrow file: the column that holds the text
+    tokens: int | None = None  # of it, for held-out loss and KL; null: half of budget.heldout_tokens
 
 
 @dataclass
@@ -198,7 +200,7 @@ class BudgetConfig:
     largest_logits: int = 2**28  # elements; steps that are not compiled make more in pieces
     checkpoint_every: int = 100  # between two checkpoints, in steps
     telemetry_every: int = 10  # between two steps whose tensors are looked at, in steps
-    heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL; half as many of `validation`
+    heldout_tokens: int = 2048  # of text never trained on, for held-out loss and KL
     validation_tokens: int = 128  # tokens of each text whose loss is looked at during training
 
 

@@ -269,6 +269,10 @@ def _check_validation(cfg: Config) -> None:
     if cfg.validation.source not in CHOICES["data.source"]:
         fix = nearest(cfg.validation.source, CHOICES["data.source"])
         raise ConfigError(f"validation.source={cfg.validation.source}: unknown value; {fix}")
+    if cfg.validation.tokens is not None and cfg.validation.tokens < 1:
+        raise ConfigError(
+            f"validation.tokens={cfg.validation.tokens}: must be 1 or more; null: half of budget.heldout_tokens"
+        )
     for key in ("label_shift", "duplicate_workers", "tokenizer_threads", "shuffle_buffer"):
         value = getattr(cfg.validation, key)
         if value != getattr(ValidationConfig, key):

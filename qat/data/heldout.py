@@ -7,13 +7,15 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pyarrow
+import pyarrow.ipc
 import torch
 
-from qat.config import DataConfig
+from qat.config import DataConfig, ValidationConfig
 from qat.data import wikipedia
 from qat.data.packing import open_corpus
 from qat.data.tokenize import encode
-from qat.errors import UserError
+from qat.errors import UserError, nearest
 from qat.models.tokenizer import document_token
 from qat.utils.environment import source_path
 
@@ -55,7 +57,23 @@ def load_heldout(cfg: DataConfig, tokenizer, wanted: int) -> Heldout:
 
 
 def _documents(cfg: DataConfig) -> Iterator[str]:
-    """Yield the held-out documents in a fixed order; those of a MediaWiki dump are all its articles."""
+    """Yield the held-out documents in a fixed order; of a MediaWiki dump or an Arrow file these are all it has."""
     if cfg.source != "hub" and cfg.path.endswith(".bz2"):
         return wikipedia.openings(source_path(cfg.source, cfg.path))
+    if isinstance(cfg, ValidationConfig) and cfg.path.endswith(".arrow"):
+        return iter(_column(cfg))
     return open_corpus(cfg, seed=0).heldout()
+
+
+def _column(cfg: ValidationConfig) -> list[str]:
+    """Return the distinct texts of an Arrow file's column, in its order. Errors: UserError."""
+    try:
+        with source_path(cfg.source, cfg.path).open("rb") as file:
+            table = pyarrow.ipc.open_stream(file).read_all()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise UserError(
+            f"{cfg.named}: no .arrow file of `datasets` ({error}); give one, or a folder of .txt"
+        ) from error
+    if cfg.column not in table.column_names:
+        raise UserError(f"validation.column={cfg.column}: not in {cfg.path}; {nearest(cfg.column, table.column_names)}")
+    return list(dict.fromkeys(table[cfg.column].to_pylist()))

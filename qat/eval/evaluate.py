@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -159,8 +159,8 @@ class _Scorer:
         started = time.perf_counter()
         model, tokenizer = self._build(subject)
         answered, samples = self._questions(subject, model, tokenizer)
-        losses = self._losses_by_another_benchmark(subject)
-        record = answered | {"heldout": losses or self._heldout(model, tokenizer, beside=subject.compared)}
+        taken = self._losses_by_other_benchmarks(subject)
+        record = answered | {"heldout": self._heldout(model, tokenizer, subject.compared, taken)}
         del model  # before another one is built
         if mode == "w8a8":
             record["qat_weights_ptq_scales"] = self._under_ptq_scales(subject) if self._splits_gain(subject) else None
@@ -214,29 +214,31 @@ class _Scorer:
         takes half as long without."""
         return subject.mode == "w8a8" and bool(self.cfg.benchmark.tasks)
 
-    def _losses_by_another_benchmark(self, subject: Subject) -> dict[str, dict]:
-        """Return the losses that are there, on the same texts and this machine; {} without any."""
+    def _losses_by_other_benchmarks(self, subject: Subject) -> dict[str, dict]:
+        """Return the losses that were taken on this machine, by the text's hash."""
         request, machine = self._request(subject, asked=False), environment.machine_summary()
+        taken = {}
         for name in subject.run.evaluations():
             done = self._done(subject, name)
-            alike = done.get("request", {}) | {"benchmark": request["benchmark"]} == request
-            if alike and (done.get("arithmetic"), done.get("scored_on")) == (self.arithmetic, machine):
-                return done["heldout"]
-        return {}
+            alike = [done.get("request", {}).get(key) == request.get(key) for key in ("ptq", "calibration_sequences")]
+            if all(alike) and (done.get("arithmetic"), done.get("scored_on")) == (self.arithmetic, machine):
+                taken |= {losses["text_hash"]: losses for losses in done["heldout"].values()}
+        return taken
 
-    def _heldout(self, model: nn.Module, tokenizer, beside: bool) -> dict[str, dict]:
+    def _heldout(self, model: nn.Module, tokenizer, beside: bool, taken: Mapping[str, dict]) -> dict[str, dict]:
         """Return losses by text never trained on: the data's own, and `validation`, of another kind; beside the
-        baseline's predictions or not."""
+        baseline's predictions or not. taken: those that are there, by the text's hash."""
         cfg, wanted = self.cfg, self.cfg.budget.heldout_tokens
         texts = {cfg.data.name: heldout.load_heldout(cfg.data, tokenizer, wanted)}
         if cfg.validation:
-            texts[cfg.validation.name] = heldout.load_heldout(cfg.validation, tokenizer, wanted // 2)
-        return {name: self._losses(model, text, beside) for name, text in texts.items()}
+            wanted = cfg.validation.tokens or wanted // 2
+            texts[cfg.validation.name] = heldout.load_heldout(cfg.validation, tokenizer, wanted)
+        return {name: taken.get(text.hash) or self._losses(model, text, beside) for name, text in texts.items()}
 
     def _under_ptq_scales(self, subject: Subject) -> dict:
         """Return the held-out losses of a run's weights under the scales that PTQ gives them."""
         twin = Subject(identity.with_ptq_scales(subject.cfg), subject.run, identity.ptq_mode(subject.cfg.quant))
-        return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False)}
+        return {"sequences": CALIBRATION_SEQUENCES, "heldout": self._heldout(*twin.build(), beside=False, taken={})}
 
     def _losses(self, model: nn.Module, text: heldout.Heldout, beside: bool) -> dict:
         """Return the loss on a text, and the KL divergence from the baseline's predictions: means over documents."""

@@ -106,8 +106,10 @@ def heldout_texts(cfg: Config) -> dict:
     data, kind = cfg.data, cfg.validation
     heldout = {"path": data.path, "subset": data.subset, "tokens": cfg.budget.heldout_tokens, "by": "document"}
     texts = {"heldout": heldout | ({"revision": data.revision} if data.revision else {})}
-    validation = {"path": kind.path, "subset": kind.subset, "revision": kind.revision} if kind else None
-    return texts | ({"validation": validation} if validation else {})
+    if kind is None:
+        return texts
+    own = {key: value for key, value in _changed(kind).items() if key in ("column", "tokens")}
+    return texts | {"validation": {"path": kind.path, "subset": kind.subset, "revision": kind.revision} | own}
 
 
 def pretrained_mode(request: Mapping) -> str:

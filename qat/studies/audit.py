@@ -212,7 +212,7 @@ def explained(forgotten: Response, once: Key, twice: Key, level: float) -> Estim
         return None
     ratio = sides[0].value / sides[1].value
     slope = forgotten.contrast({once: 1 / sides[1].value, twice: -ratio / sides[1].value}, level)
-    if slope is None or slope.low is None:  # seeds that have both cells are too few
+    if slope is None or slope.low is None or slope.of != sides[1].of:  # seeds that have both cells are too few
         return None
     half = (slope.high - slope.low) / 2
     ends = 1 - ratio - half, 1 - ratio + half

@@ -6,10 +6,10 @@ An effect is a contrast: a weighted sum over cells. Where its noise is taken fro
   shifts in all cells alike cancels then; what it shifts in some, such as those that share a baseline, is noise, as it
   must be. Where the response is sampled in units (held-out documents, questions) that all runs share, the noise between
   those is added (`qat.analysis.stats.crossed`): intervals say what further seeds, text and questions would give.
-- one seed, and a response sampled in such units: the contrast is made within each unit, where what the units have in
-  common cancels, and gets Student's interval over units. It says what further text would give *of these very runs*; how
-  much another seed would differ is not in it.
-- one seed and one number a run: an estimate without an interval.
+- one seed that has all its cells, and a response sampled in such units: the contrast is made within each unit, where
+  what the units have in common cancels, and gets Student's interval over units. It says what further text would give
+  *of these very runs*; how much another seed would differ is not in it.
+- one such seed and one number a run: an estimate without an interval.
 
 A verdict compares an interval with a region, and never takes "p > 0.05" for "no effect": a statement is `supported`
 when the whole interval lies in the region where it is true, `contradicted` when the whole interval lies outside, and
@@ -89,17 +89,12 @@ class Response:
     def seeds(self) -> list[int]:
         return sorted({seed for _, seed in self.values})
 
-    @property
-    def within_units(self) -> bool:
-        """Return whether noise is that between units, for want of seeds."""
-        return len(self.seeds) == 1 and bool(self.sampled)
-
     def contrast(self, weights: Weights, level: float = 1 - LEVEL) -> Estimate | None:
         """Estimate the weighted sum over cells, its mean over the seeds that have all of them; None where none has."""
         changes = self.changes(weights)
         if changes is None:
             return None
-        n, of = (changes.shape[1], self.sampled) if self.within_units else (len(changes), "seeds")
+        n, of = (changes.shape[1], self.sampled) if self.sampled and len(changes) == 1 else (len(changes), "seeds")
         # Answers of one unit can move so far, in points; what else is measured has no end.
         reach = 100 * sum(map(abs, weights.values())) if (self.sampled, self.unit) == ("questions", "points") else 0.0
         return Estimate.from_mean(float(changes.mean()), self._mean(changes, reach), n, of, level)
@@ -115,7 +110,7 @@ class Response:
     def _mean(self, changes: np.ndarray, reach: float) -> stats.Mean | None:
         """Return the mean of a contrast, FP64 [seeds, units], with its noise; None where there is none to be had."""
         if self.sampled:
-            return stats.paired_mean(changes, reach) if len(changes) > 1 or self.within_units else None
+            return stats.paired_mean(changes, reach)
         agree = np.ptp(changes) < 1e-9  # which is no certainty; one seed agrees with itself
         return None if agree else stats.student(changes[:, 0])
 
@@ -126,7 +121,7 @@ class Response:
 
     def _noise(self) -> str:
         seeds, units = len(self.seeds), len(next(iter(self.values.values())))
-        if self.within_units:
+        if seeds == 1 and self.sampled:
             return f"One seed: intervals are the noise of {units} {self.sampled} only, not that between runs."
         if seeds == 1:
             return "One seed and one number a run: there are no intervals."
@@ -152,8 +147,8 @@ class Response:
 
     def fewer(self, estimate: Estimate | None) -> str:
         """Say of how many seeds an estimate is, where not of all; else nothing. Begins with a space."""
-        seeds = len(self.seeds)
-        return f" ({estimate.n} of {seeds} seeds)" if estimate and estimate.of == "seeds" and estimate.n < seeds else ""
+        seeds = estimate.n if estimate and estimate.of == "seeds" else 1
+        return f" ({seeds} of {len(self.seeds)} seeds)" if estimate and seeds < len(self.seeds) else ""
 
     def cell(self, estimate: Estimate | None) -> str:
         """Write `text` and `fewer`, for a table whose header has the unit."""
@@ -276,7 +271,9 @@ class Claim:
             verdict = self._verdict(judged)
             cause = self._cause(judged) if verdict == OPEN else None
             why = _why(verdict, cause, judged)
-        if verdict != OPEN and any(statement.response.within_units for statement in self.statements):
+        estimates = [statement["estimate"] for statement in (*premises, *judged) if statement["estimate"]]
+        sampled = {statement.response.sampled for statement in (*self.premises, *self.statements)} - {""}
+        if verdict != OPEN and any(estimate["of"] in sampled for estimate in estimates):
             why += " Of one seed: noise between runs is not in it."
         about = {key: getattr(self.registered, key) for key in ("key", "claim", "says", "control")}
         return about | {"verdict": verdict, "open": cause, "why": why, "premises": premises, "statements": judged}

@@ -4,17 +4,20 @@ A statement is about the difference of two or four cells around the recipe, with
 noise between seeds and between documents, so hours go into seeds and held-out text rather than into the grid's other
 cells. The size was chosen by `planned` from the noise of `make factorial` at the laptop budget, and is registered with
 what it can see in experiments/claims.yaml: every cell with the first `FEW` seeds, and exps 7 and 8, on which several
-claims rest alone, with all of them. Questions, which take as long as the training, are asked of exp8 with few.
+claims rest alone, with all of them. Questions, which take as long as the training, are asked of exp8 with few. Claims
+that the noise between documents of another kind would leave open are judged on more of them (benchmark=passages).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 
 from qat.analysis import stats
+from qat.config import Config
 from qat.runs.identity import baseline_of, run_id
 from qat.studies import audit, factorial
 from qat.studies.audit import PLAIN, SPLIT
@@ -23,8 +26,10 @@ from qat.studies.design import Cell, Compose, refuse, with_seeds
 from qat.studies.factorial import RECIPE
 from qat.studies.measures import Measured
 
-FEW = 4  # seeds of a cell that is not one of `OFTEN`
-OFTEN = (RECIPE, ("max w64", "1e-4", "5 %"), ("exp8", PLAIN))  # exp8, exp7; the last is the first, as the audit has it
+FEW = 4  # seeds of a cell that is not one of `OFTEN`, and of questions
+EXP7, EXP3 = ("max w64", "1e-4", "5 %"), ("exp3", PLAIN)
+OFTEN = (RECIPE, ("exp8", PLAIN), EXP7)  # the second is the first, as the audit has it
+ON_PASSAGES = ("forgetting", "necessary_low_rate", "sufficient_w8a8", "modes")  # claims
 # In the order in which claims can be judged.
 FACTORIAL = (
     RECIPE,
@@ -33,7 +38,7 @@ FACTORIAL = (
     ("current", "1e-5", "5 %"),
     ("exp_smooth", "1e-5", "5 %"),
     ("most_recent", "1e-5", "0"),
-    ("max w64", "1e-4", "5 %"),
+    EXP7,
     ("most_recent", "1e-4", "5 %"),
     ("max w64", "1e-4", "0"),
 )
@@ -43,7 +48,7 @@ AUDIT = (
     ("exp8", "overflow to Inf"),
     (SPLIT, PLAIN),
     (SPLIT, "a tick a call"),
-    ("exp3", PLAIN),
+    EXP3,
     ("exp3", "labels shifted twice"),
 )
 
@@ -51,27 +56,47 @@ AUDIT = (
 def design(overrides: Sequence[str], compose: Compose, seeds: Sequence[int]) -> tuple[list[Cell], dict[str, str]]:
     """Return the cells under command-line overrides, and {switch: why it is left out}.
 
-    A record keeps no weights. So cells come seed by seed and baseline by baseline, with which they are compared, exp8
-    first and then asked questions: of a record of whole baselines nothing is trained again.
+    Exps 8 and 7 come first, with all seeds: what leaves most claims open is the noise between seeds. The others follow
+    seed by seed and baseline by baseline, with which they are compared.
     """
     refuse(overrides, ["benchmark.control"], "study")
-    exp8 = compose("exp8", [*overrides, "benchmark.control=true"], [])
-    text = [override for override in overrides if not override.startswith("benchmark")] + ["benchmark=text"]
-    crossed = {cell.key: cell for cell in factorial.design(text, compose)}
-    switched, left_out = audit.design(text, compose, AUDIT)
-    asked = Cell(exp8.cfg, exp8.overrides, RECIPE)
+    unasked = [override for override in overrides if not override.startswith("benchmark")]
+    crossed = {cell.key: cell for cell in factorial.design([*unasked, "benchmark=text"], compose)}
+    switched, left_out = audit.design([*unasked, "benchmark=text"], compose, AUDIT)
+    cells = crossed | {cell.key: cell for cell in switched}
+    asked = compose("exp8", [*overrides, "benchmark.control=true"], [])
+    asked = Cell(asked.cfg, asked.overrides, RECIPE)
+    unasked = [override for override in unasked if not override.startswith("validation")]
+    passages = compose("exp8", [*unasked, "benchmark=passages"], []).cfg
+    often = [one for key in OFTEN for one in (cells[key], _on_passages(cells[key], passages))]
     by_baseline = defaultdict(list)
-    for cell in (*(crossed[key] for key in FACTORIAL), *switched):
-        by_baseline[run_id(baseline_of(cell.cfg))].append(cell)
-    first, *others = itertools.chain(*by_baseline.values())
-    often = [cell for cell in (first, *others) if cell.key in OFTEN]
-    return with_seeds([first, asked, *others], seeds[:FEW]) + with_seeds(often, seeds[FEW:]), left_out
+    for key in (*FACTORIAL, *AUDIT):
+        if key in cells and key not in OFTEN:
+            by_baseline[run_id(baseline_of(cells[key].cfg))].append(cells[key])
+    others = [*itertools.chain(*by_baseline.values()), _on_passages(cells[EXP3], passages)]
+    first = [cell for seed in seeds for cell in with_seeds([*often, *[asked] * (seed in seeds[:FEW])], [seed])]
+    return first + with_seeds(others, seeds[:FEW]), left_out
+
+
+def _on_passages(cell: Cell, passages: Config) -> Cell:
+    """Return the same run, scored on the text of `passages`."""
+    cfg = copy.deepcopy(cell.cfg)
+    cfg.benchmark, cfg.validation = copy.deepcopy((passages.benchmark, passages.validation))
+    words = ["benchmark=passages" if word == "benchmark=text" else word for word in cell.overrides]
+    return Cell(cfg, [word for word in words if not word.startswith("validation")], cell.key)
 
 
 def claims(measured: Sequence[Measured], exp8: Cell) -> list[dict]:
     """Judge the claims of both studies by what was measured of their cells (`qat.studies.contrasts.Claim`)."""
-    crossed = [m for m in measured if m.key in FACTORIAL]
-    switched = [m for m in measured if m.key in AUDIT]
+    asked = {(m.key, m.seed): m for m in measured if m.scored["baseline"].answers}
+    passages = [m.with_answers(asked.get((m.key, m.seed))) for m in measured if m.benchmark == "passages"]
+    judged = _judge([m for m in measured if m.benchmark != "passages"], exp8)
+    more = {claim["key"]: claim for claim in _judge(passages, exp8) if claim["key"] in ON_PASSAGES}
+    return [more.get(claim["key"], claim) for claim in judged]
+
+
+def _judge(measured: Sequence[Measured], exp8: Cell) -> list[dict]:
+    crossed, switched = ([m for m in measured if m.key in keys] for keys in (FACTORIAL, AUDIT))
     return [*factorial.claims(crossed), *audit.claims(switched, exp8.cfg)]
 
 

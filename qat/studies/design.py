@@ -23,7 +23,7 @@ class Cell(Job):
 
     @property
     def name(self) -> str:
-        return ", ".join(self.key) + ("" if self.cfg.benchmark.tasks else ", text alone")
+        return ", ".join(self.key) + ("" if self.cfg.benchmark.tasks else f", {self.cfg.benchmark.name} alone")
 
     @property
     def label(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Measured:
 
     key: Key
     seed: int
+    benchmark: str
     run: str
     baseline: str
     ptq: str
@@ -59,6 +60,14 @@ class Measured:
         outcomes = self._outcomes(ours, theirs)
         tasks = [task for task, rows in outcomes.answers.items() if "contrast" in rows]
         return outcomes.pooled(tasks, "contrast") if tasks else np.full(1, np.nan)
+
+    def with_answers(self, asked: Measured | None) -> Measured:
+        """Return these losses with the answers of another benchmark, where it was asked."""
+        if asked is None:
+            return self
+        both = self.scored.keys() & asked.scored.keys()
+        scored = {name: Outcomes(self.scored[name].losses, asked.scored[name].answers) for name in both}
+        return replace(self, scored={**self.scored, **scored})
 
     def _outcomes(self, ours: str, theirs: str | None) -> Outcomes:
         return self.scored[ours] - self.scored[theirs] if theirs else self.scored[ours]
@@ -94,6 +103,7 @@ def _read(cell: Cell) -> tuple[Measured, EvalResult]:
     measured = Measured(
         key=cell.key,
         seed=cfg.seed,
+        benchmark=benchmark,
         run=run.id,
         baseline=base.id,
         ptq=results["ptq"].mode,

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -64,20 +65,32 @@ def test_losses_under_another_calibration_are_taken_anew(restored, scored):
 
 
 def test_losses_that_another_benchmark_took_are_not_taken_again(restored, scored, monkeypatch):
-    """Save on another machine. Of text alone, what QAT gains is not split."""
+    """Save on another machine, and of another text. Of text alone, what QAT gains is not split."""
     with_weights(restored, scored[0])
     asked = {name: subject.run.evaluations()["smoke"][subject.mode] for name, subject in subjects(restored).items()}
     restored.benchmark = dataclasses.replace(restored.benchmark, name="text", tasks={})
-    taken = []
-    losses = asked["w8a8"]["heldout"]
-    monkeypatch.setattr(evaluate._Scorer, "_heldout", lambda *_, **__: taken.append(1) or losses)
+    taken, (own, other) = [], asked["w8a8"]["heldout"].values()
+
+    def losses(_, __, text, *___) -> dict:
+        taken.append(text.hash)
+        return (own if text.hash == own["text_hash"] else other) | {"text_hash": text.hash}
+
+    monkeypatch.setattr(evaluate._Scorer, "_losses", losses)
     comparison = score(restored)
     assert not taken and not any("weights" in row for row in comparison["qat"])
+    more = dataclasses.replace(restored.validation, tokens=2 * restored.budget.heldout_tokens)
+    score(
+        dataclasses.replace(restored, validation=more, benchmark=dataclasses.replace(restored.benchmark, name="more"))
+    )
+    new, count = Counter(taken).most_common(1)[0]
+    assert new not in (own["text_hash"], other["text_hash"]) and count == 5
+    assert taken.count(own["text_hash"]) == 1 and len(taken) == 6  # the pretrained model's results are named by texts
+    taken.clear()
     for each in subjects(restored).values():
         forget(each.run, each.mode, "text")
     monkeypatch.setattr(evaluate.environment, "machine_summary", lambda: "another machine")
     score(restored)
-    assert len(taken) == 5
+    assert len(taken) == 2 * 5
     records = {name: subject.run.evaluations()["text"][subject.mode] for name, subject in subjects(restored).items()}
     assert records["w8a8"]["qat_weights_ptq_scales"] is None
     assert {record["scored_on"] for record in records.values()} == {"another machine"}

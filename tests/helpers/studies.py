@@ -33,6 +33,7 @@ def invent(
     ptq: Callable[[Key], float] = lambda key: 0.02,
     sequences: int = 16,
     noise: float = 0.001,
+    benchmark: str = "quick",
 ) -> list[Measured]:
     """damage, ptq: nats of held-out loss over the baseline's, to which each sequence of damage adds normal noise; ape:
     percent; lost: the share of the questions that a cell's baseline no longer answers, and neither does the run or PTQ;
@@ -68,7 +69,9 @@ def invent(
             }
             ptq_name = f"ptq of {linears(key)}"
             texts = ("embedded", "wikipedia")
-            found.append(Measured(key, seed, run, base, ptq_name, *texts, scored, ape(key), *shares, linears(key)))
+            found.append(
+                Measured(key, seed, benchmark, run, base, ptq_name, *texts, scored, ape(key), *shares, linears(key))
+            )
     return found
 
 

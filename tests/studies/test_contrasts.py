@@ -123,16 +123,25 @@ def test_intervals_hold_where_cells_share_a_baseline_and_spread_unequally(of_bas
     assert 0.92 < held / 500 < 0.985
 
 
-def test_seeds_that_lack_a_cell_leave_no_interval_of_what_seeds_share():
-    """Cell B has two seeds, A one: B has an interval, and their difference and A alone have none."""
+def test_where_one_seed_has_all_cells_the_noise_is_that_between_units():
+    """Cell B has two seeds, A one."""
     rng = np.random.default_rng(4)
     values = {key: rng.normal(0, 1, 6) for key in ((A, 0), (B, 0), (B, 1))}
     response = Response("x", "nats", 4, values, "documents")
-    assert response.contrast({A: 1}).low is None and response.contrast({A: 0.5, B: 0.5}).low is None
-    assert (
-        response.contrast({B: 1}).low is not None
-        and "between 2 seeds (Student's, 1 d.f.), and between 6" in response.noise()
+    difference = response.contrast({A: 1, B: -1})
+    changes = values[A, 0] - values[B, 0]
+    alone = stats.t.interval(0.95, 5, changes.mean(), stats.sem(changes))
+    assert (difference.low, difference.high) == pytest.approx(alone) and (difference.n, difference.of) == (
+        6,
+        "documents",
     )
+    assert response.cell(difference).endswith("] (1 of 2 seeds)")
+    assert response.contrast({B: 1}).of == "seeds" and not response.fewer(response.contrast({B: 1}))
+    assert "between 2 seeds (Student's, 1 d.f.), and between 6" in response.noise()
+    judged = Claim(REGISTERED, [Statement("it is small", response, {A: 1, B: -1}, low=-9, high=9)]).judge()
+    assert judged["verdict"] == SUPPORTED and judged["why"].endswith("Of one seed: noise between runs is not in it.")
+    single = Response("x", "nats", 4, {key: row[:1] for key, row in values.items()})
+    assert single.contrast({A: 1, B: -1}).low is None
 
 
 def test_an_estimate_of_fewer_seeds_than_the_others_says_so():

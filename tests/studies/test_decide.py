@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from qat.analysis import stats
+from qat.analysis.results import Outcomes
 from qat.cli.experiments import variant
 from qat.errors import ConfigError
 from qat.runs.identity import baseline_of, run_id
@@ -29,27 +32,49 @@ def cells():
 
 
 def test_every_cell_that_a_claim_needs_is_there_once(cells):
-    text = [cell for cell in cells if not cell.cfg.benchmark.tasks]
-    asked = [cell for cell in cells if cell.cfg.benchmark.tasks]
+    of = defaultdict(list)
+    for cell in cells:
+        of[cell.cfg.benchmark.name].append(cell)
+    runs = {name: {run_id(cell.cfg) for cell in named} for name, named in of.items()}
     # exp8 is a cell of both studies
-    assert len({run_id(cell.cfg) for cell in text}) == 4 * (9 + 6) + 4 * 2
-    assert {run_id(cell.cfg) for cell in asked} < {run_id(cell.cfg) for cell in text} and len(asked) == 4
+    asked = next(name for name in runs if name not in ("text", "passages"))
+    assert len(runs["text"]) == 4 * (9 + 6) + 4 * 2
+    assert runs[asked] < runs["passages"] < runs["text"]
+    assert len(runs[asked]) == 4 and len(runs["passages"]) == 8 * 2 + 4
     assert len({cell.label for cell in cells}) == len(cells)
-    assert len({run_id(baseline_of(cell.cfg)) for cell in text}) == 4 * 4 + 4 * 2
-    assert all(cell.cfg.benchmark.control for cell in asked)
-    # A record keeps no weights to compare with or to ask later.
-    order = [(cell.cfg.seed, cell.key, bool(cell.cfg.benchmark.tasks)) for cell in cells]
-    assert order == sorted(order, key=lambda place: place[0])
-    for seed in range(decide.FEW):
-        mine = [place for place in order if place[0] == seed]
-        assert mine[:2] == [(seed, decide.RECIPE, False), (seed, decide.RECIPE, True)]
-    baselines = [baseline for baseline, _ in itertools.groupby(run_id(baseline_of(cell.cfg)) for cell in cells)]
-    assert len(baselines) == len(set(baselines))
-    measured = invent([cell.key for cell in text if cell.cfg.seed == 0], range(4))
-    judged = decide.claims(measured, cells[0])
-    lacking = {claim["key"] for claim in judged for each in claim["statements"] if "without" in each}
+    assert len({run_id(baseline_of(cell.cfg)) for cell in cells}) == 4 * 4 + 4 * 2
+    assert [cell.cfg.benchmark.control for cell in cells] == [cell.cfg.benchmark.name == asked for cell in cells]
+    assert {cell.cfg.validation.name for cell in of["passages"]} == {"passages"}
+    assert {cell.cfg.validation.name for cell in (*of["text"], *of[asked])} == {"wikipedia"}
+    assert all("benchmark=passages" in cell.overrides for cell in of["passages"])
+
+
+def test_the_recipe_has_all_seeds_before_another_cell_has_one(cells):
+    often = [number for number, cell in enumerate(cells) if cell.key in decide.OFTEN]
+    assert often[-1] < 8 * 6 + 4 and {cells[number].cfg.seed for number in often} == set(SEEDS)
+    assert [cell.cfg.seed for cell in cells[: often[-1] + 1]] == sorted(
+        cell.cfg.seed for cell in cells[: often[-1] + 1]
+    )
+    others = [(cell.cfg.seed, run_id(baseline_of(cell.cfg))) for cell in cells[often[-1] + 2 :]]
+    assert len(list(itertools.groupby(others))) <= len(set(others)) + 4  # exp3's passages come after all of a seed
+
+
+def test_claims_on_other_text_are_judged_on_passages_with_the_answers_of_questions(cells):
+    keys = list(dict.fromkeys(cell.key for cell in cells))
+    few = invent(keys, range(4))
+    judged = {claim["key"]: claim for claim in decide.claims(few, cells[0])}
+    lacking = {key for key, claim in judged.items() for each in claim["statements"] if "without" in each}
     assert lacking == {"linears", "labels"}  # too few scopes; of the labels nothing is forgotten
-    assert len(judged) == 15 and {claim["key"]: claim["verdict"] for claim in judged}["linears"] == OPEN
+    assert len(judged) == 15 and judged["linears"]["verdict"] == OPEN
+    on = [decide.RECIPE, decide.EXP7, ("exp8", PLAIN), decide.EXP3]
+    more = invent(on, range(4), damage=lambda *_: 0.05, sequences=80, benchmark="passages")
+    more = [replace(m, scored={name: Outcomes(row.losses, {}) for name, row in m.scored.items()}) for m in more]
+    both = {claim["key"]: claim for claim in decide.claims([*few, *more], cells[0])}
+    assert {key for key in both if both[key] != judged[key]} == set(decide.ON_PASSAGES)
+    of_answers = {row["measure"]: row["estimate"] for row in both["sufficient_w8a8"]["statements"]}
+    assert of_answers["contrast"] == judged["sufficient_w8a8"]["statements"][-1]["estimate"] is not None
+    assert of_answers["other_loss"]["value"] == pytest.approx(0.05, abs=1e-3)
+    assert both["sufficient_w8a8"]["verdict"] == "contradicted" != judged["sufficient_w8a8"]["verdict"]
 
 
 def test_the_benchmark_is_of_the_cells_that_are_asked_and_the_other_text_is_needed():
@@ -58,7 +83,7 @@ def test_the_benchmark_is_of_the_cells_that_are_asked_and_the_other_text_is_need
         with pytest.raises(ConfigError, match="validation=none: claims are about text of another kind"):
             decide.design(["validation=none"], variant, [0])
         other, _ = decide.design(["model=tiny", "budget.arithmetic=fp32"], variant, [0])
-    assert {cell.cfg.benchmark.name for cell in cells} == {"text", "letters"}
+    assert {cell.cfg.benchmark.name for cell in cells} == {"text", "passages", "letters"}
     assert {cell.cfg.budget.arithmetic for cell in other} == {"fp32"}
     assert "budget.micro_batch=2" in left_out["a tick a call"]
 
@@ -88,7 +113,7 @@ def test_simulated_differences_of_the_planned_size_are_found_in_four_of_five_cas
 
 
 def test_the_table_fills_as_runs_finish(cells, tmp_path):
-    made = [copy.deepcopy(cell) for cell in cells if cell.cfg.seed < 2]
+    made = [copy.deepcopy(cell) for cell in cells if cell.cfg.seed < 2 and cell.cfg.validation.name == "wikipedia"]
     for cell in made:
         cell.cfg.runs_dir, cell.cfg.benchmark.name = str(tmp_path), "quick"  # as `write` calls it
     first = [cell for cell in made if cell.key in (decide.RECIPE, ("exp8", PLAIN))]
@@ -99,6 +124,6 @@ def test_the_table_fills_as_runs_finish(cells, tmp_path):
     text = path.read_text()
     verdicts = {claim["key"]: claim["verdict"] for claim in judged}
     assert verdicts["sufficient_w8a8"] == "contradicted" and verdicts["best"] == OPEN
-    assert "- most_recent, 1e-5, 5 %, text alone, seeds 0, 1: not begun\n" in text.partition("## Not measured yet")[2]
+    assert "- most_recent, 1e-5, 5 %, quick alone, seeds 0, 1: not begun\n" in text.partition("## Not measured yet")[2]
     assert text.startswith("# The paper's claims, decided\n\n**Of 15 claims: 10 not measured yet, 3 contradicted, ")
     assert "**Provisional: " in text

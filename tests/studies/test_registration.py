@@ -116,14 +116,15 @@ def test_what_is_registered_as_detectable_follows_from_the_record(tmp_path):
         cells = factorial.design(words, variant)
     measured, missing = measures.read(design.with_seeds(cells, range(4)))
     assert len(measured) == 80 and not missing
-    tokens = {"heldout_loss": 128, "other_loss": 64}
+    documents = {"heldout_loss": 128, "other_loss": 64}
     for key, registered in factorial.registered().claims.items():
         claim, seen = factorial.CLAIMS[key](registered, measured), {}
         for statements in (claim.premises, claim.statements):
             for statement in statements:
                 response, weights = statement.response, statement.weights
                 often = all(cell in decide.OFTEN or cell[0] in factorial.RATES for cell, w in weights.items() if w)
-                size = (8 if often else decide.FEW), tokens.get(response.measure, 1)
+                on_passages = key in decide.ON_PASSAGES and response.measure == "other_loss"
+                size = (8 if often else decide.FEW), 320 if on_passages else documents.get(response.measure, 1)
                 found = decide.planned(response, weights, 1 - 0.05 / len(statements), *size)
                 if found is not None:
                     found = math.exp(found) if response.log else found

