@@ -10,7 +10,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qat import config
 from qat.analysis.compare import MODES as ALL_MODES
-from qat.analysis.decisions import APE_THRESHOLD, DECISIONS, decide
-from qat.analysis.stats import LEVEL, student
+from qat.analysis.stats import student
 from qat.cli.validate import CHOICES
 from qat.report import studies, tables
 from qat.report.experiment import published, scientific
@@ -37,24 +35,6 @@ MODES = {mode: name for mode, name in ALL_MODES.items() if mode != "control"}
 TEXTS = {"embedded": "speeches", "wikipedia": "Wikipedia"}  # never trained on; the data's own kind first
 
 
-def findings(record: Path) -> str:
-    """Return what a record found: a row an experiment with the question it asks, and two sentences."""
-    report = _report(record)
-    columns = ["", "It asks", *(f"Loss on {name}, nats" for name in TEXTS.values()), "Loss APE %"]
-    rows = [
-        [name, entry["question"], *(cells["w8a8", text] for text in TEXTS), ape]
-        for name, entry, ape, cells in _experiments(report)
-    ]
-    facts = report["provenance"]
-    facts |= {"Length": report["lengths"]["exp8"], "Seed": facts["Seed"].replace("; ", ",")}
-    about = "`make suite SEEDS={Seed}` at the {Budget} budget, as it was then ([today](docs/reproduce.md#records)), on "
-    about += "{Hardware}, in {Arithmetic} arithmetic: {Model}, {Length}, benchmark {Benchmark}."
-    about = about.format_map(facts)
-    page = (record / "report.md").relative_to(ROOT)
-    about += f" W8A8 minus BF16, means over seeds with 95 % intervals ([report]({page}))."
-    return "\n\n".join([about, _unbroken(markdown(columns, rows)), _sentences(report, record)]) + "\n"
-
-
 def results(record: Path) -> str:
     """Return what a record found: a row an experiment, with the paper's recipe, by mode and held-out text."""
     columns = ["", "Question", "The paper's recipe", "Loss APE %", *MODES.values()]
@@ -65,57 +45,6 @@ def results(record: Path) -> str:
             by_mode[1:] = ["–", "–"]
         rows.append([name, entry["question"], entry["recipe"], ape or "–", *by_mode])
     return _unbroken(markdown(columns, rows)) + "\n"
-
-
-def measures(record: Path) -> str:
-    """Return beside each measure that a record's page quoted what it could show, and the measures that it has now."""
-    report = _report(record)
-    columns = ["Recipe", "Scored as", "Accuracy, points", "Decision (finds, margin)"]
-    for name in TEXTS.values():
-        columns += [f"Loss on {name}, nats", "Decision (finds, margin)"]
-    columns += ["Flips", "Choice KL", "Letters' mass (BF16's)"]
-    compared = {recipe["label"]: recipe["comparison"] for recipe in report["recipes"]}
-    rows = []
-    for row in report["verdicts"]:
-        answers, mode = row["answers"], row["mode"]
-        tasks = [t for t in compared[row["recipe"].split("/")[0]]["tasks"] if t["mode"] == mode]
-        cells = [row["recipe"] if mode == "w8a8" else "", MODES[mode]]
-        for measure, digits in (("accuracy", 1), *((text, 4) for text in TEXTS)):
-            answer = answers[measure]
-            limits = f"({answer['detectable']:.{digits}f}, {answer['margin']:.{digits}f})"
-            cells += [_change(answer, digits), f"**{answer['answer']}** {limits}"]
-        total = sum(t["n"] for t in tasks)
-        flips, kl = (sum(t[key] * t["n"] for t in tasks) for key in ("flips", "choice_kl"))
-        mmlu = next(task for task in tasks if task["task"] == "mmlu")
-        cells += [f"{flips:.1f} of {total}", f"{kl / total:.4f}", f"{mmlu['mass']:.3f} ({mmlu['baseline_mass']:.3f})"]
-        rows.append(cells)
-    return _unbroken(markdown(columns, rows)) + "\n"
-
-
-def switches(study: Path) -> str:
-    """Return what each switch of the audit does to the held-out loss, as its page had it, and the decision on that."""
-    audit, modes = json.loads(study.read_text()), ("W8A8", "PTQ", "BF16 weights")
-    statements = (statement for claim in audit["claims"] for statement in claim["statements"])
-    margin = next(s["region"][1] for s in statements if "in either mode" in s["statement"])
-    rows = []
-    for effect in audit["effects"]:
-        changes = (effect["effects"].get(f"Held-out loss, {mode}") for mode in modes)
-        rows.append(
-            [effect["switch"], effect["base"], *(cell for change in changes for cell in _effect(change, margin))]
-        )
-    columns = ["Switch", "Off", *(cell for mode in modes for cell in (f"{mode}, nats", "Decision (finds)"))]
-    about = f"Held-out loss on speeches; margin {margin:.4f} nats; harm and gain after Holm's correction by column:"
-    return f"{about}\n\n{_unbroken(markdown(columns, rows))}\n"
-
-
-def _effect(change: dict | None, margin: float) -> tuple[str, str]:
-    estimate = change and change["estimate"]
-    if not estimate or estimate["low"] is None:
-        return "–", "–"
-    finds = estimate["detectable"]
-    word = decide(estimate["value"], (estimate["low"], estimate["high"]), margin, finds)
-    word = "undecided" if word in ("harm", "gain") and change["p_holm"] > LEVEL else word
-    return change["text"], f"**{word}** ({finds:.4f})"
 
 
 def claims(study: Path) -> str:
@@ -174,16 +103,6 @@ def costs(record: Path) -> str:
     return f"{about}:\n\n{markdown(['What : compared with', 'Ratio [smallest, largest]', 'Target'], cells)}\n"
 
 
-def products(record: Path) -> str:
-    """Return the errors of emulated FP8 products: a row a kind of operands and a length, a column a way to compute."""
-    rows: dict[str, dict[str, str]] = {}
-    for row in json.loads((record / "bench.json").read_text())["rows"]:
-        _, operands, how = row["what"].split(": ")
-        rows.setdefault(operands, {})[how] = f"{row['median']:.1e}" if row["median"] else "0"
-    columns = ["Sums of, x", *next(iter(rows.values()))]
-    return markdown(columns, [[operands, *cells.values()] for operands, cells in rows.items()]) + "\n"
-
-
 def groups(folder: Path) -> str:
     """Return the groups of conf/, their defaults and their other options."""
     rows = []
@@ -223,20 +142,7 @@ def keys(source: Path) -> str:
     return section("Config", "", "Top level").rstrip() + "\n"
 
 
-_WRITERS = (
-    findings,
-    results,
-    measures,
-    switches,
-    claims,
-    verdicts,
-    registered,
-    disagreements,
-    costs,
-    products,
-    groups,
-    keys,
-)
+_WRITERS = (results, claims, verdicts, registered, disagreements, costs, groups, keys)
 WRITERS = {writer.__name__: writer for writer in _WRITERS}
 
 
@@ -287,48 +193,6 @@ def _of_bf16(report: dict, name: str, text: str) -> str:
         moved = student(np.array([row["heldout"][text] - row["pretrained"][text] for row in own]))
         lines.append(f"lr {scientific(rate)} {change(moved.value, moved.interval())}")
     return "BF16 minus pretrained:<br>" + "<br>".join(lines)
-
-
-def _sentences(report: dict, record: Path) -> str:
-    """Return what the numbers come to: loss, and answers to questions."""
-    rows = {(row["recipe"], row["mode"]): row["answers"] for row in report["verdicts"]}
-    changes = [answers["wikipedia"] for (_, mode), answers in rows.items() if mode == "w8a8"]
-    most = _change(max(changes, key=lambda answer: answer["difference"]))
-    losses = {mode: _on_texts(rows, mode) for mode in MODES}
-    apes = {recipe["comparison"]["run"]: recipe["comparison"]["loss"] for recipe in report["recipes"]}.values()
-    below = sum(ape["ape"] < APE_THRESHOLD for ape in apes)
-    beyond = sum(ape["ci"][1] >= APE_THRESHOLD for ape in apes)
-    accuracy = [answers["accuracy"] for answers in rows.values()]
-    finds, margin = min(a["detectable"] for a in accuracy), max(a["margin"] for a in accuracy)
-    last = report["recipes"][-1]
-    mmlu = {task["mode"]: task for task in last["comparison"]["tasks"] if task["task"] == "mmlu"}
-    page = (record / "README.md").relative_to(ROOT)
-    return f"""\
-- **Loss** in W8A8: {losses["w8a8"]}, there at most {most} nats. By PTQ, without QAT, of \
-the three baselines: {losses["ptq"]}. The trained weights without rounding, as the paper scores them: \
-{losses["bf16"]}. Loss APE is below the paper's \
-{APE_THRESHOLD} % in {below} of {len(apes)}; {beyond} of the intervals reach above it.
-- **Accuracy** is {_words(rows, None, "accuracy")}: the smallest drop that it could detect is {finds:.1f} \
-points, and the margin is {margin:.1f}. What W8A8 does change is the probability that a letter answers MMLU at all, \
-in {last["label"]} from \
-{mmlu["w8a8"]["baseline_mass"]:.2f} to {mmlu["w8a8"]["mass"]:.2f} ({mmlu["bf16"]["mass"]:.2f} without rounding): \
-[form, not harm]({page})."""
-
-
-def _on_texts(rows: dict, mode: str) -> str:
-    words = {name: _words(rows, mode, text) for text, name in TEXTS.items()}
-    if len(set(words.values())) == 1:
-        return f"on both texts {_words(rows, mode, 'wikipedia')}"
-    return "; ".join(f"on {name} {counts}" for name, counts in words.items())
-
-
-def _words(rows: dict, mode: str | None, measure: str) -> str:
-    """Return how often each decision was reached: "harm in 5 of 7, powerless in 2", worst first. What has the very same
-    losses is one model, as PTQ of a baseline that recipes share."""
-    models = {(m, str(answers["wikipedia"])): answers for (_, m), answers in rows.items() if mode in (m, None)}
-    counts = Counter(answers[measure]["answer"] for answers in models.values())
-    first, *others = (f"{word} in {counts[word]}" for word in DECISIONS if counts[word])
-    return ", ".join([f"{first} of {counts.total()}", *others])
 
 
 def _unbroken(table: str) -> str:

@@ -55,45 +55,6 @@ def summary(experiments: Sequence[Experiment], paper: Mapping) -> Table:
     return Table(["", "Source", "Loss APE %", *(f"{task_name(t)}, drop %" for t in tasks)], rows)
 
 
-def overview(experiments: Sequence[Experiment], paper: Mapping) -> Table:
-    """Return a row for every recipe that was compared, in W8A8: loss APE beside the paper's, held-out loss less BF16's
-    (and that of PTQ and of the pretrained checkpoint, where any was scored), points by task."""
-    recipes = [(e.name, recipe) for e in experiments for recipe in e.recipes if recipe.comparison]
-    beside = {key: [_beside(recipe.comparison, key) for _, recipe in recipes] for key in ("PTQ", "pretrained")}
-    beside = {key: cells for key, cells in beside.items() if any(cell.text != "–" for cell in cells)}
-    tasks = tasks_of([[row["task"] for row in recipe.comparison["tasks"]] for _, recipe in recipes])
-    rows = []
-    for place, (name, recipe) in enumerate(recipes):
-        comparison, entry = recipe.comparison, paper["experiments"].get(name, {})
-        held = next(row for row in comparison["heldout"] if row["mode"] == "w8a8")
-        points = {row["task"]: row for row in comparison["tasks"] if row["mode"] == "w8a8"}
-        from_log = "from its log" if "ape" not in entry and "ape_log" in entry else ""
-        published = Cell(str(entry.get("ape", entry.get("ape_log", "–"))), from_log)
-        cells = [Cell(recipe.label), published, _ape(comparison["loss"])]
-        cells += [Cell(signed(held["difference"], 4), interval(held["ci"], 4))]
-        cells += [column[place] for column in beside.values()] + [Cell(f"{held['kl']:.4f}")]
-        rows.append(cells + [_points(points.get(task)) for task in tasks])
-    header = ["", "Loss APE %, paper", "ours", "Held-out loss, nats", *beside, "KL, nats"]
-    return Table([*header, *(f"{task_name(t)}, points" for t in tasks)], rows)
-
-
-def _points(row: Mapping | None) -> Cell:
-    if row is None:
-        return Cell("–")
-    return Cell(signed(row["points"], 1), interval(row["ci"], 1)) if can_move(row) else Cell("powerless")
-
-
-def _beside(comparison: Mapping, what: str) -> Cell:
-    """Return the held-out loss less the baseline's of what a quantized run is to be seen beside."""
-    own = comparison["heldout"][0]["text"]
-    rows = {row["mode"]: row for row in comparison["heldout"] if row["text"] == own}
-    if what == "PTQ":
-        row = rows.get("ptq")
-        return Cell(signed(row["difference"], 4), interval(row["ci"], 4)) if row else Cell("–")
-    start = rows["w8a8"].get("pretrained")
-    return Cell("–" if start is None else signed(start - rows["w8a8"]["baseline"], 4))
-
-
 def _paper_cells(entry: Mapping, tasks: Sequence[str]) -> list[Cell]:
     ape, log = entry.get("ape"), entry.get("ape_log", "–")
     cells = [Cell(str(log), "from its log" if "ape_log" in entry else "")]

@@ -1,41 +1,18 @@
-"""Make the tables of what the numbers can tell: resolution, noise between seeds, rerun noise."""
+"""Make the tables of noise: between seeds, and of reruns."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from qat.analysis import rerun_noise as reruns
-from qat.analysis.compare import MODES, task_name
-from qat.analysis.decisions import DROP_THRESHOLD
-from qat.analysis.stats import Z, student
+from qat.analysis.compare import MODES
+from qat.analysis.stats import student
 from qat.errors import UserError
 from qat.report.cells import Table, text_table
-from qat.report.experiment import Experiment, distinct, tasks_of
+from qat.report.experiment import Experiment, distinct
 from qat.report.text import RERUN_HEADER, change, rerun_cells
-
-
-def resolution(experiments: Sequence[Experiment]) -> Table:
-    """Return what the benchmark can tell: the W8A8 row of a task with the widest interval, beside 1 % in points.
-
-    The last column is the n at which half of the interval would equal the threshold at this flip rate:
-    z^2 * flips / threshold^2.
-    """
-    widest = {}
-    for row in (r for e in experiments for p in e.pairs if p.comparison for r in p.comparison["tasks"]):
-        if row["mode"] == "w8a8" and _width(row) > _width(widest.get(row["task"], {"ci": (0, 0)})):
-            widest[row["task"]] = row
-    rows = []
-    for task in tasks_of([widest]):
-        row = widest[task]
-        flips, threshold = (row["lost"] + row["gained"]) / row["n"], row["baseline"] * DROP_THRESHOLD / 100
-        need = f"{_round_up(Z**2 * flips / (threshold / 100) ** 2):,}" if flips and threshold else "–"
-        cells = [task_name(task), f"{row['baseline']:.1f}", f"{row['chance']:.0f}", f"{row['n']:,}"]
-        rows.append([*cells, f"{100 * flips:.1f}", f"{_width(row) / 2:.1f}", f"{threshold:.2f}", need])
-    header = ["Task", "BF16 %", "Chance %", "Questions", "Flipped %", "Half interval, points", "1 % threshold, points"]
-    return text_table([*header, "Questions to resolve the threshold"], rows)
 
 
 def seeds(experiments: Sequence[Experiment]) -> Table:
@@ -98,9 +75,3 @@ def _half_interval(rows: Sequence[Mapping], digits: int) -> str:
 
 def _width(row: Mapping) -> float:
     return row["ci"][1] - row["ci"][0]
-
-
-def _round_up(number: float) -> int:
-    """Round up to two leading digits: more would be false precision."""
-    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
-    return math.ceil(number / unit) * unit

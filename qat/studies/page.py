@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 
 from qat.config import Config
 from qat.report.page import Figures, html, made, origin
-from qat.report.plots import ACCENT, WARM, Mark, Panel, forest, png
+from qat.report.plots import ACCENT, INK, MUTED, WARM, Mark, Panel, forest, png
 from qat.report.studies import TITLES, claims_table, interaction, verdict
 from qat.report.text import heading, markdown, p_text
 from qat.runs.folder import Run
 from qat.studies import audit, factorial, measures
-from qat.studies.contrasts import OPEN, Response, Weights, region
+from qat.studies.contrasts import CONTRADICTED, EQUIVALENT, OPEN, SUPPORTED, Response, Weights, region
 from qat.studies.design import of_seeds
 from qat.studies.measures import MODES, Measured
 from qat.studies.registration import Registration
@@ -83,12 +83,16 @@ def write_decide(
     """Write the verdicts on all claims into `out`; returns the path of its Markdown."""
     sections = ["**Provisional: some cells are missing (below).**"] if missing else []
     known = [m for m in measured if "control" in m.scored]
+    rows = _in_margins(claims)
+    sections += [Picture(_SHOWS_CLAIMS, [_of_claims(rows)], columns=1, note=_COLOURS)] if rows else []
     sections += [*claims_sections(claims), *(["## Controls", _NOTE_CONTROLS, _controls(known)] if known else [])]
     sections += _missing(missing, "Not measured yet")
     content = {"claims": claims, "missing": missing}
     return _write("decide", measured, cfg, out, factorial.registered(), sections, content)
 
 
+_SHOWS_CLAIMS = "The difference that each statement is about, in units of its margin, with its interval"
+_COLOURS = "Blue: supported; orange: contradicted; black: equivalent; grey: open. Band: too small to count"
 _NOTE_CONTROLS = (
     "The damage of 4-bit weights to the recipe's BF16 baseline, by the same measures on the same text and questions. "
     "Where a measure does not see it, its verdicts mean nothing."
@@ -317,6 +321,24 @@ def _forest(effects: Sequence[Mapping]) -> Panel:
     labels = [f"{row['switch']} ({row['base'].partition(',')[0]})" for row in effects]
     rows = list(zip(labels, shown, strict=True))
     return replace(forest("Held-out loss in W8A8", rows, "Change of run − BF16 (nats)"), width=520)
+
+
+def _in_margins(claims: Sequence[Mapping]) -> list[tuple[str, list[Mark]]]:
+    """Return the difference of every statement that has a margin and an interval, in units of that margin."""
+    colours, rows = {SUPPORTED: ACCENT, CONTRADICTED: WARM, EQUIVALENT: INK}, []
+    for claim in claims:
+        for statement in claim["statements"]:
+            estimate, margin = statement["estimate"], statement["margin"]
+            if margin and estimate and estimate["low"] is not None:
+                value, *ends = (estimate[end] / margin for end in ("value", "low", "high"))
+                style = {"color": colours.get(statement["verdict"], MUTED)}
+                label = f"{claim['key'].replace('_', ' ')}: {statement['statement']}"
+                rows.append((label, [Mark(value, ends, style=style)]))
+    return rows
+
+
+def _of_claims(rows: Sequence[tuple[str, list[Mark]]]) -> Panel:
+    return replace(forest("Differences of all statements", rows, "margins", (-3, 3), margin=1), width=1100)
 
 
 def marks(estimate: Mapping | None) -> list[Mark]:

@@ -66,21 +66,20 @@ def test_the_noise_between_seeds_stands_beside_one_runs_own(three, tmp_path):
 
 def test_several_seeds_are_one_row_with_the_noise_of_seeds_and_documents(three):
     """Documents change by 0, 0.1 and 0.2, seeds by 0, 0.1 and 0.2 more, without interaction."""
-    (row,) = tables.overview([three], published()).rows
-    row = [str(cell).replace("<br><small>", " ").removesuffix("</small>") for cell in row]
-    label, _, ape, held, ptq, pretrained_, kl, easy, mmlu = row
+    (recipe,) = three.recipes
+    held, ptq = (next(row for row in recipe.comparison["heldout"] if row["mode"] == mode) for mode in ("w8a8", "ptq"))
     # Satterthwaite's four degrees of freedom would make less of both together than either has alone, on two.
     half = t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
     assert half > t.ppf(0.975, 4) * 0.1 * math.sqrt(2 / 3)
-    assert (label, held) == ("exp8", f"+0.2000 [{0.2 - half:+.4f}, {0.2 + half:+.4f}]")
-    half_ape = t.ppf(0.975, 2) * 5 / math.sqrt(3)  # 0, 5 and 10 %, and none below 0
-    assert (
-        ape == f"5.000 [0.000, {5 + half_ape:.3f}]" and ptq == "+0.5000 [+0.5000, +0.5000]" and pretrained_ == "+1.0000"
-    )
-    for points, n in ((easy, 100), (mmlu, 100)):  # no flip in any seed, and no certainty
+    assert held["difference"] == pytest.approx(0.2) and held["ci"] == pytest.approx([0.2 - half, 0.2 + half])
+    assert ptq["ci"] == pytest.approx([0.5, 0.5]) and held["pretrained"] - held["baseline"] == pytest.approx(1)
+    assert held["kl"] == pytest.approx(0.0021, abs=5e-5)
+    ape, half = recipe.comparison["loss"], t.ppf(0.975, 2) * 5 / math.sqrt(3)
+    assert ape["ape"] == pytest.approx(5) and ape["ci"] == pytest.approx([0, 5 + half])  # 0, 5 and 10 %, none below 0
+    for row in (row for row in recipe.comparison["tasks"] if row["mode"] == "w8a8"):
+        n = row["n"]  # no flip in any seed, and no certainty
         half = 100 * t.ppf(0.975, n + 1) * math.sqrt(2 / (n + 1) / (n + 2))
-        assert points == f"+0.0 [{-half:+.1f}, {half:+.1f}]"
-    assert kl == "0.0021"
+        assert row["points"] == 0 and row["ci"] == pytest.approx([-half, half])
 
 
 def test_what_qat_does_to_weights_and_scales_has_the_noise_of_seeds_and_documents(three, tmp_path):
@@ -120,10 +119,10 @@ def test_seeds_that_were_scored_in_different_ways_have_no_mean(tmp_path):
         edit(folder / "eval.json", lambda record: [mode.update(lm_eval="9") for mode in record["quick"].values()])
     experiment = Experiment("exp8", *named_apart(pairs))
     _, markdown = write_report([experiment], tmp_path / "out")
-    assert all(pair.comparison for pair in experiment.pairs) and not tables.overview([experiment], published()).rows
+    assert all(pair.comparison for pair in experiment.pairs) and not experiment.recipes[0].comparison
     text = markdown.read_text()
     assert "> lm-eval version differs: 9 in base-1" in text and "> Not compared: exp8." in text
-    assert "The noise between seeds" not in text and "seeds: their mean" not in text
+    assert "The noise between seeds" not in text
 
 
 def test_a_run_that_is_named_twice_is_not_two_seeds(tmp_path):
@@ -137,7 +136,7 @@ def test_where_one_of_several_seeds_is_compared_it_is_named_and_so_is_what_it_la
     for run in three.runs[1:]:
         (run.path / "eval.json").unlink()
     again = [Experiment("exp8", three.runs, three.baselines)]
-    assert [str(row[0]) for row in tables.overview(again, published()).rows] == ["exp8 seed 0"]
+    assert [recipe.label for recipe in again[0].recipes if recipe.comparison] == ["exp8 seed 0"]
     assert any(line.startswith("One seed a cell: intervals cover") for line in caveats(again))
     assert lead(again)["open"] == ["Not compared: exp8 seed 1, exp8 seed 2."]
 
@@ -171,7 +170,6 @@ def test_one_question_and_several_seeds_have_the_widest_interval(tmp_path):
     experiment = Experiment("exp8", *named_apart(pairs))
     row = experiment.recipes[0].comparison["tasks"][0]
     assert row["ci"] == [-100, 100] and row["p_value"] == 1
-    assert "[-100.0, +100.0]" in str(tables.overview([experiment], published()).rows[0][-1])
 
 
 def test_seeds_of_recipes_that_differ_in_anything_are_told_apart(tmp_path):

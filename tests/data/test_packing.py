@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 
+import datasets
 import pytest
 import torch
+from hydra import compose
 from transformers import PreTrainedTokenizerFast
 
+from qat.cli.entry import typed_config
 from qat.config import DataConfig, ValidationConfig
 from qat.data import heldout, packing, tokenize
 from qat.data.sources import PASSAGE, Corpus
 from qat.errors import UserError
 from qat.models.tokenizer import byte_tokenizer
+from qat.runs import identity
 from qat.utils import environment
+from tests.conftest import composing
 
 SEQUENCES, LENGTH = 2, 32
 SEPARATOR = 256
@@ -227,6 +233,28 @@ def test_a_stream_skips_nulls_empty_documents_and_files_without_rows(streamed, t
     assert sorted(trained_on(corpus)) == sorted(row for row in rows[10:] if row)
     found = documents_of(take(packing.training_stream(cfg, 0, tokenizer), 8), tokenizer)
     assert set(found[: len(trained_on(corpus))]) == set(trained_on(corpus))
+
+
+def test_documents_of_an_arrow_file_are_the_distinct_texts_of_a_column(tmp_path, tokenizer):
+    texts, file = [f"{number} {'words ' * 40}" for number in range(3)], tmp_path / "data.arrow"
+    datasets.Dataset.from_dict({"passage": [texts[0], *texts, texts[2]]}).save_to_disk(tmp_path / "saved")
+    shutil.move(tmp_path / "saved" / "data-00000-of-00001.arrow", file)
+    cfg = ValidationConfig(name="own", source="files", path=str(file), column="passage")
+    tokens = heldout.load_heldout(cfg, tokenizer, 10**6).tokens
+    assert [tokenizer.decode(row[1:]) for row in tokens.tolist()] == [text[:128] for text in texts]
+    missing = "validation.column=passages: not in "
+    assert complaint(dataclasses.replace(cfg, column="passages"), tokenizer, 1).startswith(missing)
+    file.write_bytes(b"something else")
+    assert ": no .arrow file of `datasets` (" in complaint(cfg, tokenizer, 1)
+    assert ": no .arrow file" in complaint(dataclasses.replace(cfg, path=f"{tmp_path}/none.arrow"), tokenizer, 1)
+
+
+def test_passages_are_320_and_no_question_of_a_benchmark(tokenizer):
+    with composing():
+        cfg = typed_config(compose("train", ["experiment=exp8", "benchmark=passages"]))
+    held = heldout.load_heldout(cfg.validation, tokenizer, cfg.validation.tokens)
+    assert held.documents.tolist() == list(range(320)) and held.tokens.shape == (320, 129)
+    assert not cfg.benchmark.tasks and identity.heldout_texts(cfg)["validation"]["column"] == "passage"
 
 
 def test_held_out_text_asks_for_the_vocabulary_once(texts, monkeypatch):

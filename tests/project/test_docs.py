@@ -16,14 +16,12 @@ TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 @pytest.mark.parametrize(
     ("page", "number"),
     [
-        ("README.md", "**Accuracy** is powerless"),
+        ("README.md", "Necessary: the max window "),
         ("experiments/README.md", "W8A8 by PTQ "),
         ("experiments/README.md", "not decidable at this scale |"),
-        ("experiments/records/2026-11-22_laptop/README.md", "Letters' mass (BF16's)"),
         ("docs/configuration.md", "exp_smooth: weight of the newest amax"),
         ("docs/configuration.md", "`openpangu_1b_random`"),
         ("docs/performance.md", "step: mlp : bf16"),
-        ("docs/performance.md", "| 6144 terms, normal "),
     ],
 )
 def test_a_section_is_written_from_its_source(page, number):
@@ -40,8 +38,8 @@ def test_no_page_is_stale(page):
 def test_an_experiment_asks_one_question_everywhere():
     for name, entry in published()["experiments"].items():
         assert f"# {entry['question']}" in (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
-        for page in ("README.md", "experiments/README.md"):
-            assert re.search(rf"^\| {name} \| {re.escape(entry['question'])} +\|", TEXTS[page], re.MULTILINE)
+        page = TEXTS["experiments/README.md"]
+        assert re.search(rf"^\| {name} \| {re.escape(entry['question'])} +\|", page, re.MULTILINE)
 
 
 def test_the_readme_is_read_in_minutes():

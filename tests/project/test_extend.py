@@ -69,10 +69,10 @@ def test_what_the_pages_add_trains(composed):
 
 
 def test_the_ptq_method_of_the_page_halves_what_weights_are_mapped_to(composed):
-    cfg = ptq_of(composed("ptq.rungs=[max,weights_twice]"))
+    cfg = ptq_of(composed("ptq.rungs=[max,weights_half]"))
     model, tokenizer = load_model(cfg.model, 0)
     model.eval().requires_grad_(False)
     batches = list(calibration_batches(cfg, tokenizer))
-    banks = [prepare(copy.deepcopy(model), cfg, ptq.rung(name), batches) for name in ("max", "weights_twice")]
+    banks = [prepare(copy.deepcopy(model), cfg, ptq.rung(name), batches) for name in ("max", "weights_half")]
     for name, plain, ours in zip(banks[0].names, *(bank.scale for bank in banks), strict=True):
         torch.testing.assert_close(ours, plain / 2 if name.endswith("/weight") else plain)

@@ -11,7 +11,7 @@ import pytest
 
 from qat.analysis.decisions import decide
 from qat.config import BenchmarkConfig, ReportConfig
-from qat.report import tables, verdicts
+from qat.report import verdicts
 from qat.report.experiment import Curve, Experiment, Telemetry, published
 from qat.report.page import write_report
 from qat.runs.folder import Run
@@ -101,8 +101,6 @@ def test_a_task_with_one_answer_to_all_questions_is_powerless(tmp_path):
     run, base = (Run(path) for path in compared_pair(tmp_path, {"mmlu": [True] * 40, "arc_easy": [True, False] * 20}))
     html, _ = write_report([Experiment("exp8", [run], [base])], tmp_path / "out")
     page = Page(html)
-    (overview,) = page.table("", "Loss APE %, paper")
-    assert overview[-2] == "powerless" and overview[-1].startswith("+0.0 [-")
     for row in page.table("Task", "Mode"):
         assert (row[5] == row[6] == "powerless") == (row[0] == "MMLU")
     for row in page.table("", "Source")[1:]:
@@ -135,7 +133,6 @@ def test_both_formats_hold_everything(report):
         "of 6 intervals (95 %, uncorrected) exclude zero",
         "comes to the same run as exp4",
         "first 2 steps in BF16",
-        "Questions to resolve the threshold",
         "paper, exp8 BF16",
         "KL, nats",
         "data.label_shift",
@@ -201,7 +198,6 @@ def test_without_ptq_or_the_pretrained_checkpoint_the_rest_is_shown(tmp_path):
         assert (
             "PTQ) was not scored beside exp8, so whether QAT was needed is unknown; scripts/eval.py scores it" in text
         )
-    assert "pretrained" not in tables.overview([experiment], published()).header
 
 
 def test_the_benchmark_that_is_asked_for_is_shown_and_no_other(tmp_path):

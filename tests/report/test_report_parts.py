@@ -146,7 +146,7 @@ def test_baselines_are_shown_by_the_benchmark_that_is_asked_for(tmp_path):
 def test_recipes_with_other_tasks_stand_side_by_side(tmp_path):
     pairs = [compared_pair(tmp_path / name, {name: [True, False] * 20}) for name in ("mmlu", "arc_easy")]
     experiments = [Experiment(run.parent.name, [Run(run)], [Run(base)]) for run, base in pairs]
-    rows = tables.overview(experiments, published()).rows
+    rows = [row for row in tables.summary(experiments, published()).rows if str(row[1]) == "ours, W8A8"]
     assert [[str(cell) == "–" for cell in row[-2:]] for row in rows] == [[False, True], [True, False]]
 
 

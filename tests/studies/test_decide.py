@@ -17,6 +17,7 @@ from qat.studies import decide, measures, page
 from qat.studies.audit import PLAIN
 from qat.studies.contrasts import OPEN, Response
 from tests.conftest import composing
+from tests.helpers.planned import planned
 from tests.helpers.studies import WORDS, invent, write
 
 SEEDS = range(8)
@@ -93,10 +94,10 @@ def test_what_is_planned_for_the_size_that_was_measured_is_what_was_detectable()
     seeds, units = rng.normal(0, 0.2, (5, 1)), rng.normal(0, 0.5, (1, 40))
     rows = 1 + seeds + units + rng.normal(0, 1, (5, 40))
     response = Response("x", "", 1, {(("a",), seed): row for seed, row in enumerate(rows)}, "documents")
-    planned = decide.planned(response, {("a",): 1}, 0.95, 5, 40)
-    assert planned == pytest.approx(stats.crossed(rows).detectable(0.95), rel=1e-6)
-    assert decide.planned(response, {("a",): 1}, 0.95, 20, 160) < planned / 2
-    assert decide.planned(response, {("a",): 1, ("b",): 1}, 0.95, 5, 40) is None
+    same = planned(response, {("a",): 1}, 0.95, 5, 40)
+    assert same == pytest.approx(stats.crossed(rows).detectable(0.95), rel=1e-6)
+    assert planned(response, {("a",): 1}, 0.95, 20, 160) < same / 2
+    assert planned(response, {("a",): 1, ("b",): 1}, 0.95, 5, 40) is None
 
 
 def test_simulated_differences_of_the_planned_size_are_found_in_four_of_five_cases():
@@ -107,7 +108,7 @@ def test_simulated_differences_of_the_planned_size_are_found_in_four_of_five_cas
         return rng.normal(0, 0.3, (seeds, 1)) + rng.normal(0, 1, (1, units)) + rng.normal(0, 1, (seeds, units))
 
     pilot = Response("x", "", 1, {(("a",), seed): row for seed, row in enumerate(draw(200, 200))}, "documents")
-    size = decide.planned(pilot, {("a",): 1}, 0.95, 6, 30)
+    size = planned(pilot, {("a",): 1}, 0.95, 6, 30)
     found = [stats.crossed(size + draw(6, 30)).interval()[0] > 0 for _ in range(1000)]
     assert 0.75 < np.mean(found) < 0.85
 

@@ -17,6 +17,7 @@ from qat.studies import audit, decide, design, factorial, measures
 from qat.studies.registration import CLAIMS, registration
 from qat.utils.environment import ROOT
 from tests.conftest import composing
+from tests.helpers.planned import planned
 from tests.helpers.studies import invent
 
 TREE = yaml.safe_load(CLAIMS.read_text())
@@ -125,7 +126,7 @@ def test_what_is_registered_as_detectable_follows_from_the_record(tmp_path):
                 often = all(cell in decide.OFTEN or cell[0] in factorial.RATES for cell, w in weights.items() if w)
                 on_passages = key in decide.ON_PASSAGES and response.measure == "other_loss"
                 size = (8 if often else decide.FEW), 320 if on_passages else documents.get(response.measure, 1)
-                found = decide.planned(response, weights, 1 - 0.05 / len(statements), *size)
+                found = planned(response, weights, 1 - 0.05 / len(statements), *size)
                 if found is not None:
                     found = math.exp(found) if response.log else found
                     seen[response.measure] = max(found, seen.get(response.measure, 0))

@@ -6,7 +6,8 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -53,28 +54,16 @@ def ratio(times: dict[str, list[float]], name: str, to: str) -> tuple[float, flo
 def peak_memory(work: Callable[..., object], *arguments) -> float:
     """Return the peak memory in bytes of `work(*arguments)` in a process of its own: of the GPU, else resident.
 
-    Errors: RuntimeError when the process dies.
+    Errors: RuntimeError when the process dies, probably for want of memory.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise RuntimeError("a process died while its memory was measured, probably for want of memory") from error
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, work, arguments).result()
 
 
-def _child(pipe, work, arguments) -> None:
+def _peak(work: Callable[..., object], arguments: Sequence) -> float:
     device.prepare()
     work(*arguments)
-    if torch.cuda.is_available():
-        pipe.send(float(torch.cuda.max_memory_allocated()))
-    else:
-        pipe.send(_largest_resident())
+    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else _largest_resident()
 
 
 def _largest_resident() -> float:
