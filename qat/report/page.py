@@ -58,42 +58,34 @@ def write_report(experiments: Sequence[Experiment], out: Path) -> tuple[Path, Pa
     out, paper = Path(out), published()
     shown = pictures.write_pictures(experiments, paper, out)
     view = _view(experiments, paper) | {"pictures": shown, "studies": studies_in(out)}
-    figures = Figures()
-    web = html(_markdown(view, figures), figures, TITLE)
-    files = {"report.html": web, "report.md": _markdown(view), "report.json": _json(experiments, view)}
+    web = html(_markdown(view, page=True), TITLE)
+    files = {"report.html": web, "report.md": _markdown(view, page=False), "report.json": _json(experiments, view)}
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")
     return out / "report.html", out / "report.md"
 
 
-def _markdown(view: Mapping, figures: Figures | None = None) -> str:
-    """Return the report in Markdown; with figures, which the page embeds."""
+def _markdown(view: Mapping, page: bool) -> str:
+    """Return the report in Markdown; page: with figures, as HTML."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     options |= {"finalize": lambda value: value if isinstance(value, Markup) else escape(str(value))}
     template = jinja2.Environment(loader=loader, **options).get_template("template.md")
-    text = template.render(view, page=figures is not None, figures=figures and figures.add)
+    text = template.render(view, page=page, figures=figures)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-class Figures:
-    """The images of a page: in its Markdown by number, embedded as data: URIs afterwards."""
-
-    def __init__(self):
-        self.images: list[tuple[str, int]] = []  # URI, width in pixels
-
-    def add(self, panels: Sequence[Panel], label: str = "") -> str:
-        """Return panels as Markdown images; their alternative text is the label and their titles."""
-        lines = []
-        for panel in panels:
-            lines.append(f"![{label + ': ' if label else ''}{panel.title}]({len(self.images)})")
-            width = 340 if panel.width < 400 else 526 if panel.width < 800 else 1064  # three in a row, two, or one
-            self.images.append((svg(panel), width))
-        return "\n".join(lines)
+def figures(panels: Sequence[Panel], label: str = "") -> Markup:
+    """Return panels as images in HTML; their alternative text is the label and their titles."""
+    image, images = Markup('<img alt="{}" width="{}" src="{}">'), Markup()
+    for panel in panels:
+        width = 340 if panel.width < 400 else 526 if panel.width < 800 else 1064  # three in a row, two, or one
+        images += image.format(f"{label}: {panel.title}" if label else panel.title, width, svg(panel))
+    return Markup('<p class="figures">') + images + Markup("</p>")
 
 
-def html(text: str, figures: Figures, title: str) -> str:
-    """Return Markdown with the numbers of figures as its images as a page that stands alone."""
+def html(text: str, title: str) -> str:
+    """Return Markdown as a page that stands alone."""
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
     tokens, links = parser.parse(text), []
     for token, content in pairwise(tokens):
@@ -104,11 +96,6 @@ def html(text: str, figures: Figures, title: str) -> str:
         elif token.type == "td_open":
             longest = max(map(len, re.split("<br>", content.content)))
             token.attrSet("class", "short" if longest < 36 else "long")
-        elif token.type == "paragraph_open" and content.children[0].type == "image":
-            token.attrSet("class", "figures")
-            for image in (child for child in content.children if child.type == "image"):
-                uri, width = figures.images[int(image.attrs["src"])]
-                image.attrs |= {"src": uri, "width": width}
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<h2", f"<nav>{' '.join(links)}</nav>\n<h2", 1)
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")

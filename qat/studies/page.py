@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from qat.config import Config
-from qat.report.page import Figures, html, made, origin
+from qat.report.page import figures, html, made, origin
 from qat.report.plots import ACCENT, INK, MUTED, WARM, Mark, Panel, forest, png
 from qat.report.studies import TITLES, claims_table, interaction, verdict
 from qat.report.text import heading, markdown, p_text
@@ -174,7 +174,7 @@ def write(
 def write_page(path: Path, title: str, sections: Sequence[str | Picture]) -> Path:
     """Write `sections` as Markdown into `path`, as .html and its picture as .png beside it; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures, parts = Figures(), [f"# {title}", *filter(None, sections)]
+    parts = [f"# {title}", *filter(None, sections)]
 
     def text(shown: Callable[[Picture], str]) -> str:
         return "\n\n".join(part if isinstance(part, str) else shown(part) for part in parts) + "\n"
@@ -184,10 +184,10 @@ def write_page(path: Path, title: str, sections: Sequence[str | Picture]) -> Pat
         return f"![{picture.shows}]({path.stem}.png)"
 
     def embedded(picture: Picture) -> str:
-        return f"{figures.add(picture.panels)}\n\n{picture.note}"
+        return f"{figures(picture.panels)}\n\n{picture.note}"
 
     files.replace(path, text(drawn))
-    files.replace(path.with_suffix(".html"), html(text(embedded), figures, title))
+    files.replace(path.with_suffix(".html"), html(text(embedded), title))
     return path
 
 
