@@ -94,6 +94,15 @@ def total(content: Mapping, level: str, measure: str, source: str | None = None)
     return _row(ends[0] - ends[1], ends[1], measure)
 
 
+def between_roles(content: Mapping, measure: str, source: str | None = None) -> dict:
+    """Return what rounding weights alone does, less what rounding activations alone does; needs the level `role`."""
+    weights, activations, plain = (
+        series(content, "role", measure, path, source)
+        for path in (("alone", "weight"), ("alone", "activation"), ("unquantized",))
+    )
+    return _row(weights - activations, plain, measure)
+
+
 def rows(content: Mapping, level: str, measure: str, way: str, source: str | None = None) -> list[dict]:
     """Return what every group of a level does, a row each, in the measure's unit.
 

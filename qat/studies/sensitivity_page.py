@@ -97,7 +97,10 @@ def _lead(content: Mapping) -> str:
         whole = analysis.total(content, level, measure)
         text += says.format(_value(whole, measure)) + (f" ({whole['decision']})" if measure == "loss" else "")
         roles = analysis.rows(content, "role", measure, "alone") if "role" in levels else []
-        text += "".join(f", {row['group']}s alone {_value(row, measure)}" for row in roles) + ". "
+        text += "".join(f", {row['group']}s alone {_value(row, measure)}" for row in roles)
+        if len(roles) == 2:
+            text += f", weights less activations {_value(analysis.between_roles(content, measure), measure)}"
+        text += ". "
         groups = analysis.rows(content, "block", measure, "alone") if "block" in levels else []
         marked = sorted((row for row in groups if row["p_holm"] < LEVEL), key=lambda row: -abs(row["difference"]))
         if groups:
@@ -115,6 +118,9 @@ def _whole(content: Mapping) -> str:
         for measure, source in columns:
             for row in analysis.rows(content, "role", measure, way, source):
                 rows.setdefault(f"{row['group']}s {name}", []).append(_value(row, measure))
+    if {"weights alone", "activations alone"} <= rows.keys():
+        between = [_value(analysis.between_roles(content, *column), column[0]) for column in columns]
+        rows["weights less activations, alone"] = between
     header = [f"{MEASURES[measure].name}, {source}" for measure, source in columns]
     return markdown(["Rounded", *header], [[label, *values] for label, values in rows.items()])
 

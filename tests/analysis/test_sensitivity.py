@@ -58,6 +58,15 @@ def test_harm_that_was_planted_is_found_either_way(way):
     assert found["4/weight"]["decision"] == "harm" and found["3/weight"]["decision"] == "equivalent"
 
 
+def test_weights_are_compared_with_activations_document_by_document():
+    roles = content({"4/weight": 0.03, "4/activation": 0.01})["measured"]["block"]
+    for unit in (unit for units in roles.values() for unit in units.values()):
+        unit["alone"] = {role: unit["alone"][f"4/{role}"] for role in ("weight", "activation")}
+    row = analysis.between_roles({"measured": {"role": roles}}, "loss")
+    assert row["difference"] == pytest.approx(0.02, abs=0.002) and row["ci"][0] > 0.015 and row["n"] == DOCUMENTS
+    assert analysis.between_roles({"measured": {"role": roles}}, "logprob")["difference"] == pytest.approx(0.5)
+
+
 def test_noise_alone_is_marked_nowhere():
     found = rows("loss", "alone", harm={}, noise=0.01)
     assert min(row["p_holm"] for row in found.values()) > 0.05
