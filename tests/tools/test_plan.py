@@ -238,7 +238,9 @@ def test_all_questions_of_a_task_are_those_that_the_split_has(split):
 
 
 @pytest.mark.usefixtures("untraced")
-@pytest.mark.parametrize("words", ["validation=wikipedia", "validation=none", "quant=bf16", "benchmark.control=true"])
+@pytest.mark.parametrize(
+    "words", ["validation=wikipedia", "validation=none", "quant=bf16", "benchmark.control=true", "benchmark=passages"]
+)
 def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
     counted = []
 
@@ -263,8 +265,8 @@ def test_held_out_text_is_counted_as_it_is_scored(words, config, monkeypatch):
 
         def score(self, subject):
             built = self._build(subject)
-            self._heldout(*built, beside=subject.cfg.quantized)
-            if subject.mode == "w8a8":
+            self._heldout(*built, beside=subject.cfg.quantized, taken={})
+            if self._splits_gain(subject):
                 self._under_ptq_scales(subject)
 
     monkeypatch.setattr(evaluate, "_Scorer", Counting)

@@ -164,7 +164,8 @@ def _evaluation(plan: Plan) -> Iterator[str]:
     yield f"evaluation: benchmark={plan.cfg.benchmark.name}, one process, {plan.scored} models"
     basis = "from samples; choices and examples counted"
     yield _row("questions", f"{questions:,}, {count(tokens)} tokens a model", basis)
-    yield _row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", "one a model, one under PTQ's scales")
+    by_ptq = ", one under PTQ's scales" if plan.passes > plan.scored else ""
+    yield _row("held-out text", f"{count(heldout)} tokens, {plan.passes} passes", f"one a model{by_ptq}")
     if plan.shape is not None:
         low, high = plan.trainings[0].hours(plan.scored * tokens + plan.passes * heldout, 1)
         share = (costs.DISTILLED if plan.cfg.loss.distill else 1) / 3

@@ -71,8 +71,9 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """Count passes over the held-out texts: one a model, and for a quantized run one more under PTQ's scales."""
-        return self.scored + (1 if self.cfg.quantized else 0)
+        """Count passes over the held-out texts: one a model, and for a quantized run that is asked questions one more
+        under PTQ's scales (`qat.eval.evaluate`)."""
+        return self.scored + bool(self.cfg.quantized and self.cfg.benchmark.tasks)
 
 
 def make(cfg: Config, ranks: int, machine: Machine, on_gpus: bool) -> Plan:
