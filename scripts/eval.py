@@ -1,7 +1,7 @@
 """Score a trained run, its baseline and the pretrained checkpoint, and compare them.
 
 python scripts/eval.py experiment=exp8 [the overrides that trained it] [benchmark=paper]
-python scripts/eval.py run=runs/<id> [benchmark=paper] [logger=local]
+python scripts/eval.py run=runs/<id> [benchmark=paper] [validation=passages] [logger=local]
 """
 
 import sys
@@ -15,7 +15,7 @@ from qat.cli import entry
 def main(config, _) -> None:
     from qat.cli.runner import evaluate_and_compare
 
-    evaluate_and_compare(entry.config_of_folder(config, "benchmark", "logger"))
+    evaluate_and_compare(entry.config_of_folder(config, "benchmark", "validation", "logger"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.cli import sweep
 from qat.cli.outcomes import explain_error
 from qat.cli.validate import validate, validate_ranks, validate_surroundings
-from qat.config import COMMAND_GROUPS, COMMAND_KEYS, Config, register
+from qat.config import COMMAND_GROUPS, COMMAND_KEYS, Config, ValidationConfig, register
 from qat.data import manuals
 from qat.errors import ConfigError, UserError, nearest
 from qat.runs.folder import Run
@@ -162,8 +162,11 @@ def config_of_folder(config: Config, *groups: str) -> Config:
     """
     if not config.run:
         return config
-    of_run = config_of_run(config.run)
-    for path in beside("run", *groups):
+    of_run, paths = config_of_run(config.run), beside("run", *groups)
+    choices = HydraConfig.get().runtime.choices
+    if choices["validation"] != ValidationConfig.packaged:  # also where the benchmark brings its own, as `passages`
+        paths.append(["validation"])
+    for path in paths:
         _carry(path, config, of_run)
     return of_run
 

@@ -240,6 +240,13 @@ def test_a_run_folder_can_be_named_instead_of_its_words(scored, main, monkeypatc
     assert main("eval.py", f"run={run.path}", "benchmark.batch_size=3")[0] == 0
     own = run.typed_config().benchmark
     assert asked[-1].benchmark == dataclasses.replace(own, batch_size=3) and own.name == scored[0].benchmark.name
+    assert {cfg.validation.name for cfg in asked} == {scored[0].validation.name}
+    assert main("eval.py", f"run={run.path}", "benchmark=passages")[0] == 0
+    assert (asked[-1].benchmark.name, asked[-1].validation.name, asked[-1].validation.tokens) == ("passages",) * 2 + (
+        40960,
+    )
+    assert main("eval.py", f"run={run.path}", "benchmark=passages", "validation.tokens=256")[0] == 0
+    assert asked[-1].validation.tokens == 256
 
 
 def test_the_report_shows_the_run(scored, words, main, tmp_path):
