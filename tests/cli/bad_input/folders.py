@@ -64,7 +64,11 @@ CASES = [
     Case(RUN, f"benchmark.name='../x': {A_NAME}", editing("name: smoke\n  batch", "name: ../x\n  batch"), "eval"),
     Case(RUN, "budget.seq_len=1: must lie in", editing("seq_len: 32", "seq_len: 1"), "eval"),
     Case("run=runs/renamed", "give the folder that", lambda w: w.done.path.rename(w / "runs/renamed"), "eval"),
-    Case(f"{RUN} optim.lr=1", "has no effect beside run=, which takes those of benchmark, logger", script="eval"),
+    Case(
+        f"{RUN} optim.lr=1",
+        "has no effect beside run=, which takes those of benchmark, validation, logger",
+        script="eval",
+    ),
     Case(f"{RUN} ++benchmark.name=x", "no effect beside run=, which takes those of export", script="export"),
     Case(f"{RUN} seed=1", "seed=1: has no effect beside run=", None, "dashboard"),
     Case("run=nowhere", "nowhere: not a run folder (no config.yaml); see `ls ", script="eval"),
