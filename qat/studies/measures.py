@@ -76,14 +76,15 @@ class Measured:
 def read(cells: Iterable[Cell]) -> tuple[list[Measured], dict[str, str]]:
     """Read the cells; (what they measured, {name and seeds: why not} of those that cannot be read or were scored
     otherwise)."""
-    measured, missing, first = [], defaultdict(list), {}  # seeds by name and reason; by benchmark
+    measured, missing, first = [], defaultdict(list), {}  # seeds by name and reason; by benchmark and other text
     for cell in cells:
         try:
             numbers, reference = _read(cell)
-            for other in first.values():
-                reference.refuse_unlike(other)
+            for (_, text), other in first.items():
+                if text == numbers.other:
+                    reference.refuse_unlike(other)
             measured.append(numbers)
-            first.setdefault(reference.benchmark, reference)
+            first.setdefault((reference.benchmark, numbers.other), reference)
         except UserError as reason:
             missing[cell.name, str(reason)].append(cell.cfg.seed)
     return measured, {f"{name}, {of_seeds(seeds)}": reason for (name, reason), seeds in missing.items()}
