@@ -1,4 +1,4 @@
-"""Answer the paper's claims with the fewest runs: train and score what is missing, and judge after every run.
+"""Answer the claims of the paper by the fewest runs: train and score what is missing, judge at first and after each.
 
 python scripts/decide.py [seeds=[0,1,2,3,4,5,6,7]] [launch.ranks=8] [report.out=report] [the overrides of a run]
 """
@@ -34,11 +34,13 @@ def main(config, _) -> None:
             if verdicts.get(claim["key"], OPEN) != claim["verdict"]:
                 print(f"\n{claim['claim']}: {claim['verdict']}. {claim['why']}", flush=True)
             verdicts[claim["key"]] = claim["verdict"]
-        count = sum(claim["verdict"] != OPEN for claim in judged)
-        print(f"\n{count} of {len(judged)} claims decided, {len(measured)} of {len(cells)} cells", flush=True)
+        if judged:
+            count = sum(claim["verdict"] != OPEN for claim in judged)
+            print(f"\n{count} of {len(judged)} claims decided, {len(measured)} of {len(cells)} cells", flush=True)
 
     asked = next(cell for cell in cells if cell.cfg.benchmark.tasks)
     preflight.check(asked.cfg)  # what questions need is missed before the night, and not after it
+    judge()  # what is there already
     outcomes = runner.complete(cells, config.launch.ranks, judge)
     judge()
     print(f"\ndecide: {out / 'decide.md'}")
