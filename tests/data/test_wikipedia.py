@@ -6,7 +6,7 @@ import bz2
 
 import pytest
 
-from qat.config import DataConfig
+from qat.config import DataConfig, ValidationConfig
 from qat.data import heldout, wikipedia
 from qat.errors import UserError
 from qat.models.tokenizer import byte_tokenizer
@@ -69,7 +69,7 @@ def test_the_packaged_articles_are_there_and_clean():
 
 
 def test_every_sequence_begins_an_article_of_its_own():
-    cfg, tokenizer = DataConfig(**composed().validation), byte_tokenizer()
+    cfg, tokenizer = ValidationConfig(**composed().validation), byte_tokenizer()
     tokens, documents, text_hash = heldout.load_heldout(cfg, tokenizer, 1024)
     openings = [text for text in wikipedia.openings(environment.package_path(cfg.path)) if len(text.encode()) >= 128]
     assert tokens.shape == (8, 129) and (tokens[:, 0] == 256).all()
