@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections import defaultdict
 from dataclasses import replace
 
@@ -135,7 +136,14 @@ def test_the_table_fills_as_runs_finish(cells, tmp_path):
     assert verdicts["sufficient_w8a8"] == "contradicted" and verdicts["best"] == OPEN
     assert "- most_recent, 1e-5, 5 %, quick alone, seeds 0, 1: not begun\n" in text.partition("## Not measured yet")[2]
     assert text.startswith("# The paper's claims, decided\n\n**Of 15 claims: 10 not measured yet, 3 contradicted, ")
-    assert "**Provisional: " in text
+    assert "**Provisional: " in text and "## Controls" not in text
+    assert "- Benchmark: passages: 16 documents of embedded, 16 of passages, 0 questions; quick: 16 documents" in text
+    for m in measured:
+        m.scored = m.scored | {"control": m.scored["w8a8"]}
+    text = page.write_decide(measured, missing, judged, made[0].cfg, tmp_path / "out").read_text()
+    control, w8a8 = (line.split("|")[2:] for line in text.splitlines() if re.match(r"\| (4-bit weights|W8A8) ", line))
+    assert control == w8a8, w8a8
+    assert all(re.search(r"\d\], finds \d", cell) for cell in (*w8a8[:2], w8a8[3])), w8a8
 
 
 def _on_passages(results: dict) -> None:
